@@ -1,0 +1,80 @@
+"""The Engine protocol on llama.cpp, and the choice between the two engines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import psutil
+
+from kvcompose_local.engines.stock import CELL_PADDING, F16, StockEngine
+from kvcompose_local.errors import InvalidInput, ModelError
+from kvcompose_local.interfaces import Sampling
+from kvcompose_local.llama_ffi import Model
+
+#: Positions a chat may span when the user does not say.
+DEFAULT_CTX = 8192
+
+
+def physical_cores() -> int:
+    """Physical cores this process may use: hyper-threads and other programs' cores do not make llama.cpp faster."""
+    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    process = psutil.Process()
+    allowed = len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else cores
+    return max(1, min(cores, allowed))
+
+
+def cells_for(n_ctx: int, budget: float) -> int:
+    """Cells that ``budget`` of ``n_ctx`` positions buys, rounded down to llama.cpp's padding (up at budget 1)."""
+    if not 0 < budget <= 1 or not math.isfinite(budget):
+        raise InvalidInput(f"--budget is a share in (0, 1], not {budget}")
+    if n_ctx <= 0:
+        raise InvalidInput(f"--ctx is a number of positions above 0, not {n_ctx}")
+    if budget == 1:
+        return -(-n_ctx // CELL_PADDING) * CELL_PADDING
+    cells = int(Fraction(str(budget)) * n_ctx) // CELL_PADDING * CELL_PADDING
+    if cells == 0:
+        raise InvalidInput(
+            f"--budget {budget} of --ctx {n_ctx} is under {CELL_PADDING} cells, the least there is: raise one of them"
+        )
+    return cells
+
+
+def open_engine(
+    path: Path,
+    *,
+    n_ctx: int | None,
+    budget: float,
+    n_threads: int | None = None,
+    gpu_layers: int = 0,
+    cache_type: int = F16,
+    sampling: Sampling | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[StockEngine, int]:
+    """Load a model under a budget; returns the engine and the number of positions.
+
+    n_ctx None takes 8192 or the model's trained length, whichever is less. Raises InvalidInput for impossible numbers,
+    before the weights are read where that can be known, and ModelError for models that cannot run.
+    """
+    cells_for(n_ctx or DEFAULT_CTX, budget)
+    model = Model(path, gpu_layers=gpu_layers, progress=progress)
+    try:
+        if not model.can_generate:
+            raise ModelError(f"{path.name} is not a language model that can chat")
+        positions = min(DEFAULT_CTX, model.n_ctx_train) if n_ctx is None else n_ctx
+        if positions > model.n_ctx_train:
+            raise InvalidInput(f"--ctx {positions} is beyond the {model.n_ctx_train} positions {model.name} knows")
+        engine = StockEngine(
+            model,
+            n_cells=cells_for(positions, budget),
+            n_threads=n_threads or physical_cores(),
+            scoring=budget < 1,
+            cache_type=cache_type,
+            sampling=sampling,
+        )
+    except BaseException:
+        model.close()
+        raise
+    return engine, positions

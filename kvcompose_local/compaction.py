@@ -1,0 +1,259 @@
+"""The orchestrator: keeps a chat's cache inside its arena. It sees only the :class:`Engine` protocol.
+
+Tokens are read as live cells until the next ones would not fit beside the replay scratch. Then one *compaction* runs:
+
+1. the live tokens, all but the newest few, are replayed in chunks, each dropped after use (chunks as in KVzip,
+   arXiv 2505.23416), which gives the attention that every live cell receives;
+2. attention becomes token scores (:mod:`scores`); composed cells bring the scores they were kept with;
+3. all compete for the arena's bytes, less what the live region needs (:mod:`budgets`);
+4. the winners are aligned into composite tokens (:mod:`selection`) and the engine rewrites its cells.
+
+Nothing is compressed before it must be, and nothing is changed before step 4.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvcompose_local.budgets import allocate_bytes
+from kvcompose_local.errors import ContextFull, InvalidInput
+from kvcompose_local.interfaces import CacheLayout, Engine, FloatArray, IntArray, Progress
+from kvcompose_local.scores import token_scores
+from kvcompose_local.selection import select_composites
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How the arena is divided, in cells of a uniform cache.
+
+    n_tail: newest live tokens that a compaction leaves alone; n_headroom: live cells that it makes free;
+    n_scratch: cells kept free for a replay; n_lead_in: tokens before a replayed chunk that are replayed with it, so
+    that its first tokens find their place in the text.
+    """
+
+    n_tail: int = 8
+    n_headroom: int = 256
+    n_scratch: int = 128
+    n_lead_in: int = 8
+
+    @classmethod
+    def for_cells(cls, n_cells: int) -> Policy:
+        """A sixteenth of the arena for scratch, an eighth for headroom, both bounded."""
+        return cls(
+            n_headroom=min(max(n_cells // 8, 32), 1024),
+            n_scratch=min(max(n_cells // 16, 24), 512),
+        )
+
+
+@dataclass(frozen=True)
+class CompactionReport:
+    """What one compaction did. Bytes are of cells in use, seconds of wall time."""
+
+    tokens_seen: int
+    tokens_scored: int
+    composed: tuple[int, ...]
+    n_live: int
+    bytes_before: int
+    bytes_after: int
+    replay_seconds: float
+    select_seconds: float
+    rewrite_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        return self.replay_seconds + self.select_seconds + self.rewrite_seconds
+
+    def line(self) -> str:
+        """One line for people."""
+        low, high = min(self.composed), max(self.composed)
+        cells = f"{low}" if low == high else f"{low}–{high}"
+        freed = self.bytes_before - self.bytes_after
+        return (
+            f"compacted: {self.tokens_seen} tokens seen, {cells} composed + {self.n_live} live cells a layer, "
+            f"{self.bytes_before / 2**20:.1f} → {self.bytes_after / 2**20:.1f} MiB "
+            f"({freed / 2**20:.1f} MiB freed) in {self.seconds:.1f} s"
+        )
+
+
+class CacheMemory:
+    """A cache that is fed tokens and compacts itself when it must.
+
+    n_ctx: positions the chat may span; on_compaction is told of each; on_progress gets (tokens replayed, in all) and
+    may raise KeyboardInterrupt, which leaves the cache as it was. ``compose`` False never compacts (budget 1).
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        n_ctx: int,
+        *,
+        compose: bool = True,
+        policy: Policy | None = None,
+        on_compaction: Callable[[CompactionReport], None] | None = None,
+        on_progress: Progress | None = None,
+    ) -> None:
+        self.engine = engine
+        self.n_ctx = n_ctx
+        self.compose = compose
+        self.policy = policy or Policy.for_cells(sum(engine.arena_bytes) // max(engine.shape.row_bytes, 1))
+        self.on_compaction = on_compaction
+        self.on_progress = on_progress
+        self.reports: list[CompactionReport] = []
+        self._live: list[int] = []
+        self._scores: list[FloatArray] = self._no_scores()
+
+    def _no_scores(self) -> list[FloatArray]:
+        return [np.zeros((layer.n_kv_heads, 0), np.float32) for layer in self.engine.shape.layers]
+
+    @property
+    def position(self) -> int:
+        """Tokens seen."""
+        return self.engine.layout().position
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the cells in use."""
+        return self._bytes_of(self.engine.layout())
+
+    @property
+    def live_tokens(self) -> tuple[int, ...]:
+        """The tokens that stand uncompressed, oldest first."""
+        return tuple(self._live)
+
+    def _bytes_of(self, layout: CacheLayout) -> int:
+        layers = zip(self.engine.shape.layers, layout.composed, strict=True)
+        return sum(layer.row_bytes * (k + layout.n_live) for layer, k in layers)
+
+    def feed(self, tokens: Sequence[int], progress: Progress | None = None) -> None:
+        """Append tokens, compacting whenever the next ones would not fit.
+
+        Raises ContextFull before anything is read when the positions run out. An interrupt keeps what was read:
+        ``position`` tells how much that is.
+        """
+        position = self.position
+        if position + len(tokens) > self.n_ctx:
+            raise ContextFull(
+                f"{len(tokens)} more tokens do not fit: {position} of --ctx {self.n_ctx} positions are used; "
+                "start again with a larger --ctx, or /clear"
+            )
+        done = 0
+        while done < len(tokens):
+            room = self._room()
+            if room <= 0:
+                self.compact()
+                room = self._room()
+                if room <= 0:
+                    raise ContextFull("compaction cannot make room: raise --ctx or --budget")
+            piece = tokens[done : done + room]
+            offset = done
+
+            def piece_progress(n: int, _total: int, offset: int = offset) -> None:
+                if progress is not None:
+                    progress(offset + n, len(tokens))
+
+            try:
+                self.engine.decode(piece, piece_progress)
+            finally:
+                self._live.extend(piece[: self.engine.layout().n_live - len(self._live)])
+            done += len(piece)
+
+    def _room(self) -> int:
+        free = self.engine.layout().n_free
+        return free - self.policy.n_scratch if self.compose else free
+
+    def compact(self, keep: float | None = None) -> CompactionReport | None:
+        """Run one compaction now; ``keep`` in (0, 1] bounds the bytes kept by that share of those in use.
+
+        Returns None when there is nothing to compose. The logits are gone afterwards.
+        """
+        if keep is not None and not 0 < keep <= 1:
+            raise InvalidInput(f"keep a share in (0, 1], not {keep}")
+        if not self.compose:
+            raise InvalidInput("this chat runs at budget 1: start it with --budget below 1 to compress")
+        before = self.engine.layout()
+        n_tail = min(self.policy.n_tail, before.n_live)
+        n_scored = before.n_live - n_tail
+        if n_scored == 0:
+            return None
+        started = time.perf_counter()
+        attention = self._replay(n_scored)
+        replayed = time.perf_counter()
+        scores = [
+            np.concatenate([old, token_scores(seen[None], old.shape[0])[0]], axis=1)
+            for old, seen in zip(self._scores, attention, strict=True)
+        ]
+        bytes_before = self._bytes_of(before)
+        budgets = self._budgets(scores, n_tail, None if keep is None else int(keep * bytes_before))
+        selection = select_composites(scores, budgets)
+        selected = time.perf_counter()
+        self.engine.rewrite(selection, n_tail)
+        self._scores = [np.take_along_axis(s, rows, axis=1) for s, rows in zip(scores, selection, strict=True)]
+        self._live = self._live[len(self._live) - n_tail :]
+        after = self.engine.layout()
+        report = CompactionReport(
+            tokens_seen=after.position,
+            tokens_scored=n_scored,
+            composed=after.composed,
+            n_live=after.n_live,
+            bytes_before=bytes_before,
+            bytes_after=self._bytes_of(after),
+            replay_seconds=replayed - started,
+            select_seconds=selected - replayed,
+            rewrite_seconds=time.perf_counter() - selected,
+        )
+        self.reports.append(report)
+        if self.on_compaction is not None:
+            self.on_compaction(report)
+        return report
+
+    def _replay(self, n_scored: int) -> list[FloatArray]:
+        """For each layer float32 (Q, n_scored): the most attention a replayed token pays to each live cell."""
+        layout = self.engine.layout()
+        step = min(layout.n_free, self.engine.max_replay, max(self.policy.n_scratch, 1))
+        if step <= 0:
+            raise ContextFull("no free cells are left to score the text in")
+        lead_in = min(self.policy.n_lead_in, step // 2)
+        chunk = step - lead_in
+        best: list[FloatArray] | None = None
+        for start in range(0, n_scored, chunk):
+            if self.on_progress is not None:
+                self.on_progress(start, n_scored)
+            stop = min(start + chunk, n_scored)
+            seen = [a[:, :n_scored] for a in self.engine.replay(self._live[max(start - lead_in, 0) : stop])]
+            best = seen if best is None else [np.maximum(a, b) for a, b in zip(best, seen, strict=True)]
+        if self.on_progress is not None:
+            self.on_progress(n_scored, n_scored)
+        return best or []
+
+    def _budgets(self, scores: Sequence[FloatArray], n_tail: int, at_most: int | None) -> IntArray:
+        """Composed cells of each layer: what the arenas hold beside tail, headroom and scratch."""
+        layers = self.engine.shape.layers
+        reserved = n_tail + self.policy.n_headroom + self.policy.n_scratch
+        device = np.array([layer.device for layer in layers])
+        row_bytes = np.array([layer.row_bytes for layer in layers])
+        live_bytes = np.bincount(device, weights=row_bytes, minlength=len(self.engine.arena_bytes)).astype(np.int64)
+        room = np.array(self.engine.arena_bytes, np.int64) - reserved * live_bytes
+        if at_most is not None:
+            share = np.array(self.engine.arena_bytes, np.float64) / sum(self.engine.arena_bytes)
+            room = np.minimum(room, np.floor(share * at_most).astype(np.int64) - n_tail * live_bytes)
+        if (room < 0).any():
+            raise ContextFull("the budget leaves no cells for composed tokens: raise --ctx or --budget")
+        if self.engine.per_layer:
+            return allocate_bytes(scores, row_bytes, room.tolist(), device=device)
+        fitting = int((room // np.maximum(live_bytes, 1)).min())
+        return np.array([min(fitting, s.shape[1]) for s in scores], np.int64)
+
+    def drop_tail(self, n: int) -> None:
+        """Forget the newest ``n`` tokens, which must still be live."""
+        self.engine.drop_tail(n)
+        self._live = self._live[: len(self._live) - n]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.engine.clear()
+        self._live = []
+        self._scores = self._no_scores()

@@ -1,0 +1,128 @@
+"""The vocabulary shared by everything above and below the engine.
+
+Axes: ``L`` layers with a composable cache, ``H`` KV heads of a layer, ``Q`` query heads of a layer (``G = Q // H``
+of them share a KV head), ``T`` tokens, ``K_l`` composed cells of layer ``l``.
+
+Rows of layer ``l`` are numbered for :meth:`Engine.rewrite` as ``0 … K_l - 1`` for its composed cells, best first,
+then ``K_l … K_l + n_live - 1`` for the live cells, which every layer has, oldest first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+
+#: Called with (tokens done, tokens in all); may raise KeyboardInterrupt to stop between micro-batches.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One layer of the cache.
+
+    index: the layer's number in the model; n_heads, n_kv_heads: Q and H; row_bytes: bytes of one cell, K and V of all
+    KV heads; device: which of the engine's arenas holds it.
+    """
+
+    index: int
+    n_heads: int
+    n_kv_heads: int
+    row_bytes: int
+    device: int = 0
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the policy and the reports need to know of a loaded model; ``layers`` are the composable ones."""
+
+    name: str
+    architecture: str
+    n_ctx_train: int
+    n_vocab: int
+    layers: tuple[LayerShape, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that one token takes in an uncompressed cache, over all composable layers."""
+        return sum(layer.row_bytes for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """What stands in the cache now.
+
+    composed: K_l of each layer; n_live: live cells in use; n_free: live cells still to be had; position: of the next
+    token, which is also the number of tokens seen.
+    """
+
+    composed: tuple[int, ...]
+    n_live: int
+    n_free: int
+    position: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn; temperature 0 is greedy. Fields are llama.cpp's samplers, applied in this order."""
+
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    temperature: float = 0.7
+    seed: int | None = None
+
+
+class Engine(Protocol):
+    """A loaded model with one sequence and a cache of fixed size (:mod:`kvcompose_local.engines`)."""
+
+    name: str
+    shape: ModelShape
+    #: True where each layer may keep its own number of cells; otherwise ``rewrite`` wants equal numbers.
+    per_layer: bool
+    #: Bytes the composable layers' cells may take on each device; never grows.
+    arena_bytes: tuple[int, ...]
+    #: Most tokens that one ``replay`` takes.
+    max_replay: int
+
+    def layout(self) -> CacheLayout:
+        """What stands in the cache now."""
+        ...
+
+    def decode(self, tokens: Sequence[int], progress: Progress | None = None) -> None:
+        """Append tokens as live cells. Raises ContextFull, with nothing changed, when they exceed ``n_free``."""
+        ...
+
+    def sample(self) -> int:
+        """Draw the next token from the logits of the last token decoded."""
+        ...
+
+    def replay(self, tokens: Sequence[int]) -> list[FloatArray]:
+        """Feed tokens once more after the context, and forget them again.
+
+        Returns, for each composable layer, float32 (Q, n_live): the largest softmax weight that any of these tokens
+        puts on each live cell. Needs ``len(tokens)`` free cells; leaves the cache as it was and the logits undefined.
+        """
+        ...
+
+    def rewrite(self, selection: Sequence[IntArray], n_tail: int) -> None:
+        """Replace all cells but the newest ``n_tail`` live ones by composed cells.
+
+        selection: for each composable layer int64 (H, K_l): head ``h`` of the layer's new composed cell ``r`` is head
+        ``h`` of old row ``selection[l][h, r]``. Raises before anything is changed when the layout does not fit.
+        """
+        ...
+
+    def drop_tail(self, n: int) -> None:
+        """Forget the newest ``n`` live tokens."""
+        ...
+
+    def clear(self) -> None:
+        """Forget everything."""
+        ...
