@@ -66,8 +66,7 @@ class AttentionMax:
         largest = self._largest[layer]
         if weights.ndim != 3 or weights.shape[0] != largest.shape[0] or weights.dtype != np.float32:
             raise InvalidInput(
-                f"weights must be float32 ({largest.shape[0]}, queries, cells), "
-                f"not {weights.dtype} {weights.shape}"
+                f"weights must be float32 ({largest.shape[0]}, queries, cells), not {weights.dtype} {weights.shape}"
             )
         kept = _kept_columns(columns, weights.shape[2])
         if isinstance(columns, slice):
@@ -92,9 +91,7 @@ class AttentionMax:
         """The result as one float32 array (L, Q, T). Raises InvalidInput when the layers differ in shape."""
         shapes = {largest.shape for largest in self._largest}
         if len(shapes) > 1:
-            raise InvalidInput(
-                "layers saw different numbers of tokens or heads; take result() layer by layer"
-            )
+            raise InvalidInput("layers saw different numbers of tokens or heads; take result() layer by layer")
         return np.stack(self._largest)
 
     def _redo_nearest(
@@ -128,9 +125,7 @@ def _kept_columns(columns: slice | NDArray[Any], n_kv: int) -> IntArray:
     if isinstance(columns, slice):
         return np.arange(n_kv, dtype=np.int64)[columns]
     kept = np.asarray(columns)
-    if kept.ndim != 1 or (
-        kept.size and (kept.dtype.kind not in "iu" or kept.min() < 0 or kept.max() >= n_kv)
-    ):
+    if kept.ndim != 1 or (kept.size and (kept.dtype.kind not in "iu" or kept.min() < 0 or kept.max() >= n_kv)):
         raise InvalidInput(f"columns must be a slice, or integers from 0 to {n_kv - 1}")
     return kept.astype(np.int64)
 

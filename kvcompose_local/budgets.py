@@ -50,7 +50,7 @@ def allocate_layer_budgets(
 def allocate_bytes(
     scores: Scores,
     row_bytes: Sequence[int] | NDArray[Any],
-    byte_budget: int | Sequence[int],
+    byte_budget: int | Sequence[int] | NDArray[Any],
     device: Sequence[int] | NDArray[Any] | None = None,
     *,
     min_per_layer: int = 0,
@@ -72,7 +72,7 @@ def allocate_bytes(
     composites = _composite_scores(as_layers(scores))
     n_tokens = _n_tokens(composites)
     cost = layer_counts("row_bytes", row_bytes, len(composites))
-    given = byte_budget if isinstance(byte_budget, Sequence) else [byte_budget]
+    given = byte_budget if isinstance(byte_budget, Sequence | np.ndarray) else [byte_budget]
     limits = [_count("byte_budget", limit) for limit in given]
     if device is None and len(limits) != 1:
         raise InvalidInput(f"{len(limits)} byte budgets need a device for each layer")
@@ -89,13 +89,11 @@ def allocate_bytes(
         left = limit - int((budgets * cost)[layers].sum())
         if left < 0:
             raise InvalidInput(
-                f"a byte budget of {limit} does not hold {min_per_layer} cells a layer; "
-                f"raise it to {limit - left}"
+                f"a byte budget of {limit} does not hold {min_per_layer} cells a layer; raise it to {limit - left}"
             )
         with np.errstate(over="ignore"):  # beyond float32 all are equally best
             priorities = [
-                (composites[layer][budgets[layer] :] * (mean_cost / cost[layer])).astype(np.float32)
-                for layer in layers
+                (composites[layer][budgets[layer] :] * (mean_cost / cost[layer])).astype(np.float32) for layer in layers
             ]
         budgets[layers] += _take_best(priorities, cost[layers], left)
     return budgets
@@ -139,8 +137,7 @@ def _take_best(priorities: list[FloatArray], cost: IntArray, limit: int) -> IntA
     n_layers = len(priorities)
     taken = np.zeros(n_layers, np.int64)
     keys = [
-        best_first_keys(values, np.arange(values.size) * n_layers + layer)
-        for layer, values in enumerate(priorities)
+        best_first_keys(values, np.arange(values.size) * n_layers + layer) for layer, values in enumerate(priorities)
     ]
     queue = key_indices(np.sort(np.concatenate(keys))) % n_layers  # the layer of each rank, best rank first
     left = min(limit, int(cost[queue].sum()))  # a limit may exceed int64

@@ -9,7 +9,7 @@ n × (i32, u32, i32…)    position, number of sequence ids (1), the ids
 u32, u32                V transposed?, layers
 per layer               i32 ggml type, u64 bytes of a K row, n rows
 per layer, V plain      i32 ggml type, u64 bytes of a V row, n rows
-per layer, V transp.    i32 ggml type, u32 bytes of an element, u32 elements of a V row, then for each of these n elements
+per layer, V transp.    i32 type, u32 bytes of an element, u32 elements of a V row, then n of each element
 ======================  ==================================================================================
 
 There is no version number inside, so every size is checked and nothing may be left over.

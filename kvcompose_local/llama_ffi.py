@@ -24,8 +24,14 @@ from kvcompose_local.interfaces import FloatArray, Sampling
 
 #: ``LLAMA_CPP_LIB_PATH`` is read by llama-cpp-python when it is imported; a library the user names there wins.
 _LIBRARY_VARIABLE = "LLAMA_CPP_LIB_PATH"
-_LOG_LEVEL_WARN, _LOG_LEVEL_ERROR, _LOG_LEVEL_CONT = 3, 4, 5
+_LOG_LEVEL_ERROR = 4
 _SOFTMAX_PREFIX = b"kq_soft_max-"
+
+#: For models that bring none. Roles on lines of their own are what base models have seen most.
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
 
 #: Receives (model layer, float32 (Q, n_queries, n_kv) softmax weights of one micro-batch); the array is native memory
 #: and dies with the call.
@@ -78,7 +84,7 @@ _log_lines: deque[str] = deque(maxlen=20)
 @lib.llama_log_callback  # type: ignore[untyped-decorator]
 def _on_log(level: int, text: bytes, _user_data: object) -> None:
     line = text.decode("utf-8", "replace").rstrip()
-    if level in (_LOG_LEVEL_WARN, _LOG_LEVEL_ERROR) and line:
+    if level == _LOG_LEVEL_ERROR and line:
         _log_lines.append(line)
     if os.environ.get("KVCOMPOSE_LOG"):
         print(line, file=sys.stderr)
@@ -89,8 +95,8 @@ lib.llama_backend_init()
 
 
 def _last_log() -> str:
-    """The last thing llama.cpp complained of, in brackets, or nothing."""
-    return f" ({_log_lines[-1]})" if _log_lines else ""
+    """What llama.cpp complained of first since the last call, in brackets, or nothing: later lines only repeat it."""
+    return f" ({_log_lines[0].partition(': ')[2] or _log_lines[0]})" if _log_lines else ""
 
 
 def library_path() -> Path:
@@ -109,11 +115,10 @@ class Model:
     Raises ModelError when llama.cpp cannot load the file. ``progress`` gets (percent, 100) and may raise.
     """
 
-    def __init__(
-        self, path: Path, *, gpu_layers: int = 0, progress: Callable[[int, int], None] | None = None
-    ) -> None:
+    def __init__(self, path: Path, *, gpu_layers: int = 0, progress: Callable[[int, int], None] | None = None) -> None:
         self.path = path
         self.gpu_layers = gpu_layers
+        self._formatter: Any = None
         params = lib.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         stopped: list[BaseException] = []
@@ -201,7 +206,11 @@ class Model:
             return "hybrid"
         if self.metadata(f"{arch}.attention.kv_lora_rank") is not None:
             return "mla"
-        if lib.llama_model_rope_type(self._model) not in (-1, 0, 2):  # none, normal, NeoX; the rest has 2D positions
+        if lib.llama_model_rope_type(self._model) not in (
+            -1,
+            0,
+            2,
+        ):  # none, normal, NeoX; the rest has 2D positions
             return "m-rope"
         if lib.llama_model_n_swa(self._model) > 0:
             return "sliding-window"
@@ -211,6 +220,25 @@ class Model:
         """The GGUF's own Jinja chat template, or None."""
         raw = lib.llama_model_chat_template(self._model, None)
         return raw.decode("utf-8", "replace") if raw else None
+
+    def render_chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        """``messages`` through the GGUF's chat template, in llama-cpp-python's Jinja sandbox.
+
+        A model without a template (a base model) gets :data:`PLAIN_TEMPLATE`. Raises ModelError when the template
+        fails or refuses the messages.
+        """
+        # Importing the formatter costs 0.2 s, which a one-shot completion without a template need not pay.
+        import jinja2
+        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+        template = self.chat_template() or PLAIN_TEMPLATE
+        try:
+            if self._formatter is None or self._formatter.add_generation_prompt != add_generation_prompt:
+                bos, eos = self.special_text("bos"), self.special_text("eos")
+                self._formatter = Jinja2ChatFormatter(template, eos, bos, add_generation_prompt)
+            return str(self._formatter(messages=list(messages)).prompt)
+        except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+            raise ModelError(f"the model's chat template failed: {error}") from error
 
     def special_text(self, which: str) -> str:
         """Text of the ``bos`` or ``eos`` token, empty when the vocabulary has none."""
@@ -354,7 +382,9 @@ class Context:
         """Run one micro-batch at the next positions; logits are those of its last token."""
         if not 0 < len(tokens) <= self.n_ubatch:
             raise InvalidInput(f"a micro-batch holds 1 to {self.n_ubatch} tokens, not {len(tokens)}")
-        batch = lib.llama_batch_get_one((lib.llama_token * len(tokens))(*tokens), len(tokens))
+        # The batch holds only a pointer: the array must outlive the call.
+        array = (lib.llama_token * len(tokens))(*tokens)
+        batch = lib.llama_batch_get_one(array, len(tokens))
         self._callback_error = None
         _log_lines.clear()
         self.has_logits = False
@@ -373,7 +403,7 @@ class Context:
         if not self.has_logits:
             raise EngineError("there are no logits: decode a token first")
         pointer = lib.llama_get_logits_ith(self._ctx, -1)
-        return np.ctypeslib.as_array(pointer, shape=(self.model.n_vocab,)).copy()
+        return np.array(np.ctypeslib.as_array(pointer, shape=(self.model.n_vocab,)), np.float32)
 
     def set_sampling(self, sampling: Sampling) -> None:
         """Replace the sampler chain."""
@@ -433,20 +463,3 @@ class Context:
         read = int(lib.llama_state_seq_set_data(self._ctx, pointer, blob.size, 0))
         if read != blob.size:
             raise EngineError(f"llama_state_seq_set_data read {read} of {blob.size} bytes{_last_log()}")
-
-
-def render_chat(
-    template: str, messages: Sequence[dict[str, str]], *, bos: str, eos: str, add_generation_prompt: bool
-) -> str:
-    """``messages`` through a GGUF's Jinja chat template, in llama-cpp-python's sandbox.
-
-    Raises ModelError when the template itself fails or refuses the messages.
-    """
-    import jinja2
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-    try:
-        formatter = Jinja2ChatFormatter(template, eos, bos, add_generation_prompt)
-        return str(formatter(messages=list(messages)).prompt)
-    except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"the model's chat template failed: {error}") from error

@@ -20,9 +20,7 @@ _INDEX_BITS = 32
 _INDEX_MASK = (1 << _INDEX_BITS) - 1
 
 
-def token_scores(
-    attention_max: NDArray[Any], n_kv_heads: int, *, add_mean_across_heads: bool = True
-) -> FloatArray:
+def token_scores(attention_max: NDArray[Any], n_kv_heads: int, *, add_mean_across_heads: bool = True) -> FloatArray:
     """Score of every token for every KV head: float32 (L, H, T).
 
     ``attention_max`` is float (L, Q, T), the largest softmax weight each token got from each query head.
@@ -68,8 +66,7 @@ def as_layers(scores: Scores) -> list[FloatArray]:
             raise InvalidInput(f"scores of layer {index} are not an array: {error}") from error
         if layer.ndim != 2 or layer.dtype.kind != "f" or (layer.shape[0] == 0 and layer.shape[1] > 0):
             raise InvalidInput(
-                f"scores of layer {index} must be floats of shape (heads, tokens), "
-                f"not {layer.dtype} {layer.shape}"
+                f"scores of layer {index} must be floats of shape (heads, tokens), not {layer.dtype} {layer.shape}"
             )
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
             layer = layer.astype(np.float32, copy=False)

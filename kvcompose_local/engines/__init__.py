@@ -58,7 +58,7 @@ def open_engine(
     n_ctx None takes 8192 or the model's trained length, whichever is less. Raises InvalidInput for impossible numbers,
     before the weights are read where that can be known, and ModelError for models that cannot run.
     """
-    cells_for(n_ctx or DEFAULT_CTX, budget)
+    cells_for(DEFAULT_CTX if n_ctx is None else n_ctx, budget)
     model = Model(path, gpu_layers=gpu_layers, progress=progress)
     try:
         if not model.can_generate:

@@ -204,4 +204,3 @@ class StockEngine:
         self._context.clear()
         self._n_composed = 0
         self._first_live = 0
-

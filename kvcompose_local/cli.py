@@ -1,0 +1,314 @@
+"""The command line: options, wiring and exit codes; nothing else."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import resource
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvcompose_local import __version__
+from kvcompose_local.errors import InvalidInput, KVComposeError
+
+if TYPE_CHECKING:
+    from kvcompose_local.chat import Chat
+    from kvcompose_local.repl import Interrupts, Status
+
+MIB = 2**20
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+@click.option("--debug", is_flag=True, help="Show the traceback of a failure.")
+def cli(debug: bool) -> None:
+    """Chat with a local GGUF model whose KV cache stays inside the memory you give it.
+
+    \b
+    kvcompose-local run                               the small default model, in a REPL
+    kvcompose-local run model.gguf --budget 0.5       your model, half the cache
+    kvcompose-local run -f notes.txt -p "Who wrote this?"
+    """
+
+
+@cli.command()
+@click.argument("model", required=False)
+@click.option("--budget", type=float, default=0.5, show_default=True, help="Share of the full cache to use, in (0, 1].")
+@click.option("--ctx", "n_ctx", type=int, help="Positions the chat may span.  [default: 8192, or what the model knows]")
+@click.option("-p", "--prompt", help="Ask this, print the answer and leave.")
+@click.option("-f", "--file", "files", multiple=True, type=click.Path(path_type=Path), help="Read this text first.")
+@click.option("--system", help="System prompt.")
+@click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Longest answer.")
+@click.option("--temp", type=click.FloatRange(0, 10), default=0.7, show_default=True, help="Temperature; 0 is greedy.")
+@click.option(
+    "--top-k",
+    type=click.IntRange(0),
+    default=40,
+    show_default=True,
+    help="Draw from the k likeliest; 0: all.",
+)
+@click.option("--top-p", type=click.FloatRange(0, 1), default=0.95, show_default=True, help="Nucleus sampling.")
+@click.option("--min-p", type=click.FloatRange(0, 1), default=0.05, show_default=True, help="Share of the best token.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Repeat a random answer.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: physical cores]")
+@click.option("--gpu-layers", type=click.IntRange(0), help="Layers on the GPU.  [default: all with Metal, else 0]")
+@click.option("--json", "as_json", is_flag=True, help="With -p or piped input: one JSON object on stdout.")
+def run(
+    model: str | None,
+    budget: float,
+    n_ctx: int | None,
+    prompt: str | None,
+    files: tuple[Path, ...],
+    system: str | None,
+    max_tokens: int,
+    temp: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int | None,
+    threads: int | None,
+    gpu_layers: int | None,
+    as_json: bool,
+) -> None:
+    """Chat with MODEL: a GGUF file, or a name of `kvcompose-local models list`.
+
+    With -p, or with text piped in, each line is answered in turn and the program ends. Everything but the answers goes
+    to stderr. In the REPL /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.
+    """
+    from kvcompose_local.interfaces import Sampling
+    from kvcompose_local.repl import COMMANDS, Interrupts, Repl, Status, read_text_file
+
+    check_numbers(budget, n_ctx)
+    interactive = prompt is None and sys.stdin is not None and sys.stdin.isatty()
+    if as_json and interactive:
+        raise click.UsageError("--json goes with -p or with piped input")
+    documents = [read_text_file(path) for path in files]
+    interrupts = Interrupts()
+    status = Status(sys.stderr, should_stop=interrupts)
+    sampling = Sampling(top_k=top_k, top_p=top_p, min_p=min_p, temperature=temp, seed=seed)
+    with open_chat(
+        model,
+        budget=budget,
+        n_ctx=n_ctx,
+        n_threads=threads,
+        gpu_layers=gpu_layers,
+        sampling=sampling,
+        system=system,
+        interrupts=interrupts,
+        status=status,
+    ) as chat:
+        repl = Repl(
+            chat,
+            read_line=lambda: None,
+            out=io.StringIO() if as_json else sys.stdout,
+            status=status,
+            interrupts=interrupts,
+            max_tokens=max_tokens,
+            describe=lambda: describe(chat),
+        )
+        with interrupts.caught():
+            for path, text in zip(files, documents, strict=True):
+                stats = chat.read(text)
+                if stats.stopped:
+                    raise KVComposeError(f"stopped while reading {path}")
+        if interactive:
+            from kvcompose_local.prompt import line_reader
+
+            status.line(f"{describe(chat)}\n/help lists the commands.")
+            repl.read_line = line_reader(COMMANDS)
+            repl.run()
+            return
+        for line in [prompt] if prompt is not None else read_stdin():
+            if line.strip():
+                with interrupts.caught():
+                    repl.answer(line)
+                if interrupts.requested:
+                    raise KVComposeError("stopped")
+        if as_json:
+            click.echo(json.dumps(result(chat), ensure_ascii=False))
+
+
+def check_numbers(budget: float, n_ctx: int | None) -> None:
+    """Refuse impossible numbers before anything is loaded or fetched."""
+    if not 0 < budget <= 1:
+        raise click.BadParameter(f"{budget} is not in (0, 1]", param_hint="--budget")
+    if n_ctx is not None and n_ctx <= 0:
+        raise click.BadParameter(f"{n_ctx} is not a number of positions above 0", param_hint="--ctx")
+
+
+def read_stdin() -> list[str]:
+    """All lines of standard input; none where it is closed. Raises InvalidInput for what is not text."""
+    if sys.stdin is None:
+        return []
+    try:
+        return sys.stdin.read().splitlines()
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"standard input is not UTF-8 text (byte {error.start})") from error
+
+
+@contextmanager
+def open_chat(
+    model: str | None,
+    *,
+    budget: float,
+    n_ctx: int | None,
+    n_threads: int | None,
+    gpu_layers: int | None,
+    sampling: Any,
+    system: str | None,
+    interrupts: Interrupts,
+    status: Status,
+) -> Iterator[Chat]:
+    """Find or fetch the model, load it, and wire engine, memory and chat together."""
+    from kvcompose_local import models
+
+    path = models.resolve(model, pull=True, progress=True)
+    models.check_gguf(path)
+    # llama.cpp is loaded only now, so that wrong usage and --help answer at once.
+    from kvcompose_local import llama_ffi
+    from kvcompose_local.chat import Chat
+    from kvcompose_local.compaction import CacheMemory
+    from kvcompose_local.engines import open_engine
+
+    engine, positions = open_engine(
+        path,
+        n_ctx=n_ctx,
+        budget=budget,
+        n_threads=n_threads,
+        gpu_layers=gpu_layers if gpu_layers is not None else (999 if llama_ffi.supports_gpu() else 0),
+        sampling=sampling,
+        progress=lambda done, total: status.progress("loading:", done, total),
+    )
+    with engine:
+        memory = CacheMemory(
+            engine,
+            positions,
+            compose=budget < 1,
+            on_compaction=lambda report: status.line(report.line()),
+            on_progress=lambda done, total: status.progress("compacting:", done, total),
+        )
+        yield Chat(
+            engine.model,
+            memory,
+            system=system,
+            should_stop=interrupts,
+            on_read=lambda done, total: status.progress("reading:", done, total),
+        )
+
+
+def peak_rss_bytes() -> int:
+    """The most resident memory this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def result(chat: Chat) -> dict[str, Any]:
+    """What ``--json`` prints: the last answer, counts over all turns, and the cache's measured size."""
+    memory, turns = chat.memory, chat.turns
+    engine = memory.engine
+    layout = engine.layout()
+    prefill = sum(turn.prefill_seconds for turn in turns)
+    decode = sum(turn.decode_seconds for turn in turns)
+    prompt_tokens = sum(turn.prompt_tokens for turn in turns)
+    generated = sum(turn.generated_tokens for turn in turns)
+    answers = [message["content"] for message in chat.messages if message["role"] == "assistant"]
+    return {
+        "text": answers[-1] if answers else "",
+        "answers": answers,
+        "prompt_tokens": prompt_tokens,
+        "generated_tokens": generated,
+        "positions": layout.position,
+        "kv_bytes": sum(engine.arena_bytes),
+        "kv_bytes_used": memory.used_bytes,
+        "kv_bytes_full": memory.n_ctx * engine.shape.row_bytes,
+        "layer_cells": [composed + layout.n_live for composed in layout.composed],
+        "compactions": len(memory.reports),
+        "prefill_tokens_per_second": round(prompt_tokens / prefill, 2) if prefill else 0.0,
+        "decode_tokens_per_second": round(generated / decode, 2) if decode else 0.0,
+        "compaction_seconds": round(sum(report.seconds for report in memory.reports), 3),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "engine": engine.name,
+        "model": engine.shape.name,
+    }
+
+
+def describe(chat: Chat) -> str:
+    """The chat's numbers for people."""
+    memory = chat.memory
+    engine = memory.engine
+    layout = engine.layout()
+    full = memory.n_ctx * engine.shape.row_bytes
+    numbers = result(chat)
+    lines = [
+        f"{engine.shape.name} ({engine.shape.architecture}), engine {engine.name}",
+        f"positions: {layout.position} of {memory.n_ctx} used",
+        f"cache: {memory.used_bytes / MIB:.1f} MiB in use of {sum(engine.arena_bytes) / MIB:.1f} MiB; "
+        f"uncompressed it would take {full / MIB:.1f} MiB",
+    ]
+    if engine.name == "stock" and memory.compose:
+        lines.append(
+            "all layers keep equally many cells in this engine, which forgets more than it must: "
+            "`kvcompose-local build` makes the better one"
+        )
+    if layout.position:
+        low, high = min(layout.composed), max(layout.composed)
+        lines += [
+            f"cells a layer: {low}–{high} composed, {layout.n_live} live, {layout.n_free} free",
+            f"speed: prefill {numbers['prefill_tokens_per_second']} tokens/s, "
+            f"decode {numbers['decode_tokens_per_second']} tokens/s",
+            f"compactions: {numbers['compactions']}, {numbers['compaction_seconds']:.1f} s in all",
+            f"memory of this process: {peak_rss_bytes() / MIB:.0f} MiB at its peak",
+        ]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The entry point: runs the command and turns failures into one line and an exit code."""
+    debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
+    sys.exit(_exit_code(arguments, debug))
+
+
+def _exit_code(arguments: list[str] | None, debug: bool) -> int:
+    try:
+        if sys.stdout is None or sys.stderr is None:
+            raise KVComposeError("standard output or error is closed: nowhere to print to")
+        code = cli.main(args=arguments, prog_name="kvcompose-local", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except click.ClickException as error:
+        return _fail(error.format_message(), error.exit_code)
+    except click.exceptions.Exit as error:
+        return int(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("stopped", 1)
+    except KVComposeError as error:
+        if debug:
+            traceback.print_exc()
+        return _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        # The reader has gone; a second failure while Python flushes at exit must not print a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _fail("the reader of standard output has gone", 1)
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+    except MemoryError:
+        return _fail("out of memory: lower --ctx or --budget", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    if sys.stderr is not None:
+        print("error: " + " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""The line editor of the interactive chat: history, completion, multi-line paste (prompt_toolkit)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import platformdirs
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+
+
+class CommandCompleter(Completer):
+    """Completes /commands, and file names after /read."""
+
+    def __init__(self, commands: Sequence[str]) -> None:
+        self._commands = commands
+        self._paths = PathCompleter(expanduser=True)
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+        text = document.text_before_cursor
+        if text.startswith("/read "):
+            path = Document(text[len("/read ") :])
+            yield from self._paths.get_completions(path, complete_event)
+        elif text.startswith("/") and " " not in text:
+            yield from (Completion(c, start_position=-len(text)) for c in self._commands if c.startswith(text))
+
+
+def _history() -> History:
+    try:
+        folder = platformdirs.user_state_path("kvcompose-local", ensure_exists=True)
+        history = folder / "history"
+        history.touch(mode=0o600)
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(str(history))
+
+
+def line_reader(commands: Sequence[str]) -> Callable[[], str | None]:
+    """A function that reads one message from the terminal; None at Ctrl-D, KeyboardInterrupt at Ctrl-C."""
+    session: PromptSession[str] = PromptSession(
+        history=_history(), completer=CommandCompleter(commands), complete_while_typing=False
+    )
+
+    def read_line() -> str | None:
+        try:
+            return session.prompt("> ")
+        except EOFError:
+            return None
+
+    return read_line

@@ -1,0 +1,252 @@
+"""The chat in a terminal: commands, streaming, statistics. Input and output are handed in, so tests can be exact."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO
+
+from kvcompose_local.chat import Chat, TurnStats
+from kvcompose_local.compaction import CompactionReport
+from kvcompose_local.errors import InvalidInput, KVComposeError
+
+HELP = """\
+/help           this text
+/stats          speeds, tokens and cache of this chat
+/compress [R]   compress the cache now, keeping at most the share R of the bytes in use (default 0.5)
+/read FILE      read a text file now; your next message asks about it
+/system [TEXT]  show the system prompt, or set it and read the conversation again under it
+/clear          forget the conversation, keep the system prompt
+/quit           leave (Ctrl-D does too)
+A line that begins with \"\"\" starts a message of several lines, which ends with \"\"\".
+Ctrl-C stops the answer, the reading or the compaction that runs; the chat goes on."""
+
+COMMANDS = ("/help", "/stats", "/compress", "/read", "/system", "/clear", "/quit")
+_FENCE = '"""'
+#: Progress is shown only for work that lasts longer.
+_PROGRESS_AFTER_SECONDS = 1.0
+
+
+class Interrupts:
+    """Turns Ctrl-C into a flag while native code runs: an exception could not cross its frames.
+
+    A second Ctrl-C before anyone looked at the flag raises KeyboardInterrupt as usual.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __call__(self) -> bool:
+        """Whether Ctrl-C was pressed."""
+        return self.requested
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        """Catch Ctrl-C in this block; only works in the main thread."""
+        self.requested = False
+        before: Any = signal.getsignal(signal.SIGINT)
+
+        def on_interrupt(number: int, frame: FrameType | None) -> None:
+            if self.requested:
+                signal.default_int_handler(number, frame)
+            self.requested = True
+
+        signal.signal(signal.SIGINT, on_interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+class Status:
+    """Progress and statistics on stderr: one line that is redrawn on a terminal, plain lines otherwise."""
+
+    def __init__(self, stream: TextIO, *, should_stop: Callable[[], bool] = lambda: False) -> None:
+        self.stream = stream
+        self.should_stop = should_stop
+        self._terminal = stream.isatty()
+        self._shown = False
+        self._started: float | None = None
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Show ``what: done/total`` once the work lasts; raises KeyboardInterrupt when Ctrl-C was pressed."""
+        now = time.monotonic()
+        if self._started is None or done == 0:
+            self._started = now
+        elapsed = now - self._started
+        if done >= total:
+            self._started = None
+            self._erase()
+        elif self._terminal and elapsed > _PROGRESS_AFTER_SECONDS:
+            left = elapsed / done * (total - done) if done else 0.0
+            self.stream.write(f"\r\x1b[K{what} {done}/{total} tokens, {left:.0f} s left")
+            self.stream.flush()
+            self._shown = True
+        if self.should_stop():
+            self._started = None
+            self._erase()
+            raise KeyboardInterrupt
+
+    def line(self, text: str) -> None:
+        """Print one line."""
+        self._erase()
+        self.stream.write(text + "\n")
+        self.stream.flush()
+
+    def _erase(self) -> None:
+        if self._shown:
+            self.stream.write("\r\x1b[K")
+            self._shown = False
+
+
+def read_text_file(path: Path) -> str:
+    """The text of a UTF-8 file. Raises InvalidInput, in one line, for what cannot be read as text."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise InvalidInput(f"cannot read {path}: {error.strerror or error}") from error
+    if b"\x00" in raw:
+        raise InvalidInput(f"{path} is a binary file, not text")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error
+
+
+class Repl:
+    """Reads messages and commands, prints answers.
+
+    read_line returns the next line without its newline, or None at the end of input; it may raise KeyboardInterrupt
+    for Ctrl-C at the prompt. Answers go to ``out``, everything else to ``status``.
+    """
+
+    def __init__(
+        self,
+        chat: Chat,
+        *,
+        read_line: Callable[[], str | None],
+        out: TextIO,
+        status: Status,
+        interrupts: Interrupts,
+        max_tokens: int,
+        describe: Callable[[], str] = lambda: "",
+    ) -> None:
+        self.chat = chat
+        self.read_line = read_line
+        self.out = out
+        self.status = status
+        self.interrupts = interrupts
+        self.max_tokens = max_tokens
+        self.describe = describe
+
+    def run(self) -> None:
+        """Serve until the end of input or /quit."""
+        while True:
+            try:
+                message = self._read_message()
+            except KeyboardInterrupt:
+                self.status.line("(Ctrl-D or /quit leaves)")
+                continue
+            if message is None:
+                return
+            if not message.strip():
+                continue
+            try:
+                with self.interrupts.caught():
+                    if message.startswith("/"):
+                        if self._command(message) == "quit":
+                            return
+                    else:
+                        self.answer(message)
+            except KeyboardInterrupt:
+                self.status.line("stopped")
+            except KVComposeError as error:
+                self.status.line(f"error: {error}")
+
+    def _read_message(self) -> str | None:
+        line = self.read_line()
+        if line is None or not line.lstrip().startswith(_FENCE):
+            return line
+        text = line.lstrip()[len(_FENCE) :]
+        while not text.rstrip().endswith(_FENCE):
+            more = self.read_line()
+            if more is None:
+                return text
+            text += "\n" + more
+        return text.rstrip()[: -len(_FENCE)].strip("\n")
+
+    def answer(self, message: str) -> TurnStats | None:
+        """Ask and stream; returns the turn's statistics, None where Ctrl-C came before the answer."""
+        for piece in self.chat.ask(message, max_tokens=self.max_tokens):
+            self.out.write(piece)
+            self.out.flush()
+        self.out.write("\n")
+        self.out.flush()
+        stats = self.chat.turns[-1]
+        if stats.stopped == "context":
+            self.status.line(
+                f"the chat has used all {self.chat.memory.n_ctx} positions: /clear, or start again with a larger --ctx"
+            )
+        elif stats.stopped == "length":
+            self.status.line(f"(stopped after {self.max_tokens} tokens: --max-tokens allows more)")
+        elif stats.stopped == "interrupt":
+            unread = self.chat.unread_tokens
+            self.status.line(
+                f"(stopped; {unread} tokens are read before your next message)" if unread > 1 else "(stopped)"
+            )
+        return stats
+
+    def on_compaction(self, report: CompactionReport) -> None:
+        """Say what a compaction did."""
+        self.status.line(report.line())
+
+    def _command(self, line: str) -> str | None:
+        name, _, argument = line.strip().partition(" ")
+        argument = argument.strip()
+        if name == "/quit":
+            return "quit"
+        if name == "/help":
+            self.status.line(HELP)
+        elif name == "/stats":
+            self.status.line(self.describe())
+        elif name == "/compress":
+            self._compress(argument)
+        elif name == "/clear":
+            self.chat.clear()
+            self.status.line("forgotten: the conversation is empty")
+        elif name == "/system":
+            self._system(argument)
+        elif name == "/read":
+            self._read_file(argument)
+        else:
+            self.status.line(f"there is no {name}: /help lists the commands")
+        return None
+
+    def _compress(self, argument: str) -> None:
+        try:
+            keep = float(argument) if argument else 0.5
+        except ValueError as error:
+            raise InvalidInput(f"/compress takes a share in (0, 1], not {argument!r}") from error
+        if self.chat.memory.compact(keep) is None:
+            self.status.line("there is nothing to compress yet")
+
+    def _system(self, argument: str) -> None:
+        if argument:
+            self.chat.set_system(argument)
+            self.status.line("the system prompt is set")
+        else:
+            self.status.line(self.chat.system or "there is no system prompt; /system TEXT sets one")
+
+    def _read_file(self, argument: str) -> None:
+        if not argument:
+            raise InvalidInput("/read takes a file name")
+        stats = self.chat.read(read_text_file(Path(argument).expanduser()))
+        self.status.line(
+            f"read {stats.prompt_tokens} tokens of {argument}: ask about it"
+            if stats.stopped != "interrupt"
+            else f"stopped; the other {self.chat.unread_tokens} tokens are read before your next message"
+        )

@@ -1,0 +1,105 @@
+"""An engine of byte tokens without a model: it keeps what a real one would, so that the policy can be checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from kvcompose_local.errors import ContextFull
+from kvcompose_local.interfaces import CacheLayout, FloatArray, IntArray, LayerShape, ModelShape, Progress
+
+END = 256
+
+
+class FakeEngine:
+    """Cells hold (token, position) of each head; a token attracts attention in proportion to its value."""
+
+    name = "fake"
+    max_replay = 10**9
+
+    def __init__(self, n_cells: int, answers: Sequence[str] = (), *, per_layer: bool = False, n_layers: int = 2) -> None:
+        layers = tuple(LayerShape(i, 4, 2, 10) for i in range(n_layers))
+        self.shape = ModelShape("Fake", "fake", 10**6, 257, layers)
+        self.per_layer = per_layer
+        self.arena_bytes: tuple[int, ...] = (n_cells * self.shape.row_bytes,)
+        self.answers = [*answers]
+        self.replayed: list[bytes] = []
+        self.fed = b""
+        self.clear()
+
+    def clear(self) -> None:
+        self.composed = [np.zeros((2, 0), np.int64) for _ in self.shape.layers]
+        self.live: list[int] = []
+        self.position = 0
+        self._answer: list[int] = []
+
+    def layout(self) -> CacheLayout:
+        composed = tuple(c.shape[1] for c in self.composed)
+        used = sum(k + len(self.live) for k in composed) * 10
+        free = (self.arena_bytes[0] - used) // self.shape.row_bytes
+        return CacheLayout(composed, len(self.live), free, self.position)
+
+    def decode(self, tokens: Sequence[int], progress: Progress | None = None) -> None:
+        if len(tokens) > self.layout().n_free:
+            raise ContextFull("fake cache is full")
+        for n, token in enumerate(tokens, 1):
+            self.live.append(token)
+            self.fed += bytes([token])
+            self.position += 1
+            if progress is not None:
+                progress(n, len(tokens))
+
+    def sample(self) -> int:
+        if not self._answer:
+            self._answer = [*self.answers.pop(0).encode(), END]
+        return self._answer.pop(0)
+
+    def replay(self, tokens: Sequence[int]) -> list[FloatArray]:
+        if len(tokens) > self.layout().n_free:
+            raise ContextFull("fake cache is full")
+        self.replayed.append(bytes(tokens))
+        values = np.array(self.live, np.float32) / 256
+        heads = np.linspace(0.5, 1, 4, dtype=np.float32)[:, None]
+        return [heads * (values if i % 2 == 0 else 1 - values) for i in range(len(self.shape.layers))]
+
+    def rewrite(self, selection: Sequence[IntArray], n_tail: int) -> None:
+        rows = [np.concatenate([c, np.tile(self.live, (2, 1))], axis=1) for c in self.composed]
+        self.composed = [np.take_along_axis(r, s, axis=1) for r, s in zip(rows, selection, strict=True)]
+        self.live = self.live[len(self.live) - n_tail :]
+        if self.layout().n_free < 0:
+            raise ContextFull("the fake cache overflowed")
+
+    def drop_tail(self, n: int) -> None:
+        self.live = self.live[: len(self.live) - n]
+        self.position -= n
+
+
+class FakeModel:
+    """Text as UTF-8 bytes, and a template in square brackets."""
+
+    adds_bos = False
+
+    def __init__(self, *, template: bool = True, trims: bool = False) -> None:
+        self.template = template
+        self.trims = trims
+
+    def chat_template(self) -> str | None:
+        return "fake" if self.template else None
+
+    def render_chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        contents = [m["content"].strip() if self.trims else m["content"] for m in messages]
+        text = "".join(f"[{m['role'][0]}]{c}[/]" for m, c in zip(messages, contents, strict=True))
+        return text + "[a]" * add_generation_prompt
+
+    def special_text(self, which: str) -> str:
+        return ""
+
+    def tokenize(self, text: str, *, add_bos: bool = False, special: bool = True) -> list[int]:
+        return list(text.encode())
+
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token])
+
+    def is_end(self, token: int) -> bool:
+        return token == END

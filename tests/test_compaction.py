@@ -1,0 +1,154 @@
+"""The memory policy, on the fake engine."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from fake_engine import FakeEngine
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvcompose_local.compaction import CacheMemory, CompactionReport, Policy
+from kvcompose_local.errors import ContextFull, InvalidInput
+
+POLICY = Policy(n_tail=4, n_headroom=8, n_scratch=8, n_lead_in=2)
+
+
+def test_nothing_is_composed_before_it_must_be() -> None:
+    engine = FakeEngine(40)
+    memory = CacheMemory(engine, 1000, policy=POLICY)
+    memory.feed(range(32))
+    assert memory.reports == []
+    memory.feed([99])
+    assert len(memory.reports) == 1
+    assert engine.layout().position == 33
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_the_best_tokens_stay_and_the_newest_stay_live(per_layer: bool) -> None:
+    engine = FakeEngine(40, per_layer=per_layer)
+    memory = CacheMemory(engine, 1000, policy=POLICY)
+    tokens = [5, 250, 7, 240, *[100] * 24, 11, 12, 13, 14]
+    memory.feed([*tokens, 15])
+    # 40 cells less tail, headroom and scratch leave 20 composed a layer (40 in all where layers may differ).
+    budgets = [c.shape[1] for c in engine.composed]
+    assert budgets == [20, 20] if not per_layer else sum(budgets) == 40
+    assert {250, 240} <= set(engine.composed[0][0])
+    assert {5, 7} <= set(engine.composed[1][1])
+    assert engine.live == [11, 12, 13, 14, 15]
+    assert list(memory.live_tokens) == engine.live
+
+
+def test_the_replay_is_chunked_with_a_lead_in() -> None:
+    engine = FakeEngine(40)
+    memory = CacheMemory(engine, 1000, policy=POLICY)
+    memory.feed(range(65, 65 + 33))
+    assert engine.replayed == [b"ABCDEF", b"EFGHIJKL", b"KLMNOPQR", b"QRSTUVWX", b"WXYZ[\\"]
+
+
+def test_composed_cells_keep_their_scores() -> None:
+    """A token that won once wins again without being replayed, and loses to better ones."""
+    engine = FakeEngine(40)
+    memory = CacheMemory(engine, 10_000, policy=POLICY)
+    memory.feed([200] * 3 + [50] * 29)
+    memory.feed([60] * 80)
+    assert len(memory.reports) > 2
+    assert list(engine.composed[0][0][:3]) == [200] * 3
+    assert 50 not in engine.composed[0][0]
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    n_cells=st.integers(28, 120),
+    pieces=st.lists(st.integers(1, 60), max_size=12),
+    per_layer=st.booleans(),
+    seed=st.integers(0, 10),
+)
+def test_the_arena_holds_at_every_moment(n_cells: int, pieces: list[int], per_layer: bool, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    engine = FakeEngine(n_cells, per_layer=per_layer)
+    memory = CacheMemory(engine, 10_000, policy=POLICY)
+    for n in pieces:
+        memory.feed(rng.integers(0, 256, n).tolist())
+        layout = engine.layout()
+        assert layout.n_free >= 0
+        assert layout.n_live == len(memory.live_tokens)
+        assert memory.used_bytes <= engine.arena_bytes[0]
+    assert engine.position == sum(pieces)
+
+
+def test_budget_one_never_compacts_and_says_when_positions_run_out() -> None:
+    engine = FakeEngine(16)
+    memory = CacheMemory(engine, 16, compose=False, policy=POLICY)
+    memory.feed(range(16))
+    with pytest.raises(ContextFull, match="16 of --ctx 16 positions"):
+        memory.feed([1])
+    with pytest.raises(InvalidInput, match="budget 1"):
+        memory.compact()
+    assert engine.layout().position == 16
+
+
+def test_an_interrupt_in_a_compaction_changes_nothing_and_one_in_reading_keeps_what_was_read() -> None:
+    engine = FakeEngine(40)
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    memory = CacheMemory(engine, 1000, policy=POLICY, on_progress=stop)
+    memory.feed(range(32))
+    with pytest.raises(KeyboardInterrupt):
+        memory.feed([1])
+    assert engine.layout().composed == (0, 0)
+    assert engine.live == list(range(32))
+
+    memory.clear()
+
+    def stop_at_five(done: int, total: int) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        memory.feed(range(20), stop_at_five)
+    assert list(memory.live_tokens) == [0, 1, 2, 3, 4]
+    memory.feed([5])
+    assert engine.live == [0, 1, 2, 3, 4, 5]
+
+
+def test_compress_on_demand_halves_what_is_in_use() -> None:
+    engine = FakeEngine(200)
+    memory = CacheMemory(engine, 1000, policy=POLICY)
+    assert memory.compact(0.5) is None
+    memory.feed(range(100))
+    report = memory.compact(0.5)
+    assert report is not None
+    assert report.bytes_before == 2000
+    assert report.bytes_after <= 1000
+    assert report.bytes_after > 900
+    with pytest.raises(InvalidInput):
+        memory.compact(0.0)
+    with pytest.raises(InvalidInput):
+        memory.compact(float("nan"))
+
+
+def test_an_arena_too_small_is_told() -> None:
+    memory = CacheMemory(FakeEngine(16), 1000, policy=POLICY)
+    with pytest.raises(ContextFull, match="raise --ctx or --budget"):
+        memory.feed(range(20))
+
+
+def test_drop_tail_and_the_report_line() -> None:
+    memory = CacheMemory(FakeEngine(200), 1000, policy=POLICY)
+    memory.feed(range(10))
+    memory.drop_tail(4)
+    assert list(memory.live_tokens) == [0, 1, 2, 3, 4, 5]
+    report = CompactionReport(900, 800, (10, 300), 8, 3 << 20, 1 << 20, 0.5, 0.25, 0.25)
+    assert report.line() == (
+        "compacted: 900 tokens seen, 10–300 composed + 8 live cells a layer, "
+        "3.0 → 1.0 MiB (2.0 MiB freed) in 1.0 s"
+    )
+
+
+def test_policies_fit_their_arena() -> None:
+    for n_cells in (256, 512, 2048, 32768):
+        policy = Policy.for_cells(n_cells)
+        assert policy.n_tail + policy.n_headroom + policy.n_scratch < n_cells / 2

@@ -1,0 +1,254 @@
+"""The stock engine on real llama.cpp with tiny F32 models: bytes, logits, attention, errors from the callback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvcompose_local.cells import parse_state, write_state
+from kvcompose_local.engines import cells_for, open_engine, physical_cores
+from kvcompose_local.engines.stock import StockEngine, micro_batch
+from kvcompose_local.errors import ContextFull, EngineError, InvalidInput, ModelError
+from kvcompose_local.interfaces import Sampling
+from kvcompose_local.llama_ffi import Context, Model
+
+GREEDY = Sampling(temperature=0)
+ATTENTION_ONLY = ("llama", "qwen2", "qwen3", "phi3")
+RNG = np.random.default_rng(7)
+TOKENS = RNG.integers(3, 259, 120).tolist()
+
+
+def engine_of(path: Path, *, n_cells: int = 256, **options: object) -> StockEngine:
+    return StockEngine(Model(path), n_cells=n_cells, n_threads=1, sampling=GREEDY, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def llama(tiny_model: Callable[..., Path]) -> Iterator[StockEngine]:
+    with engine_of(tiny_model("llama")) as engine:
+        yield engine
+
+
+def selection_of(engine: StockEngine, rows: np.ndarray) -> list[np.ndarray]:
+    return [np.tile(rows, (layer.n_kv_heads, 1)) for layer in engine.shape.layers]
+
+
+@pytest.mark.parametrize("arch", ATTENTION_ONLY)
+def test_an_identity_rewrite_keeps_every_byte_and_the_future(tiny_model: Callable[..., Path], arch: str) -> None:
+    with engine_of(tiny_model(arch)) as engine, engine_of(tiny_model(arch)) as untouched:
+        for e in (engine, untouched):
+            e.decode(TOKENS[:100])
+        before = parse_state(engine._context.state())
+        engine.rewrite(selection_of(engine, np.arange(92)), 8)
+        after = parse_state(engine._context.state())
+        assert (before.positions == after.positions).all()
+        for a, b in zip(before.keys + before.values, after.keys + after.values, strict=True):
+            assert (a.data == b.data).all()
+        assert engine.layout() == type(engine.layout())((92,) * 3, 8, 156, 100)
+        for e in (engine, untouched):
+            e.decode(TOKENS[100:])
+        np.testing.assert_allclose(engine.logits(), untouched.logits(), atol=1e-4)
+        assert engine.sample() == untouched.sample()
+
+
+@pytest.mark.parametrize("arch", ATTENTION_ONLY)
+def test_dropped_cells_are_as_if_masked(tiny_model: Callable[..., Path], arch: str) -> None:
+    """Independent path: the reference never rewrites; it removes the same cells' positions before the next token."""
+    kept = np.array([0, 5, 17, 40, 41, 42, 77])
+    with engine_of(tiny_model(arch)) as engine, engine_of(tiny_model(arch)) as reference:
+        for e in (engine, reference):
+            e.decode(TOKENS[:100])
+        engine.rewrite(selection_of(engine, kept), 4)
+        for position in set(range(96)) - set(kept.tolist()):
+            reference._context.remove(position, position + 1)
+        for e in (engine, reference):
+            e._context.decode(TOKENS[100:101])
+        np.testing.assert_allclose(engine.logits(), reference.logits(), atol=1e-4)
+        assert engine.layout().position == reference._context.next_position == 101
+
+
+def test_each_head_gets_its_own_cells(llama: StockEngine) -> None:
+    llama.decode(TOKENS[:50])
+    before = parse_state(llama._context.state())
+    selection = [np.stack([RNG.permutation(46)[:9] for _ in range(2)]) for _ in range(3)]
+    llama.rewrite(selection, 4)
+    after = parse_state(llama._context.state())
+    head = before.keys[0].data.shape[1] // 2
+    for layer in range(3):
+        for h in range(2):
+            part = slice(h * head, (h + 1) * head)
+            rows = selection[layer][h]
+            assert (after.keys[layer].data[:9, part] == before.keys[layer].data[rows, part]).all()
+            values = slice(h * 32, (h + 1) * 32)
+            assert (after.values[layer].data[values, :9] == before.values[layer].data[values][:, rows]).all()
+    # and once more, out of composed and live cells
+    llama.decode(TOKENS[50:60])
+    again = [np.tile(np.array([3, 9, 12]), (2, 1))] * 3
+    middle = parse_state(llama._context.state())
+    llama.rewrite(again, 2)
+    last = parse_state(llama._context.state())
+    assert (last.keys[1].data[:3] == middle.keys[1].data[[3, 9, 12]]).all()
+    assert last.positions.tolist() == [55, 56, 57, 58, 59]
+
+
+def test_replay_sees_what_attention_saw_and_leaves_no_trace(llama: StockEngine) -> None:
+    llama.decode(TOKENS[:40])
+    before = llama._context.state()
+    tapped: list[np.ndarray] = []
+    whole = llama.replay(TOKENS[:30])
+    assert (llama._context.state() == before).all()
+    assert [a.shape for a in whole] == [(4, 40)] * 3
+    # Oracle: the full softmax of a single micro-batch, copied, whose rows must sum to 1.
+    llama._context.tap = lambda layer, w: tapped.append(w.copy())
+    llama._context.decode(TOKENS[:30])
+    llama._context.tap = None
+    llama._context.remove(40)
+    assert len(tapped) == 3
+    for layer in range(3):
+        assert tapped[layer].shape[:2] == (4, 30)
+        np.testing.assert_allclose(tapped[layer].sum(axis=2), 1, atol=1e-5)
+        np.testing.assert_allclose(whole[layer], tapped[layer][:, :, :40].max(axis=1), atol=1e-6)
+
+
+def test_the_maximum_does_not_depend_on_the_micro_batch(tiny_model: Callable[..., Path]) -> None:
+    results = []
+    for n_ubatch in (8, 64):
+        with engine_of(tiny_model("llama"), n_ubatch=n_ubatch) as engine:
+            engine.decode(TOKENS[:100])
+            results.append(engine.replay(TOKENS[:50]))
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+def test_an_error_in_the_callback_reaches_the_caller_and_the_chat_goes_on(llama: StockEngine) -> None:
+    llama.decode(TOKENS[:20])
+
+    def broken(layer: int, weights: np.ndarray) -> None:
+        raise ZeroDivisionError("in the callback")
+
+    llama._context.tap = broken
+    with pytest.raises(ZeroDivisionError, match="in the callback"):
+        llama.decode(TOKENS[20:30])
+    llama._context.tap = None
+    assert llama.layout().position == 20
+    with pytest.raises(EngineError, match="no logits"):
+        llama.sample()
+    llama.decode(TOKENS[20:30])
+    assert llama.sample() >= 0
+
+
+def test_wrong_calls_change_nothing(llama: StockEngine) -> None:
+    llama.decode(TOKENS[:100])
+    before = llama._context.state()
+    with pytest.raises(ContextFull):
+        llama.decode(list(range(3, 259)))
+    with pytest.raises(ContextFull):
+        llama.replay(list(range(3, 259)))
+    with pytest.raises(InvalidInput):
+        llama.rewrite(selection_of(llama, np.arange(3)), 101)
+    with pytest.raises(EngineError):
+        llama.rewrite(selection_of(llama, np.array([100])), 0)
+    with pytest.raises(InvalidInput):
+        llama.drop_tail(101)
+    assert (llama._context.state() == before).all()
+    llama.drop_tail(100)
+    assert llama.layout().position == 0
+    llama.clear()
+    llama.decode(TOKENS[:10])
+    assert llama.layout().n_live == 10
+
+
+@pytest.mark.parametrize("cache_type", [1, 8, 2], ids=["F16", "Q8_0", "Q4_0"])
+def test_a_plain_cache_of_any_type_is_rewritten(tiny_model: Callable[..., Path], cache_type: int) -> None:
+    """With flash attention V is not transposed and may be quantized."""
+    model = Model(tiny_model("llama"))
+    with Context(
+        model, n_ctx=256, n_ubatch=64, n_threads=1, flash_attention=True, cache_type=cache_type
+    ) as context:
+        context.decode(TOKENS[:50])
+        cells = parse_state(context.state())
+        assert not cells.values[0].transposed
+        rows = [np.stack([RNG.permutation(46)[:9] for _ in range(2)]) for _ in range(3)]
+        gathered = cells.gather(rows, 4)
+        blob = write_state(gathered)
+        context.remove(0)
+        context.set_state(blob)
+        assert (context.state() == blob).all()
+        assert context.next_position == 50
+        context.decode(TOKENS[50:60])
+        with pytest.raises(EngineError, match="set_data"):
+            context.set_state(blob[:-5])
+    model.close()
+
+
+def test_sampling_is_repeatable_and_follows_its_parameters(llama: StockEngine) -> None:
+    llama.decode(TOKENS[:20])
+    best = int(llama.logits().argmax())
+    assert llama.sample() == best
+    draws = []
+    for seed in (1, 1, 2):
+        llama.set_sampling(Sampling(temperature=5.0, top_k=0, top_p=1.0, min_p=0.0, seed=seed))
+        draws.append([llama.sample() for _ in range(20)])
+    assert draws[0] == draws[1] != draws[2]
+    llama.set_sampling(Sampling(temperature=5.0, top_k=1))
+    assert {llama.sample() for _ in range(5)} == {best}
+
+
+def test_sliding_windows_and_odd_caches_are_refused_below_budget_one(tiny_model: Callable[..., Path]) -> None:
+    with pytest.raises(ModelError, match=r"sliding-window.*--budget 1.*kvcompose-local build"):
+        engine_of(tiny_model("gemma3"))
+    with pytest.raises(InvalidInput, match="F16"):
+        engine_of(tiny_model("llama"), cache_type=8)
+    with engine_of(tiny_model("gemma3"), scoring=False) as engine:
+        engine.decode(TOKENS)
+        assert engine.sample() >= 0
+
+
+def test_numbers_are_checked_before_weights_are_read(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    missing = tmp_path / "missing.gguf"
+    for budget in (0.0, -1.0, 1.5, float("nan"), float("inf")):
+        with pytest.raises(InvalidInput, match="budget"):
+            open_engine(missing, n_ctx=512, budget=budget)
+    with pytest.raises(InvalidInput, match="ctx"):
+        open_engine(missing, n_ctx=0, budget=0.5)
+    with pytest.raises(InvalidInput, match="256 cells"):
+        open_engine(missing, n_ctx=300, budget=0.5)
+    with pytest.raises(InvalidInput, match="4096 positions"):
+        open_engine(tiny_model("llama"), n_ctx=4097, budget=0.5)
+    engine, positions = open_engine(tiny_model("llama"), n_ctx=None, budget=0.5)
+    with engine:
+        assert positions == 4096
+        assert engine.arena_bytes == (2048 * engine.shape.row_bytes,)
+
+
+def test_cells_are_bought_exactly() -> None:
+    assert cells_for(4096, 0.5) == 2048
+    assert cells_for(1000, 1.0) == 1024
+    assert cells_for(2560, 0.3) == 768  # 0.3 as a decimal, not as the float below it
+    assert physical_cores() >= 1
+
+
+def test_the_softmax_tensor_stays_bounded() -> None:
+    for n_cells in (256, 8192, 131072):
+        for n_heads in (4, 14, 64):
+            n = micro_batch(n_cells, n_heads)
+            assert n == 8 or n * n_cells * n_heads * 4 <= 32 << 20
+
+
+def test_a_file_llama_cpp_refuses_gets_its_reason(tmp_path: Path) -> None:
+    from tiny_models import write_tiny_model
+
+    path = write_tiny_model(tmp_path / "cut.gguf")
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(ModelError, match=r"cannot load cut.gguf \(.+\)"):
+        Model(path)
+
+
+def test_loading_can_be_stopped(tiny_model: Callable[..., Path]) -> None:
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Model(tiny_model("llama"), progress=stop)

@@ -1,0 +1,109 @@
+"""Random F32 GGUF models of a few layers, one of each architecture the engines claim: exact tests in milliseconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+N_EMBD, N_FF, HEAD = 128, 96, 32
+#: Byte-level vocabulary: three specials, then the 256 bytes.
+N_VOCAB = 3 + 256
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3")
+SLIDING = ("gemma2", "gemma3")
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}[/]{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def write_tiny_model(
+    path: Path,
+    arch: str = "llama",
+    *,
+    n_layers: int = 3,
+    n_heads: int = 4,
+    n_kv_heads: int = 2,
+    head: int = HEAD,
+    n_ctx: int = 4096,
+    seed: int = 0,
+    template: str | None = TEMPLATE,
+    sliding_window: int = 64,
+) -> Path:
+    """Write a model whose attention is peaked enough to tell cells apart; ``head`` values a head."""
+    rng = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(str(path), arch)
+    writer.add_name("Tiny random")  # llama.cpp reads meaning into names such as phi3
+    writer.add_context_length(n_ctx)
+    writer.add_embedding_length(N_EMBD)
+    writer.add_block_count(n_layers)
+    writer.add_feed_forward_length(N_FF)
+    writer.add_head_count(n_heads)
+    writer.add_head_count_kv(n_kv_heads)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(head)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(N_VOCAB)
+    if arch in SLIDING:
+        writer.add_sliding_window(sliding_window)
+    if arch == "gemma2":
+        writer.add_attn_logit_softcapping(50.0)
+        writer.add_final_logit_softcapping(30.0)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([b"<unk>", b"<s>", b"</s>"] + [f"<0x{i:02X}>".encode() for i in range(256)])
+    writer.add_token_scores([0.0] * N_VOCAB)
+    kind = gguf.TokenType
+    writer.add_token_types([kind.UNKNOWN, kind.CONTROL, kind.CONTROL] + [kind.BYTE] * 256)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(True)
+    writer.add_add_space_prefix(False)
+    if template is not None:
+        writer.add_chat_template(template)
+
+    def tensor(name: str, *shape: int, scale: float | None = None) -> None:
+        scale = 1.0 / np.sqrt(shape[-1]) if scale is None else scale
+        writer.add_tensor(name, (rng.standard_normal(shape) * scale).astype(np.float32))
+
+    def norm(name: str, n: int = N_EMBD) -> None:
+        writer.add_tensor(name, (1 + 0.1 * rng.standard_normal(n)).astype(np.float32))
+
+    n_q, n_kv = n_heads * head, n_kv_heads * head
+    sharp = 2.0 / np.sqrt(N_EMBD)
+    tensor("token_embd.weight", N_VOCAB, N_EMBD, scale=1.0)
+    norm("output_norm.weight")
+    if arch not in SLIDING:
+        tensor("output.weight", N_VOCAB, N_EMBD)
+    for i in range(n_layers):
+        block = f"blk.{i}."
+        norm(block + "attn_norm.weight")
+        if arch == "phi3":
+            tensor(block + "attn_qkv.weight", n_q + 2 * n_kv, N_EMBD, scale=sharp)
+        else:
+            tensor(block + "attn_q.weight", n_q, N_EMBD, scale=sharp)
+            tensor(block + "attn_k.weight", n_kv, N_EMBD, scale=sharp)
+            tensor(block + "attn_v.weight", n_kv, N_EMBD)
+        if arch == "qwen2":
+            for name, n in (("q", n_q), ("k", n_kv), ("v", n_kv)):
+                tensor(block + f"attn_{name}.bias", n, scale=0.1)
+        if arch in ("qwen3", "gemma3"):
+            norm(block + "attn_q_norm.weight", head)
+            norm(block + "attn_k_norm.weight", head)
+        tensor(block + "attn_output.weight", N_EMBD, n_q)
+        norm(block + "ffn_norm.weight")
+        if arch in SLIDING:
+            norm(block + "post_attention_norm.weight")
+            norm(block + "post_ffw_norm.weight")
+        if arch == "phi3":
+            tensor(block + "ffn_up.weight", 2 * N_FF, N_EMBD)
+        else:
+            tensor(block + "ffn_gate.weight", N_FF, N_EMBD)
+            tensor(block + "ffn_up.weight", N_FF, N_EMBD)
+        tensor(block + "ffn_down.weight", N_EMBD, N_FF)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
