@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gzip
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -180,14 +182,11 @@ def _output(command: Sequence[str]) -> str:
     return result.stdout.strip() if result.returncode == 0 else ""
 
 
-def install_hint(tool: str) -> str:
-    """The command that installs ``tool`` ("g++" or "git") on this machine."""
-    if sys.platform == "darwin":
+def install_hint(tool: str, system: str = sys.platform, os_release: Path = Path("/etc/os-release")) -> str:
+    """The command that installs ``tool`` ("g++" or "git") on this kind of machine."""
+    if system == "darwin":
         return "run `xcode-select --install`"
-    try:
-        release = Path("/etc/os-release").read_text(encoding="utf-8")
-    except OSError:
-        release = ""
+    release = os_release.read_text(encoding="utf-8") if os_release.is_file() else ""
     families = {
         "debian|ubuntu": "apt install {}",
         "fedora|rhel|centos": "dnf install {}",
@@ -309,7 +308,7 @@ def extract_llama_cpp(archive: Path, target: Path) -> None:
     """
     found = False
     try:
-        with tarfile.open(archive) as tar:
+        with tarfile.open(archive, "r:gz") as tar:
             for member in tar:
                 path = PurePosixPath(member.name)
                 parts = path.parts[3:]
@@ -327,7 +326,7 @@ def extract_llama_cpp(archive: Path, target: Path) -> None:
                 with destination.open("wb") as file:
                     shutil.copyfileobj(source, file)
                 found = True
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise BuildError(f"{archive} is damaged ({error}): delete it and try again") from error
     if not found:
         raise BuildError(f"{archive} holds no {_LLAMA_CPP}: it is not the pinned source archive")

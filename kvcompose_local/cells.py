@@ -74,10 +74,11 @@ class Plane:
             raise StateFormatError(f"the selection names rows outside the {n} cells")
         tail = slice(n - n_tail, n)
         if self.transposed:
-            elements, _, size = self.data.shape
-            by_head = self.data.reshape(n_kv_heads, elements // n_kv_heads, n, size)
-            rows = np.broadcast_to(selection[:, None, :, None], (n_kv_heads, by_head.shape[1], n_composed, size))
-            composed = np.take_along_axis(by_head, rows, axis=2).reshape(elements, n_composed, size)
+            elements = self.data.shape[0]
+            if elements % n_kv_heads:
+                raise StateFormatError(f"{elements} values of a row do not divide into {n_kv_heads} heads")
+            rows = np.repeat(selection, elements // n_kv_heads, axis=0)  # (elements, K)
+            composed = self.data[np.arange(elements)[:, None], rows]
             return Plane(self.ggml_type, np.concatenate([composed, self.data[:, tail]], axis=1), True)
         width = self.data.shape[1]
         block_bytes = type_sizes(self.ggml_type)[1]

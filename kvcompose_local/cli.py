@@ -8,7 +8,7 @@ import os
 import resource
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,7 +169,7 @@ def open_chat(
     """Find or fetch the model, load it, and wire engine, memory and chat together."""
     from kvcompose_local import models
 
-    path = models.resolve(model, pull=True, progress=True)
+    path = models.resolve(model, pull=True, progress=fetching(status))
     models.check_gguf(path)
     # llama.cpp is loaded only now, so that wrong usage and --help answer at once.
     from kvcompose_local import llama_ffi
@@ -201,6 +201,84 @@ def open_chat(
             should_stop=interrupts,
             on_read=lambda done, total: status.progress("reading:", done, total),
         )
+
+
+def fetching(status: Status) -> Callable[[int, int], None]:
+    """Progress of a download, in MiB."""
+    return lambda done, total: status.progress("fetching:", done // MIB, total // MIB, "MiB")
+
+
+@cli.group("models")
+def models_group() -> None:
+    """The models that `run` knows by name."""
+
+
+@models_group.command("list")
+def models_list() -> None:
+    """Names, sizes, licences, and which are here."""
+    from kvcompose_local import models
+
+    for entry in models.load_catalogue().values():
+        size = f"{entry.size / MIB:.0f} MiB" if entry.size else "?"
+        default = " (default)" if entry.name == models.DEFAULT_MODEL else ""
+        here = "here" if entry.is_present else "-"
+        click.echo(f"{entry.name:20} {size:>8}  {here:5} {entry.licence:28} {entry.note}{default}")
+
+
+@models_group.command("pull")
+@click.argument("names", nargs=-1, required=True)
+def models_pull(names: tuple[str, ...]) -> None:
+    """Fetch models into the cache; goes on where an earlier try stopped."""
+    from kvcompose_local import models
+    from kvcompose_local.repl import Status
+
+    entries = [models.find(name) for name in names]
+    status = Status(sys.stderr)
+    for entry in entries:
+        if entry.sha256 is None and not entry.is_present:
+            status.line(f"{entry.name}: models.txt pins no sha256; the download is checked to be a GGUF file, not more")
+        click.echo(str(models.fetch_model(entry, progress=fetching(status))))
+
+
+@models_group.command("path")
+@click.argument("name")
+def models_path(name: str) -> None:
+    """Print where a fetched model is."""
+    from kvcompose_local import models
+
+    click.echo(str(models.resolve(name, pull=False)))
+
+
+@cli.command()
+@click.option("--jobs", type=click.IntRange(1), help="Parallel compiler runs.  [default: all cores]")
+@click.option("--stock", is_flag=True, help="Build llama.cpp without the patches.")
+def build(jobs: int | None, stock: bool) -> None:
+    """Build the patched llama.cpp into the cache folder; does nothing when it is there."""
+    from kvcompose_local import build as builder
+    from kvcompose_local.repl import Status
+
+    status = Status(sys.stderr)
+
+    def progress(what: str, done: int, total: int) -> None:
+        if total:
+            status.progress(f"{what}:", done, total, "steps")
+        else:
+            status.line(what)
+
+    click.echo(str(builder.build(patched=not stock, jobs=jobs, progress=progress)))
+
+
+@cli.command()
+def doctor() -> None:
+    """Say what is installed, which engine will run, and what to do about the rest."""
+    from kvcompose_local import doctor as examiner
+
+    checks = examiner.report()
+    for check in checks:
+        remedy = f"\n        → {check.remedy}" if check.remedy else ""
+        click.echo(f"{check.state:>5}  {check.name}: {check.text}{remedy}")
+    if any(check.state == "fail" for check in checks):
+        raise KVComposeError("something above needs mending before a chat can run")
 
 
 def peak_rss_bytes() -> int:

@@ -185,7 +185,7 @@ def _cache_folder() -> Check:
 
 def _default_model() -> Check:
     try:
-        return Check("default model", "ok", str(models.resolve(None, pull=False, progress=False)))
+        return Check("default model", "ok", str(models.resolve(None, pull=False)))
     except KVComposeError:
         return Check("default model", "warn", "not fetched yet", "kvcompose-local models pull")
 

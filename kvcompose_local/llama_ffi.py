@@ -25,6 +25,8 @@ from kvcompose_local.interfaces import FloatArray, Sampling
 #: ``LLAMA_CPP_LIB_PATH`` is read by llama-cpp-python when it is imported; a library the user names there wins.
 _LIBRARY_VARIABLE = "LLAMA_CPP_LIB_PATH"
 _LOG_LEVEL_ERROR = 4
+#: ggml's type number of the cache's default type.
+F16 = 1
 _SOFTMAX_PREFIX = b"kq_soft_max-"
 
 #: For models that bring none. Roles on lines of their own are what base models have seen most.
@@ -283,8 +285,8 @@ class Context:
     """A llama.cpp context with one sequence.
 
     n_ctx: cells, a multiple of 256; n_ubatch: most tokens of a micro-batch; flash_attention: False makes the softmax
-    visible in every pass and V transposed; cache_type: ggml type number of K and V; host_tensors: whether tensors
-    stand in host memory, so that the tap may look at them without a copy.
+    visible in every pass and V transposed; cache_type: ggml type number of K and V; callback_at_creation: let the tap
+    work from the start (an unpatched llama.cpp cannot install it later).
     """
 
     def __init__(
@@ -295,9 +297,7 @@ class Context:
         n_ubatch: int,
         n_threads: int,
         flash_attention: bool,
-        cache_type: int = 1,
-        n_heads: Sequence[int] = (),
-        host_tensors: bool = True,
+        cache_type: int = F16,
         callback_at_creation: bool = False,
     ) -> None:
         self.model = model
@@ -305,8 +305,9 @@ class Context:
         self.n_ubatch = n_ubatch
         self.tap: SoftmaxTap | None = None
         self.has_logits = False
-        self._n_heads = tuple(n_heads)
-        self._host_tensors = host_tensors
+        self._n_queries = 0
+        # Tensors of offloaded layers stand in device memory and must be fetched.
+        self._host_tensors = model.gpu_layers == 0
         self._callback_error: BaseException | None = None
         self._callback = lib.ggml_backend_sched_eval_callback(self._on_tensor)
         params = lib.llama_context_default_params()
@@ -358,19 +359,19 @@ class Context:
             if ask:
                 return True
             layer = int(name[len(_SOFTMAX_PREFIX) :])
-            self.tap(layer, self._softmax(tensor, self._n_heads[layer]))
+            self.tap(layer, self._softmax(tensor))
         except BaseException as error:
             # An exception cannot cross the native frames: stop the graph and let decode() raise it.
             self._callback_error = error
             return False
         return True
 
-    def _softmax(self, tensor: int, n_heads: int) -> FloatArray:
+    def _softmax(self, tensor: int) -> FloatArray:
         """float32 (Q, n_queries, n_kv): ggml lays the softmax out as ne = (n_kv, n_queries, Q, 1), contiguous."""
         n, rows = _ggml_nelements(tensor), _ggml_nrows(tensor)
-        if rows % n_heads or n % rows:
-            raise EngineError(f"the softmax tensor has {rows} rows, which {n_heads} heads do not divide")
-        shape = (n_heads, rows // n_heads, n // rows)
+        if rows % self._n_queries or n % rows:
+            raise EngineError(f"a softmax of {rows} rows does not divide into {self._n_queries} queries")
+        shape = (rows // self._n_queries, self._n_queries, n // rows)
         if self._host_tensors:
             pointer = ctypes.cast(_ggml_get_data(tensor), ctypes.POINTER(ctypes.c_float))
             return np.ctypeslib.as_array(pointer, shape=shape)
@@ -386,6 +387,7 @@ class Context:
         array = (lib.llama_token * len(tokens))(*tokens)
         batch = lib.llama_batch_get_one(array, len(tokens))
         self._callback_error = None
+        self._n_queries = len(tokens)
         _log_lines.clear()
         self.has_logits = False
         code = lib.llama_decode(self._ctx, batch)

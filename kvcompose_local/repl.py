@@ -27,8 +27,8 @@ Ctrl-C stops the answer, the reading or the compaction that runs; the chat goes 
 
 COMMANDS = ("/help", "/stats", "/compress", "/read", "/system", "/clear", "/quit")
 _FENCE = '"""'
-#: Progress is shown only for work that lasts longer.
-_PROGRESS_AFTER_SECONDS = 1.0
+#: How often progress is shown, on a terminal and elsewhere; work of under a second shows none.
+_REDRAW_SECONDS, _LINE_SECONDS = 0.2, 10.0
 
 
 class Interrupts:
@@ -63,31 +63,35 @@ class Interrupts:
 
 
 class Status:
-    """Progress and statistics on stderr: one line that is redrawn on a terminal, plain lines otherwise."""
+    """Progress and statistics on stderr: one line that is redrawn on a terminal, a line now and then otherwise."""
 
     def __init__(self, stream: TextIO, *, should_stop: Callable[[], bool] = lambda: False) -> None:
         self.stream = stream
         self.should_stop = should_stop
         self._terminal = stream.isatty()
         self._shown = False
-        self._started: float | None = None
+        self._work = ""
+        self._started = 0.0
+        self._last = 0.0
 
-    def progress(self, what: str, done: int, total: int) -> None:
-        """Show ``what: done/total`` once the work lasts; raises KeyboardInterrupt when Ctrl-C was pressed."""
+    def progress(self, what: str, done: int, total: int, unit: str = "tokens") -> None:
+        """Show ``what done/total unit`` once the work lasts; raises KeyboardInterrupt when Ctrl-C was pressed."""
         now = time.monotonic()
-        if self._started is None or done == 0:
-            self._started = now
+        if self._work != what or done == 0:
+            self._work, self._started, self._last = what, now, now
         elapsed = now - self._started
-        if done >= total:
-            self._started = None
+        if done >= total > 0:
+            self._work = ""
             self._erase()
-        elif self._terminal and elapsed > _PROGRESS_AFTER_SECONDS:
-            left = elapsed / done * (total - done) if done else 0.0
-            self.stream.write(f"\r\x1b[K{what} {done}/{total} tokens, {left:.0f} s left")
+        elif now - self._last >= (_REDRAW_SECONDS if self._terminal else _LINE_SECONDS) and elapsed >= 1:
+            left = f", {elapsed / done * (total - done):.0f} s left" if done and total else ""
+            text = f"{what} {done}/{total} {unit}{left}" if total else f"{what} {done} {unit}"
+            self.stream.write(f"\r\x1b[K{text}" if self._terminal else f"{text}\n")
             self.stream.flush()
-            self._shown = True
+            self._shown = self._terminal
+            self._last = now
         if self.should_stop():
-            self._started = None
+            self._work = ""
             self._erase()
             raise KeyboardInterrupt
 

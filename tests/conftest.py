@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,12 +29,12 @@ def real_model() -> Callable[[str], Path]:
     """``real_model(name)`` gives the path of a model of models.txt, fetching it when the set-up has not."""
     from kvcompose_local import models
 
-    return lambda name: models.resolve(name, pull=True, progress=False)
+    return lambda name: models.resolve(name, pull=True)
 
 
 @pytest.fixture
-def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder for this test alone."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("KVCOMPOSE_CACHE", str(folder))
-    yield folder
+    return folder

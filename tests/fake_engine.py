@@ -18,7 +18,9 @@ class FakeEngine:
     name = "fake"
     max_replay = 10**9
 
-    def __init__(self, n_cells: int, answers: Sequence[str] = (), *, per_layer: bool = False, n_layers: int = 2) -> None:
+    def __init__(
+        self, n_cells: int, answers: Sequence[str] = (), *, per_layer: bool = False, n_layers: int = 2
+    ) -> None:
         layers = tuple(LayerShape(i, 4, 2, 10) for i in range(n_layers))
         self.shape = ModelShape("Fake", "fake", 10**6, 257, layers)
         self.per_layer = per_layer

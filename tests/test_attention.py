@@ -34,9 +34,7 @@ def test_hand_worked_without_the_nearest():
     exclude_nearest=st.integers(0, 4),
     as_indices=st.booleans(),
 )
-def test_any_split_into_micro_batches_gives_the_naive_maximum(
-    seed, n_heads, sizes, exclude_nearest, as_indices
-):
+def test_any_split_into_micro_batches_gives_the_naive_maximum(seed, n_heads, sizes, exclude_nearest, as_indices):
     """A text read in micro-batches: each sees the columns there are by then, in cells of any order."""
     n_tokens = sum(sizes)
     random = np.random.default_rng(seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcompose_local.cells import CellBlock, Plane, parse_state, row_bytes, write_state
-from kvcompose_local.errors import KVComposeError, StateFormatError
+from kvcompose_local.errors import StateFormatError
 
 F16, Q4_0, Q8_0 = 1, 2, 8
 HEADS, DIM, LAYERS = 2, 64, 2
@@ -134,10 +135,8 @@ def test_mutated_states_never_do_worse_than_a_clear_error(data: st.DataObject) -
     raw = bytearray(write_state(block(2, transposed=data.draw(st.booleans()))).tobytes())
     for _ in range(data.draw(st.integers(1, 4))):
         raw[data.draw(st.integers(0, min(120, len(raw) - 1)))] = data.draw(st.integers(0, 255))
-    try:
+    with contextlib.suppress(StateFormatError):  # anything else fails the test
         parse_state(np.frombuffer(bytes(raw), np.uint8))
-    except KVComposeError as error:
-        assert "\n" not in str(error)
 
 
 def test_rows_are_whole_blocks() -> None:

@@ -26,6 +26,7 @@ ORDER = (
     "models",
     "build",
     "llama_ffi",
+    "engines.base",
     "engines.stock",
     "engines.patched",
     "engines",

@@ -163,18 +163,17 @@ def test_a_second_ctrl_c_interrupts_at_once() -> None:
             signal.raise_signal(signal.SIGINT)
 
 
-def test_progress_is_drawn_for_long_work_on_terminals_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_drawn_for_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("kvcompose_local.repl.time.monotonic", lambda: clock[0])
-    for stream, expected in ((Tty(), "\r\x1b[Kreading: 50/100 tokens, 2 s left\r\x1b[Kdone\n"), (io.StringIO(), "done\n")):
+    for stream, expected in (
+        (Tty(), "\r\x1b[Kreading: 50/100 tokens, 2 s left\r\x1b[Kreading: 75/100 tokens, 5 s left\r\x1b[Kdone\n"),
+        (io.StringIO(), "reading: 75/100 tokens, 5 s left\ndone\n"),
+    ):
         status = Status(stream)
-        clock[0] = 0.0
-        status.progress("reading:", 0, 100)
-        clock[0] = 0.5
-        status.progress("reading:", 25, 100)
-        clock[0] = 2.0
-        status.progress("reading:", 50, 100)
-        status.progress("reading:", 100, 100)
+        for seconds, done in ((0.0, 0), (0.5, 25), (2.0, 50), (2.1, 51), (15.0, 75), (16.0, 100)):
+            clock[0] = seconds
+            status.progress("reading:", done, 100)
         status.line("done")
         assert stream.getvalue() == expected
 

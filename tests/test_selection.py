@@ -33,9 +33,7 @@ def test_equals_the_naive_sort(case):
     assert len(selection) == len(scores)
     for tokens, values, n_kept in zip(selection, scores, budgets, strict=True):
         n_tokens = values.shape[1]
-        expected = [
-            sorted(range(n_tokens), key=lambda t, head=head: (-head[t], t))[:n_kept] for head in values
-        ]
+        expected = [sorted(range(n_tokens), key=lambda t, head=head: (-head[t], t))[:n_kept] for head in values]
         assert tokens.shape == (values.shape[0], n_kept)
         assert tokens.tolist() == expected
 
@@ -59,12 +57,8 @@ def test_indices_are_unique_and_in_range(case):
 @given(scores_and_budgets())
 def test_keep_1_keeps_every_token(case):
     scores, _ = case
-    for tokens, values in zip(
-        select_composites(scores, allocate_layer_budgets(scores, 1)), scores, strict=True
-    ):
-        np.testing.assert_array_equal(
-            np.sort(tokens, axis=1), np.tile(np.arange(values.shape[1]), (len(values), 1))
-        )
+    for tokens, values in zip(select_composites(scores, allocate_layer_budgets(scores, 1)), scores, strict=True):
+        np.testing.assert_array_equal(np.sort(tokens, axis=1), np.tile(np.arange(values.shape[1]), (len(values), 1)))
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.1, 0.37, 0.5, 0.9, 1.0]))

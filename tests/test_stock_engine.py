@@ -10,7 +10,8 @@ import pytest
 
 from kvcompose_local.cells import parse_state, write_state
 from kvcompose_local.engines import cells_for, open_engine, physical_cores
-from kvcompose_local.engines.stock import StockEngine, micro_batch
+from kvcompose_local.engines.base import micro_batch
+from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput, ModelError
 from kvcompose_local.interfaces import Sampling
 from kvcompose_local.llama_ffi import Context, Model
@@ -164,9 +165,7 @@ def test_wrong_calls_change_nothing(llama: StockEngine) -> None:
 def test_a_plain_cache_of_any_type_is_rewritten(tiny_model: Callable[..., Path], cache_type: int) -> None:
     """With flash attention V is not transposed and may be quantized."""
     model = Model(tiny_model("llama"))
-    with Context(
-        model, n_ctx=256, n_ubatch=64, n_threads=1, flash_attention=True, cache_type=cache_type
-    ) as context:
+    with Context(model, n_ctx=256, n_ubatch=64, n_threads=1, flash_attention=True, cache_type=cache_type) as context:
         context.decode(TOKENS[:50])
         cells = parse_state(context.state())
         assert not cells.values[0].transposed

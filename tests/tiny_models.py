@@ -12,8 +12,9 @@ N_EMBD, N_FF, HEAD = 128, 96, 32
 N_VOCAB = 3 + 256
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3")
 SLIDING = ("gemma2", "gemma3")
-TEMPLATE = (
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}[/]{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+TEMPLATE = (  # the tests know it by heart
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}[/]{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 
 

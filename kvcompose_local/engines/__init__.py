@@ -9,11 +9,13 @@ from pathlib import Path
 
 import psutil
 
-from kvcompose_local.engines.stock import CELL_PADDING, F16, StockEngine
+from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import InvalidInput, ModelError
 from kvcompose_local.interfaces import Sampling
-from kvcompose_local.llama_ffi import Model
+from kvcompose_local.llama_ffi import F16, Model
 
+#: llama.cpp pads the cell table to this many cells.
+CELL_PADDING = 256
 #: Positions a chat may span when the user does not say.
 DEFAULT_CTX = 8192
 

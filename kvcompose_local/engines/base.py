@@ -1,0 +1,140 @@
+"""What both engines share: decoding, sampling and replay on a llama.cpp context."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+
+from typing_extensions import Self
+
+from kvcompose_local.attention import AttentionMax
+from kvcompose_local.errors import ContextFull, InvalidInput
+from kvcompose_local.interfaces import CacheLayout, FloatArray, IntArray, ModelShape, Progress, Sampling
+from kvcompose_local.llama_ffi import Context, Model
+
+#: Bytes that one layer's explicit softmax, float32 (Q, queries, n_kv), may take in the compute buffer.
+SOFTMAX_BYTES = 32 << 20
+
+
+def micro_batch(n_cells: int, n_heads: int, *, largest: int = 512) -> int:
+    """Queries that keep the softmax tensor of ``n_cells`` columns within SOFTMAX_BYTES: a power of two, at least 8."""
+    fitting = SOFTMAX_BYTES // (4 * n_cells * n_heads)
+    return min(largest, 1 << max(3, fitting.bit_length() - 1))
+
+
+class LlamaEngine(ABC):
+    """:class:`kvcompose_local.interfaces.Engine` but for the cells; owns the model and the context."""
+
+    name: str
+    per_layer: bool
+    arena_bytes: tuple[int, ...]
+    max_replay: int
+
+    def __init__(self, model: Model, context: Context, shape: ModelShape, sampling: Sampling | None) -> None:
+        self.model = model
+        self.shape = shape
+        self._context = context
+        self._ordinal = {layer.index: i for i, layer in enumerate(shape.layers)}
+        context.set_sampling(sampling or Sampling())
+
+    def close(self) -> None:
+        """Free the context and the model."""
+        self._context.close()
+        self.model.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def layout(self) -> CacheLayout:
+        """What stands in the cache now."""
+
+    @abstractmethod
+    def rewrite(self, selection: Sequence[IntArray], n_tail: int) -> None:
+        """See :meth:`Engine.rewrite`."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Forget everything."""
+
+    @abstractmethod
+    def _live_columns(self) -> slice | IntArray:
+        """The columns of a softmax that are the live cells, oldest first."""
+
+    @abstractmethod
+    def _replay_micro_batch(self) -> int:
+        """Queries of one explicit softmax."""
+
+    @contextmanager
+    def _visible_softmax(self) -> Iterator[None]:
+        """While this is open the tap sees every softmax."""
+        yield
+
+    def decode(self, tokens: Sequence[int], progress: Progress | None = None) -> None:
+        free = self.layout().n_free
+        if len(tokens) > free:
+            raise ContextFull(f"{len(tokens)} tokens do not fit in {free} free cells")
+        step = self._context.n_ubatch
+        for start in range(0, len(tokens), step):
+            before = self._context.next_position
+            try:
+                self._context.decode(tokens[start : start + step])
+                if progress is not None:
+                    progress(min(start + step, len(tokens)), len(tokens))
+            except KeyboardInterrupt:
+                # Whatever was read stays read; the caller asks layout() how much that is.
+                self._context.has_logits = False
+                raise
+            except BaseException:
+                self._context.has_logits = False
+                self._context.remove(before)
+                raise
+
+    def sample(self) -> int:
+        return self._context.sample()
+
+    def logits(self) -> FloatArray:
+        """float32 (n_vocab,) logits of the last token decoded."""
+        return self._context.logits()
+
+    def set_sampling(self, sampling: Sampling) -> None:
+        """How :meth:`sample` draws from now on."""
+        self._context.set_sampling(sampling)
+
+    def replay(self, tokens: Sequence[int]) -> list[FloatArray]:
+        layout = self.layout()
+        if len(tokens) > layout.n_free:
+            raise ContextFull(f"a replay of {len(tokens)} tokens does not fit in {layout.n_free} free cells")
+        seen = AttentionMax(len(self.shape.layers), [layer.n_heads for layer in self.shape.layers])
+        live = self._live_columns()
+
+        def tap(layer: int, weights: FloatArray) -> None:
+            if layer in self._ordinal:
+                seen.update(self._ordinal[layer], weights, live)
+
+        step = self._replay_micro_batch()
+        with self._visible_softmax():
+            self._context.tap = tap
+            try:
+                for start in range(0, len(tokens), step):
+                    self._context.decode(tokens[start : start + step])
+            finally:
+                self._context.tap = None
+                self._context.has_logits = False
+                self._context.remove(layout.position)
+        return seen.result()
+
+    def drop_tail(self, n: int) -> None:
+        layout = self.layout()
+        if not 0 <= n <= layout.n_live:
+            raise InvalidInput(f"cannot drop {n} of {layout.n_live} live cells")
+        if n:
+            self._context.has_logits = False
+            self._context.remove(layout.position - n)
