@@ -187,7 +187,7 @@ def _default_model() -> Check:
     try:
         return Check("default model", "ok", str(models.resolve(None, pull=False)))
     except KVComposeError:
-        return Check("default model", "warn", "not fetched yet", "kvcompose-local models pull")
+        return Check("default model", "warn", "not fetched yet", f"kvcompose-local models pull {models.DEFAULT_MODEL}")
 
 
 def _memory() -> Check:
