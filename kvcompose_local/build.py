@@ -556,7 +556,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--check-compiler", action="store_true", help="only look for a C++ compiler")
     only.add_argument("--fetch", action="store_true", help="only fetch the source archive and print its path")
-    only.add_argument("--source", metavar="DIR", type=Path, help="only write the patched source to DIR")
+    only.add_argument("--source", metavar="DIR", type=Path, help="only write the source to DIR, and apply the series")
     options = parser.parse_args(arguments)
     report = progress_printer(sys.stderr)
     try:
@@ -565,7 +565,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.fetch:
             print(fetch_archive(read_pin(data_file("patches")), report))
         elif options.source:
-            _write_source(options.source, report)
+            _write_source(options.source, report, patched=not options.unpatched)
         else:
             print(build(patched=not options.unpatched, jobs=options.jobs, sanitize=options.sanitize, progress=report))
     except KVComposeError as error:
@@ -577,12 +577,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _write_source(target: Path, report: Progress) -> None:
+def _write_source(target: Path, report: Progress, *, patched: bool) -> None:
     patches = data_file("patches")
     with _cache_errors(target):
         if not (target / "CMakeLists.txt").is_file():
             extract_llama_cpp(fetch_archive(read_pin(patches), report), target)
-        applied = apply_series(target, patches)
+        applied = apply_series(target, patches) if patched else []
     print(f"{target}: {', '.join(applied) or 'nothing to apply'}")
 
 

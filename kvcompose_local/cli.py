@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import math
 import os
 import resource
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +26,23 @@ if TYPE_CHECKING:
 MIB = 2**20
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class Real(click.FloatRange):
+    """A float inside its range; click's own lets NaN through, which no comparison keeps out."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float:
+        number = float(super().convert(value, parameter, context))
+        if math.isnan(number):
+            self.fail(f"{value} is not a number", parameter, context)
+        return number
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, invoke_without_command=True
+)
 @click.version_option(__version__)
 @click.option("--debug", is_flag=True, help="Show the traceback of a failure.")
-def cli(debug: bool) -> None:
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
     """Chat with a local GGUF model whose KV cache stays inside the memory you give it.
 
     \b
@@ -36,9 +50,11 @@ def cli(debug: bool) -> None:
     kvcompose-local run model.gguf --budget 0.5       your model, half the cache
     kvcompose-local run -f notes.txt -p "Who wrote this?"
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
-@cli.command()
+@cli.command(short_help="Chat with a model, or answer with -p or piped input.")
 @click.argument("model", required=False)
 @click.option("--budget", type=float, default=0.5, show_default=True, help="Share of the full cache to use, in (0, 1].")
 @click.option("--ctx", "n_ctx", type=int, help="Positions the chat may span.  [default: 8192, or what the model knows]")
@@ -46,7 +62,7 @@ def cli(debug: bool) -> None:
 @click.option("-f", "--file", "files", multiple=True, type=click.Path(path_type=Path), help="Read this text first.")
 @click.option("--system", help="System prompt.")
 @click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Longest answer.")
-@click.option("--temp", type=click.FloatRange(0, 10), default=0.7, show_default=True, help="Temperature; 0 is greedy.")
+@click.option("--temp", type=Real(0, 10), default=0.7, show_default=True, help="Temperature; 0 is greedy.")
 @click.option(
     "--top-k",
     type=click.IntRange(0),
@@ -54,8 +70,8 @@ def cli(debug: bool) -> None:
     show_default=True,
     help="Draw from the k likeliest; 0: all.",
 )
-@click.option("--top-p", type=click.FloatRange(0, 1), default=0.95, show_default=True, help="Nucleus sampling.")
-@click.option("--min-p", type=click.FloatRange(0, 1), default=0.05, show_default=True, help="Share of the best token.")
+@click.option("--top-p", type=Real(0, 1), default=0.95, show_default=True, help="Nucleus sampling.")
+@click.option("--min-p", type=Real(0, 1), default=0.05, show_default=True, help="Share of the best token.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Repeat a random answer.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: physical cores]")
 @click.option("--gpu-layers", type=click.IntRange(0), help="Layers on the GPU.  [default: all with Metal, else 0]")
@@ -86,7 +102,11 @@ def run(
     from kvcompose_local.repl import COMMANDS, Interrupts, Repl, Status, read_text_file
 
     check_numbers(budget, n_ctx)
-    interactive = prompt is None and sys.stdin is not None and sys.stdin.isatty()
+    if prompt is not None and not prompt.strip():
+        raise click.BadParameter("there is no question in it", param_hint="-p")
+    if prompt is None and sys.stdin is None:
+        raise click.UsageError("standard input is closed: ask with -p")
+    interactive = prompt is None and sys.stdin.isatty()
     if as_json and interactive:
         raise click.UsageError("--json goes with -p or with piped input")
     documents = [read_text_file(path) for path in files]
@@ -121,16 +141,17 @@ def run(
         if interactive:
             from kvcompose_local.prompt import line_reader
 
-            status.line(f"{describe(chat)}\n/help lists the commands.")
+            status.line(greeting(chat))
             repl.read_line = line_reader(COMMANDS)
             repl.run()
             return
-        for line in [prompt] if prompt is not None else read_stdin():
+        for line in [prompt] if prompt is not None else stdin_lines():
             if line.strip():
                 with interrupts.caught():
-                    repl.answer(line)
-                if interrupts.requested:
+                    stats = repl.answer(line)
+                if stats.stopped == "interrupt":
                     raise KVComposeError("stopped")
+                repl.explain_end(stats)
         if as_json:
             click.echo(json.dumps(result(chat), ensure_ascii=False))
 
@@ -143,17 +164,16 @@ def check_numbers(budget: float, n_ctx: int | None) -> None:
         raise click.BadParameter(f"{n_ctx} is not a number of positions above 0", param_hint="--ctx")
 
 
-def read_stdin() -> list[str]:
-    """All lines of standard input; none where it is closed. Raises InvalidInput for what is not text."""
-    if sys.stdin is None:
-        return []
+def stdin_lines() -> Iterator[str]:
+    """The lines of standard input as they arrive. Raises InvalidInput for what is not text."""
     try:
-        return sys.stdin.read().splitlines()
+        for line in sys.stdin:
+            yield line.rstrip("\n")
     except UnicodeDecodeError as error:
         raise InvalidInput(f"standard input is not UTF-8 text (byte {error.start})") from error
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_chat(
     model: str | None,
     *,
@@ -177,15 +197,16 @@ def open_chat(
     from kvcompose_local.compaction import CacheMemory
     from kvcompose_local.engines import open_engine
 
-    engine, positions = open_engine(
-        path,
-        n_ctx=n_ctx,
-        budget=budget,
-        n_threads=n_threads,
-        gpu_layers=gpu_layers if gpu_layers is not None else (999 if llama_ffi.supports_gpu() else 0),
-        sampling=sampling,
-        progress=lambda done, total: status.progress("loading:", done, total),
-    )
+    with interrupts.caught():  # an exception would be lost in native frames
+        engine, positions = open_engine(
+            path,
+            n_ctx=n_ctx,
+            budget=budget,
+            n_threads=n_threads,
+            gpu_layers=gpu_layers if gpu_layers is not None else (999 if llama_ffi.supports_gpu() else 0),
+            sampling=sampling,
+            progress=lambda done, total: status.progress("loading:", done, total),
+        )
     with engine:
         memory = CacheMemory(
             engine,
@@ -208,9 +229,12 @@ def fetching(status: Status) -> Callable[[int, int], None]:
     return lambda done, total: status.progress("fetching:", done // MIB, total // MIB, "MiB")
 
 
-@cli.group("models")
-def models_group() -> None:
+@cli.group("models", invoke_without_command=True, short_help="List, fetch and locate the models known by name.")
+@click.pass_context
+def models_group(context: click.Context) -> None:
     """The models that `run` knows by name."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 @models_group.command("list")
@@ -249,7 +273,7 @@ def models_path(name: str) -> None:
     click.echo(str(models.resolve(name, pull=False)))
 
 
-@cli.command()
+@cli.command(short_help="Build the patched llama.cpp; nothing to do when it is there.")
 @click.option("--jobs", type=click.IntRange(1), help="Parallel compiler runs.  [default: all cores]")
 @click.option("--stock", is_flag=True, help="Build llama.cpp without the patches.")
 def build(jobs: int | None, stock: bool) -> None:
@@ -268,7 +292,7 @@ def build(jobs: int | None, stock: bool) -> None:
     click.echo(str(builder.build(patched=not stock, jobs=jobs, progress=progress)))
 
 
-@cli.command()
+@cli.command(short_help="Say what is installed and what to mend.")
 def doctor() -> None:
     """Say what is installed, which engine will run, and what to do about the rest."""
     from kvcompose_local import doctor as examiner
@@ -317,6 +341,17 @@ def result(chat: Chat) -> dict[str, Any]:
     }
 
 
+def greeting(chat: Chat) -> str:
+    """What the REPL says first."""
+    memory = chat.memory
+    engine = memory.engine
+    return (
+        f"{engine.shape.name}: {memory.n_ctx} positions in {sum(engine.arena_bytes) / MIB:.1f} MiB of cache "
+        f"(uncompressed: {memory.n_ctx * engine.shape.row_bytes / MIB:.1f} MiB), {engine.name} engine\n"
+        "/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves."
+    )
+
+
 def describe(chat: Chat) -> str:
     """The chat's numbers for people."""
     memory = chat.memory
@@ -337,8 +372,9 @@ def describe(chat: Chat) -> str:
         )
     if layout.position:
         low, high = min(layout.composed), max(layout.composed)
+        composed = f"{low}" if low == high else f"{low}–{high}"
         lines += [
-            f"cells a layer: {low}–{high} composed, {layout.n_live} live, {layout.n_free} free",
+            f"cells a layer: {composed} composed, {layout.n_live} live, {layout.n_free} free",
             f"speed: prefill {numbers['prefill_tokens_per_second']} tokens/s, "
             f"decode {numbers['decode_tokens_per_second']} tokens/s",
             f"compactions: {numbers['compactions']}, {numbers['compaction_seconds']:.1f} s in all",
@@ -349,43 +385,60 @@ def describe(chat: Chat) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """The entry point: runs the command and turns failures into one line and an exit code."""
-    debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
-    sys.exit(_exit_code(arguments, debug))
+    sys.exit(_exit_code(sys.argv[1:] if arguments is None else arguments))
 
 
-def _exit_code(arguments: list[str] | None, debug: bool) -> int:
+def _exit_code(arguments: Sequence[str]) -> int:
     try:
         if sys.stdout is None or sys.stderr is None:
             raise KVComposeError("standard output or error is closed: nowhere to print to")
-        code = cli.main(args=arguments, prog_name="kvcompose-local", standalone_mode=False)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? and the chat goes on
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # some locales would let any bytes through
+        # Not cli.main: it ends without a word on a broken pipe, and prints an empty line for Ctrl-C.
+        with cli.make_context("kvcompose-local", list(arguments)) as context:
+            cli.invoke(context)
         sys.stdout.flush()
-        return code if isinstance(code, int) else 0
-    except click.ClickException as error:
-        return _fail(error.format_message(), error.exit_code)
+        return 0
     except click.exceptions.Exit as error:
         return int(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        return _fail("stopped", 1)
-    except KVComposeError as error:
-        if debug:
+    except BaseException as error:
+        if "--debug" in arguments:
             traceback.print_exc()
-        return _fail(str(error), error.exit_code)
-    except BrokenPipeError:
-        # The reader has gone; a second failure while Python flushes at exit must not print a traceback.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _fail("the reader of standard output has gone", 1)
-    except OSError as error:
-        if debug:
-            traceback.print_exc()
-        return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
-    except MemoryError:
-        return _fail("out of memory: lower --ctx or --budget", 1)
+        return _told(error)
 
 
-def _fail(message: str, code: int) -> int:
-    if sys.stderr is not None:
-        print("error: " + " ".join(message.split()), file=sys.stderr)
+def _told(error: BaseException) -> int:
+    """Say in one line on stderr what went wrong; returns the exit code."""
+    code = 1
+    if isinstance(error, click.ClickException):
+        message, code = error.format_message(), error.exit_code
+    elif isinstance(error, KVComposeError):
+        message, code = str(error), error.exit_code
+    elif isinstance(error, KeyboardInterrupt):
+        message = "stopped"
+    elif isinstance(error, MemoryError):
+        message = "out of memory: lower --ctx or --budget"
+    elif isinstance(error, BrokenPipeError):
+        message = "the reader of standard output has gone"
+        _give_up_stdout()
+    elif isinstance(error, OSError):
+        message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        _give_up_stdout()
+    else:
+        message = f"unexpected {type(error).__name__}: {error} (`kvcompose-local --debug …` shows where)"
+    with contextlib.suppress(OSError, AttributeError):  # stderr is full or closed: the exit code must do
+        sys.stderr.write("error: " + " ".join(message.split()) + "\n")
+        sys.stderr.flush()
     return code
+
+
+def _give_up_stdout() -> None:
+    """Let what is left in the buffer vanish: Python's flush at exit would fail again, with a traceback."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ class Repl:
                         if self._command(message) == "quit":
                             return
                     else:
-                        self.answer(message)
+                        self.explain_end(self.answer(message))
             except KeyboardInterrupt:
                 self.status.line("stopped")
             except KVComposeError as error:
@@ -183,14 +183,17 @@ class Repl:
             text += "\n" + more
         return text.rstrip()[: -len(_FENCE)].strip("\n")
 
-    def answer(self, message: str) -> TurnStats | None:
-        """Ask and stream; returns the turn's statistics, None where Ctrl-C came before the answer."""
+    def answer(self, message: str) -> TurnStats:
+        """Ask and stream; returns the turn's statistics."""
         for piece in self.chat.ask(message, max_tokens=self.max_tokens):
             self.out.write(piece)
             self.out.flush()
         self.out.write("\n")
         self.out.flush()
-        stats = self.chat.turns[-1]
+        return self.chat.turns[-1]
+
+    def explain_end(self, stats: TurnStats) -> None:
+        """Say why an answer ended where the model did not end it."""
         if stats.stopped == "context":
             self.status.line(
                 f"the chat has used all {self.chat.memory.n_ctx} positions: /clear, or start again with a larger --ctx"
@@ -202,7 +205,6 @@ class Repl:
             self.status.line(
                 f"(stopped; {unread} tokens are read before your next message)" if unread > 1 else "(stopped)"
             )
-        return stats
 
     def on_compaction(self, report: CompactionReport) -> None:
         """Say what a compaction did."""

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import psutil
 
+from kvcompose_local.engines.base import LlamaEngine
+from kvcompose_local.engines.patched import PatchedEngine
 from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import InvalidInput, ModelError
 from kvcompose_local.interfaces import Sampling
-from kvcompose_local.llama_ffi import F16, Model
+from kvcompose_local.llama_ffi import F16, Model, library_is_patched
 
 #: llama.cpp pads the cell table to this many cells.
 CELL_PADDING = 256
@@ -53,12 +55,14 @@ def open_engine(
     gpu_layers: int = 0,
     cache_type: int = F16,
     sampling: Sampling | None = None,
+    engine_name: str | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[StockEngine, int]:
+) -> tuple[LlamaEngine, int]:
     """Load a model under a budget; returns the engine and the number of positions.
 
-    n_ctx None takes 8192 or the model's trained length, whichever is less. Raises InvalidInput for impossible numbers,
-    before the weights are read where that can be known, and ModelError for models that cannot run.
+    engine_name: "patched" or "stock"; None takes the patched one when the library has it. n_ctx None takes 8192 or the
+    model's trained length, whichever is less. Raises InvalidInput for impossible numbers, before the weights are read
+    where that can be known, and ModelError for models that cannot run.
     """
     cells_for(DEFAULT_CTX if n_ctx is None else n_ctx, budget)
     model = Model(path, gpu_layers=gpu_layers, progress=progress)
@@ -68,15 +72,35 @@ def open_engine(
         positions = min(DEFAULT_CTX, model.n_ctx_train) if n_ctx is None else n_ctx
         if positions > model.n_ctx_train:
             raise InvalidInput(f"--ctx {positions} is beyond the {model.n_ctx_train} positions {model.name} knows")
-        engine = StockEngine(
-            model,
-            n_cells=cells_for(positions, budget),
-            n_threads=n_threads or physical_cores(),
-            scoring=budget < 1,
-            cache_type=cache_type,
-            sampling=sampling,
-        )
+        n_cells = cells_for(positions, budget)
+        threads = n_threads or physical_cores()
+        engine: LlamaEngine
+        if engine_name == "patched" or (engine_name is None and library_is_patched()):
+            engine = _patched(model, n_cells, threads, cache_type, sampling, budget)
+        else:
+            engine = StockEngine(
+                model,
+                n_cells=n_cells,
+                n_threads=threads,
+                scoring=budget < 1,
+                cache_type=cache_type,
+                sampling=sampling,
+            )
     except BaseException:
         model.close()
         raise
     return engine, positions
+
+
+def _patched(
+    model: Model, n_cells: int, n_threads: int, cache_type: int, sampling: Sampling | None, budget: float
+) -> LlamaEngine:
+    """The patched engine; at budget 1 the stock one runs what cannot be composed."""
+    try:
+        return PatchedEngine(model, n_cells=n_cells, n_threads=n_threads, cache_type=cache_type, sampling=sampling)
+    except ModelError as error:
+        if budget < 1:
+            raise ModelError(f"{model.architecture} runs with --budget 1 only: {error}") from error
+        return StockEngine(
+            model, n_cells=n_cells, n_threads=n_threads, scoring=False, cache_type=cache_type, sampling=sampling
+        )

@@ -1,0 +1,332 @@
+"""The patched engine on tiny F32 models: bytes against NumPy and the stock twin, attention against masked logits."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import ARCHITECTURES, SLIDING
+
+from kvcompose_local.cells import parse_state
+from kvcompose_local.compaction import CacheMemory
+from kvcompose_local.engines import open_engine
+from kvcompose_local.engines.patched import PatchedEngine
+from kvcompose_local.engines.stock import StockEngine
+from kvcompose_local.errors import ContextFull, EngineError, InvalidInput, ModelError
+from kvcompose_local.interfaces import IntArray, Sampling
+from kvcompose_local.llama_ffi import Model, PerLayerCells, library_is_patched
+
+pytestmark = pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
+
+GREEDY = Sampling(temperature=0)
+UNIFORM = tuple(arch for arch in ARCHITECTURES if arch not in SLIDING)
+TYPES = {"F16": 1, "BF16": 30, "Q8_0": 8, "Q4_0": 2, "Q5_1": 7}
+TOKENS = np.random.default_rng(3).integers(3, 259, 400).tolist()
+
+
+def patched(path: Path, *, n_cells: int = 256, cache_type: int = 1, n_ubatch: int = 64) -> PatchedEngine:
+    return PatchedEngine(
+        Model(path), n_cells=n_cells, n_threads=1, cache_type=cache_type, n_ubatch=n_ubatch, sampling=GREEDY
+    )
+
+
+@pytest.fixture
+def llama(tiny_model: Callable[..., Path]) -> Iterator[PatchedEngine]:
+    with patched(tiny_model("llama")) as engine:
+        yield engine
+
+
+def exported(engine: PatchedEngine) -> list[tuple[np.ndarray, np.ndarray]]:
+    """K and V of each layer, uint8 (rows, H, head bytes), in the protocol's order: composed cells, then live ones."""
+    live = engine._live_cells()
+    cap = engine._cells.info().n_live_cap
+    result = []
+    for i, layer in enumerate(engine.shape.layers):
+        order = np.concatenate([cap + np.arange(engine.layout().composed[i]), live])
+        k, v = (engine._cells.rows(i, values=values)[order] for values in (False, True))
+        result.append(tuple(x.reshape(len(order), layer.n_kv_heads, x.shape[1] // layer.n_kv_heads) for x in (k, v)))
+    return result
+
+
+def gathered(before: list[tuple[np.ndarray, np.ndarray]], selection: list[IntArray], n_tail: int) -> list:
+    result = []
+    for planes, rows in zip(before, selection, strict=True):
+        result.append(
+            tuple(
+                np.concatenate([np.stack([x[rows[h], h] for h in range(x.shape[1])], 1), x[len(x) - n_tail :]])
+                for x in planes
+            )
+        )
+    return result
+
+
+def assert_same(a: list, b: list) -> None:
+    for one, two in zip(a, b, strict=True):
+        for x, y in zip(one, two, strict=True):
+            assert x.shape == y.shape
+            assert (x == y).all()
+
+
+def uneven(rng: np.random.Generator, engine: PatchedEngine, n_tail: int) -> list[IntArray]:
+    """Random rows, another number in each layer; one layer keeps all, one nothing."""
+    layout = engine.layout()
+    selection = []
+    for i, layer in enumerate(engine.shape.layers):
+        n = layout.composed[i] + layout.n_live - n_tail
+        k = (n, 0, int(rng.integers(1, n)))[i % 3]
+        selection.append(np.stack([rng.permutation(n)[:k] for _ in range(layer.n_kv_heads)]).astype(np.int64))
+    return selection
+
+
+def identity(engine: PatchedEngine, n_tail: int) -> list[IntArray]:
+    layout = engine.layout()
+    rows = [np.arange(k + layout.n_live - n_tail) for k in layout.composed]
+    return [np.tile(r, (layer.n_kv_heads, 1)) for r, layer in zip(rows, engine.shape.layers, strict=True)]
+
+
+@pytest.mark.parametrize("cache_type", TYPES.values(), ids=TYPES.keys())
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_bytes(tiny_model: Callable[..., Path], arch: str, cache_type: int) -> None:
+    """Identity keeps every byte; an uneven rewrite, and a rewrite of it, equal a NumPy gather."""
+    rng = np.random.default_rng(1)
+    with patched(tiny_model(arch, n_layers=7 if arch == "gemma3" else 6), cache_type=cache_type) as engine:
+        assert len(engine.shape.layers) == {"gemma2": 3, "gemma3": 1}.get(arch, 6)
+        engine.decode(TOKENS[:100])
+        before = exported(engine)
+        engine.rewrite(identity(engine, 8), 8)
+        assert_same(before, exported(engine))
+        assert engine.layout().position == 100
+        for n_tail in (8, 0, 3):
+            before = exported(engine)
+            selection = uneven(rng, engine, n_tail)
+            engine.rewrite(selection, n_tail)
+            assert_same(gathered(before, selection, n_tail), exported(engine))
+            assert engine.layout().composed == tuple(s.shape[1] for s in selection)
+            position = engine.layout().position
+            engine.decode(TOKENS[position : position + 20])
+            assert engine.layout().position == position + 20
+        engine.clear()
+        assert not any(x.any() for planes in exported(engine) for x in planes)
+        engine.decode(TOKENS[:100])
+
+
+@pytest.mark.parametrize("arch", UNIFORM)
+def test_uniform_budgets_equal_the_stock_twin(tiny_model: Callable[..., Path], arch: str) -> None:
+    rng = np.random.default_rng(2)
+    with (
+        patched(tiny_model(arch)) as engine,
+        StockEngine(Model(tiny_model(arch)), n_cells=256, n_threads=1, sampling=GREEDY, n_ubatch=64) as twin,
+    ):
+        for e in (engine, twin):
+            e.decode(TOKENS[:100])
+        # Both engines read the same text with different attention kernels, so the rows agree to float tolerance only:
+        # the twin's bytes are put into the patched cache, and from there on every byte must agree.
+        cells = parse_state(twin._context.state())
+        for i in range(3):
+            values = cells.values[i].data.transpose(1, 0, 2).reshape(100, -1)
+            rows = {False: cells.keys[i].data, True: values}
+            for is_v, data in rows.items():
+                whole = engine._cells.rows(i, values=is_v)
+                whole[:100] = data
+                engine._cells.set_rows(i, whole, values=is_v)
+        selection = [np.stack([rng.permutation(92)[:31] for _ in range(2)]).astype(np.int64) for _ in range(3)]
+        for e in (engine, twin):
+            e.rewrite(selection, 8)
+        cells = parse_state(twin._context.state())
+        for i, (k, v) in enumerate(exported(engine)):
+            assert (k.reshape(39, -1) == cells.keys[i].data).all()
+            assert (v.reshape(39, -1) == cells.values[i].data.transpose(1, 0, 2).reshape(39, -1)).all()
+        np.testing.assert_allclose(engine.replay(TOKENS[:20]), twin.replay(TOKENS[:20]), atol=2e-3)
+
+
+@pytest.mark.parametrize("arch", UNIFORM)
+def test_attention_sees_exactly_the_kept_cells(tiny_model: Callable[..., Path], arch: str) -> None:
+    """The reference keeps all cells and sets the logits of dropped ones, by layer and head, to minus infinity.
+
+    Three rounds of reading and uneven rewriting; after each, the next token's logits agree.
+    """
+    rng = np.random.default_rng(4)
+    path = tiny_model(arch)
+    with contextlib.ExitStack() as stack:
+        engine = stack.enter_context(patched(path))
+        twin = StockEngine(Model(path), n_cells=256, n_threads=1, sampling=GREEDY, n_ubatch=64)
+        reference = stack.enter_context(twin)
+        # The same kernels on both sides, so that the tolerance is that of summing in another order.
+        stack.enter_context(engine._cells.visible_softmax())
+        # origin[layer]: (H, rows) the position that each head of each row came from
+        origin = [np.zeros((2, 0), np.int64)] * 3
+        read = 0
+        for n in (60, 40, 30):
+            for e in (engine, reference):
+                e.decode(TOKENS[read : read + n - 1])
+                _mask(reference, origin, read)
+                e.decode(TOKENS[read + n - 1 : read + n])
+            np.testing.assert_allclose(engine.logits(), reference.logits(), atol=3e-3)
+            live = np.tile(np.arange(read - (4 if read else 0), read + n), (2, 1))
+            rows = [np.concatenate([o[:, :], live], axis=1) for o in origin]
+            read += n
+            selection = uneven(rng, engine, 4)
+            engine.rewrite(selection, 4)
+            origin = [np.take_along_axis(r, s, axis=1) for r, s in zip(rows, selection, strict=True)]
+            _mask(reference, origin, read)
+
+
+def _mask(reference: StockEngine, origin: list[IntArray], first_live: int) -> None:
+    """From now on the reference attends, before its 4 newest cells at the last rewrite, to ``origin`` alone."""
+
+    def tap(layer: int, logits: np.ndarray) -> None:
+        seen = max(first_live - 4, 0)
+        for q in range(logits.shape[0]):
+            dropped = np.setdiff1d(np.arange(seen), origin[layer][q // 2])
+            logits[q][:, dropped] = -1e30
+
+    reference._context.tap_prefix = b"kq-"
+    reference._context.tap = tap
+
+
+def test_the_explicit_softmax_gives_what_flash_attention_gives(tiny_model: Callable[..., Path]) -> None:
+    for arch in ARCHITECTURES:
+        for cache_type in (1, 8, 2):
+            with patched(tiny_model(arch, n_layers=6), cache_type=cache_type) as engine:
+                engine.decode(TOKENS[:90])
+                engine.rewrite(uneven(np.random.default_rng(0), engine, 8), 8)
+                engine.decode(TOKENS[90:91])
+                flash = engine.logits()
+                engine.drop_tail(1)
+                with engine._cells.visible_softmax():
+                    engine._context.decode(TOKENS[90:91])
+                    explicit = engine.logits()
+                np.testing.assert_allclose(explicit, flash, atol=0.05)
+                engine.drop_tail(1)
+                engine._context.decode(TOKENS[90:91])
+                assert (engine.logits() == flash).all()
+
+
+def test_replay_leaves_no_trace_and_rows_sum_to_one(llama: PatchedEngine) -> None:
+    llama.decode(TOKENS[:60])
+    llama.rewrite(uneven(np.random.default_rng(0), llama, 8), 8)
+    llama.decode(TOKENS[60:80])
+    before, layout = exported(llama), llama.layout()
+    tapped: dict[int, np.ndarray] = {}
+    with llama._cells.visible_softmax():
+        llama._context.tap = lambda layer, w: tapped.__setitem__(layer, w.copy())
+        llama._context.decode(TOKENS[:20])
+        llama._context.tap = None
+    llama._context.remove(80)
+    seen = llama.replay(TOKENS[:20])
+    assert_same(before, exported(llama))
+    assert llama.layout() == layout
+    for i in range(3):
+        rows = llama._cells.layer(i).n_rows
+        assert tapped[i].shape == (4, 20, rows)
+        np.testing.assert_allclose(tapped[i].sum(axis=2), 1, atol=1e-5)
+        np.testing.assert_allclose(seen[i], tapped[i][:, :, :28].max(axis=1), atol=1e-6)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_long_chat_stays_in_its_arena(tiny_model: Callable[..., Path], arch: str) -> None:
+    with patched(tiny_model(arch, n_layers=6), n_cells=256) as engine:
+        memory = CacheMemory(engine, 4000)
+        for start in range(0, 2000, 100):
+            memory.feed([TOKENS[i % 400] for i in range(start, start + 100)])
+            for device, size in enumerate(engine.arena_bytes):
+                arena = engine._cells.arena(device)
+                assert arena.used <= arena.size
+                assert arena.peak_used <= arena.size
+                assert size <= arena.size
+        assert len(memory.reports) > 5
+        assert engine.layout().position == 2000
+        assert np.isfinite(engine.logits()).all()
+
+
+def test_wrong_input_changes_nothing(llama: PatchedEngine) -> None:
+    llama.decode(TOKENS[:100])
+    llama.rewrite(uneven(np.random.default_rng(0), llama, 8), 8)
+    llama.decode(TOKENS[100:120])
+    before, layout, cells = exported(llama), llama.layout(), llama._cells
+    good = uneven(np.random.default_rng(1), llama, 8)
+    live = llama._live_cells()
+    raw = [np.zeros((2, 0), np.int64)] * 3
+    wrong_rows = [[*raw[:2], np.array([[row], [row]])] for row in (-1, 10**6, int(live[-1]), 2**31 - 1)]
+    twice = [*raw[:2], np.array([[3, 3], [3, 4]])]
+    for call in (
+        lambda: llama.rewrite(good[:2], 8),
+        lambda: llama.rewrite(good, 29),
+        lambda: llama.rewrite(good, -1),
+        lambda: llama.rewrite(raw, 0),
+        lambda: llama.rewrite([g + 10**6 for g in good], 8),
+        *(lambda rows=rows: cells.rewrite(50, live[-8:], rows) for rows in [*wrong_rows, twice]),
+        lambda: cells.rewrite(0, live[-8:], raw),
+        lambda: cells.rewrite(7, live[-8:], raw),
+        lambda: cells.rewrite(2**31 - 1, live[-8:], raw),
+        lambda: cells.rewrite(-5, live[-8:], raw),
+        lambda: cells.rewrite(300, live[-8:], raw),
+        lambda: cells.rewrite(50, live[:8], raw),
+        lambda: cells.rewrite(50, live[-8:][::-1], raw),
+        lambda: cells.rewrite(50, np.array([-1]), raw),
+        lambda: cells.rewrite(50, np.array([10**8]), raw),
+        lambda: cells.set_layout(50, np.arange(3), 5, np.zeros(3, np.int64)),
+        lambda: cells.set_layout(50, np.array([5, 5]), 5, np.zeros(3, np.int64)),
+        lambda: cells.set_layout(50, np.array([5]), 5, np.array([6, 0, 0])),
+        lambda: cells.set_layout(10**6, np.array([5]), 5, np.array([1, 0, 0])),
+        lambda: cells.set_layout(50, np.array([5]), 5, np.array([-1, 0, 0])),
+        lambda: cells.set_layout(50, np.array([], np.int64), 0, np.zeros(3, np.int64)),
+        lambda: cells.set_layout(50, np.arange(3), 0, np.zeros(2, np.int64)),
+        lambda: cells.layer(3),
+        lambda: cells.layer(-1),
+        lambda: cells.arena(1),
+        lambda: cells.rows(7, values=False),
+        lambda: cells.set_rows(0, np.zeros((10**4, 128), np.uint8), values=False),
+        lambda: cells.set_rows(0, np.zeros((3, 5), np.uint8), values=True),
+        lambda: cells._call("set_explicit_softmax", 2),
+        lambda: llama._context.state(),
+        lambda: llama.decode(TOKENS[:256]),
+        lambda: llama.replay(TOKENS[:256]),
+    ):
+        with pytest.raises((EngineError, InvalidInput)):
+            call()
+        assert llama.layout() == layout
+    assert_same(before, exported(llama))
+    llama.rewrite(good, 8)
+    assert_same(gathered(before, good, 8), exported(llama))
+
+
+def test_more_than_the_arena_is_refused(llama: PatchedEngine) -> None:
+    llama.decode(TOKENS[:250])
+    with pytest.raises(ContextFull):
+        llama._cells.rewrite(30, llama._live_cells()[-8:], identity(llama, 8))
+
+
+def test_export_and_import_restore_the_future(tiny_model: Callable[..., Path]) -> None:
+    with patched(tiny_model("llama")) as first, patched(tiny_model("llama")) as second:
+        first.decode(TOKENS[:100])
+        first.rewrite(uneven(np.random.default_rng(0), first, 8), 8)
+        first.decode(TOKENS[100:110])
+        layers = [first._cells.layer(i) for i in range(3)]
+        info = first._cells.info()
+        positions = first._cells.positions()[: info.n_live_cap]
+        live = positions[positions >= 0]
+        second._cells.set_layout(info.n_live_cap, live, int(live[0]), np.array([x.n_composed for x in layers]))
+        second._composed = first._composed
+        for i in range(3):
+            for values in (False, True):
+                second._cells.set_rows(i, first._cells.rows(i, values=values), values=values)
+        assert second.layout() == first.layout()
+        for engine in (first, second):
+            engine.decode(TOKENS[110:120])
+        assert (first.logits() == second.logits()).all()
+
+
+def test_the_patched_engine_is_chosen_and_the_stock_one_runs_the_rest(tiny_model: Callable[..., Path]) -> None:
+    engine, _ = open_engine(tiny_model("gemma3", n_layers=6), n_ctx=1024, budget=0.5)
+    with engine:
+        assert engine.name == "patched"
+        assert engine.max_replay <= 512
+    engine, _ = open_engine(tiny_model("llama"), n_ctx=1024, budget=0.5, engine_name="stock")
+    with engine:
+        assert engine.name == "stock"
+        with pytest.raises(ModelError, match="flash attention"):
+            PerLayerCells(engine._context)

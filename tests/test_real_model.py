@@ -1,0 +1,63 @@
+"""The program with the models people run: slow enough to be few, and about what a user would notice."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROSE = Path(__file__).parent / "data" / "prose.txt"
+NEEDLE = "The special magic number for silver-otter is: 7391845."
+QUESTION = "What is the special magic number for silver-otter?"
+
+
+def run(model: Path, *options: str, stdin: str = "") -> tuple[dict[str, Any], str]:
+    """(the JSON object, stderr) of a greedy run that must succeed."""
+    command = [sys.executable, "-m", "kvcompose_local.cli", "run", str(model), "--temp", "0", "--json", *options]
+    done = subprocess.run(
+        command, input=stdin, capture_output=True, encoding="utf-8", timeout=300, check=False, env=dict(os.environ)
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+def haystack(n_characters: int, depth: float) -> str:
+    """The beginning of the prose with the needle at the first paragraph's end beyond ``depth``."""
+    text = PROSE.read_text(encoding="utf-8").partition("\n\n")[2][:n_characters]
+    end = text.index("\n\n", int(len(text) * depth))
+    return f"{text[:end]}\n\n{NEEDLE}{text[end:]}"
+
+
+def test_the_default_model_chats_and_remembers(real_model: Callable[[str], Path]) -> None:
+    told, _ = run(
+        real_model("smollm2-135m"),
+        *("--ctx", "1024", "--max-tokens", "48"),
+        stdin="My name is Ada. What is the capital of France?\nWhat is my name?\n",
+    )
+    first, second = told["answers"]
+    assert "Paris" in first
+    assert "Ada" in second, "the second turn sees the first"
+    assert told["kv_bytes"] == told["kv_bytes_full"] // 2
+    assert told["compactions"] == 0, "nothing is compressed before it must be"
+
+
+@pytest.mark.parametrize("depth", [0.5])
+def test_a_needle_survives_half_the_cache(real_model: Callable[[str], Path], tmp_path: Path, depth: float) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(haystack(3000, depth), encoding="utf-8")
+    told, said = run(
+        real_model("qwen2.5-coder-0.5b"),
+        *("--ctx", "1024", "--budget", "0.5", "--max-tokens", "32", "-f", str(text), "-p", QUESTION),
+    )
+    assert told["kv_bytes"] <= 0.5 * told["kv_bytes_full"]
+    assert told["kv_bytes_used"] <= told["kv_bytes"]
+    assert told["positions"] > max(told["layer_cells"]), "there are fewer cells than tokens that were read"
+    assert told["compactions"] >= 1
+    assert said.count("compacted: ") == told["compactions"]
+    assert "7391845" in told["text"]

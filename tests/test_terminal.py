@@ -1,0 +1,204 @@
+"""The chat in a real pseudo-terminal: what a person types and sees, with a tiny model behind it."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import endless
+
+pexpect = pytest.importorskip("pexpect")
+
+TinyModel = Callable[..., Path]
+Terminal = Callable[..., Any]
+#: The editor asks the terminal to mark pasted text while it waits for input, and no longer when it has a line.
+PROMPT, ACCEPTED = "\x1b[?2004h", "\x1b[?2004l"
+CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
+_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]")
+
+
+@pytest.fixture
+def terminal(tiny_model: TinyModel, tmp_path: Path) -> Iterator[Terminal]:
+    """``terminal(*options)`` starts a chat with a private home and waits for its prompt."""
+    children = []
+
+    def start(*options: str) -> Any:
+        home = tmp_path / "home"
+        home.mkdir(exist_ok=True)
+        env = {k: v for k, v in os.environ.items() if not k.startswith("XDG_")}
+        command = ["-m", "kvcompose_local.cli", "run", str(endless(tiny_model)), "--threads", "1", "--temp", "0"]
+        command += ["--budget", "0.5", "--ctx", "1024", "--max-tokens", "20", *options]
+        child = pexpect.spawn(
+            sys.executable,
+            command,
+            env=env | {"HOME": str(home), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"},
+            encoding="utf-8",
+            codec_errors="replace",
+            dimensions=(50, 200),
+            timeout=30,
+        )
+        children.append(child)
+        child.expect_exact(PROMPT)
+        return child
+
+    yield start
+    for child in children:
+        child.close(force=True)
+
+
+def say(child: Any, text: str) -> str:
+    """Type a line; returns what stands on the screen below it until the next prompt."""
+    child.send(text + "\r")
+    child.expect_exact(ACCEPTED)
+    child.expect_exact(PROMPT)
+    return plain(child.before)
+
+
+def begin_an_answer(child: Any, text: str) -> None:
+    """Type a message and wait until some of its answer is there."""
+    child.send(text + "\r")
+    child.expect_exact(ACCEPTED)
+    child.expect("(?:[^\x00-\x20\x1b][^\x1b]*){5}")
+
+
+def plain(text: str) -> str:
+    return _ESCAPES.sub("", text).replace("\r", "").strip()
+
+
+def leave(child: Any) -> None:
+    child.send(CTRL_D)
+    child.expect(pexpect.EOF)
+    child.close()
+    assert (child.exitstatus, child.signalstatus) == (0, None)
+
+
+def test_a_chat_with_every_command(terminal: Terminal, tmp_path: Path) -> None:
+    note = tmp_path / "note.txt"
+    note.write_text("Some facts. " * 10)
+    child = terminal()
+    assert "Tiny random: 1024 positions in 0.4 MiB of cache (uncompressed: 0.8 MiB)" in plain(child.before)
+    answer = say(child, "Hello")
+    assert answer.endswith("(stopped after 20 tokens: --max-tokens allows more)")
+    assert not answer.startswith("(stopped")
+    n_first = 1 + len("[user]Hello[/][assistant]") + 20
+    assert f"positions: {n_first} of 1024 used" in say(child, "/stats")
+    shown_help = say(child, "/help")
+    for command in ("/help", "/stats", "/compress", "/read", "/system", "/clear", "/quit"):
+        assert command in shown_help
+    assert say(child, "/compress 0.5").startswith(f"compacted: {n_first} tokens seen, ")
+    read = re.fullmatch(rf"read (\d+) tokens of {note}: ask about it", say(child, f"/read {note}"))
+    assert read is not None
+    assert int(read[1]) > len(note.read_text())
+    assert say(child, "/system") == "there is no system prompt; /system TEXT sets one"
+    assert say(child, "/system Be brief.") == "the system prompt is set"
+    assert say(child, "/system") == "Be brief."
+    assert say(child, "/clear") == "forgotten: the conversation is empty"
+    assert "positions: 0 of 1024 used" in say(child, "/stats")
+    assert say(child, "/nonsense") == "there is no /nonsense: /help lists the commands"
+    assert say(child, "/read /no/such/file") == "error: cannot read /no/such/file: No such file or directory"
+    assert say(child, "") == ""
+    child.send("/quit\r")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+
+
+def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(terminal: Terminal) -> None:
+    child = terminal("--ctx", "4096", "--max-tokens", "3500", "--budget", "1")
+    begin_an_answer(child, "Hello")
+    child.send(CTRL_C)
+    child.expect_exact("(stopped")
+    child.expect_exact(PROMPT)
+    positions = re.search(r"positions: (\d+) of 4096", say(child, "/stats"))
+    assert positions is not None
+    assert 26 < int(positions[1]) < 3500, "the answer was cut short, and what there is of it is kept"
+    begin_an_answer(child, "Again")
+    child.send(CTRL_C)
+    child.expect_exact("(stopped")
+    child.expect_exact(PROMPT)
+    leave(child)
+
+
+def test_ctrl_c_at_the_prompt_says_how_to_leave(terminal: Terminal) -> None:
+    child = terminal()
+    child.send("half a messa")
+    child.expect_exact("messa")
+    child.send(CTRL_C)
+    child.expect_exact("(Ctrl-D or /quit leaves)")
+    child.expect_exact(PROMPT)
+    assert "positions: 0 of 1024 used" in say(child, "/stats")
+    leave(child)
+
+
+def test_pasted_lines_are_one_message(terminal: Terminal) -> None:
+    child = terminal()
+    pasted = "first line\nsecond line"
+    say(child, f"\x1b[200~{pasted}\x1b[201~")
+    n_tokens = 1 + len(f"[user]{pasted}[/][assistant]".replace(" ", "▁").encode()) + 20
+    assert f"positions: {n_tokens} of 1024 used" in say(child, "/stats")
+    leave(child)
+
+
+def test_a_fenced_message_has_several_lines(terminal: Terminal) -> None:
+    child = terminal()
+    assert say(child, '"""one') == ""
+    say(child, 'two"""')
+    assert f"positions: {1 + len('[user]one.two[/][assistant]') + 20} of 1024 used" in say(child, "/stats")
+    leave(child)
+
+
+def test_text_beyond_ascii(terminal: Terminal) -> None:
+    child = terminal()
+    message = "Grüße, 世界 🦦"
+    say(child, message)
+    n_tokens = 1 + len(f"[user]{message}[/][assistant]".replace(" ", "▁").encode()) + 20
+    assert f"positions: {n_tokens} of 1024 used" in say(child, "/stats")
+    leave(child)
+
+
+def test_a_long_chat_is_compacted_between_the_lines(terminal: Terminal) -> None:
+    child = terminal()
+    shown = say(child, "x" * 600)
+    assert re.search(r"^compacted: \d+ tokens seen, \d+ composed \+ 8 live cells a layer", shown)
+    assert "positions: 641 of 1024 used" in say(child, "/stats")
+    assert say(child, "y" * 600).startswith("error: 623 more tokens do not fit: 641 of --ctx 1024 positions are used")
+    assert "positions: 641 of 1024 used" in say(child, "/stats"), "a refused message leaves no trace"
+    leave(child)
+
+
+def test_the_history_is_private_and_comes_back(terminal: Terminal, tmp_path: Path) -> None:
+    child = terminal()
+    say(child, "/system Remember me.")
+    leave(child)
+    kept = [path for path in (tmp_path / "home").rglob("history") if path.is_file()]
+    assert len(kept) == 1
+    assert stat.S_IMODE(kept[0].stat().st_mode) == 0o600
+    child = terminal()
+    child.send(UP)
+    child.expect_exact("/system Remember me.")
+    child.send("\r")
+    child.expect_exact("the system prompt is set")
+    child.expect_exact(PROMPT)
+    leave(child)
+
+
+def test_tab_completes_commands_and_file_names(terminal: Terminal, tmp_path: Path) -> None:
+    (tmp_path / "unmistakable.txt").write_text("text")
+    child = terminal()
+    child.send("/st\t")
+    child.expect_exact("/stats")
+    child.send("\r")
+    child.expect_exact("positions: 0 of 1024 used")
+    child.expect_exact(PROMPT)
+    child.send(f"/read {tmp_path}/unmis\t")
+    child.expect_exact("takable.txt")
+    child.send("\r")
+    child.expect_exact("tokens of")
+    child.expect_exact("unmistakable.txt: ask about it")
+    leave(child)
