@@ -40,8 +40,8 @@ from kvcompose_local.resources import data_file
 Progress = Callable[[str, int, int], None]
 
 _LLAMA_CPP = "vendor/llama.cpp"
-#: Two thirds of the source tree by size, and nothing in them is compiled.
-_NOT_NEEDED = frozenset({"benches", "docs", "media", "models"})
+#: Two thirds of the source tree by size, nothing in them is compiled; `.git` points to a repository that is not there.
+_NOT_NEEDED = frozenset({".git", "benches", "docs", "media", "models"})
 _APPLIED = ".kvcompose-applied"
 _FREE_BYTES_NEEDED = 400 * 10**6
 _PIN_LINE = re.compile(r"(?P<name>[\w.-]+)==(?P<version>[\w.]+) --hash=sha256:(?P<sha256>[0-9a-f]{64})")
