@@ -329,7 +329,10 @@ def test_ctrl_c_while_a_file_is_read(tiny_model: TinyModel, tmp_path: Path) -> N
 # The set-up
 
 
-def test_an_empty_cache_has_no_library(tiny_model: TinyModel, private_cache: Path) -> None:
+def test_an_empty_cache_has_no_library(
+    tiny_model: TinyModel, private_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LLAMA_CPP_LIB_PATH", raising=False)
     # The bindings' own folder holds a library where they were installed with one: then this cannot be provoked.
     bindings = importlib.util.find_spec("llama_cpp")
     assert bindings is not None

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 PROSE = Path(__file__).parent / "data" / "prose.txt"
 NEEDLE = "The special magic number for silver-otter is: 7391845."
 QUESTION = "What is the special magic number for silver-otter?"
@@ -37,20 +35,20 @@ def haystack(n_characters: int, depth: float) -> str:
 def test_the_default_model_chats_and_remembers(real_model: Callable[[str], Path]) -> None:
     told, _ = run(
         real_model("smollm2-135m"),
-        *("--ctx", "1024", "--max-tokens", "48"),
-        stdin="My name is Ada. What is the capital of France?\nWhat is my name?\n",
+        # Under the system prompt of its own template this model answers in broken French, in other programs too.
+        *("--ctx", "1024", "--max-tokens", "48", "--system", "You are a helpful AI assistant."),
+        stdin="What is the capital of France?\nAnd of Italy?\n",
     )
     first, second = told["answers"]
     assert "Paris" in first
-    assert "Ada" in second, "the second turn sees the first"
+    assert "Rome" in second, "only the first turn tells what is asked about"
     assert told["kv_bytes"] == told["kv_bytes_full"] // 2
     assert told["compactions"] == 0, "nothing is compressed before it must be"
 
 
-@pytest.mark.parametrize("depth", [0.5])
-def test_a_needle_survives_half_the_cache(real_model: Callable[[str], Path], tmp_path: Path, depth: float) -> None:
+def test_a_needle_survives_half_the_cache(real_model: Callable[[str], Path], tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
-    text.write_text(haystack(3000, depth), encoding="utf-8")
+    text.write_text(haystack(3000, 0.5), encoding="utf-8")
     told, said = run(
         real_model("qwen2.5-coder-0.5b"),
         *("--ctx", "1024", "--budget", "0.5", "--max-tokens", "32", "-f", str(text), "-p", QUESTION),

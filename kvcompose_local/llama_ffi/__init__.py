@@ -1,0 +1,21 @@
+"""llama.cpp through llama-cpp-python's low-level API: the only place that imports ``llama_cpp`` or uses ctypes.
+
+Every native return code is checked here and becomes an :class:`EngineError` that names the call; owners of native
+memory are context managers. Facts about the library are those of the pinned version (``patches/PIN``).
+"""
+
+from kvcompose_local.llama_ffi.cells import PerLayerCells, library_is_patched
+from kvcompose_local.llama_ffi.context import F16, Context
+from kvcompose_local.llama_ffi.library import library_path, on_abort, supports_gpu
+from kvcompose_local.llama_ffi.model import Model
+
+__all__ = [
+    "F16",
+    "Context",
+    "Model",
+    "PerLayerCells",
+    "library_is_patched",
+    "library_path",
+    "on_abort",
+    "supports_gpu",
+]

@@ -1,0 +1,159 @@
+"""The patch series' interface to per-layer cells (``llama-kvcompose.h``)."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcompose_local.errors import ContextFull, EngineError, InvalidInput, ModelError
+from kvcompose_local.interfaces import IntArray
+from kvcompose_local.llama_ffi.context import Context
+from kvcompose_local.llama_ffi.library import bind
+
+
+class _Info(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int32)
+        for name in ("n_layers", "n_arenas", "n_live_cap", "n_cells", "n_live", "pos_next", "composed", "has_window")
+    ]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("il", "n_head_kv", "head_dim_k", "head_dim_v", "type_k", "type_v")),
+        *((name, ctypes.c_uint64) for name in ("k_row_bytes", "v_row_bytes", "k_head_bytes", "v_head_bytes")),
+        *((name, ctypes.c_int32) for name in ("n_composed", "n_rows", "arena")),
+    ]
+
+
+class _Arena(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_uint64) for name in ("size", "used", "peak_used", "staging_peak")),
+        ("name", ctypes.c_char * 64),
+    ]
+
+
+_INT32_P = ctypes.POINTER(ctypes.c_int32)
+_KVC_VERSION = 1
+_kvc_version = bind("llama_kvc_version", ctypes.c_int32)
+_KVC_FUNCTIONS: dict[str, tuple[Any, ...]] = {
+    "supported": (),
+    "get_info": (ctypes.POINTER(_Info),),
+    "get_layer": (ctypes.c_int32, ctypes.POINTER(_Layer)),
+    "get_arena": (ctypes.c_int32, ctypes.POINTER(_Arena)),
+    "get_positions": (_INT32_P, ctypes.c_int32),
+    "rewrite": (ctypes.c_int32, _INT32_P, ctypes.c_int32, _INT32_P, ctypes.POINTER(_INT32_P)),
+    "set_layout": (ctypes.c_int32, _INT32_P, ctypes.c_int32, ctypes.c_int32, _INT32_P),
+    "get_rows": (*(ctypes.c_int32,) * 4, ctypes.c_void_p, ctypes.c_size_t),
+    "set_rows": (*(ctypes.c_int32,) * 4, ctypes.c_void_p, ctypes.c_size_t),
+    "set_eval_callback": (ctypes.c_void_p, ctypes.c_void_p),
+    "set_explicit_softmax": (ctypes.c_int32,),
+}
+_kvc = {
+    name: bind(f"llama_kvc_{name}", ctypes.c_int32, ctypes.c_void_p, *argtypes)
+    for name, argtypes in _KVC_FUNCTIONS.items()
+}
+_kvc_last_error = bind("llama_kvc_last_error", ctypes.c_char_p)
+_KVC_UNSUPPORTED, _KVC_NO_SPACE = -2, -3
+
+
+def library_is_patched() -> bool:
+    """Whether the loaded llama.cpp has the interface of ``patches/`` in the version that this module speaks."""
+    return _kvc_version is not None and _kvc_version() == _KVC_VERSION
+
+
+def _int32(values: Any) -> Any:
+    """A pointer to values as contiguous int32; NumPy's pointer keeps its array alive."""
+    return np.ascontiguousarray(values, np.int32).ctypes.data_as(_INT32_P)
+
+
+class PerLayerCells:
+    """The patch series' interface to the cells of a :class:`Context` (``llama-kvcompose.h``).
+
+    Raises ModelError where this cache cannot be composed.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        if _kvc["supported"](context._ctx) != 0:
+            raise ModelError(_kvc_last_error().decode("utf-8", "replace"))
+        self.n_layers = int(self.info().n_layers)
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        status = _kvc[name](self._context._ctx, *arguments)
+        if status != 0:
+            reason = _kvc_last_error().decode("utf-8", "replace")
+            kind = {_KVC_NO_SPACE: ContextFull, _KVC_UNSUPPORTED: ModelError}.get(status, EngineError)
+            raise kind(f"llama_kvc_{name} failed: {reason}")
+
+    def info(self) -> Any:
+        """n_layers, n_arenas, n_live_cap, n_cells, n_live, pos_next, composed, has_window."""
+        info = _Info()
+        self._call("get_info", ctypes.byref(info))
+        return info
+
+    def layer(self, i: int) -> Any:
+        """il, n_head_kv, head_dim_k, head_dim_v, type_k, type_v, k_row_bytes, …, n_composed, n_rows, arena."""
+        layer = _Layer()
+        self._call("get_layer", i, ctypes.byref(layer))
+        return layer
+
+    def arena(self, i: int) -> Any:
+        """size, used, peak_used and staging_peak in bytes, name."""
+        arena = _Arena()
+        self._call("get_arena", i, ctypes.byref(arena))
+        return arena
+
+    def positions(self) -> npt.NDArray[np.int32]:
+        """int32 (n_cells,): position of each cell, -1 where it is empty."""
+        positions = np.empty(self.info().n_cells, np.int32)
+        self._call("get_positions", positions.ctypes.data_as(_INT32_P), positions.size)
+        return positions
+
+    def rewrite(self, n_live_cap: int, tail: IntArray, sources: Sequence[IntArray]) -> None:
+        """tail: int (n_tail,) live cells that stay; sources: a layer's int (H, K_l) physical rows."""
+        self._check_layers(sources)
+        counts = [s.shape[1] for s in sources]
+        pointers = [_int32(s) for s in sources]  # a ctypes array of them would not keep NumPy's arrays alive
+        table = (_INT32_P * len(sources))(*pointers)
+        self._context.has_logits = False
+        self._call("rewrite", n_live_cap, _int32(tail), len(tail), _int32(counts), table)
+
+    def set_layout(self, n_live_cap: int, live_positions: IntArray, end: int, n_composed: IntArray) -> None:
+        """Empty the cache and lay it out for an import; composed cells take the positions before ``end``."""
+        self._check_layers(n_composed)
+        self._context.has_logits = False
+        self._call("set_layout", n_live_cap, _int32(live_positions), len(live_positions), end, _int32(n_composed))
+
+    def _check_layers(self, values: Any) -> None:
+        if len(values) != self.n_layers:
+            raise InvalidInput(f"{len(values)} layers are given, the cache has {self.n_layers}")
+
+    def rows(self, i: int, *, values: bool) -> npt.NDArray[np.uint8]:
+        """uint8 (n_rows, row bytes): all K, or all V rows of a layer."""
+        layer = self.layer(i)
+        width = layer.v_row_bytes if values else layer.k_row_bytes
+        data = np.empty((layer.n_rows, width), np.uint8)
+        self._call("get_rows", i, int(values), 0, layer.n_rows, data.ctypes.data, data.nbytes)
+        return data
+
+    def set_rows(self, i: int, data: npt.NDArray[np.uint8], *, values: bool) -> None:
+        """The inverse of :meth:`rows`."""
+        data = np.ascontiguousarray(data, np.uint8)
+        self._call("set_rows", i, int(values), 0, data.shape[0], data.ctypes.data, data.nbytes)
+
+    @contextmanager
+    def visible_softmax(self) -> Iterator[None]:
+        """While open, attention takes the explicit softmax and the context's tap sees it."""
+        self._call("set_explicit_softmax", 1)
+        self._call("set_eval_callback", ctypes.cast(self._context._callback, ctypes.c_void_p), None)
+        try:
+            yield
+        finally:
+            self._call("set_eval_callback", None, None)
+            self._call("set_explicit_softmax", 0)

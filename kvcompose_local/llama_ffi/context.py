@@ -1,0 +1,221 @@
+"""A llama.cpp context with one sequence: decoding, sampling, attention, serialized state."""
+
+from __future__ import annotations
+
+import ctypes
+import secrets
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from kvcompose_local.errors import EngineError, InvalidInput
+from kvcompose_local.interfaces import FloatArray, Sampling
+from kvcompose_local.llama_ffi.library import bind, clear_log, last_log, lib
+from kvcompose_local.llama_ffi.model import Model
+
+#: ggml's type number of the cache's default type.
+F16 = 1
+_SOFTMAX_PREFIX = b"kq_soft_max-"
+
+#: Receives (model layer, float32 (Q, n_queries, n_kv) softmax weights of one micro-batch); the array is native memory
+#: and dies with the call.
+SoftmaxTap = Callable[[int, FloatArray], None]
+
+
+# Accessors only: the layout of ggml_tensor is not part of ggml's interface and has changed before.
+_ggml_get_name = bind("ggml_get_name", ctypes.c_char_p, ctypes.c_void_p)
+_ggml_get_data = bind("ggml_get_data", ctypes.c_void_p, ctypes.c_void_p)
+_ggml_nelements = bind("ggml_nelements", ctypes.c_int64, ctypes.c_void_p)
+_ggml_nrows = bind("ggml_nrows", ctypes.c_int64, ctypes.c_void_p)
+_ggml_tensor_get = bind(
+    "ggml_backend_tensor_get", None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t
+)
+
+
+class Context:
+    """A llama.cpp context with one sequence.
+
+    n_ctx: cells, a multiple of 256; n_ubatch: most tokens of a micro-batch; flash_attention: False makes the softmax
+    visible in every pass and V transposed; cache_type: ggml type number of K and V; callback_at_creation: let the tap
+    work from the start (an unpatched llama.cpp cannot install it later).
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        n_ctx: int,
+        n_ubatch: int,
+        n_threads: int,
+        flash_attention: bool,
+        cache_type: int = F16,
+        callback_at_creation: bool = False,
+    ) -> None:
+        self.model = model
+        self.n_ctx = n_ctx
+        self.n_ubatch = n_ubatch
+        self.tap: SoftmaxTap | None = None
+        self.tap_prefix = _SOFTMAX_PREFIX
+        self.has_logits = False
+        self._n_queries = 0
+        # Tensors of offloaded layers stand in device memory and must be fetched.
+        self._host_tensors = model.gpu_layers == 0
+        self._callback_error: BaseException | None = None
+        self._callback = lib.ggml_backend_sched_eval_callback(self._on_tensor)
+        params = lib.llama_context_default_params()
+        params.n_ctx = n_ctx
+        params.n_batch = n_ubatch
+        params.n_ubatch = n_ubatch
+        params.n_seq_max = 1
+        params.n_threads = n_threads
+        params.n_threads_batch = n_threads
+        params.flash_attn_type = 1 if flash_attention else 0
+        params.type_k = cache_type
+        params.type_v = cache_type
+        params.swa_full = False
+        params.no_perf = True
+        if callback_at_creation:
+            params.cb_eval = self._callback
+        clear_log()
+        self._ctx = lib.llama_init_from_model(model._model, params)
+        if not self._ctx:
+            raise EngineError(f"llama_init_from_model failed: too little memory for {n_ctx} cells?{last_log()}")
+        self._memory = lib.llama_get_memory(self._ctx)
+        self._sampler: Any = None
+
+    def close(self) -> None:
+        """Free the context; further use is an error."""
+        if getattr(self, "_sampler", None):
+            lib.llama_sampler_free(self._sampler)
+            self._sampler = None
+        if getattr(self, "_ctx", None):
+            lib.llama_free(self._ctx)
+            self._ctx = None
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _on_tensor(self, tensor: int, ask: bool, _user_data: object) -> bool:
+        """llama.cpp asks for each node whether we want it (True), then shows it (False stops the graph)."""
+        if self.tap is None:
+            return not ask
+        try:
+            name = _ggml_get_name(tensor)
+            if not name.startswith(self.tap_prefix):
+                return not ask
+            if ask:
+                return True
+            layer = int(name[len(self.tap_prefix) :])
+            self.tap(layer, self._softmax(tensor))
+        except BaseException as error:
+            # An exception cannot cross the native frames: stop the graph and let decode() raise it.
+            self._callback_error = error
+            return False
+        return True
+
+    def _softmax(self, tensor: int) -> FloatArray:
+        """float32 (Q, n_queries, n_kv): ggml lays the softmax out as ne = (n_kv, n_queries, Q, 1), contiguous."""
+        n, rows = _ggml_nelements(tensor), _ggml_nrows(tensor)
+        if rows % self._n_queries or n % rows:
+            raise EngineError(f"a softmax of {rows} rows does not divide into {self._n_queries} queries")
+        shape = (rows // self._n_queries, self._n_queries, n // rows)
+        if self._host_tensors:
+            pointer = ctypes.cast(_ggml_get_data(tensor), ctypes.POINTER(ctypes.c_float))
+            return np.ctypeslib.as_array(pointer, shape=shape)
+        weights = np.empty(shape, np.float32)
+        _ggml_tensor_get(tensor, weights.ctypes.data, 0, weights.nbytes)
+        return weights
+
+    def decode(self, tokens: Sequence[int]) -> None:
+        """Run one micro-batch at the next positions; logits are those of its last token."""
+        if not 0 < len(tokens) <= self.n_ubatch:
+            raise InvalidInput(f"a micro-batch holds 1 to {self.n_ubatch} tokens, not {len(tokens)}")
+        # The batch holds only a pointer: the array must outlive the call.
+        array = (lib.llama_token * len(tokens))(*tokens)
+        batch = lib.llama_batch_get_one(array, len(tokens))
+        self._callback_error = None
+        self._n_queries = len(tokens)
+        clear_log()
+        self.has_logits = False
+        code = lib.llama_decode(self._ctx, batch)
+        if self._callback_error is not None:
+            error, self._callback_error = self._callback_error, None
+            lib.llama_synchronize(self._ctx)
+            raise error
+        if code != 0:
+            reason = {1: "no free cells", 2: "stopped"}.get(code, f"code {code}")
+            raise EngineError(f"llama_decode failed: {reason}{last_log()}")
+        self.has_logits = True
+
+    def logits(self) -> FloatArray:
+        """float32 (n_vocab,): a copy of the last token's logits."""
+        if not self.has_logits:
+            raise EngineError("there are no logits: decode a token first")
+        pointer = lib.llama_get_logits_ith(self._ctx, -1)
+        return np.array(np.ctypeslib.as_array(pointer, shape=(self.model.n_vocab,)), np.float32)
+
+    def set_sampling(self, sampling: Sampling) -> None:
+        """Replace the sampler chain."""
+        if self._sampler:
+            lib.llama_sampler_free(self._sampler)
+        chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        if sampling.temperature <= 0:
+            lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_greedy())
+        else:
+            seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
+            for sampler in (
+                lib.llama_sampler_init_top_k(sampling.top_k),
+                lib.llama_sampler_init_top_p(sampling.top_p, 1),
+                lib.llama_sampler_init_min_p(sampling.min_p, 1),
+                lib.llama_sampler_init_temp(sampling.temperature),
+                lib.llama_sampler_init_dist(seed),
+            ):
+                lib.llama_sampler_chain_add(chain, sampler)
+        self._sampler = chain
+
+    def sample(self) -> int:
+        """Draw a token from the last logits."""
+        if not self.has_logits:
+            raise EngineError("there are no logits: decode a token first")
+        if self._sampler is None:
+            self.set_sampling(Sampling())
+        return int(lib.llama_sampler_sample(self._sampler, self._ctx, -1))
+
+    @property
+    def next_position(self) -> int:
+        return int(lib.llama_memory_seq_pos_max(self._memory, 0)) + 1
+
+    def remove(self, start: int, stop: int = -1) -> None:
+        """Drop the cells of positions ``start`` up to, not including, ``stop``; -1 is the end."""
+        if not lib.llama_memory_seq_rm(self._memory, 0, start, stop):
+            raise EngineError("llama_memory_seq_rm refused: this cache cannot drop part of a sequence")
+
+    def clear(self) -> None:
+        self.has_logits = False
+        lib.llama_memory_clear(self._memory, True)
+
+    def state(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """The sequence's cells as llama.cpp serializes them (see :mod:`kvcompose_local.cells`)."""
+        size = int(lib.llama_state_seq_get_size(self._ctx, 0))
+        blob = np.empty(size, np.uint8)
+        pointer = blob.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        written = int(lib.llama_state_seq_get_data(self._ctx, pointer, size, 0))
+        if written != size or size == 0:
+            raise EngineError(f"llama_state_seq_get_data wrote {written} of {size} bytes{last_log()}")
+        return blob
+
+    def set_state(self, blob: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        """Put serialized cells back; the caller removes the old ones first."""
+        blob = np.ascontiguousarray(blob)
+        pointer = blob.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        self.has_logits = False
+        read = int(lib.llama_state_seq_set_data(self._ctx, pointer, blob.size, 0))
+        if read != blob.size:
+            raise EngineError(f"llama_state_seq_set_data read {read} of {blob.size} bytes{last_log()}")

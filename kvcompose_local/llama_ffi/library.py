@@ -1,0 +1,104 @@
+"""Finding, loading and binding llama.cpp; its log and its aborts."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kvcompose_local import build
+from kvcompose_local.errors import EngineError
+
+#: ``LLAMA_CPP_LIB_PATH`` is read by llama-cpp-python when it is imported; a library the user names there wins.
+_LIBRARY_VARIABLE = "LLAMA_CPP_LIB_PATH"
+_LOG_LEVEL_ERROR = 4
+
+
+def _import_library() -> Any:
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # a backtrace starts gdb, which may hang
+    if _LIBRARY_VARIABLE not in os.environ:
+        built = build.library_dir()
+        if built is not None:
+            os.environ[_LIBRARY_VARIABLE] = str(built)
+    try:
+        import llama_cpp.llama_cpp as lib
+    except ImportError as error:
+        raise EngineError(
+            "llama-cpp-python is not installed: run scripts/setup, or pip install llama-cpp-python"
+        ) from error
+    except (FileNotFoundError, RuntimeError, OSError, AttributeError) as error:
+        raise EngineError(f"no usable llama.cpp library ({error}): run `kvcompose-local build`") from error
+    return lib
+
+
+lib = _import_library()
+_native = lib._lib
+
+
+def bind(name: str, restype: Any, *argtypes: Any) -> Any:
+    """A function of libllama or of the ggml libraries it is linked to; None where this build has no such symbol."""
+    try:
+        function = getattr(_native, name)
+    except AttributeError:
+        return None
+    function.restype = restype
+    function.argtypes = list(argtypes)
+    return function
+
+
+_log_lines: deque[str] = deque(maxlen=20)
+
+
+@lib.llama_log_callback  # type: ignore[untyped-decorator]
+def _on_log(level: int, text: bytes, _user_data: object) -> None:
+    line = text.decode("utf-8", "replace").rstrip()
+    if level == _LOG_LEVEL_ERROR and line:
+        _log_lines.append(line)
+    if os.environ.get("KVCOMPOSE_LOG"):
+        print(line, file=sys.stderr)
+
+
+def clear_log() -> None:
+    """Forget what was logged, before a call whose complaints are wanted."""
+    _log_lines.clear()
+
+
+#: Told, with llama.cpp's message, before an abort ends the process: the place to save what must not be lost.
+on_abort: list[Callable[[str], None]] = []
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_char_p)  # type: ignore[untyped-decorator]
+def _abort(message: bytes) -> None:
+    # There is no way back into llama.cpp from here: one line, not a core dump, and an exit code.
+    try:
+        text = " ".join(message.decode("utf-8", "replace").split())
+        reason = "an RPC worker was lost" if "RPC server" in text else f"llama.cpp stopped: {text}"
+        print(f"\nerror: {reason}", file=sys.stderr, flush=True)
+        for hook in on_abort:
+            hook(reason)
+    finally:
+        os._exit(1)
+
+
+bind("ggml_set_abort_callback", ctypes.c_void_p, ctypes.c_void_p)(ctypes.cast(_abort, ctypes.c_void_p))
+lib.llama_log_set(_on_log, ctypes.c_void_p(0))
+lib.llama_backend_init()
+
+
+def last_log() -> str:
+    """What llama.cpp complained of first since the last call, in brackets, or nothing: later lines only repeat it."""
+    return f" ({_log_lines[0].partition(': ')[2] or _log_lines[0]})" if _log_lines else ""
+
+
+def library_path() -> Path:
+    """Where the loaded libllama is."""
+    return Path(_native._name)
+
+
+def supports_gpu() -> bool:
+    """Whether this build can offload layers."""
+    return bool(lib.llama_supports_gpu_offload())

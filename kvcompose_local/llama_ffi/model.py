@@ -1,0 +1,195 @@
+"""A loaded GGUF model and its vocabulary."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvcompose_local.errors import EngineError, ModelError
+from kvcompose_local.llama_ffi.library import clear_log, last_log, lib
+
+#: For models that bring none. Roles on lines of their own are what base models have seen most.
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+class Model:
+    """A loaded GGUF model and its vocabulary.
+
+    Raises ModelError when llama.cpp cannot load the file. ``progress`` gets (percent, 100) and may raise.
+    """
+
+    def __init__(self, path: Path, *, gpu_layers: int = 0, progress: Callable[[int, int], None] | None = None) -> None:
+        self.path = path
+        self.gpu_layers = gpu_layers
+        self._formatter: Any = None
+        params = lib.llama_model_default_params()
+        params.n_gpu_layers = gpu_layers
+        stopped: list[BaseException] = []
+
+        @lib.llama_progress_callback  # type: ignore[untyped-decorator]
+        def on_progress(fraction: float, _user_data: object) -> bool:
+            try:
+                if progress is not None:
+                    progress(int(fraction * 100), 100)
+            except BaseException as error:
+                stopped.append(error)
+                return False
+            return True
+
+        params.progress_callback = on_progress
+        clear_log()
+        self._model = lib.llama_model_load_from_file(os.fsencode(path), params)
+        if stopped:
+            self.close()
+            raise stopped[0]
+        if not self._model:
+            raise ModelError(f"llama.cpp cannot load {path.name}{last_log()}")
+        self._vocab = lib.llama_model_get_vocab(self._model)
+
+    def close(self) -> None:
+        """Free the model; further use is an error."""
+        if getattr(self, "_model", None):
+            lib.llama_model_free(self._model)
+            self._model = None
+
+    def metadata(self, key: str) -> str | None:
+        """The GGUF value of ``key`` as llama.cpp prints it (arrays as ``[a, b]``), or None."""
+        buffer = ctypes.create_string_buffer(1024)
+        n = lib.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
+        return buffer.value.decode("utf-8", "replace") if n >= 0 else None
+
+    @property
+    def architecture(self) -> str:
+        return self.metadata("general.architecture") or "unknown"
+
+    @property
+    def name(self) -> str:
+        return self.metadata("general.name") or self.path.stem
+
+    @property
+    def n_ctx_train(self) -> int:
+        return int(lib.llama_model_n_ctx_train(self._model))
+
+    @property
+    def n_layers(self) -> int:
+        return int(lib.llama_model_n_layer(self._model))
+
+    @property
+    def n_heads(self) -> int:
+        return int(lib.llama_model_n_head(self._model))
+
+    def n_heads_of(self, layer: int) -> int:
+        """Query heads of one layer; some models give each layer its own number."""
+        value = self.metadata(f"{self.architecture}.attention.head_count") or ""
+        if value.startswith("["):
+            return int(value.strip("[]").split(",")[layer])
+        return self.n_heads
+
+    @property
+    def n_kv_heads(self) -> int:
+        return int(lib.llama_model_n_head_kv(self._model))
+
+    @property
+    def n_embd(self) -> int:
+        return int(lib.llama_model_n_embd(self._model))
+
+    @property
+    def n_vocab(self) -> int:
+        return int(lib.llama_vocab_n_tokens(self._vocab))
+
+    @property
+    def can_generate(self) -> bool:
+        """Whether this is a causal language model with a vocabulary."""
+        return bool(
+            lib.llama_model_has_decoder(self._model)
+            and not lib.llama_model_has_encoder(self._model)
+            and not lib.llama_model_is_diffusion(self._model)
+            and self.n_vocab > 0
+        )
+
+    def cache_kind(self) -> str:
+        """``attention``, ``sliding-window``, ``recurrent``, ``hybrid``, ``mla`` or ``m-rope``."""
+        arch = self.architecture
+        if lib.llama_model_is_recurrent(self._model):
+            return "recurrent"
+        if lib.llama_model_is_hybrid(self._model):
+            return "hybrid"
+        if self.metadata(f"{arch}.attention.kv_lora_rank") is not None:
+            return "mla"
+        if lib.llama_model_rope_type(self._model) not in (
+            -1,
+            0,
+            2,
+        ):  # none, normal, NeoX; the rest has 2D positions
+            return "m-rope"
+        if lib.llama_model_n_swa(self._model) > 0:
+            return "sliding-window"
+        return "attention"
+
+    def chat_template(self) -> str | None:
+        """The GGUF's own Jinja chat template, or None."""
+        raw = lib.llama_model_chat_template(self._model, None)
+        return raw.decode("utf-8", "replace") if raw else None
+
+    def render_chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        """``messages`` through the GGUF's chat template, in llama-cpp-python's Jinja sandbox.
+
+        A model without a template (a base model) gets :data:`PLAIN_TEMPLATE`. Raises ModelError when the template
+        fails or refuses the messages.
+        """
+        # Importing the formatter costs 0.2 s, which a one-shot completion without a template need not pay.
+        import jinja2
+        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+        template = self.chat_template() or PLAIN_TEMPLATE
+        try:
+            if self._formatter is None or self._formatter.add_generation_prompt != add_generation_prompt:
+                bos, eos = self.special_text("bos"), self.special_text("eos")
+                self._formatter = Jinja2ChatFormatter(template, eos, bos, add_generation_prompt)
+            return str(self._formatter(messages=list(messages)).prompt)
+        except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+            raise ModelError(f"the model's chat template failed: {error}") from error
+
+    def special_text(self, which: str) -> str:
+        """Text of the ``bos`` or ``eos`` token, empty when the vocabulary has none."""
+        token = getattr(lib, f"llama_vocab_{which}")(self._vocab)
+        return lib.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace") if token >= 0 else ""
+
+    @property
+    def adds_bos(self) -> bool:
+        return bool(lib.llama_vocab_get_add_bos(self._vocab))
+
+    @property
+    def bos(self) -> int:
+        return int(lib.llama_vocab_bos(self._vocab))
+
+    def is_end(self, token: int) -> bool:
+        """Whether ``token`` ends an answer."""
+        return bool(lib.llama_vocab_is_eog(self._vocab, token))
+
+    def tokenize(self, text: str, *, add_bos: bool = False, special: bool = True) -> list[int]:
+        """Token ids of ``text``; ``special`` reads ``<|…|>`` markers as the tokens they name."""
+        raw = text.encode("utf-8", "replace")
+        size = len(raw) + 8
+        for _ in range(2):
+            buffer = (lib.llama_token * size)()
+            n = lib.llama_tokenize(self._vocab, raw, len(raw), buffer, size, add_bos, special)
+            if n >= 0:
+                return list(buffer[:n])
+            size = -n
+        raise EngineError(f"llama_tokenize failed with {n} on a text of {len(raw)} bytes")
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one token; may be part of a UTF-8 sequence; empty for control tokens."""
+        buffer = ctypes.create_string_buffer(256)
+        n = lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
+        if n < 0:
+            buffer = ctypes.create_string_buffer(-n)
+            n = lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
+        return buffer.raw[: max(n, 0)]
