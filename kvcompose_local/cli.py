@@ -327,7 +327,7 @@ def result(chat: Chat) -> dict[str, Any]:
         "prompt_tokens": prompt_tokens,
         "generated_tokens": generated,
         "positions": layout.position,
-        "kv_bytes": sum(engine.arena_bytes),
+        "kv_bytes": engine.cache_bytes,
         "kv_bytes_used": memory.used_bytes,
         "kv_bytes_full": memory.n_ctx * engine.shape.row_bytes,
         "layer_cells": [composed + layout.n_live for composed in layout.composed],
@@ -346,7 +346,7 @@ def greeting(chat: Chat) -> str:
     memory = chat.memory
     engine = memory.engine
     return (
-        f"{engine.shape.name}: {memory.n_ctx} positions in {sum(engine.arena_bytes) / MIB:.1f} MiB of cache "
+        f"{engine.shape.name}: {memory.n_ctx} positions in {engine.cache_bytes / MIB:.1f} MiB of cache "
         f"(uncompressed: {memory.n_ctx * engine.shape.row_bytes / MIB:.1f} MiB), {engine.name} engine\n"
         "/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves."
     )
@@ -362,7 +362,7 @@ def describe(chat: Chat) -> str:
     lines = [
         f"{engine.shape.name} ({engine.shape.architecture}), engine {engine.name}",
         f"positions: {layout.position} of {memory.n_ctx} used",
-        f"cache: {memory.used_bytes / MIB:.1f} MiB in use of {sum(engine.arena_bytes) / MIB:.1f} MiB; "
+        f"cache: {memory.used_bytes / MIB:.1f} MiB in use of {engine.cache_bytes / MIB:.1f} MiB; "
         f"uncompressed it would take {full / MIB:.1f} MiB",
     ]
     if engine.name == "stock" and memory.compose:

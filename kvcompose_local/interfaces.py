@@ -86,8 +86,10 @@ class Engine(Protocol):
     shape: ModelShape
     #: True where each layer may keep its own number of cells; otherwise ``rewrite`` wants equal numbers.
     per_layer: bool
-    #: Bytes the composable layers' cells may take on each device; never grows.
+    #: Bytes that the composable layers' cells may take on each device; never grows.
     arena_bytes: tuple[int, ...]
+    #: Bytes allocated for these layers over all devices: ``arena_bytes`` and what alignment may cost.
+    cache_bytes: int
     #: Most tokens that one ``replay`` takes.
     max_replay: int
 

@@ -24,7 +24,8 @@ class FakeEngine:
         layers = tuple(LayerShape(i, 4, 2, 10) for i in range(n_layers))
         self.shape = ModelShape("Fake", "fake", 10**6, 257, layers)
         self.per_layer = per_layer
-        self.arena_bytes: tuple[int, ...] = (n_cells * self.shape.row_bytes,)
+        self.cache_bytes = n_cells * self.shape.row_bytes
+        self.arena_bytes: tuple[int, ...] = (self.cache_bytes,)
         self.answers = [*answers]
         self.replayed: list[bytes] = []
         self.fed = b""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -216,7 +218,7 @@ def test_numbers_are_checked_before_weights_are_read(tiny_model: Callable[..., P
         open_engine(missing, n_ctx=300, budget=0.5)
     with pytest.raises(InvalidInput, match="4096 positions"):
         open_engine(tiny_model("llama"), n_ctx=4097, budget=0.5)
-    engine, positions = open_engine(tiny_model("llama"), n_ctx=None, budget=0.5)
+    engine, positions = open_engine(tiny_model("llama"), n_ctx=None, budget=0.5, engine_name="stock")
     with engine:
         assert positions == 4096
         assert engine.arena_bytes == (2048 * engine.shape.row_bytes,)
@@ -243,6 +245,17 @@ def test_a_file_llama_cpp_refuses_gets_its_reason(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(ModelError, match=r"cannot load cut.gguf \(.+\)"):
         Model(path)
+
+
+def test_a_native_abort_ends_in_one_line() -> None:
+    code = (
+        "from kvcompose_local.llama_ffi import library, on_abort\n"
+        "on_abort.append(lambda reason: print('saved', flush=True))\n"
+        "library._native.ggml_abort(b'x.c', 7, b'tensor\\nboom')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (1, "saved\n")
+    assert done.stderr == "\nerror: llama.cpp stopped: x.c:7: tensor boom\n"
 
 
 def test_loading_can_be_stopped(tiny_model: Callable[..., Path]) -> None:

@@ -30,6 +30,7 @@ class LlamaEngine(ABC):
     name: str
     per_layer: bool
     arena_bytes: tuple[int, ...]
+    cache_bytes: int
     max_replay: int
 
     def __init__(self, model: Model, context: Context, shape: ModelShape, sampling: Sampling | None) -> None:

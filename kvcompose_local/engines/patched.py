@@ -71,7 +71,9 @@ class PatchedEngine(LlamaEngine):
         # A window cache overwrites what a replay of more than one micro-batch would have to give back.
         self.max_replay = self._replay_micro_batch() if info.has_window else n_cells
         slack = [2 * ALIGNMENT * sum(x.arena == i for x in layers) for i in range(info.n_arenas)]
-        self.arena_bytes = tuple(int(self._cells.arena(i).size) - slack[i] for i in range(info.n_arenas))
+        sizes = [int(self._cells.arena(i).size) for i in range(info.n_arenas)]
+        self.cache_bytes = sum(sizes)
+        self.arena_bytes = tuple(size - lost for size, lost in zip(sizes, slack, strict=True))
         self._composed = (0,) * len(layers)
 
     def layout(self) -> CacheLayout:

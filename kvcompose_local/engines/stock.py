@@ -71,7 +71,8 @@ class StockEngine(LlamaEngine):
             callback_at_creation=scoring,
         )
         super().__init__(model, context, shape, sampling)
-        self.arena_bytes = (n_cells * shape.row_bytes,)
+        self.cache_bytes = n_cells * shape.row_bytes
+        self.arena_bytes = (self.cache_bytes,)
         self.max_replay = n_cells
         self._n_cells = n_cells
         self._n_composed = 0

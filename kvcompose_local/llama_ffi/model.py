@@ -107,7 +107,9 @@ class Model:
     def can_generate(self) -> bool:
         """Whether this is a causal language model with a vocabulary."""
         return bool(
-            lib.llama_model_has_decoder(self._model)
+            self.metadata(f"{self.architecture}.attention.causal") != "false"
+            and self.metadata(f"{self.architecture}.pooling_type") in (None, "0")
+            and lib.llama_model_has_decoder(self._model)
             and not lib.llama_model_has_encoder(self._model)
             and not lib.llama_model_is_diffusion(self._model)
             and self.n_vocab > 0
