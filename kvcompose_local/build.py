@@ -34,7 +34,7 @@ from pathlib import Path, PurePosixPath
 from typing import TextIO
 
 from kvcompose_local.errors import BuildError, DownloadError, InvalidInput, KVComposeError
-from kvcompose_local.resources import data_file
+from kvcompose_local.resources import cache_folder, data_file
 
 #: Gets (what is going on, steps done, steps in all); ``(text, 0, 0)`` where steps cannot be counted. May raise to stop.
 Progress = Callable[[str, int, int], None]
@@ -81,16 +81,6 @@ def read_pin(patches_dir: Path) -> Pin:
 def patch_series(patches_dir: Path) -> list[Path]:
     """The patches in the order in which they apply."""
     return sorted(patches_dir.glob("*.patch"))
-
-
-def cache_dir() -> Path:
-    """Where archives and libraries are kept: ``KVCOMPOSE_CACHE``, or the user's cache folder of the platform."""
-    override = os.environ.get("KVCOMPOSE_CACHE")
-    if override:
-        return Path(override).expanduser().absolute()
-    from platformdirs import user_cache_path  # late: this module must import before it is installed
-
-    return user_cache_path("kvcompose-local")
 
 
 # -- the key ----------------------------------------------------------------------------------------------------------
@@ -158,7 +148,7 @@ def build_key(patches_dir: Path, flags: Sequence[str], *, patched: bool = True) 
 def build_dir(*, patched: bool = True, sanitize: str | None = None, patches_dir: Path | None = None) -> Path:
     """Where the build of the current pin, series and flags belongs, whether it is there or not."""
     patches = patches_dir or data_file("patches")
-    return cache_dir() / "llama" / build_key(patches, cmake_flags(sanitize), patched=patched)
+    return cache_folder() / "llama" / build_key(patches, cmake_flags(sanitize), patched=patched)
 
 
 def library_dir(patched: bool = True, *, sanitize: str | None = None, patches_dir: Path | None = None) -> Path | None:
@@ -258,9 +248,9 @@ def fetch_archive(pin: Pin, progress: Progress | None = None) -> Path:
     BuildError when the cache folder cannot be written.
     """
     report = progress or _silent
-    folder = cache_dir() / "archives"
+    folder = cache_folder() / "archives"
     archive = folder / pin.archive_name
-    with _cache_errors(cache_dir()):
+    with _cache_errors(cache_folder()):
         if archive.is_file() and _sha256(archive) == pin.sha256:
             return archive
         folder.mkdir(parents=True, exist_ok=True)
@@ -422,14 +412,14 @@ def build(
     find_compiler()
     find_tool("cmake")
     find_tool("ninja")
-    with _cache_errors(cache_dir()):
+    with _cache_errors(cache_folder()):
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target.with_suffix(".lock"), report):
             if library_dir(patched, sanitize=sanitize, patches_dir=patches) is not None:
                 return finished
             if (free := shutil.disk_usage(target.parent).free) < _FREE_BYTES_NEEDED:
                 raise BuildError(
-                    f"{cache_dir()} has {free / 1e6:.0f} MB free, the build takes {_FREE_BYTES_NEEDED / 1e6:.0f} MB: "
+                    f"{cache_folder()} has {free / 1e6:.0f} MB free, the build takes {_FREE_BYTES_NEEDED / 1e6:.0f} MB: "
                     "free some or set KVCOMPOSE_CACHE"
                 )
             work = target.with_suffix(".work")

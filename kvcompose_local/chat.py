@@ -81,6 +81,7 @@ class Chat:
         self.should_stop = should_stop
         self.on_read = on_read
         self.turns: list[TurnStats] = []
+        self.answering = ""  # the answer so far, while one is being given
         self.messages: list[dict[str, str]] = []
         self._stop_text = "" if model.chat_template() else _PLAIN_STOP
         self._reset()
@@ -145,13 +146,14 @@ class Chat:
             self._queue(self._prompt())
             self._read(stats)
         self.turns.append(stats)
-        answer = ""
+        self.answering = ""
         try:
             if not self._pending:
                 for piece in self._generate(stats, max_tokens):
-                    answer += piece
+                    self.answering += piece
                     yield piece
         finally:
+            answer, self.answering = self.answering, ""
             self.messages.append({"role": "assistant", "content": answer.strip() if self._stop_text else answer})
 
     @contextlib.contextmanager

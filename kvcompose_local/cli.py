@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import platformdirs
 
 from kvcompose_local import __version__
 from kvcompose_local.errors import InvalidInput, KVComposeError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from kvcompose_local.repl import Interrupts, Status
 
 MIB = 2**20
+ALL_LAYERS = 999
 
 
 class Real(click.FloatRange):
@@ -75,6 +77,14 @@ def cli(context: click.Context, debug: bool) -> None:
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Repeat a random answer.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: physical cores]")
 @click.option("--gpu-layers", type=click.IntRange(0), help="Layers on the GPU.  [default: all with Metal, else 0]")
+@click.option(
+    "--cache-type",
+    type=click.Choice(("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")),
+    default="f16",
+    show_default=True,
+    help="How K and V are stored; q8_0 halves the bytes, less than that hurts small models.",
+)
+@click.option("--rpc", metavar="HOST:PORT[,…]", help="Spread layers and their cells over these workers (rpc-server).")
 @click.option("--json", "as_json", is_flag=True, help="With -p or piped input: one JSON object on stdout.")
 def run(
     model: str | None,
@@ -91,6 +101,8 @@ def run(
     seed: int | None,
     threads: int | None,
     gpu_layers: int | None,
+    cache_type: str,
+    rpc: str | None,
     as_json: bool,
 ) -> None:
     """Chat with MODEL: a GGUF file, or a name of `kvcompose-local models list`.
@@ -119,6 +131,8 @@ def run(
         n_ctx=n_ctx,
         n_threads=threads,
         gpu_layers=gpu_layers,
+        cache_type=cache_type,
+        workers=rpc.split(",") if rpc else [],
         sampling=sampling,
         system=system,
         interrupts=interrupts,
@@ -181,6 +195,8 @@ def open_chat(
     n_ctx: int | None,
     n_threads: int | None,
     gpu_layers: int | None,
+    cache_type: str,
+    workers: list[str],
     sampling: Any,
     system: str | None,
     interrupts: Interrupts,
@@ -197,17 +213,25 @@ def open_chat(
     from kvcompose_local.compaction import CacheMemory
     from kvcompose_local.engines import open_engine
 
+    llama_ffi.add_workers(workers)
+    offload = bool(workers) or llama_ffi.supports_gpu()
     with interrupts.caught():  # an exception would be lost in native frames
         engine, positions = open_engine(
             path,
             n_ctx=n_ctx,
             budget=budget,
             n_threads=n_threads,
-            gpu_layers=gpu_layers if gpu_layers is not None else (999 if llama_ffi.supports_gpu() else 0),
+            gpu_layers=gpu_layers if gpu_layers is not None else (ALL_LAYERS if offload else 0),
+            cache_type=llama_ffi.CACHE_TYPES[cache_type],
             sampling=sampling,
-            progress=lambda done, total: status.progress("loading:", done, total),
+            progress=lambda done, total: status.progress("loading:", done, total, "%"),
         )
     with engine:
+        if engine.name == "stock" and budget < 1:
+            status.line(
+                "stock engine: every layer keeps equally many cells, which forgets more than it must; "
+                "`kvcompose-local build` makes the better one"
+            )
         memory = CacheMemory(
             engine,
             positions,
@@ -215,13 +239,51 @@ def open_chat(
             on_compaction=lambda report: status.line(report.line()),
             on_progress=lambda done, total: status.progress("compacting:", done, total),
         )
-        yield Chat(
+        chat = Chat(
             engine.model,
             memory,
             system=system,
             should_stop=interrupts,
             on_read=lambda done, total: status.progress("reading:", done, total),
         )
+        with saved_on_abort(chat):
+            yield chat
+
+
+@contextlib.contextmanager
+def saved_on_abort(chat: Chat) -> Iterator[None]:
+    """Write the transcript down if llama.cpp aborts meanwhile, as it does when a worker is lost."""
+    from kvcompose_local.llama_ffi import on_abort
+
+    def save(_reason: str) -> None:
+        messages = chat.messages + ([{"role": "assistant", "content": chat.answering}] if chat.answering else [])
+        if messages:
+            path = platformdirs.user_state_path("kvcompose-local", ensure_exists=True) / f"lost-{os.getpid()}.json"
+            path.write_text(json.dumps(messages, ensure_ascii=False, indent=1), encoding="utf-8")
+            print(f"the conversation is kept in {path}", file=sys.stderr, flush=True)
+
+    on_abort.append(save)
+    try:
+        yield
+    finally:
+        on_abort.remove(save)
+
+
+@cli.command("rpc-server", short_help="Let other machines compute on this one.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(1, 65535), default=50052, show_default=True)
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: physical cores]")
+def rpc_server(host: str, port: int, threads: int | None) -> None:
+    """Be a worker for `run --rpc HOST:PORT` on another machine, until Ctrl-C."""
+    from kvcompose_local import llama_ffi
+    from kvcompose_local.engines import physical_cores
+
+    if not llama_ffi.is_loopback(host):
+        click.echo(
+            f"warning: the RPC protocol has no authentication: whoever reaches {host}:{port} can use this machine",
+            err=True,
+        )
+    llama_ffi.serve(host, port, threads or physical_cores())
 
 
 def fetching(status: Status) -> Callable[[int, int], None]:
@@ -365,11 +427,6 @@ def describe(chat: Chat) -> str:
         f"cache: {memory.used_bytes / MIB:.1f} MiB in use of {engine.cache_bytes / MIB:.1f} MiB; "
         f"uncompressed it would take {full / MIB:.1f} MiB",
     ]
-    if engine.name == "stock" and memory.compose:
-        lines.append(
-            "all layers keep equally many cells in this engine, which forgets more than it must: "
-            "`kvcompose-local build` makes the better one"
-        )
     if layout.position:
         low, high = min(layout.composed), max(layout.composed)
         composed = f"{low}" if low == high else f"{low}–{high}"

@@ -147,7 +147,7 @@ def _build_facts(folder: Path) -> dict[str, str]:
 
 
 def _stale_builds() -> list[str]:
-    builds = build.cache_dir() / "llama"
+    builds = cache_folder() / "llama"
     return sorted(path.parent.name for path in builds.glob("*/build.json") if _build_facts(path.parent))
 
 
@@ -169,7 +169,7 @@ def _engine(folder: Path | None) -> Check:
 
 
 def _cache_folder() -> Check:
-    folder = build.cache_dir()
+    folder = cache_folder()
     remedy = "set KVCOMPOSE_CACHE to a folder you can write"
     try:
         folder.mkdir(parents=True, exist_ok=True)

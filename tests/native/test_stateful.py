@@ -165,6 +165,8 @@ class Walk:
             whole[n_live_cap:] = x[len(positions) :]
             self.cells.set_rows(i // 2, whole.reshape(len(whole), -1), values=bool(i % 2))
             assert (self.rows()[i] == whole).all()
+        if self.cells.info().has_window:
+            self.clear()  # the window cache would have to be restored as well
 
     def wrong_layout(self) -> None:
         positions = np.sort(self.rng.integers(-1, 400, int(self.rng.integers(0, 5))))
