@@ -419,7 +419,7 @@ def build(
                 return finished
             if (free := shutil.disk_usage(target.parent).free) < _FREE_BYTES_NEEDED:
                 raise BuildError(
-                    f"{cache_folder()} has {free / 1e6:.0f} MB free, the build takes {_FREE_BYTES_NEEDED / 1e6:.0f} MB: "
+                    f"{cache_folder()} has {free / 1e6:.0f} MB free, a build takes {_FREE_BYTES_NEEDED / 1e6:.0f} MB: "
                     "free some or set KVCOMPOSE_CACHE"
                 )
             work = target.with_suffix(".work")

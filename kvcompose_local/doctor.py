@@ -23,7 +23,7 @@ import psutil
 
 from kvcompose_local import build, models
 from kvcompose_local.errors import KVComposeError
-from kvcompose_local.resources import data_file
+from kvcompose_local.resources import cache_folder, data_file
 
 State = Literal["ok", "warn", "fail"]
 

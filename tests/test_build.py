@@ -203,13 +203,6 @@ def test_sanitizers_have_their_own_build() -> None:
         build.cmake_flags("address,memory")
 
 
-def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("KVCOMPOSE_CACHE", str(tmp_path))
-    assert build.cache_dir() == tmp_path
-    monkeypatch.setenv("KVCOMPOSE_CACHE", "")
-    assert build.cache_dir().name == "kvcompose-local"
-
-
 # -- the patch series --------------------------------------------------------------------------------------------------
 
 

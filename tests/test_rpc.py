@@ -62,7 +62,7 @@ def test_bytes_and_attention_on_workers(n_workers: int) -> None:
 
 def test_a_chat_over_two_workers_compacts_and_answers(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
-    text.write_text("xyz " * 180)
+    text.write_text("x" * 700)
     with worker() as (one, _), worker() as (two, _):
         done = subprocess.run(
             [
