@@ -271,7 +271,7 @@ def saved_on_abort(chat: Chat) -> Iterator[None]:
 
 @cli.command("rpc-server", short_help="Let other machines compute on this one.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(1, 65535), default=50052, show_default=True)
+@click.option("--port", type=click.IntRange(1, 65535), default=50052, show_default=True, help="Port to listen on.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: physical cores]")
 def rpc_server(host: str, port: int, threads: int | None) -> None:
     """Be a worker for `run --rpc HOST:PORT` on another machine, until Ctrl-C."""

@@ -144,6 +144,7 @@ def _request(url: str) -> urllib.request.Request:
 # without going on where it stopped, and so that we fetch it a second time. pip before 22.2 has no such report at all.
 _ASK_PIP = """
 import json, sys
+from urllib.parse import quote, urlsplit, urlunsplit
 from pip._internal.commands import create_command
 from pip._vendor import certifi
 from pip._vendor.packaging.specifiers import SpecifierSet
@@ -155,12 +156,16 @@ with command.main_context():
     session = command.get_default_session(options)
     finder = command._build_package_finder(options, session, ignore_requires_python=True)
     best = finder.find_best_candidate(name, SpecifierSet("==" + version)).best_candidate
-    link = best and best.link
-    found = link and {
-        "url": link.url_without_fragment,
-        "sha256": link.hash if link.hash_name == "sha256" else None,
-        "cafile": options.cert or certifi.where(),
-    }
+    found = None
+    if best:
+        url = best.link.url_without_fragment
+        scheme, netloc, *rest = urlsplit(url)
+        if scheme in ("http", "https"):
+            _, user, password = session.auth._get_url_and_credentials(url)
+            credentials = quote(user, "") + ":" + quote(password or "", "") + "@" if user else ""
+            url = urlunsplit((scheme, credentials + netloc.rpartition("@")[2], *rest))
+        sha256 = best.link.hash if best.link.hash_name == "sha256" else None
+        found = {"url": url, "sha256": sha256, "cafile": options.cert or certifi.where()}
 print(json.dumps(found))
 """
 _PIP_OPTIONS = ("--only-binary", ":all:", "--no-deps", "--no-input", "--disable-pip-version-check", "--retries", "2")
@@ -168,7 +173,11 @@ _PIP_OPTIONS = ("--only-binary", ":all:", "--no-deps", "--no-input", "--disable-
 
 @dataclass(frozen=True)
 class Wheel:
-    """Where a wheel is; ``sha256`` is None where the index names none, ``cafile`` the certificates that pip trusts."""
+    """Where a wheel is.
+
+    ``url`` holds the credentials, where pip knows some; ``sha256`` is None where the index names none; ``cafile`` has
+    the certificates that pip trusts.
+    """
 
     url: str
     sha256: str | None

