@@ -27,9 +27,7 @@ import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from kvcompose_local.errors import StateFormatError
-from kvcompose_local.interfaces import IntArray
-
-Bytes = npt.NDArray[np.uint8]
+from kvcompose_local.interfaces import ByteArray, IntArray
 
 STATE_MAGIC = 0xAF143CD8
 
@@ -44,7 +42,7 @@ def type_sizes(ggml_type: int) -> tuple[int, int]:
 
 
 def row_bytes(ggml_type: int, n_elements: int) -> int:
-    """Bytes of ``n_elements`` values of a ggml type. Raises StateFormatError where a block would be cut."""
+    """ByteArray of ``n_elements`` values of a ggml type. Raises StateFormatError where a block would be cut."""
     block, size = type_sizes(ggml_type)
     if n_elements % block:
         raise StateFormatError(f"{n_elements} values are not whole blocks of {block}")
@@ -59,8 +57,20 @@ class Plane:
     """
 
     ggml_type: int
-    data: Bytes
+    data: ByteArray
     transposed: bool = False
+
+    def rows(self) -> ByteArray:
+        """uint8 (n, row bytes), not transposed."""
+        return self.data.transpose(1, 0, 2).reshape(self.data.shape[1], -1) if self.transposed else self.data
+
+    @classmethod
+    def of_rows(cls, ggml_type: int, rows: ByteArray, *, transposed: bool = False) -> Plane:
+        """The inverse of :meth:`rows`."""
+        if not transposed:
+            return cls(ggml_type, rows)
+        size = type_sizes(ggml_type)[1]
+        return cls(ggml_type, rows.reshape(len(rows), -1, size).transpose(1, 0, 2), True)
 
     def gather(self, selection: IntArray, n_tail: int) -> Plane:
         """Composed rows by head, then the last ``n_tail`` rows as they are.
@@ -127,11 +137,11 @@ class CellBlock:
 class _Reader:
     """Reads structs and bytes from a buffer; running out of it is a StateFormatError."""
 
-    def __init__(self, blob: Bytes) -> None:
+    def __init__(self, blob: ByteArray) -> None:
         self.blob = blob
         self.offset = 0
 
-    def take(self, n: int) -> Bytes:
+    def take(self, n: int) -> ByteArray:
         if n < 0 or self.offset + n > self.blob.size:
             raise StateFormatError(f"the cache state ends at byte {self.blob.size}, inside a field")
         part = self.blob[self.offset : self.offset + n]
@@ -142,7 +152,7 @@ class _Reader:
         return struct.unpack(layout, self.take(struct.calcsize(layout)).tobytes())
 
 
-def parse_state(blob: Bytes) -> CellBlock:
+def parse_state(blob: ByteArray) -> CellBlock:
     """Read a serialized state; the arrays are views of ``blob``, uint8 (size,).
 
     Raises StateFormatError for another magic, several streams, cells of several sequences, sizes that contradict each
@@ -185,10 +195,10 @@ def parse_state(blob: Bytes) -> CellBlock:
     return CellBlock(meta[:, 0], keys, values, sequence)
 
 
-def write_state(cells: CellBlock) -> Bytes:
+def write_state(cells: CellBlock) -> ByteArray:
     """The inverse of :func:`parse_state`, uint8 (size,)."""
     n = len(cells.positions)
-    parts: list[bytes | Bytes] = [struct.pack("<IiII", STATE_MAGIC, cells.sequence, 1, n)]
+    parts: list[bytes | ByteArray] = [struct.pack("<IiII", STATE_MAGIC, cells.sequence, 1, n)]
     if n:
         meta = np.empty((n, 3), "<i4")
         meta[:, 0], meta[:, 1], meta[:, 2] = cells.positions, 1, cells.sequence

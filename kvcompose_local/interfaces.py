@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
+ByteArray = npt.NDArray[np.uint8]
 
 #: Called with (tokens done, tokens in all); may raise KeyboardInterrupt to stop between micro-batches.
 Progress = Callable[[int, int], None]
@@ -66,6 +67,22 @@ class CacheLayout:
     n_live: int
     n_free: int
     position: int
+
+
+@dataclass(frozen=True)
+class CacheSnapshot:
+    """All cells of a cache, to be put back later, by either engine.
+
+    keys, values: for each composable layer uint8 (K_l + n_live, bytes of a row) in the numbering of rows above, V not
+    transposed; window: llama.cpp's own serialization of sliding-window layers, uint8 (bytes,), empty without any.
+    """
+
+    composed: tuple[int, ...]
+    n_live: int
+    position: int
+    keys: tuple[ByteArray, ...]
+    values: tuple[ByteArray, ...]
+    window: ByteArray
 
 
 @dataclass(frozen=True)
@@ -118,6 +135,18 @@ class Engine(Protocol):
 
         selection: for each composable layer int64 (H, K_l): head ``h`` of the layer's new composed cell ``r`` is head
         ``h`` of old row ``selection[l][h, r]``. Raises before anything is changed when the layout does not fit.
+        """
+        ...
+
+    def snapshot(self) -> CacheSnapshot:
+        """A copy of all cells."""
+        ...
+
+    def restore(self, snapshot: CacheSnapshot) -> None:
+        """Replace all cells by those of a snapshot; the logits are gone.
+
+        Raises InvalidInput, before anything is changed, where it belongs to another model or cache type, and
+        ContextFull where it does not fit.
         """
         ...
 

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvcompose_local.errors import ContextFull
-from kvcompose_local.interfaces import CacheLayout, FloatArray, IntArray, LayerShape, ModelShape, Progress
+from kvcompose_local.interfaces import (
+    CacheLayout,
+    CacheSnapshot,
+    FloatArray,
+    IntArray,
+    LayerShape,
+    ModelShape,
+    Progress,
+)
 
 END = 256
 
@@ -72,6 +80,20 @@ class FakeEngine:
         self.live = self.live[len(self.live) - n_tail :]
         if self.layout().n_free < 0:
             raise ContextFull("the fake cache overflowed")
+
+    def snapshot(self) -> CacheSnapshot:
+        rows = [np.concatenate([c, np.tile(self.live, (2, 1))], axis=1).T.astype("<i4") for c in self.composed]
+        planes = tuple(np.ascontiguousarray(r).view(np.uint8).reshape(len(r), 8) for r in rows)
+        values = tuple(np.zeros((len(r), 2), np.uint8) for r in rows)
+        layout = self.layout()
+        return CacheSnapshot(layout.composed, layout.n_live, layout.position, planes, values, np.zeros(0, np.uint8))
+
+    def restore(self, snapshot: CacheSnapshot) -> None:
+        self.clear()
+        rows = [np.ascontiguousarray(keys).view("<i4").T.astype(np.int64) for keys in snapshot.keys]
+        self.composed = [r[:, :k] for r, k in zip(rows, snapshot.composed, strict=True)]
+        self.live = rows[0][0, snapshot.composed[0] :].tolist()
+        self.position = snapshot.position
 
     def drop_tail(self, n: int) -> None:
         self.live = self.live[: len(self.live) - n]

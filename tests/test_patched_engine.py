@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -311,24 +312,74 @@ def test_more_than_the_arena_is_refused(llama: PatchedEngine) -> None:
         llama._cells.rewrite(30, llama._live_cells()[-8:], identity(llama, 8))
 
 
-def test_export_and_import_restore_the_future(tiny_model: Callable[..., Path]) -> None:
-    with patched(tiny_model("llama")) as first, patched(tiny_model("llama")) as second:
-        first.decode(TOKENS[:100])
-        first.rewrite(uneven(np.random.default_rng(0), first, 8), 8)
-        first.decode(TOKENS[100:110])
-        layers = [first._cells.layer(i) for i in range(3)]
-        info = first._cells.info()
-        positions = first._cells.positions()[: info.n_live_cap]
-        live = positions[positions >= 0]
-        second._cells.set_layout(info.n_live_cap, live, int(live[0]), np.array([x.n_composed for x in layers]))
-        second._composed = first._composed
-        for i in range(3):
-            for values in (False, True):
-                second._cells.set_rows(i, first._cells.rows(i, values=values), values=values)
+@pytest.mark.parametrize("cache_type", [1, 8])
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3"])
+def test_a_snapshot_restores_bytes_and_future(tiny_model: Callable[..., Path], arch: str, cache_type: int) -> None:
+    path = tiny_model(arch, n_layers=7 if arch == "gemma3" else 3)
+    with patched(path, cache_type=cache_type) as first, patched(path, cache_type=cache_type) as second:
+        second.decode(TOKENS[:33])
+        second.rewrite(uneven(np.random.default_rng(1), second, 5), 5)
+        for n_composed in (0, 1):
+            first.decode(TOKENS[:60])
+            if n_composed:
+                first.rewrite(uneven(np.random.default_rng(0), first, 8), 8)
+                first.decode(TOKENS[100:110])
+            taken = first.snapshot()
+            second.restore(taken)
+            assert second.layout() == first.layout()
+            assert_same(exported(second), exported(first))
+            for engine in (first, second):
+                engine.decode(TOKENS[110:120])
+            assert (first.logits() == second.logits()).all()
+        first.restore(taken)
+        assert first.layout().position == 140
+        first.clear()
+        second.restore(first.snapshot())
         assert second.layout() == first.layout()
-        for engine in (first, second):
-            engine.decode(TOKENS[110:120])
-        assert (first.logits() == second.logits()).all()
+
+
+def test_a_snapshot_of_the_stock_twin_is_taken_over(tiny_model: Callable[..., Path]) -> None:
+    path = tiny_model("llama")
+    stock = StockEngine(Model(path), n_cells=256, n_threads=1, n_ubatch=64, sampling=Sampling(temperature=0))
+    with patched(path) as engine, stock:
+        stock.decode(TOKENS[:100])
+        even = [np.tile(np.arange(40), (layer.n_kv_heads, 1)) for layer in stock.shape.layers]
+        stock.rewrite(even, 8)
+        engine.restore(stock.snapshot())
+        assert engine.layout().composed == stock.layout().composed
+        stock.clear()
+        stock.decode(TOKENS[:3])
+        stock.restore(engine.snapshot())
+        for twin in (engine, stock):
+            twin.decode(TOKENS[100:110])
+        np.testing.assert_allclose(stock.logits(), engine.logits(), atol=1e-2)
+        stock.clear()
+        engine.restore(stock.snapshot())
+        assert engine.layout().position == 0
+
+
+def test_a_snapshot_that_does_not_belong_changes_nothing(tiny_model: Callable[..., Path], llama: PatchedEngine) -> None:
+    llama.decode(TOKENS[:100])
+    llama.rewrite(uneven(np.random.default_rng(0), llama, 8), 8)
+    taken, before = llama.snapshot(), exported(llama)
+    with patched(tiny_model("llama"), cache_type=8) as quantized:
+        quantized.decode(TOKENS[:9])
+        wrong = [quantized.snapshot()]
+    wrong += [
+        replace(taken, n_live=taken.n_live + 1),
+        replace(taken, position=taken.n_live),
+        replace(taken, composed=taken.composed[1:]),
+        replace(taken, composed=(-1, *taken.composed[1:])),
+        replace(taken, window=np.zeros(5, np.uint8)),
+        replace(taken, keys=taken.values[:0]),
+    ]
+    for snapshot in wrong:
+        with pytest.raises(InvalidInput, match="belong to another model"):
+            llama.restore(snapshot)
+    many = np.zeros((1000, taken.keys[0].shape[1]), np.uint8)
+    with pytest.raises(ContextFull):
+        llama.restore(replace(taken, composed=(992,) * 3, position=2000, keys=(many,) * 3, values=(many,) * 3))
+    assert_same(exported(llama), before)
 
 
 def test_the_patched_engine_is_chosen_and_the_stock_one_runs_the_rest(tiny_model: Callable[..., Path]) -> None:

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 
+import numpy as np
 from typing_extensions import Self
 
 from kvcompose_local.attention import AttentionMax
 from kvcompose_local.errors import ContextFull, InvalidInput
-from kvcompose_local.interfaces import CacheLayout, FloatArray, IntArray, ModelShape, Progress, Sampling
+from kvcompose_local.interfaces import CacheLayout, CacheSnapshot, FloatArray, IntArray, ModelShape, Progress, Sampling
 from kvcompose_local.llama_ffi import Context, Model
 
 #: Bytes that one layer's explicit softmax, float32 (Q, queries, n_kv), may take in the compute buffer.
@@ -60,6 +61,31 @@ class LlamaEngine(ABC):
     @abstractmethod
     def rewrite(self, selection: Sequence[IntArray], n_tail: int) -> None:
         """See :meth:`Engine.rewrite`."""
+
+    @abstractmethod
+    def snapshot(self) -> CacheSnapshot:
+        """See :meth:`Engine.snapshot`."""
+
+    def restore(self, snapshot: CacheSnapshot) -> None:
+        """See :meth:`Engine.restore`."""
+        layers = self.shape.layers
+        counts = snapshot.composed, snapshot.keys, snapshot.values
+        fits = all(len(x) == len(layers) for x in counts) and 0 <= snapshot.n_live <= snapshot.position
+        for layer, k, keys, values in zip(layers, *counts, strict=False):
+            n = k + snapshot.n_live
+            fits &= 0 <= k <= snapshot.position - snapshot.n_live
+            fits &= keys.dtype == values.dtype == np.uint8 and keys.ndim == values.ndim == 2
+            fits = fits and len(keys) == len(values) == n and keys.shape[1] + values.shape[1] == layer.row_bytes
+        if not fits:
+            raise InvalidInput("these cells belong to another model or cache type")
+        if any(snapshot.composed) or snapshot.n_live:
+            self._put_back(snapshot)
+        else:
+            self.clear()
+
+    @abstractmethod
+    def _put_back(self, snapshot: CacheSnapshot) -> None:
+        """Restore a snapshot of matching shape that is not empty."""
 
     @abstractmethod
     def clear(self) -> None:

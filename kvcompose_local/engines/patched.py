@@ -13,7 +13,7 @@ import numpy as np
 
 from kvcompose_local.engines.base import LlamaEngine, micro_batch
 from kvcompose_local.errors import ContextFull, InvalidInput
-from kvcompose_local.interfaces import CacheLayout, IntArray, LayerShape, ModelShape, Sampling
+from kvcompose_local.interfaces import CacheLayout, CacheSnapshot, IntArray, LayerShape, ModelShape, Sampling
 from kvcompose_local.llama_ffi import F16, Context, Model, PerLayerCells
 
 #: Tokens of a prefill micro-batch.
@@ -68,8 +68,9 @@ class PatchedEngine(LlamaEngine):
         )
         super().__init__(model, context, shape, sampling)
         info = self._cells.info()
+        self._has_window = bool(info.has_window)
         # A window cache overwrites what a replay of more than one micro-batch would have to give back.
-        self.max_replay = self._replay_micro_batch() if info.has_window else n_cells
+        self.max_replay = self._replay_micro_batch() if self._has_window else n_cells
         slack = [2 * ALIGNMENT * sum(x.arena == i for x in layers) for i in range(info.n_arenas)]
         sizes = [int(self._cells.arena(i).size) for i in range(info.n_arenas)]
         self.cache_bytes = sum(sizes)
@@ -115,21 +116,62 @@ class PatchedEngine(LlamaEngine):
             if rows.size and not 0 <= rows.min() <= rows.max() < len(physical):
                 raise InvalidInput(f"the selection names rows outside the {len(physical)} of its layer")
             sources.append(physical[rows])
-        self._cells.rewrite(self._fitting_live_cells(selection, n_tail), live[len(live) - n_tail :], sources)
-        self._composed = tuple(rows.shape[1] for rows in selection)
+        composed = [rows.shape[1] for rows in selection]
+        self._cells.rewrite(self._fitting_live_cells(composed, n_tail), live[len(live) - n_tail :], sources)
+        self._composed = tuple(composed)
 
-    def _fitting_live_cells(self, selection: Sequence[IntArray], n_tail: int) -> int:
-        """Live cells that every arena holds beside the composed ones."""
+    def _fitting_live_cells(self, composed: Sequence[int], n_live: int) -> int:
+        """Live cells that every arena holds beside the composed ones, of which ``n_live`` are in use."""
         fitting = []
         for device, size in enumerate(self.arena_bytes):
-            layers = [(x, s.shape[1]) for x, s in zip(self.shape.layers, selection, strict=True) if x.device == device]
+            layers = [(x, k) for x, k in zip(self.shape.layers, composed, strict=True) if x.device == device]
             if layers:
                 left = size - sum(layer.row_bytes * k for layer, k in layers)
                 fitting.append(left // sum(layer.row_bytes for layer, _ in layers))
-        n_live = int(min(fitting))
-        if n_live < max(n_tail, 1):
-            raise ContextFull(f"the selection leaves room for {n_live} live cells; {n_tail} are to stay")
-        return n_live
+        n_fitting = int(min(fitting))
+        if n_fitting < max(n_live, 1):
+            raise ContextFull(f"the composed cells leave room for {n_fitting} live ones; {n_live} are to stay")
+        return n_fitting
+
+    def snapshot(self) -> CacheSnapshot:
+        layout = self.layout()
+        live, first_composed = self._live_cells(), self._cells.info().n_live_cap
+        planes = [
+            [
+                np.concatenate([rows[first_composed:][:n_composed], rows[live]])
+                for i, n_composed in enumerate(layout.composed)
+                for rows in [self._cells.rows(i, values=values)]
+            ]
+            for values in (False, True)
+        ]
+        window = self._context.window_state() if self._has_window else np.zeros(0, np.uint8)
+        return CacheSnapshot(
+            layout.composed, layout.n_live, layout.position, tuple(planes[0]), tuple(planes[1]), window
+        )
+
+    def _put_back(self, snapshot: CacheSnapshot) -> None:
+        n_live, end = snapshot.n_live, snapshot.position - snapshot.n_live
+        if any(snapshot.composed):
+            n_live_cap = self._fitting_live_cells(snapshot.composed, n_live)
+        else:
+            n_live_cap = self._context.n_ctx
+        for i, (keys, values) in enumerate(zip(snapshot.keys, snapshot.values, strict=True)):
+            layer = self._cells.layer(i)
+            if (keys.shape[1], values.shape[1]) != (layer.k_row_bytes, layer.v_row_bytes):
+                raise InvalidInput("these cells belong to another model or cache type")
+        if n_live > n_live_cap:
+            raise ContextFull(f"{n_live} cells do not fit in {n_live_cap}")
+        if (snapshot.window.size > 0) != self._has_window:
+            raise InvalidInput("these cells belong to another model: only one of the two has sliding windows")
+        positions = np.arange(end, snapshot.position, dtype=np.int64)
+        self._cells.set_layout(n_live_cap, positions, end, np.array(snapshot.composed, np.int64))
+        self._composed = snapshot.composed
+        for i, n_composed in enumerate(snapshot.composed):
+            for rows, is_v in ((snapshot.keys[i], False), (snapshot.values[i], True)):
+                self._cells.set_rows(i, rows[n_composed:], values=is_v)
+                self._cells.set_rows(i, rows[:n_composed], values=is_v, first=n_live_cap)
+        if self._has_window:
+            self._context.set_window_state(snapshot.window)
 
     def clear(self) -> None:
         self._context.clear()

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvcompose_local.cells import parse_state, row_bytes, write_state
+import numpy as np
+
+from kvcompose_local.cells import CellBlock, Plane, parse_state, row_bytes, write_state
 from kvcompose_local.engines.base import LlamaEngine, micro_batch
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput, ModelError
-from kvcompose_local.interfaces import CacheLayout, IntArray, LayerShape, ModelShape, Sampling
+from kvcompose_local.interfaces import CacheLayout, CacheSnapshot, IntArray, LayerShape, ModelShape, Sampling
 from kvcompose_local.llama_ffi import F16, Context, Model
 
 
@@ -75,6 +77,8 @@ class StockEngine(LlamaEngine):
         self.arena_bytes = (self.cache_bytes,)
         self.max_replay = n_cells
         self._n_cells = n_cells
+        self._cache_type = cache_type
+        self._transposed = scoring  # llama.cpp lays V out by element where flash attention is off
         self._n_composed = 0
         self._first_live = 0
 
@@ -92,23 +96,53 @@ class StockEngine(LlamaEngine):
     def _replay_micro_batch(self) -> int:
         return self._context.n_ubatch
 
+    def _read_cells(self) -> CellBlock:
+        cells = parse_state(self._context.state())
+        expected = self._n_composed + self.layout().n_live
+        if len(cells.positions) != expected:
+            raise EngineError(f"llama.cpp holds {len(cells.positions)} cells where {expected} were put")
+        return cells
+
+    def _replace_cells(self, cells: CellBlock, n_live: int, position: int) -> None:
+        blob = write_state(cells)
+        self._context.remove(0)
+        self._context.set_state(blob)
+        self._n_composed = len(cells.positions) - n_live
+        self._first_live = position - n_live
+
     def rewrite(self, selection: Sequence[IntArray], n_tail: int) -> None:
-        before = parse_state(self._context.state())
+        before = self._read_cells()
         layout = self.layout()
-        if len(before.positions) != self._n_composed + layout.n_live:
-            raise EngineError(
-                f"llama.cpp holds {len(before.positions)} cells where {self._n_composed + layout.n_live} were put"
-            )
         if not 0 <= n_tail <= layout.n_live:
             raise InvalidInput(f"cannot keep {n_tail} of {layout.n_live} live cells")
         after = before.gather(selection, n_tail)
         if not 0 < len(after.positions) <= self._n_cells:
             raise ContextFull(f"{len(after.positions)} cells do not fit in {self._n_cells}")
-        blob = write_state(after)
-        self._context.remove(0)
-        self._context.set_state(blob)
-        self._n_composed = len(after.positions) - n_tail
-        self._first_live = layout.position - n_tail
+        self._replace_cells(after, n_tail, layout.position)
+
+    def snapshot(self) -> CacheSnapshot:
+        layout = self.layout()
+        cells = self._read_cells()
+        empty = np.zeros(0, np.uint8)
+        if not len(cells.positions):  # llama.cpp tells nothing of the layers then
+            keys = tuple(np.zeros((0, layer.row_bytes), np.uint8) for layer in self.shape.layers)
+            return CacheSnapshot(layout.composed, 0, 0, keys, (np.zeros((0, 0), np.uint8),) * len(keys), empty)
+        keys = tuple(np.array(plane.rows()) for plane in cells.keys)
+        values = tuple(np.array(plane.rows()) for plane in cells.values)
+        return CacheSnapshot(layout.composed, layout.n_live, layout.position, keys, values, empty)
+
+    def _put_back(self, snapshot: CacheSnapshot) -> None:
+        if len(set(snapshot.composed)) > 1:
+            raise InvalidInput("these cells have layers of different lengths, which only the patched engine can hold")
+        n = len(snapshot.keys[0])
+        if n > self._n_cells:
+            raise ContextFull(f"{n} cells do not fit in {self._n_cells}")
+        cells = CellBlock(
+            np.arange(snapshot.position - n, snapshot.position, dtype=np.int32),
+            tuple(Plane.of_rows(self._cache_type, rows) for rows in snapshot.keys),
+            tuple(Plane.of_rows(self._cache_type, rows, transposed=self._transposed) for rows in snapshot.values),
+        )
+        self._replace_cells(cells, snapshot.n_live, snapshot.position)
 
     def clear(self) -> None:
         self._context.clear()

@@ -142,10 +142,10 @@ class PerLayerCells:
         self._call("get_rows", i, int(values), 0, layer.n_rows, data.ctypes.data, data.nbytes)
         return data
 
-    def set_rows(self, i: int, data: npt.NDArray[np.uint8], *, values: bool) -> None:
-        """The inverse of :meth:`rows`."""
+    def set_rows(self, i: int, data: npt.NDArray[np.uint8], *, values: bool, first: int = 0) -> None:
+        """Write K or V rows of a layer from row ``first`` on."""
         data = np.ascontiguousarray(data, np.uint8)
-        self._call("set_rows", i, int(values), 0, data.shape[0], data.ctypes.data, data.nbytes)
+        self._call("set_rows", i, int(values), first, data.shape[0], data.ctypes.data, data.nbytes)
 
     @contextmanager
     def visible_softmax(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kvcompose_local.errors import EngineError, InvalidInput
-from kvcompose_local.interfaces import FloatArray, Sampling
+from kvcompose_local.interfaces import ByteArray, FloatArray, Sampling
 from kvcompose_local.llama_ffi.library import bind, clear_log, last_log, lib
 from kvcompose_local.llama_ffi.model import Model
 
@@ -19,6 +19,7 @@ from kvcompose_local.llama_ffi.model import Model
 CACHE_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
 F16 = CACHE_TYPES["f16"]
 _SOFTMAX_PREFIX = b"kq_soft_max-"
+_WINDOW_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 
 #: Receives (model layer, float32 (Q, n_queries, n_kv) softmax weights of one micro-batch); the array is native memory
 #: and dies with the call.
@@ -202,21 +203,35 @@ class Context:
         self.has_logits = False
         lib.llama_memory_clear(self._memory, True)
 
-    def state(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def state(self) -> ByteArray:
         """The sequence's cells as llama.cpp serializes them (see :mod:`kvcompose_local.cells`)."""
-        size = int(lib.llama_state_seq_get_size(self._ctx, 0))
+        return self._state(0)
+
+    def set_state(self, blob: ByteArray) -> None:
+        """Put serialized cells back; the caller removes the old ones first."""
+        self._set_state(blob, 0)
+
+    def window_state(self) -> ByteArray:
+        """The cells of the sliding-window layers alone."""
+        return self._state(_WINDOW_ONLY)
+
+    def set_window_state(self, blob: ByteArray) -> None:
+        """Put back what :meth:`window_state` gave."""
+        self._set_state(blob, _WINDOW_ONLY)
+
+    def _state(self, flags: int) -> ByteArray:
+        size = int(lib.llama_state_seq_get_size_ext(self._ctx, 0, flags))
         blob = np.empty(size, np.uint8)
         pointer = blob.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        written = int(lib.llama_state_seq_get_data(self._ctx, pointer, size, 0))
+        written = int(lib.llama_state_seq_get_data_ext(self._ctx, pointer, size, 0, flags))
         if written != size or size == 0:
             raise EngineError(f"llama_state_seq_get_data wrote {written} of {size} bytes{last_log()}")
         return blob
 
-    def set_state(self, blob: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
-        """Put serialized cells back; the caller removes the old ones first."""
+    def _set_state(self, blob: ByteArray, flags: int) -> None:
         blob = np.ascontiguousarray(blob)
         pointer = blob.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         self.has_logits = False
-        read = int(lib.llama_state_seq_set_data(self._ctx, pointer, blob.size, 0))
+        read = int(lib.llama_state_seq_set_data_ext(self._ctx, pointer, blob.size, 0, flags))
         if read != blob.size:
             raise EngineError(f"llama_state_seq_set_data read {read} of {blob.size} bytes{last_log()}")
