@@ -103,7 +103,7 @@ class CacheMemory:
         self.on_compaction = on_compaction
         self.on_progress = on_progress
         self.reports: list[CompactionReport] = []
-        self._live: list[int] = []
+        self.tokens: list[int] = []  # all that were seen, in their order
         self._scores: list[FloatArray] = self._no_scores()
 
     def _no_scores(self) -> list[FloatArray]:
@@ -122,7 +122,10 @@ class CacheMemory:
     @property
     def live_tokens(self) -> tuple[int, ...]:
         """The tokens that stand uncompressed, oldest first."""
-        return tuple(self._live)
+        return tuple(self._live())
+
+    def _live(self) -> list[int]:
+        return self.tokens[len(self.tokens) - self.engine.layout().n_live :]
 
     def _bytes_of(self, layout: CacheLayout) -> int:
         layers = zip(self.engine.shape.layers, layout.composed, strict=True)
@@ -158,7 +161,7 @@ class CacheMemory:
             try:
                 self.engine.decode(piece, piece_progress)
             finally:
-                self._live.extend(piece[: self.engine.layout().n_live - len(self._live)])
+                self.tokens += piece[: self.engine.layout().position - len(self.tokens)]
             done += len(piece)
 
     def _room(self) -> int:
@@ -192,7 +195,6 @@ class CacheMemory:
         selected = time.perf_counter()
         self.engine.rewrite(selection, n_tail)
         self._scores = [np.take_along_axis(s, rows, axis=1) for s, rows in zip(scores, selection, strict=True)]
-        self._live = self._live[len(self._live) - n_tail :]
         after = self.engine.layout()
         report = CompactionReport(
             tokens_seen=after.position,
@@ -218,12 +220,13 @@ class CacheMemory:
             raise ContextFull("no free cells are left to score the text in")
         lead_in = min(self.policy.n_lead_in, step // 2)
         chunk = step - lead_in
+        live = self._live()
         best: list[FloatArray] | None = None
         for start in range(0, n_scored, chunk):
             if self.on_progress is not None:
                 self.on_progress(start, n_scored)
             stop = min(start + chunk, n_scored)
-            seen = [a[:, :n_scored] for a in self.engine.replay(self._live[max(start - lead_in, 0) : stop])]
+            seen = [a[:, :n_scored] for a in self.engine.replay(live[max(start - lead_in, 0) : stop])]
             best = seen if best is None else [np.maximum(a, b) for a, b in zip(best, seen, strict=True)]
         if self.on_progress is not None:
             self.on_progress(n_scored, n_scored)
@@ -247,13 +250,27 @@ class CacheMemory:
         fitting = int((room // np.maximum(live_bytes, 1)).min())
         return np.array([min(fitting, s.shape[1]) for s in scores], np.int64)
 
-    def drop_tail(self, n: int) -> None:
-        """Forget the newest ``n`` tokens, which must still be live."""
-        self.engine.drop_tail(n)
-        self._live = self._live[: len(self._live) - n]
+    def rewind(self, position: int, progress: Progress | None = None) -> bool:
+        """Forget the tokens from ``position`` on; the logits are gone.
+
+        Returns whether live cells sufficed. Where they do not, everything is read again from the transcript, which an
+        interrupt may cut short: ``tokens`` is what has been read.
+        """
+        if not 0 <= position <= self.position:
+            raise InvalidInput(f"cannot go back to position {position}: {self.position} tokens were seen")
+        layout = self.engine.layout()
+        # What a replay may not give back, because a window has moved on, cannot be dropped either.
+        if layout.position - position <= min(layout.n_live, self.engine.max_replay):
+            self.engine.drop_tail(layout.position - position)
+            del self.tokens[position:]
+            return True
+        again = self.tokens[:position]
+        self.clear()
+        self.feed(again, progress)
+        return False
 
     def clear(self) -> None:
         """Forget everything."""
         self.engine.clear()
-        self._live = []
+        self.tokens = []
         self._scores = self._no_scores()

@@ -136,11 +136,23 @@ def test_an_arena_too_small_is_told() -> None:
         memory.feed(range(20))
 
 
-def test_drop_tail_and_the_report_line() -> None:
-    memory = CacheMemory(FakeEngine(200), 1000, policy=POLICY)
+def test_rewinding_uses_live_cells_or_reads_the_transcript_again() -> None:
+    engine = FakeEngine(200)
+    memory = CacheMemory(engine, 1000, policy=POLICY)
     memory.feed(range(10))
-    memory.drop_tail(4)
-    assert list(memory.live_tokens) == [0, 1, 2, 3, 4, 5]
+    assert memory.rewind(6)
+    assert list(memory.live_tokens) == memory.tokens == [0, 1, 2, 3, 4, 5]
+    memory.feed(range(6, 20))
+    memory.compact(0.5)
+    engine.fed = b""
+    assert not memory.rewind(9)
+    assert memory.tokens == list(engine.fed) == list(range(9))
+    for wrong in (-1, 10):
+        with pytest.raises(InvalidInput):
+            memory.rewind(wrong)
+
+
+def test_the_report_line() -> None:
     report = CompactionReport(900, 800, (10, 300), 8, 3 << 20, 1 << 20, 0.5, 0.25, 0.25)
     assert report.line() == (
         "compacted: 900 tokens seen, 10–300 composed + 8 live cells a layer, 3.0 → 1.0 MiB (2.0 MiB freed) in 1.0 s"
