@@ -13,7 +13,7 @@ from typing_extensions import Self
 from kvcompose_local.attention import AttentionMax
 from kvcompose_local.errors import ContextFull, InvalidInput
 from kvcompose_local.interfaces import CacheLayout, CacheSnapshot, FloatArray, IntArray, ModelShape, Progress, Sampling
-from kvcompose_local.llama_ffi import Context, Model
+from kvcompose_local.llama_ffi import Context, Model, SoftmaxTap
 
 #: Bytes that one layer's explicit softmax, float32 (Q, queries, n_kv), may take in the compute buffer.
 SOFTMAX_BYTES = 32 << 20
@@ -96,19 +96,37 @@ class LlamaEngine(ABC):
         """The columns of a softmax that are the live cells, oldest first."""
 
     @abstractmethod
-    def _replay_micro_batch(self) -> int:
-        """Queries of one explicit softmax."""
+    def softmax_micro_batch(self) -> int:
+        """Most queries of one explicit softmax: what :meth:`decode` takes at a time while it is watched."""
 
     @contextmanager
     def _visible_softmax(self) -> Iterator[None]:
         """While this is open the tap sees every softmax."""
         yield
 
+    @contextmanager
+    def watching(self, tap: SoftmaxTap) -> Iterator[None]:
+        """While this is open :meth:`decode` shows every softmax: ``tap(l, weights)``, l the place in ``shape.layers``.
+
+        weights: float32 (Q, queries of a micro-batch, n_kv), native memory that dies with the call.
+        """
+
+        def composable(layer: int, weights: FloatArray) -> None:
+            if layer in self._ordinal:
+                tap(self._ordinal[layer], weights)
+
+        with self._visible_softmax():
+            self._context.tap = composable
+            try:
+                yield
+            finally:
+                self._context.tap = None
+
     def decode(self, tokens: Sequence[int], progress: Progress | None = None) -> None:
         free = self.layout().n_free
         if len(tokens) > free:
             raise ContextFull(f"{len(tokens)} tokens do not fit in {free} free cells")
-        step = self._context.n_ubatch
+        step = self.softmax_micro_batch() if self._context.tap else self._context.n_ubatch
         for start in range(0, len(tokens), step):
             before = self._context.next_position
             try:
@@ -131,6 +149,13 @@ class LlamaEngine(ABC):
         """float32 (n_vocab,) logits of the last token decoded."""
         return self._context.logits()
 
+    def decode_all(self, tokens: Sequence[int]) -> FloatArray:
+        """Like :meth:`decode`, for at most a micro-batch; returns the logits after each token, float32 (n, n_vocab)."""
+        if len(tokens) > self.layout().n_free:
+            raise ContextFull(f"{len(tokens)} tokens do not fit in {self.layout().n_free} free cells")
+        self._context.decode(tokens, all_logits=True)
+        return self._context.all_logits(len(tokens))
+
     def set_sampling(self, sampling: Sampling) -> None:
         """How :meth:`sample` draws from now on."""
         self._context.set_sampling(sampling)
@@ -142,18 +167,12 @@ class LlamaEngine(ABC):
         seen = AttentionMax(len(self.shape.layers), [layer.n_heads for layer in self.shape.layers])
         live = self._live_columns()
 
-        def tap(layer: int, weights: FloatArray) -> None:
-            if layer in self._ordinal:
-                seen.update(self._ordinal[layer], weights, live)
-
-        step = self._replay_micro_batch()
-        with self._visible_softmax():
-            self._context.tap = tap
+        step = self.softmax_micro_batch()
+        with self.watching(lambda layer, weights: seen.update(layer, weights, live)):
             try:
                 for start in range(0, len(tokens), step):
                     self._context.decode(tokens[start : start + step])
             finally:
-                self._context.tap = None
                 self._context.has_logits = False
                 self._context.remove(layout.position)
         return seen.result()

@@ -70,7 +70,7 @@ class PatchedEngine(LlamaEngine):
         info = self._cells.info()
         self._has_window = bool(info.has_window)
         # A window cache overwrites what a replay of more than one micro-batch would have to give back.
-        self.max_replay = self._replay_micro_batch() if self._has_window else n_cells
+        self.max_replay = self.softmax_micro_batch() if self._has_window else n_cells
         slack = [2 * ALIGNMENT * sum(x.arena == i for x in layers) for i in range(info.n_arenas)]
         sizes = [int(self._cells.arena(i).size) for i in range(info.n_arenas)]
         self.cache_bytes = sum(sizes)
@@ -92,7 +92,7 @@ class PatchedEngine(LlamaEngine):
         contiguous = (cells == np.arange(len(cells))).all()
         return slice(0, len(cells)) if contiguous else cells
 
-    def _replay_micro_batch(self) -> int:
+    def softmax_micro_batch(self) -> int:
         widest = self._cells.info().n_cells
         n_heads = max(layer.n_heads for layer in self.shape.layers)
         return min(micro_batch(widest, n_heads), self._context.n_ubatch)

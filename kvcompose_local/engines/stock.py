@@ -93,7 +93,7 @@ class StockEngine(LlamaEngine):
         # Cells stand where they were put: composed ones first, then the live ones without a gap.
         return slice(self._n_composed, self._n_composed + self.layout().n_live)
 
-    def _replay_micro_batch(self) -> int:
+    def softmax_micro_batch(self) -> int:
         return self._context.n_ubatch
 
     def _read_cells(self) -> CellBlock:

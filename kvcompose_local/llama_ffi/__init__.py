@@ -5,7 +5,7 @@ memory are context managers. Facts about the library are those of the pinned ver
 """
 
 from kvcompose_local.llama_ffi.cells import PerLayerCells, library_is_patched
-from kvcompose_local.llama_ffi.context import CACHE_TYPES, F16, Context
+from kvcompose_local.llama_ffi.context import CACHE_TYPES, F16, Context, SoftmaxTap
 from kvcompose_local.llama_ffi.library import library_path, on_abort, supports_gpu
 from kvcompose_local.llama_ffi.model import Model
 from kvcompose_local.llama_ffi.rpc import add_workers, is_loopback, serve
@@ -16,6 +16,7 @@ __all__ = [
     "Context",
     "Model",
     "PerLayerCells",
+    "SoftmaxTap",
     "add_workers",
     "is_loopback",
     "library_is_patched",

@@ -135,13 +135,16 @@ class Context:
         _ggml_tensor_get(tensor, weights.ctypes.data, 0, weights.nbytes)
         return weights
 
-    def decode(self, tokens: Sequence[int]) -> None:
-        """Run one micro-batch at the next positions; logits are those of its last token."""
+    def decode(self, tokens: Sequence[int], *, all_logits: bool = False) -> None:
+        """Run one micro-batch at the next positions; logits are kept of its last token, or of all."""
         if not 0 < len(tokens) <= self.n_ubatch:
             raise InvalidInput(f"a micro-batch holds 1 to {self.n_ubatch} tokens, not {len(tokens)}")
         # The batch holds only a pointer: the array must outlive the call.
         array = (lib.llama_token * len(tokens))(*tokens)
         batch = lib.llama_batch_get_one(array, len(tokens))
+        if all_logits:
+            wanted = (ctypes.c_int8 * len(tokens))(*[1] * len(tokens))
+            batch.logits = wanted
         self._callback_error = None
         self._n_queries = len(tokens)
         clear_log()
@@ -162,6 +165,11 @@ class Context:
             raise EngineError("there are no logits: decode a token first")
         pointer = lib.llama_get_logits_ith(self._ctx, -1)
         return np.array(np.ctypeslib.as_array(pointer, shape=(self.model.n_vocab,)), np.float32)
+
+    def all_logits(self, n: int) -> FloatArray:
+        """float32 (n, n_vocab): a copy of the logits of the last batch, which was decoded with ``all_logits``."""
+        pointer = lib.llama_get_logits(self._ctx)
+        return np.array(np.ctypeslib.as_array(pointer, shape=(n, self.model.n_vocab)), np.float32)
 
     def set_sampling(self, sampling: Sampling) -> None:
         """Replace the sampler chain."""

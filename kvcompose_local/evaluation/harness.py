@@ -1,0 +1,219 @@
+"""Runs methods on items: the context is read and scored once, then every method and keep ratio starts from a snapshot.
+
+Answers are greedy. Beside the score there are two figures that still tell methods apart where answers do not: the KL
+divergence from the full cache, teacher-forced along its answer, and that answer's log-likelihood.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcompose_local import __version__
+from kvcompose_local.compaction import Policy
+from kvcompose_local.engines.base import LlamaEngine
+from kvcompose_local.errors import InvalidInput, KVComposeError
+from kvcompose_local.evaluation.methods import find_method
+from kvcompose_local.evaluation.statistics import Statistics
+from kvcompose_local.evaluation.tasks import Item, Question
+from kvcompose_local.interfaces import IntArray
+
+#: The name of the uncompressed cache among the methods.
+FULL = "full"
+_GAP = "\x00"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the full cache answers: its tokens, and float32 (n, n_vocab) log-probabilities before each of them."""
+
+    tokens: tuple[int, ...]
+    log_probs: npt.NDArray[np.float32]
+
+
+def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Along the last axis."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)), np.float32)
+
+
+def room_for(n_tokens: int, *, whole_replay: bool = False) -> int:
+    """Cells that an item of ``n_tokens`` needs, with its questions and a replay."""
+    cells = int(n_tokens * (2.2 if whole_replay else 1.15)) + 768
+    return -(-cells // 256) * 256
+
+
+class Evaluation:
+    """Methods against each other on one model; results are JSON lines in a file, which a later run goes on from.
+
+    engine: with an uncompressed cache of at least :func:`room_for` cells; facts: what every record says of the run.
+    """
+
+    def __init__(self, engine: LlamaEngine, output: Path, facts: dict[str, Any] | None = None) -> None:
+        self.engine = engine
+        self.output = output
+        self.facts = {"model": engine.model.name, "version": __version__, "engine": engine.name, **(facts or {})}
+        self.records = read_records(output)
+        self._done = {_key(record) for record in self.records}
+        head, _, self._tail = engine.model.render_chat(
+            [{"role": "user", "content": _GAP}], add_generation_prompt=True
+        ).partition(_GAP)
+        self._head = head
+
+    def missing(self, item: Item, n_tokens: int, trials: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+        """The trials, (method, keep ratio), of an item that have no record yet."""
+        return [
+            (name, keep)
+            for name, keep in trials
+            if any(
+                (item.task, item.seed, n_tokens, q, name, keep) not in self._done for q in range(len(item.questions))
+            )
+        ]
+
+    def run(
+        self,
+        item: Item,
+        n_tokens: int,
+        trials: Sequence[tuple[str, float]],
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Run what is missing of an item's trials, and write a record for each question and trial.
+
+        n_tokens: the length that was asked for, which names the item. A record holds the score in [0, 1], ``kl`` in
+        nats a token, ``log_likelihood`` of the full cache's answer in nats a token, and the share of cells kept.
+        """
+        trials = self.missing(item, n_tokens, trials)
+        if not trials:
+            return
+        engine = self.engine
+        engine.clear()
+        progress("reading")
+        model = engine.model
+        tokens = model.tokenize(self._head + item.context + "\n\n", add_bos=model.adds_bos)
+        policy = Policy.for_cells(len(tokens))
+        stats = Statistics(engine, tokens, n_scratch=policy.n_scratch, n_lead_in=policy.n_lead_in)
+        full = engine.snapshot()
+        n_full = len(tokens) * len(engine.shape.layers)
+        progress("scoring")
+        chosen: dict[tuple[str, float], tuple[list[IntArray] | None, float]] = {}
+        for name, keep in trials:
+            started = time.perf_counter()
+            selection = None if name == FULL else find_method(name)(stats, int(keep * n_full))
+            chosen[name, keep] = selection, time.perf_counter() - started
+        for number, question in enumerate(item.questions):
+            asked = model.tokenize(question.text + self._tail + question.prefix)
+            engine.restore(full)
+            reference = self._full_answer(asked, question.max_tokens)
+            for (name, keep), (selection, seconds) in chosen.items():
+                progress(f"question {number + 1}/{len(item.questions)}: {name} {keep:g}")
+                engine.restore(full)
+                if selection is not None:
+                    engine.rewrite(selection, 0)
+                kept = sum(engine.layout().composed) if selection is not None else n_full
+                record = {
+                    **self.facts,
+                    "task": item.task,
+                    "seed": item.seed,
+                    "n_tokens": n_tokens,
+                    "question": number,
+                    "method": name,
+                    "keep": keep,
+                    "kept": round(kept / n_full, 4),
+                    **self._measure(asked, question, reference),
+                    "select_seconds": round(seconds, 3),
+                }
+                if number == 0:
+                    record["layer_cells"] = list(engine.layout().composed)
+                self._write(record)
+
+    def _full_answer(self, asked: Sequence[int], max_tokens: int) -> Answer:
+        self.engine.decode(asked)
+        tokens: list[int] = []
+        rows = []
+        while len(tokens) < max_tokens:
+            rows.append(log_softmax(self.engine.logits()))
+            tokens.append(int(rows[-1].argmax()))
+            if self.engine.model.is_end(tokens[-1]):
+                break
+            if len(tokens) < max_tokens:
+                self.engine.decode(tokens[-1:])
+        return Answer(tuple(tokens), np.stack(rows))
+
+    def _measure(self, asked: Sequence[int], question: Question, reference: Answer) -> dict[str, Any]:
+        engine, expected = self.engine, reference.tokens
+        if len(asked) > 1:
+            engine.decode(asked[:-1])
+        rows = log_softmax(engine.decode_all([asked[-1], *expected[:-1]]))
+        kl = (np.exp(reference.log_probs) * (reference.log_probs - rows)).sum(axis=1).mean()
+        likelihood = rows[np.arange(len(expected)), expected].mean()
+        best = rows.argmax(axis=1)
+        n_same = int(np.cumprod(best == expected).sum())
+        tokens = list(expected[:n_same])
+        if n_same < len(expected):  # the answer parts here: go on from what it says instead
+            engine.drop_tail(len(expected) - 1 - n_same)
+            token = int(best[n_same])
+            while not engine.model.is_end(token):
+                tokens.append(token)
+                if len(tokens) >= question.max_tokens:
+                    break
+                engine.decode([token])
+                token = int(engine.logits().argmax())
+        text = b"".join(engine.model.token_bytes(t) for t in tokens if not engine.model.is_end(t))
+        answer = text.decode("utf-8", "replace")
+        return {
+            "score": round(question.score(answer), 4),
+            "kl": round(float(kl), 5),
+            "log_likelihood": round(float(likelihood), 5),
+            "answer": answer,
+        }
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if _key(record) in self._done:
+            return
+        self._done.add(_key(record))
+        self.records.append(record)
+        try:
+            with self.output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise KVComposeError(
+                f"cannot write {self.output} ({error.strerror}): free space or name another"
+            ) from error
+
+
+def _key(record: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(record[name] for name in ("task", "seed", "n_tokens", "question", "method", "keep"))
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a run; a last line that an interrupted run left unfinished is skipped.
+
+    Raises InvalidInput for a file that holds something else.
+    """
+    if not path.exists():
+        return []
+    records = []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for i, line in enumerate(lines):
+        try:
+            record = json.loads(line) if line else None
+            if record is not None:
+                _key(record)
+                records.append(record)
+        except (ValueError, KeyError, TypeError) as error:
+            if i < len(lines) - 1:
+                raise InvalidInput(f"{path} line {i + 1} is no record of an evaluation: name another file") from error
+            path.write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
+    return records
+
+
+def items(records: Sequence[dict[str, Any]]) -> Iterator[tuple[str, int]]:
+    """The (task, seed) pairs of some records, each once."""
+    return iter(dict.fromkeys((r["task"], r["seed"]) for r in records))

@@ -1,0 +1,109 @@
+"""KVCompose: as published (arXiv 2509.05165), as the chat does it, and one change at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from kvcompose_local.budgets import allocate_bytes
+from kvcompose_local.evaluation.methods import by_kv_head, method
+from kvcompose_local.evaluation.statistics import Statistics
+from kvcompose_local.interfaces import FloatArray, IntArray
+from kvcompose_local.scores import token_scores
+from kvcompose_local.selection import select_composites
+
+
+def compose(stats: Statistics, scores: Sequence[FloatArray], n_cells: int, *, uniform: bool = False) -> list[IntArray]:
+    """Composite tokens by scores, L arrays (H, T)."""
+    n_layers = len(scores)
+    if uniform:
+        budgets = np.full(n_layers, min(n_cells // n_layers, stats.n_tokens), np.int64)
+    else:
+        budgets = allocate_bytes(scores, [1] * n_layers, n_cells)
+    return select_composites(scores, budgets)
+
+
+def _scores(stats: Statistics, attention: Sequence[FloatArray], *, mean: bool) -> list[FloatArray]:
+    heads = [layer.n_kv_heads for layer in stats.engine.shape.layers]
+    return [token_scores(a[None], h, add_mean_across_heads=mean)[0] for a, h in zip(attention, heads, strict=True)]
+
+
+def _both(stats: Statistics, weight: float = 1.0) -> list[FloatArray]:
+    return [a + weight * b for a, b in zip(stats.replay, stats.seen, strict=True)]
+
+
+@method("published")
+def published(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """One replay of the whole text, mean over the group, plus the mean over KV heads."""
+    return compose(stats, _scores(stats, stats.whole_replay, mean=True), n_cells)
+
+
+@method("replay")
+def replay(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """Chunked replay, plus the mean over KV heads."""
+    return compose(stats, _scores(stats, stats.replay, mean=True), n_cells)
+
+
+@method("replay-own")
+def replay_own(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """Chunked replay; no mean over KV heads."""
+    return compose(stats, _scores(stats, stats.replay, mean=False), n_cells)
+
+
+@method("replay-max")
+def replay_max(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """Chunked replay; the maximum over the group, no mean over KV heads (as KVzip, arXiv 2505.23416)."""
+    heads = [layer.n_kv_heads for layer in stats.engine.shape.layers]
+    return compose(stats, [by_kv_head(a, h).max(axis=1) for a, h in zip(stats.replay, heads, strict=True)], n_cells)
+
+
+@method("seen")
+def seen(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """Attention seen during prefill, without a replay."""
+    return compose(stats, _scores(stats, stats.seen, mean=False), n_cells)
+
+
+@method("replay+seen")
+def replay_and_seen(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """The sum of both attentions; no mean over KV heads."""
+    return compose(stats, _scores(stats, _both(stats), mean=False), n_cells)
+
+
+@method("replay+seen-mean")
+def replay_and_seen_mean(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """The sum of both attentions, plus the mean over KV heads."""
+    return compose(stats, _scores(stats, _both(stats), mean=True), n_cells)
+
+
+@method("replay+seen-half")
+def replay_and_half_seen(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """Attention seen counts half."""
+    return compose(stats, _scores(stats, _both(stats, 0.5), mean=False), n_cells)
+
+
+@method("replay+seen-double")
+def replay_and_double_seen(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """Attention seen counts twice."""
+    return compose(stats, _scores(stats, _both(stats, 2.0), mean=False), n_cells)
+
+
+@method("replay+seen-max")
+def replay_and_seen_max(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """The sum of both attentions; the maximum over the group."""
+    heads = [layer.n_kv_heads for layer in stats.engine.shape.layers]
+    return compose(stats, [by_kv_head(a, h).max(axis=1) for a, h in zip(_both(stats), heads, strict=True)], n_cells)
+
+
+@method("replay+seen-value")
+def replay_and_seen_value(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """The sum of both, times the norm of the value relative to its head's mean norm."""
+    scores = _scores(stats, _both(stats), mean=False)
+    weights = [v / v.mean(axis=1, keepdims=True) for v in stats.value_norms]
+    return compose(stats, [s * w for s, w in zip(scores, weights, strict=True)], n_cells)
+
+
+@method("uniform")
+def uniform(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """The same scores, equally many cells in every layer: what stock llama.cpp can hold."""
+    return compose(stats, _scores(stats, _both(stats), mean=False), n_cells, uniform=True)

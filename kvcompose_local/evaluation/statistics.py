@@ -1,0 +1,99 @@
+"""What the methods know of a context: collected once an item, shared by all methods and keep ratios."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcompose_local.attention import AttentionMax
+from kvcompose_local.engines.base import LlamaEngine
+from kvcompose_local.interfaces import FloatArray
+
+#: Queries of a recent-query method (SnapKV, arXiv 2404.14469, uses 32 with short contexts).
+N_RECENT = 32
+#: Tokens on which a query's attention does not count during prefill.
+N_NEAREST = 16
+
+
+class Statistics:
+    """Of one context, which the engine's cache holds, uncompressed, when the attributes are first asked for.
+
+    All are lists of L arrays over the T tokens; attention is float32 (Q, T).
+    """
+
+    def __init__(self, engine: LlamaEngine, tokens: Sequence[int], *, n_scratch: int, n_lead_in: int) -> None:
+        """Reads ``tokens`` into the empty cache of ``engine``; n_scratch, n_lead_in: of the chat's replay policy."""
+        self.engine = engine
+        self.tokens = list(tokens)
+        self.n_scratch = n_scratch
+        self.n_lead_in = n_lead_in
+        layers = engine.shape.layers
+        self._seen = AttentionMax(len(layers), [layer.n_heads for layer in layers], exclude_nearest=N_NEAREST)
+        self._read()
+
+    def _read(self) -> None:
+        step = self.engine.softmax_micro_batch()
+        for start in range(0, len(self.tokens), step):
+            piece = self.tokens[start : start + step]
+            columns = np.arange(start + len(piece))
+
+            def tap(layer: int, weights: FloatArray, columns: npt.NDArray[np.int64] = columns, n: int = start) -> None:
+                self._seen.update(layer, weights, slice(0, columns.size), columns[n:], columns)
+
+            with self.engine.watching(tap):
+                self.engine.decode(piece)
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def seen(self) -> list[FloatArray]:
+        """The most attention that any later token but the 16 nearest paid during prefill."""
+        return self._seen.result()
+
+    @cached_property
+    def replay(self) -> list[FloatArray]:
+        """The most attention that any replayed token pays, replayed in the chat's chunks."""
+        chunk = self.n_scratch - self.n_lead_in
+        best: list[FloatArray] = []
+        for start in range(0, self.n_tokens, chunk):
+            part = self.engine.replay(self.tokens[max(start - self.n_lead_in, 0) : start + chunk])
+            best = [np.maximum(a, b) for a, b in zip(best, part, strict=True)] if best else part
+        return best
+
+    @cached_property
+    def whole_replay(self) -> list[FloatArray]:
+        """The same, replayed in one piece as published: needs as much room again."""
+        return self.engine.replay(self.tokens)
+
+    @cached_property
+    def recent(self) -> list[FloatArray]:
+        """The mean attention of the last 32 tokens."""
+        sums = [np.zeros((layer.n_heads, self.n_tokens), np.float32) for layer in self.engine.shape.layers]
+
+        def tap(layer: int, weights: FloatArray) -> None:
+            sums[layer] += weights[:, :, : self.n_tokens].sum(axis=1) / N_RECENT
+
+        self.engine.drop_tail(N_RECENT)
+        with self.engine.watching(tap):
+            self.engine.decode(self.tokens[-N_RECENT:])
+        return sums
+
+    @cached_property
+    def key_norms(self) -> list[FloatArray]:
+        """The Euclidean norms of an F16 cache's keys, float32 (H, T)."""
+        return [self._norms(rows, i) for i, rows in enumerate(self.engine.snapshot().keys)]
+
+    @cached_property
+    def value_norms(self) -> list[FloatArray]:
+        """The Euclidean norms of an F16 cache's values, float32 (H, T)."""
+        return [self._norms(rows, i) for i, rows in enumerate(self.engine.snapshot().values)]
+
+    def _norms(self, rows: npt.NDArray[np.uint8], layer: int) -> FloatArray:
+        n_heads = self.engine.shape.layers[layer].n_kv_heads
+        by_head = np.ascontiguousarray(rows).view(np.float16).astype(np.float32).reshape(len(rows), n_heads, -1)
+        return np.asarray(np.linalg.norm(by_head, axis=2).T, np.float32)  # (H, T)
