@@ -44,9 +44,9 @@ class AttentionMax:
         self,
         layer: int,
         weights: FloatArray,
-        columns: slice | NDArray[Any],
-        query_positions: NDArray[Any] | None = None,
-        column_positions: NDArray[Any] | None = None,
+        columns: slice | IntArray,
+        query_positions: IntArray | None = None,
+        column_positions: IntArray | None = None,
     ) -> None:
         """Take in the softmax weights of one micro-batch: float32 (Q, n_queries, n_kv).
 
@@ -82,6 +82,10 @@ class AttentionMax:
         np.maximum(largest[:, : kept.size], seen[:, :n_known], out=largest[:, : kept.size])
         if kept.size > n_known:
             self._largest[layer] = np.concatenate([largest, seen[:, n_known:]], axis=1)
+
+    def keep(self, columns: slice) -> None:
+        """Forget all but these columns, which are numbered from 0 afterwards."""
+        self._largest = [largest[:, columns].copy() for largest in self._largest]
 
     def result(self) -> list[FloatArray]:
         """L float32 arrays (Q, T_l), (Q, 0) where never updated; later updates may change them."""

@@ -3,7 +3,8 @@
 Tokens are read as live cells until the next ones would not fit beside the replay scratch. Then one *compaction* runs:
 
 1. the live tokens, all but the newest few, are replayed in chunks, each dropped after use (chunks as in KVzip,
-   arXiv 2505.23416), which gives the attention that every live cell receives;
+   arXiv 2505.23416), which gives the attention that every live cell receives; what was seen of it while the text was
+   read is added, which costs nothing and halves the loss (docs/results.md);
 2. attention becomes token scores (:mod:`scores`); composed cells bring the scores they were kept with;
 3. all compete for the arena's bytes, less what the live region needs (:mod:`budgets`);
 4. the winners are aligned into composite tokens (:mod:`selection`) and the engine rewrites its cells.
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvcompose_local.attention import AttentionMax
 from kvcompose_local.budgets import allocate_bytes
 from kvcompose_local.errors import ContextFull, InvalidInput
 from kvcompose_local.interfaces import CacheLayout, Engine, FloatArray, IntArray, Progress
@@ -47,6 +49,10 @@ class Policy:
             n_headroom=min(max(n_cells // 8, 32), 1024),
             n_scratch=min(max(n_cells // 16, 24), 512),
         )
+
+
+#: Attention of a token to the ones just before it says nothing about who else needs them.
+N_NEAREST = 16
 
 
 @dataclass(frozen=True)
@@ -104,10 +110,12 @@ class CacheMemory:
         self.on_progress = on_progress
         self.reports: list[CompactionReport] = []
         self.tokens: list[int] = []  # all that were seen, in their order
-        self._scores: list[FloatArray] = self._no_scores()
+        self._forget_scores()
 
-    def _no_scores(self) -> list[FloatArray]:
-        return [np.zeros((layer.n_kv_heads, 0), np.float32) for layer in self.engine.shape.layers]
+    def _forget_scores(self) -> None:
+        layers = self.engine.shape.layers
+        self._scores: list[FloatArray] = [np.zeros((layer.n_kv_heads, 0), np.float32) for layer in layers]
+        self._seen = AttentionMax(len(layers), [layer.n_heads for layer in layers], exclude_nearest=N_NEAREST)
 
     @property
     def position(self) -> int:
@@ -158,9 +166,13 @@ class CacheMemory:
                 if progress is not None:
                     progress(offset + n, len(tokens))
 
+            # Watching costs more than it tells where a token comes alone, as in an answer.
+            watch = self.compose and len(piece) > 1
             try:
-                self.engine.decode(piece, piece_progress)
+                self.engine.decode(piece, piece_progress, self._seen if watch else None)
             finally:
+                if watch:  # a micro-batch that failed was shown and taken back
+                    self._seen.keep(slice(self.engine.layout().n_live))
                 self.tokens += piece[: self.engine.layout().position - len(self.tokens)]
             done += len(piece)
 
@@ -183,11 +195,11 @@ class CacheMemory:
         if n_scored == 0:
             return None
         started = time.perf_counter()
-        attention = self._replay(n_scored)
+        attention = self._attention(n_scored)
         replayed = time.perf_counter()
         scores = [
-            np.concatenate([old, token_scores(seen[None], old.shape[0])[0]], axis=1)
-            for old, seen in zip(self._scores, attention, strict=True)
+            np.concatenate([old, token_scores(new[None], old.shape[0], add_mean_across_heads=False)[0]], axis=1)
+            for old, new in zip(self._scores, attention, strict=True)
         ]
         bytes_before = self._bytes_of(before)
         budgets = self._budgets(scores, n_tail, None if keep is None else int(keep * bytes_before))
@@ -195,6 +207,7 @@ class CacheMemory:
         selected = time.perf_counter()
         self.engine.rewrite(selection, n_tail)
         self._scores = [np.take_along_axis(s, rows, axis=1) for s, rows in zip(scores, selection, strict=True)]
+        self._seen.keep(slice(n_scored, None))
         after = self.engine.layout()
         report = CompactionReport(
             tokens_seen=after.position,
@@ -212,6 +225,14 @@ class CacheMemory:
             self.on_compaction(report)
         return report
 
+    def _attention(self, n_scored: int) -> list[FloatArray]:
+        """For each layer float32 (Q, n_scored): attention of the replay, plus what was seen while reading."""
+        total = self._replay(n_scored)
+        for layer, seen in zip(total, self._seen.result(), strict=True):
+            n = min(seen.shape[1], n_scored)
+            layer[:, :n] += seen[:, :n]
+        return total
+
     def _replay(self, n_scored: int) -> list[FloatArray]:
         """For each layer float32 (Q, n_scored): the most attention a replayed token pays to each live cell."""
         layout = self.engine.layout()
@@ -226,8 +247,8 @@ class CacheMemory:
             if self.on_progress is not None:
                 self.on_progress(start, n_scored)
             stop = min(start + chunk, n_scored)
-            seen = [a[:, :n_scored] for a in self.engine.replay(live[max(start - lead_in, 0) : stop])]
-            best = seen if best is None else [np.maximum(a, b) for a, b in zip(best, seen, strict=True)]
+            part = [a[:, :n_scored] for a in self.engine.replay(live[max(start - lead_in, 0) : stop])]
+            best = part if best is None else [np.maximum(a, b) for a, b in zip(best, part, strict=True)]
         if self.on_progress is not None:
             self.on_progress(n_scored, n_scored)
         return best or []
@@ -263,6 +284,7 @@ class CacheMemory:
         if layout.position - position <= min(layout.n_live, self.engine.max_replay):
             self.engine.drop_tail(layout.position - position)
             del self.tokens[position:]
+            self._seen.keep(slice(layout.n_live - (layout.position - position)))
             return True
         again = self.tokens[:position]
         self.clear()
@@ -273,4 +295,4 @@ class CacheMemory:
         """Forget everything."""
         self.engine.clear()
         self.tokens = []
-        self._scores = self._no_scores()
+        self._forget_scores()

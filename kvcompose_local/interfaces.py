@@ -96,6 +96,19 @@ class Sampling:
     seed: int | None = None
 
 
+class AttentionSink(Protocol):
+    """Takes softmax weights as they stream by (:class:`kvcompose_local.attention.AttentionMax`)."""
+
+    def update(
+        self,
+        layer: int,
+        weights: FloatArray,
+        columns: slice | IntArray,
+        query_positions: IntArray | None = None,
+        column_positions: IntArray | None = None,
+    ) -> None: ...
+
+
 class Engine(Protocol):
     """A loaded model with one sequence and a cache of fixed size (:mod:`kvcompose_local.engines`)."""
 
@@ -114,8 +127,13 @@ class Engine(Protocol):
         """What stands in the cache now."""
         ...
 
-    def decode(self, tokens: Sequence[int], progress: Progress | None = None) -> None:
-        """Append tokens as live cells. Raises ContextFull, with nothing changed, when they exceed ``n_free``."""
+    def decode(
+        self, tokens: Sequence[int], progress: Progress | None = None, seen: AttentionSink | None = None
+    ) -> None:
+        """Append tokens as live cells. Raises ContextFull, with nothing changed, when they exceed ``n_free``.
+
+        ``seen`` is given the attention that these tokens pay to the live cells, column by column, oldest first.
+        """
         ...
 
     def sample(self) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 
 from kvcompose_local.errors import ContextFull
 from kvcompose_local.interfaces import (
+    AttentionSink,
     CacheLayout,
     CacheSnapshot,
     FloatArray,
@@ -37,6 +38,7 @@ class FakeEngine:
         self.answers = [*answers]
         self.replayed: list[bytes] = []
         self.fed = b""
+        self.glance: dict[int, float] = {}  # attention that a token gets from each token read after it
         self.clear()
 
     def clear(self) -> None:
@@ -51,7 +53,9 @@ class FakeEngine:
         free = (self.arena_bytes[0] - used) // self.shape.row_bytes
         return CacheLayout(composed, len(self.live), free, self.position)
 
-    def decode(self, tokens: Sequence[int], progress: Progress | None = None) -> None:
+    def decode(
+        self, tokens: Sequence[int], progress: Progress | None = None, seen: AttentionSink | None = None
+    ) -> None:
         if len(tokens) > self.layout().n_free:
             raise ContextFull("fake cache is full")
         for n, token in enumerate(tokens, 1):
@@ -60,6 +64,12 @@ class FakeEngine:
             self.position += 1
             if progress is not None:
                 progress(n, len(tokens))
+        if seen is not None:
+            weights = np.array([self.glance.get(t, 0) for t in self.live], np.float32)
+            positions = np.arange(self.position - len(self.live), self.position)
+            for layer in range(len(self.shape.layers)):
+                every_query = np.tile(weights, (4, len(tokens), 1))
+                seen.update(layer, every_query, slice(None), positions[-len(tokens) :], positions)
 
     def sample(self) -> int:
         if not self._answer:

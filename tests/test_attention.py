@@ -161,3 +161,15 @@ def test_refuses_an_update_that_does_not_fit(arguments):
     seen.update(**good)
     with pytest.raises(InvalidInput):
         seen.update(**{**good, **arguments})
+
+
+def test_keep_renumbers_columns() -> None:
+    seen = AttentionMax(1, 1)
+    seen.update(0, np.array([[[0.1, 0.2, 0.3, 0.4]]], np.float32), slice(None))
+    seen.keep(slice(2, None))
+    seen.update(0, np.array([[[0.0, 0.5, 0.6]]], np.float32), slice(None))
+    assert seen.result()[0].tolist() == [np.float32([0.3, 0.5, 0.6]).tolist()]
+    seen.keep(slice(1))
+    assert seen.result()[0].shape == (1, 1)
+    seen.keep(slice(5, None))
+    assert seen.result()[0].shape == (1, 0)

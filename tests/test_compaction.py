@@ -136,6 +136,33 @@ def test_an_arena_too_small_is_told() -> None:
         memory.feed(range(20))
 
 
+def test_what_was_seen_while_reading_counts() -> None:
+    kept = []
+    for glance in ({}, {100: 1.0}):
+        engine = FakeEngine(200)
+        engine.glance = glance
+        memory = CacheMemory(engine, 1000, policy=POLICY)
+        memory.feed([0, 255, 100])
+        memory.feed([100])  # alone, which is not watched
+        for more in (range(40, 60), range(200, 220)):  # too near to count, then far enough
+            memory.feed(more)
+        memory.compact(0.25)
+        kept.append([cells.tolist() for cells in engine.composed])
+    for layer in (0, 1):
+        assert (100 in kept[0][layer][0], 100 in kept[1][layer][0]) == (False, True)
+
+
+def test_a_glance_is_forgotten_with_its_token() -> None:
+    engine = FakeEngine(200)
+    engine.glance = {100: 1.0}
+    memory = CacheMemory(engine, 1000, policy=POLICY)
+    memory.feed([0, 255, 100, *range(40, 60)])
+    memory.rewind(2)
+    memory.feed([101, *range(40, 60)])
+    memory.compact(0.25)
+    assert all(101 not in cells for cells in engine.composed)
+
+
 def test_rewinding_uses_live_cells_or_reads_the_transcript_again() -> None:
     engine = FakeEngine(200)
     memory = CacheMemory(engine, 1000, policy=POLICY)

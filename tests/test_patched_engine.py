@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tiny_models import ARCHITECTURES, SLIDING
 
+from kvcompose_local.attention import AttentionMax
 from kvcompose_local.cells import parse_state
 from kvcompose_local.compaction import CacheMemory
 from kvcompose_local.engines import open_engine
@@ -310,6 +311,38 @@ def test_more_than_the_arena_is_refused(llama: PatchedEngine) -> None:
     llama.decode(TOKENS[:250])
     with pytest.raises(ContextFull):
         llama._cells.rewrite(30, llama._live_cells()[-8:], identity(llama, 8))
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_attention_seen_while_reading_is_that_of_a_forward_pass(tiny_model: Callable[..., Path], arch: str) -> None:
+    """Read in pieces after a rewrite, against one pass whose weights are kept whole."""
+    with patched(tiny_model(arch, n_layers=7 if arch == "gemma3" else 3), n_ubatch=16) as engine:
+        engine.decode(TOKENS[:40])
+        engine.rewrite(uneven(np.random.default_rng(0), engine, 8), 8)
+        n_composed, saved = engine.layout().composed, engine.snapshot()
+        layers = engine.shape.layers
+        seen = AttentionMax(len(layers), [x.n_heads for x in layers], exclude_nearest=4)
+        for piece in (TOKENS[40:60], TOKENS[60:61], TOKENS[61:90]):
+            engine.decode(piece, seen=seen if len(piece) > 1 else None)
+        engine.restore(saved)
+        whole: dict[int, list[np.ndarray]] = {}
+        columns: list[np.ndarray] = []
+
+        def keep(layer: int, weights: np.ndarray) -> None:
+            if layer == 0:
+                columns.append(engine._live_cells())
+            padded = np.zeros((*weights.shape[:2], 58), np.float32)
+            padded[:, :, : len(columns[-1])] = weights[:, :, columns[-1]]
+            whole.setdefault(layer, []).append(padded)
+
+        with engine.watching(keep):
+            engine.decode(TOKENS[40:90])
+        counts = np.arange(40, 90)[:, None] - np.arange(32, 90) >= 4
+        counts[20] = False  # read alone
+        for layer, expected in enumerate(seen.result()):
+            weights = np.concatenate(whole[layer], axis=1)
+            assert weights.shape[1:] == (50, 58), n_composed
+            np.testing.assert_allclose(np.where(counts, weights, 0).max(axis=1), expected, atol=2e-3)
 
 
 @pytest.mark.parametrize("cache_type", [1, 8])

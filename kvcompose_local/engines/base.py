@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 
 import numpy as np
@@ -12,7 +12,16 @@ from typing_extensions import Self
 
 from kvcompose_local.attention import AttentionMax
 from kvcompose_local.errors import ContextFull, InvalidInput
-from kvcompose_local.interfaces import CacheLayout, CacheSnapshot, FloatArray, IntArray, ModelShape, Progress, Sampling
+from kvcompose_local.interfaces import (
+    AttentionSink,
+    CacheLayout,
+    CacheSnapshot,
+    FloatArray,
+    IntArray,
+    ModelShape,
+    Progress,
+    Sampling,
+)
 from kvcompose_local.llama_ffi import Context, Model, SoftmaxTap
 
 #: Bytes that one layer's explicit softmax, float32 (Q, queries, n_kv), may take in the compute buffer.
@@ -122,25 +131,43 @@ class LlamaEngine(ABC):
             finally:
                 self._context.tap = None
 
-    def decode(self, tokens: Sequence[int], progress: Progress | None = None) -> None:
-        free = self.layout().n_free
-        if len(tokens) > free:
-            raise ContextFull(f"{len(tokens)} tokens do not fit in {free} free cells")
-        step = self.softmax_micro_batch() if self._context.tap else self._context.n_ubatch
-        for start in range(0, len(tokens), step):
-            before = self._context.next_position
-            try:
-                self._context.decode(tokens[start : start + step])
-                if progress is not None:
-                    progress(min(start + step, len(tokens)), len(tokens))
-            except KeyboardInterrupt:
-                # Whatever was read stays read; the caller asks layout() how much that is.
-                self._context.has_logits = False
-                raise
-            except BaseException:
-                self._context.has_logits = False
-                self._context.remove(before)
-                raise
+    def decode(
+        self, tokens: Sequence[int], progress: Progress | None = None, seen: AttentionSink | None = None
+    ) -> None:
+        layout = self.layout()
+        if len(tokens) > layout.n_free:
+            raise ContextFull(f"{len(tokens)} tokens do not fit in {layout.n_free} free cells")
+        watched = self.watching(self._shown_to(seen, layout)) if seen is not None else nullcontext()
+        with watched:
+            step = self.softmax_micro_batch() if self._context.tap else self._context.n_ubatch
+            for start in range(0, len(tokens), step):
+                before = self._context.next_position
+                try:
+                    self._context.decode(tokens[start : start + step])
+                    if progress is not None:
+                        progress(min(start + step, len(tokens)), len(tokens))
+                except KeyboardInterrupt:
+                    # Whatever was read stays read; the caller asks layout() how much that is.
+                    self._context.has_logits = False
+                    raise
+                except BaseException:
+                    self._context.has_logits = False
+                    self._context.remove(before)
+                    raise
+
+    def _shown_to(self, sink: AttentionSink, layout: CacheLayout) -> SoftmaxTap:
+        """A tap that hands on the columns of the live cells, with positions."""
+        first = layout.position - layout.n_live
+        end, columns = -1, self._live_columns()  # of this micro-batch
+
+        def tap(layer: int, weights: FloatArray) -> None:
+            nonlocal end, columns
+            if end != self._context.next_position:
+                end, columns = self._context.next_position, self._live_columns()
+            queries = np.arange(end - weights.shape[1], end)
+            sink.update(layer, weights, columns, queries, np.arange(first, end))
+
+        return tap
 
     def sample(self) -> int:
         return self._context.sample()

@@ -9,13 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcompose_local.attention import AttentionMax
+from kvcompose_local.compaction import N_NEAREST
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.interfaces import FloatArray
 
 #: Queries of a recent-query method (SnapKV, arXiv 2404.14469, uses 32 with short contexts).
 N_RECENT = 32
-#: Tokens on which a query's attention does not count during prefill.
-N_NEAREST = 16
 
 
 class Statistics:
@@ -32,19 +31,7 @@ class Statistics:
         self.n_lead_in = n_lead_in
         layers = engine.shape.layers
         self._seen = AttentionMax(len(layers), [layer.n_heads for layer in layers], exclude_nearest=N_NEAREST)
-        self._read()
-
-    def _read(self) -> None:
-        step = self.engine.softmax_micro_batch()
-        for start in range(0, len(self.tokens), step):
-            piece = self.tokens[start : start + step]
-            columns = np.arange(start + len(piece))
-
-            def tap(layer: int, weights: FloatArray, columns: npt.NDArray[np.int64] = columns, n: int = start) -> None:
-                self._seen.update(layer, weights, slice(0, columns.size), columns[n:], columns)
-
-            with self.engine.watching(tap):
-                self.engine.decode(piece)
+        engine.decode(self.tokens, seen=self._seen)
 
     @property
     def n_tokens(self) -> int:
