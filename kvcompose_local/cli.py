@@ -10,7 +10,7 @@ import os
 import resource
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import platformdirs
 
 from kvcompose_local import __version__
 from kvcompose_local.errors import InvalidInput, KVComposeError
+from kvcompose_local.evaluation.command import eval_command
 
 if TYPE_CHECKING:
     from kvcompose_local.chat import Chat
@@ -205,7 +206,7 @@ def open_chat(
     """Find or fetch the model, load it, and wire engine, memory and chat together."""
     from kvcompose_local import models
 
-    path = models.resolve(model, pull=True, progress=fetching(status))
+    path = models.resolve(model, pull=True, progress=status.fetching)
     models.check_gguf(path)
     # llama.cpp is loaded only now, so that wrong usage and --help answer at once.
     from kvcompose_local import llama_ffi
@@ -286,11 +287,6 @@ def rpc_server(host: str, port: int, threads: int | None) -> None:
     llama_ffi.serve(host, port, threads or physical_cores())
 
 
-def fetching(status: Status) -> Callable[[int, int], None]:
-    """Progress of a download, in MiB."""
-    return lambda done, total: status.progress("fetching:", done // MIB, total // MIB, "MiB")
-
-
 @cli.group("models", invoke_without_command=True, short_help="List, fetch and locate the models known by name.")
 @click.pass_context
 def models_group(context: click.Context) -> None:
@@ -323,7 +319,7 @@ def models_pull(names: tuple[str, ...]) -> None:
     for entry in entries:
         if entry.sha256 is None and not entry.is_present:
             status.line(f"{entry.name}: models.txt pins no sha256; the download is checked to be a GGUF file, not more")
-        click.echo(str(models.fetch_model(entry, progress=fetching(status))))
+        click.echo(str(models.fetch_model(entry, progress=status.fetching)))
 
 
 @models_group.command("path")
@@ -365,6 +361,9 @@ def doctor() -> None:
         click.echo(f"{check.state:>5}  {check.name}: {check.text}{remedy}")
     if any(check.state == "fail" for check in checks):
         raise KVComposeError("something above needs mending before a chat can run")
+
+
+cli.add_command(eval_command)
 
 
 def peak_rss_bytes() -> int:

@@ -95,6 +95,10 @@ class Status:
             self._erase()
             raise KeyboardInterrupt
 
+    def fetching(self, done: int, total: int) -> None:
+        """Progress of a download, in bytes."""
+        self.progress("fetching:", done >> 20, total >> 20, "MiB")
+
     def line(self, text: str) -> None:
         """Print one line."""
         self._erase()

@@ -41,10 +41,12 @@ ORDER = (
     "evaluation.methods.baselines",
     "evaluation.methods.kvcompose",
     "evaluation.harness",
+    "evaluation.report",
     "evaluation",
     "doctor",
     "repl",
     "prompt",
+    "evaluation.command",
     "cli",
 )
 PURE = ("errors", "interfaces", "attention", "scores", "budgets", "selection", "cells", "compaction", "chat", "repl")

@@ -1,0 +1,130 @@
+"""``kvcompose-local eval``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import click
+
+KEEPS = (0.75, 0.5, 0.25, 0.15, 0.1, 0.05)
+#: What the chat does, in the registry of methods.
+OURS = "replay+seen"
+QUICK_TASKS = ("niah_multikey_1", "needles_8", "qa")
+QUICK_KEEPS = (0.5, 0.25, 0.1)
+
+
+def _numbers(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[float, ...]:
+    try:
+        keeps = tuple(float(part) for part in value.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{value} is not a list of numbers") from error
+    if not keeps or not all(0 < keep <= 1 for keep in keeps):
+        raise click.BadParameter("keep ratios are in (0, 1]")
+    return keeps
+
+
+def _names(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    return tuple(part for part in value.split(",") if part)
+
+
+@click.command("eval", short_help="Measure answer quality against budget, and against other methods.")
+@click.argument("model", required=False)
+@click.option("--quick", is_flag=True, help="A few minutes: three tasks, our method, and a recommended budget.")
+@click.option("--tasks", callback=_names, default="", help="Comma-separated; --tasks help lists them.  [default: all]")
+@click.option("--methods", callback=_names, default=OURS, show_default=True, help="Comma-separated, or `all`.")
+@click.option(
+    "--keep", "keeps", callback=_numbers, default=",".join(map(str, KEEPS)), show_default=True, help="Keep ratios."
+)
+@click.option("--length", type=click.IntRange(256, 131072), default=2048, show_default=True, help="Tokens of a text.")
+@click.option("--items", type=click.IntRange(1, 1000), default=8, show_default=True, help="Texts a task.")
+@click.option("--first-seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the first text.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="JSON lines; a run goes on from it.  [default: MODEL.eval.jsonl]",
+)
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw figures into this folder.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: physical cores]")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as one JSON object.")
+def eval_command(
+    model: str | None,
+    quick: bool,
+    tasks: tuple[str, ...],
+    methods: tuple[str, ...],
+    keeps: tuple[float, ...],
+    length: int,
+    items: int,
+    first_seed: int,
+    output: Path | None,
+    plot: Path | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """RULER-style tasks on MODEL: each text is compressed before its questions are known.
+
+    Every figure is relative to the model's own answers from the full cache; tasks that it answers below 60% are left
+    out. Results go to the output file as they come, Ctrl-C stops, and the same command goes on.
+    """
+    from kvcompose_local import models
+    from kvcompose_local.engines import open_engine
+    from kvcompose_local.errors import InvalidInput
+    from kvcompose_local.evaluation import report
+    from kvcompose_local.evaluation.harness import FULL, Evaluation, room_for
+    from kvcompose_local.evaluation.methods import find_method, method_names
+    from kvcompose_local.evaluation.tasks import TASKS, make_item
+    from kvcompose_local.repl import Status
+
+    if quick:
+        tasks, methods, keeps, items, length = QUICK_TASKS, (OURS,), QUICK_KEEPS, 2, 1024
+    tasks = tasks or tuple(TASKS)
+    if set(tasks) - set(TASKS):
+        raise InvalidInput(f"the tasks are {', '.join(TASKS)}")
+    methods = tuple(method_names()) if methods == ("all",) else methods
+    for name in methods:
+        find_method(name)
+    status = Status(sys.stderr)
+    path = models.resolve(model, pull=True, progress=status.fetching)
+    models.check_gguf(path)
+    output = output or Path(f"{path.stem}.eval.jsonl")
+    n_cells = room_for(length, whole_replay="published" in methods)
+    engine, _ = open_engine(path, n_ctx=n_cells, budget=1.0, n_threads=threads)
+    with engine:
+        if not engine.per_layer:
+            raise InvalidInput("the evaluation needs the patched engine: run `kvcompose-local build`")
+        evaluation = Evaluation(engine, output, {"file": path.name})
+        trials = [(FULL, 1.0), *((name, keep) for name in methods for keep in keeps)]
+        plan = [(task, seed) for seed in range(first_seed, first_seed + items) for task in tasks]
+        started, done = time.monotonic(), 0
+        try:
+            for number, (task, seed) in enumerate(plan):
+                item = make_item(task, seed, length, lambda text: len(engine.model.tokenize(text)))
+                if not evaluation.missing(item, length, trials):
+                    continue
+                left = (time.monotonic() - started) / done * (len(plan) - number) if done else 0
+                eta = f", about {left / 60:.0f} min left" if done else ""
+                status.line(f"{number + 1}/{len(plan)} {task}, text {seed}{eta}")
+                evaluation.run(item, length, trials)
+                done += 1
+        except KeyboardInterrupt:
+            status.line(f"stopped: what is done stands in {output}, and the same command goes on from it")
+        wanted = {(name, keep) for name, keep in trials}
+        records = [
+            r
+            for r in evaluation.records
+            if r["task"] in tasks and r["n_tokens"] == length and (r["method"], r["keep"]) in wanted
+        ]
+    if not records:
+        return
+    if as_json:
+        found = [result.__dict__ for result in report.results(records)]
+        click.echo(json.dumps({"tasks": report.tasks_that_count(records), "results": found}))
+    else:
+        click.echo(report.tables(records))
+        click.echo(f"\n{report.recommendation(records, OURS)}")
+    if plot is not None:
+        for file in report.plot(records, plot):
+            status.line(f"drew {file}")

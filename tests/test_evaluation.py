@@ -1,0 +1,210 @@
+"""Tasks, harness and report: hand-worked tables, and a run on a tiny and on a real model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from kvcompose_local.cli import cli
+from kvcompose_local.engines import open_engine
+from kvcompose_local.errors import InvalidInput
+from kvcompose_local.evaluation import report
+from kvcompose_local.evaluation.harness import FULL, Evaluation, read_records, room_for
+from kvcompose_local.evaluation.methods import find_method, method_names
+from kvcompose_local.evaluation.statistics import Statistics
+from kvcompose_local.evaluation.tasks import TASKS, Question, make_item
+from kvcompose_local.llama_ffi import library_is_patched
+from kvcompose_local.scores import token_scores
+
+needs_patch = pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
+
+
+def words(text: str) -> int:
+    return len(text.split())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_items_are_repeatable_and_answerable(task: str) -> None:
+    item = make_item(task, 3, 1000, words)
+    assert item == make_item(task, 3, 1000, words)
+    assert item.context != make_item(task, 4, 1000, words).context
+    assert 900 <= words(item.context) <= 1250
+    for question in item.questions:
+        for reference in question.references:
+            assert reference in item.context
+            assert reference not in question.text + question.prefix
+        assert question.score(" ".join(question.references).upper()) == 1
+        assert question.score("") == 0
+
+
+def test_needles_are_spread_and_say_what_is_asked() -> None:
+    item = make_item("needles_8", 0, 2000, words)
+    places = [item.context.index(q.references[0]) / len(item.context) for q in item.questions]
+    assert all(i / 8 - 0.05 < place < (i + 1) / 8 + 0.05 for i, place in enumerate(places))
+
+
+def test_frequent_words_are_the_frequent_ones() -> None:
+    item = make_item("fwe", 1, 1500, words)
+    coded = item.context.partition("\n")[2].split()
+    counts = sorted({word: coded.count(word) for word in coded}.items(), key=lambda pair: -pair[1])
+    assert {word for word, _ in counts[1:4]} == set(item.questions[0].references)
+
+
+def test_a_partial_answer_scores_its_share() -> None:
+    assert Question("", "", ("Alpha", "beta"), 5).score("it is alpha.") == 0.5
+
+
+def test_unknown_tasks_and_methods_are_named() -> None:
+    with pytest.raises(InvalidInput, match="needles_8"):
+        make_item("nope", 0, 1000, words)
+    with pytest.raises(InvalidInput, match="256"):
+        make_item("qa", 0, 10, words)
+    with pytest.raises(InvalidInput, match="key-norm"):
+        find_method("nope")
+
+
+def record(task: str, seed: int, method: str, keep: float, score: float, kl: float = 0.0) -> dict[str, Any]:
+    names = {"task": task, "seed": seed, "n_tokens": 100, "question": 0, "method": method, "keep": keep}
+    return names | {"score": score, "kl": kl, "layer_cells": [4, 2]}
+
+
+@pytest.fixture
+def table() -> list[dict[str, Any]]:
+    """Two tasks that count and one that does not: at keep 0.5 a task is halved, at 0.25 both are."""
+    rows = [record(task, seed, FULL, 1.0, 1.0) for task in ("a", "b") for seed in (0, 1)]
+    rows += [record("hard", 0, FULL, 1.0, 0.5), record("hard", 0, "m", 0.5, 0.0)]
+    rows += [record("a", 0, "m", 0.5, 1.0, 0.1), record("a", 1, "m", 0.5, 1.0, 0.3)]
+    rows += [record("b", seed, "m", 0.5, 0.5, 0.2) for seed in (0, 1)]
+    rows += [record(task, seed, "m", 0.25, 0.5, 0.4) for task in ("a", "b") for seed in (0, 1)]
+    return rows
+
+
+def test_results_by_hand(table: list[dict[str, Any]]) -> None:
+    assert report.tasks_that_count(table) == {"a": 1.0, "b": 1.0}
+    found = {(r.method, r.keep): r for r in report.results(table)}
+    assert found["m", 0.5].share == 0.75
+    assert found["m", 0.5].kl == pytest.approx(0.2)
+    assert found["m", 0.5].low == found["m", 0.5].high == 0.75  # items of a task agree
+    assert (found["m", 0.25].share, found["m", 0.25].n) == (0.5, 4)
+    # trapezoids: (0.5 + 0.75) / 2 over a quarter, (0.75 + 1) / 2 over a half, of three quarters
+    assert report.area(list(found.values()), "m") == pytest.approx((0.625 * 0.25 + 0.875 * 0.5) / 0.75)
+    # 0.8 is crossed four fifths of the way from keep 1 (share 1) to keep 0.5 (share 0.75)
+    assert report.most_removed(list(found.values()), "m", 0.2) == pytest.approx(0.4)
+    assert "| m | 0.75 (0.75–0.75) / 0.200 | 0.50 (0.50–0.50) / 0.400 | 0.79 | 40% | 2% |" in report.tables(table)
+    assert "left out: hard" in report.tables(table)
+    assert report.recommendation(table, "m", within=0.3) == (
+        "--budget 0.5 keeps 75% of the full cache's score on these 4 questions"
+    )
+    assert "no budget" in report.recommendation(table, "m")
+
+
+def test_intervals_widen_where_items_differ(table: list[dict[str, Any]]) -> None:
+    table[-1]["score"], table[-2]["score"] = 1.0, 0.0
+    result = next(r for r in report.results(table) if r.keep == 0.25)
+    assert result.low < result.share < result.high
+
+
+def test_plots_are_drawn(table: list[dict[str, Any]], tmp_path: Path) -> None:
+    for file in report.plot(table, tmp_path / "new"):
+        assert file.read_bytes().startswith(b"\x89PNG")
+
+
+@needs_patch
+def test_a_run_on_a_tiny_model_goes_on_where_it_stopped(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    item = make_item("needles_8", 0, 256, words)
+    trials = [(FULL, 1.0), ("replay+seen", 1.0), ("replay+seen", 0.3), ("published", 0.3), ("random", 0.3)]
+
+    def run(wanted: list[tuple[str, float]]) -> list[dict[str, Any]]:
+        engine, _ = open_engine(tiny_model("llama", n_ctx=16384), n_ctx=room_for(3000, whole_replay=True), budget=1.0, n_threads=1)
+        with engine:
+            evaluation = Evaluation(engine, output)
+            evaluation.run(item, 256, wanted)
+            return evaluation.records
+
+    first = run(trials[:2])
+    with output.open("a") as file:
+        file.write('{"task": "needles_8", "se')  # the run was killed in a write
+    records = run(trials)
+    assert records[: len(first)] == first
+    assert len(records) == len(trials) * 8 == len(read_records(output))
+    by_trial = {trial: [r for r in records if (r["method"], r["keep"]) == trial] for trial in trials}
+    for r in by_trial["replay+seen", 1.0]:
+        assert r["kl"] < 1e-3  # everything is kept, in another order
+    for trial in trials[2:]:
+        assert all(0.29 < r["kept"] <= 0.3 for r in by_trial[trial])
+        assert np.mean([r["kl"] for r in by_trial[trial]]) > 1e-5
+    assert sum(by_trial["replay+seen", 0.3][0]["layer_cells"]) <= 0.3 * 3 * 3500
+    output.write_text("not json\n" + output.read_text())
+    with pytest.raises(InvalidInput, match="line 1"):
+        read_records(output)
+
+
+@needs_patch
+def test_methods_keep_what_they_say(tiny_model: Callable[..., Path]) -> None:
+    engine, _ = open_engine(tiny_model("llama"), n_ctx=1024, budget=1.0, n_threads=1)
+    with engine:
+        tokens = np.random.default_rng(0).integers(3, 259, 120).tolist()
+        stats = Statistics(engine, tokens, n_scratch=40, n_lead_in=8)
+        layers = engine.shape.layers
+        n_cells = 120 * len(layers) // 4
+        for name in method_names():
+            selection = find_method(name)(stats, n_cells)
+            assert len(selection) == len(layers)
+            assert n_cells - len(layers) < sum(rows.shape[1] for rows in selection) <= n_cells, name
+            for rows, layer in zip(selection, layers, strict=True):
+                assert len(rows) == layer.n_kv_heads
+                assert all(len(set(row)) == len(row) for row in rows.tolist())
+        expected = [a + b for a, b in zip(stats.replay, stats.seen, strict=True)]
+        scores = [token_scores(a[None], 2, add_mean_across_heads=False)[0] for a in expected]
+        best = find_method("replay+seen")(stats, n_cells)
+        for rows, score in zip(best, scores, strict=True):
+            if rows.shape[1]:
+                assert (rows[:, 0] == score.argmax(axis=1)).all()
+        sinks = find_method("sinks+recent")(stats, n_cells)[0][0].tolist()
+        assert sinks == [0, 1, 2, 3, *range(120 - 26, 120)]
+        assert len(layers) == 3
+        assert engine.layout().position == 120  # the context stands as it was
+
+
+@needs_patch
+def test_the_command_on_a_tiny_model(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    command = ["eval", str(tiny_model("llama", n_ctx=8192)), "--tasks", "qa", "--length", "256", "--items", "1"]
+    command += ["-o", str(tmp_path / "o.jsonl"), "--keep", "0.5", "--threads", "1"]
+    done = CliRunner().invoke(cli, command)
+    assert done.exit_code == 0, done.output
+    assert "answers no task well enough" in done.output
+    assert len((tmp_path / "o.jsonl").read_text().splitlines()) == 2
+    for wrong, said in (("--keep", "keep ratios"), ("--tasks", "the tasks are"), ("--methods", "there is no method")):
+        refused = CliRunner().invoke(cli, [*command, wrong, "2"])
+        assert refused.exit_code != 0
+        assert said in refused.output + str(refused.exception)
+
+
+@needs_patch
+def test_ours_beats_the_window_on_a_real_model(real_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """One text whose needles lie everywhere: at a quarter of the bytes ours answers, sinks and newest tokens do not."""
+    command = [
+        "eval",
+        str(real_model("qwen2.5-coder-0.5b")),
+        "--tasks",
+        "needles_8",
+        "--length",
+        "500",
+        "--items",
+        "1",
+        "--keep",
+        "0.3",
+    ]
+    command += ["--methods", "replay+seen,sinks+recent", "-o", str(tmp_path / "o.jsonl"), "--json"]
+    done = CliRunner().invoke(cli, command)
+    assert done.exit_code == 0, done.output
+    shares = {r["method"]: r["share"] for r in json.loads(done.stdout)["results"]}
+    assert shares[FULL] == 1
+    assert shares["replay+seen"] > 0.6 > shares["sinks+recent"]
