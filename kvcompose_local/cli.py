@@ -18,6 +18,7 @@ import click
 import platformdirs
 
 from kvcompose_local import __version__
+from kvcompose_local.bench.command import bench_command
 from kvcompose_local.errors import InvalidInput, KVComposeError
 from kvcompose_local.evaluation.command import eval_command
 
@@ -363,6 +364,7 @@ def doctor() -> None:
         raise KVComposeError("something above needs mending before a chat can run")
 
 
+cli.add_command(bench_command)
 cli.add_command(eval_command)
 
 

@@ -122,7 +122,9 @@ def test_a_run_on_a_tiny_model_goes_on_where_it_stopped(tiny_model: Callable[...
     trials = [(FULL, 1.0), ("replay+seen", 1.0), ("replay+seen", 0.3), ("published", 0.3), ("random", 0.3)]
 
     def run(wanted: list[tuple[str, float]]) -> list[dict[str, Any]]:
-        engine, _ = open_engine(tiny_model("llama", n_ctx=16384), n_ctx=room_for(3000, whole_replay=True), budget=1.0, n_threads=1)
+        engine, _ = open_engine(
+            tiny_model("llama", n_ctx=16384), n_ctx=room_for(3000, whole_replay=True), budget=1.0, n_threads=1
+        )
         with engine:
             evaluation = Evaluation(engine, output)
             evaluation.run(item, 256, wanted)

@@ -43,9 +43,12 @@ ORDER = (
     "evaluation.harness",
     "evaluation.report",
     "evaluation",
+    "bench.measure",
+    "bench",
     "doctor",
     "repl",
     "prompt",
+    "bench.command",
     "evaluation.command",
     "cli",
 )

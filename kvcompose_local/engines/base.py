@@ -52,8 +52,12 @@ class LlamaEngine(ABC):
 
     def close(self) -> None:
         """Free the context and the model."""
-        self._context.close()
+        self.close_context()
         self.model.close()
+
+    def close_context(self) -> None:
+        """Free the context alone, where engines share a model."""
+        self._context.close()
 
     def __enter__(self) -> Self:
         return self

@@ -1,0 +1,86 @@
+"""``kvcompose-local bench``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+
+def _lengths(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    try:
+        lengths = tuple(int(part) for part in value.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{value} is not a list of numbers") from error
+    if not all(512 <= n <= 1 << 20 for n in lengths):
+        raise click.BadParameter("lengths are from 512 tokens to 1048576")
+    return lengths
+
+
+def _keeps(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[float, ...]:
+    try:
+        keeps = tuple(float(part) for part in value.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{value} is not a list of numbers") from error
+    if not all(0.05 <= keep < 1 for keep in keeps):
+        raise click.BadParameter("keep ratios are from 0.05 up to, not including, 1")
+    return keeps
+
+
+@click.command("bench", short_help="Measure speed and memory against the uncompressed cache.")
+@click.argument("model", required=False)
+@click.option(
+    "--lengths", callback=_lengths, default="2048", show_default=True, help="Context lengths, comma-separated."
+)
+@click.option("--keep", "keeps", callback=_keeps, default="0.5,0.25,0.1", show_default=True, help="Keep ratios.")
+@click.option("--rounds", type=click.IntRange(1, 100), default=5, show_default=True, help="Rounds of each mode.")
+@click.option("--tokens", type=click.IntRange(4, 200), default=24, show_default=True, help="Tokens decoded in a round.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: physical cores]")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw decode speed against length into this PNG file.")
+def bench_command(
+    model: str | None,
+    lengths: tuple[int, ...],
+    keeps: tuple[float, ...],
+    rounds: int,
+    tokens: int,
+    threads: int | None,
+    plot: Path | None,
+) -> None:
+    """Decode, prefill, replay and rewrite on MODEL, in one run; the last line is JSON.
+
+    Every mode holds the same text in a context of its own, the modes take turns, and medians are shown. llama.cpp
+    without the patches takes part where `kvcompose-local build --stock` has built it.
+    """
+    from kvcompose_local import models
+    from kvcompose_local.bench import measure
+    from kvcompose_local.errors import InvalidInput
+    from kvcompose_local.evaluation.tasks import prose
+    from kvcompose_local.llama_ffi import library_is_patched
+    from kvcompose_local.repl import Status
+
+    status = Status(sys.stderr)
+    path = models.resolve(model, pull=True, progress=status.fetching)
+    models.check_gguf(path)
+    if not library_is_patched():
+        raise InvalidInput("the benchmark needs the patched engine: run `kvcompose-local build`")
+    bandwidth = measure.memory_bandwidth()
+    results = [
+        measure.measure(
+            path,
+            prose(),
+            length,
+            keeps,
+            rounds=rounds,
+            n_decode=tokens,
+            n_threads=threads,
+            progress=lambda what, done, total: status.progress(what, done, total, ""),
+        )
+        for length in lengths
+    ]
+    click.echo(measure.tables(results, path.stat().st_size, bandwidth))
+    if plot is not None:
+        measure.plot(results, plot)
+        status.line(f"drew {plot}")
+    click.echo(json.dumps(measure.as_json(results, path.stat().st_size, bandwidth)))

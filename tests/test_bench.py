@@ -1,0 +1,60 @@
+"""The benchmark on a tiny model: what it reports, not how fast."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from kvcompose_local.bench import measure
+from kvcompose_local.build import library_dir
+from kvcompose_local.cli import cli
+from kvcompose_local.llama_ffi import library_is_patched, library_path
+
+pytestmark = pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
+
+
+def test_a_run_and_its_json(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = tiny_model("llama", n_ctx=8192)
+    options = ["--lengths", "600,1100", "--keep", "0.5,0.25", "--rounds", "2", "--tokens", "4", "--threads", "1"]
+    done = CliRunner().invoke(cli, ["bench", str(model), *options, "--plot", str(tmp_path / "b.png")])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert [r["n_tokens"] for r in found["lengths"]] == [600, 1100]
+    unpatched = library_dir(patched=False)
+    names = [measure.FULL, "keep 0.5", "keep 0.25"]
+    names += [measure.UNPATCHED] if unpatched and unpatched != library_path().parent else []
+    for result in found["lengths"]:
+        assert [mode["name"] for mode in result["modes"]] == names
+        assert all(len(mode["rates"]) == 2 and min(mode["rates"]) > 0 for mode in result["modes"])
+        assert result["replay_seconds"] > result["rewrite_seconds"] > 0
+    full, half, quarter = (mode["kv_bytes"] for mode in found["lengths"][1]["modes"][:3])
+    assert (half, quarter) == (pytest.approx(full * 768 / 1100), pytest.approx(full * 512 / 1100))
+    assert "| 1100 | keep 0.25 |" in done.stdout
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_unpatched_worker_decodes_the_same_cells(tiny_model: Callable[..., Path]) -> None:
+    """The worker runs here with this library: what it measures needs no second build."""
+    path = tiny_model("llama")
+    with closing(measure.Model(path)) as model, measure._patched(model, 512, 1) as engine:
+        engine.decode(measure.text_tokens(model, ["A sentence of some words."], 300))
+        worker = measure.UnpatchedWorker(library_path().parent, path, engine.snapshot(), 512, 1)
+        try:
+            assert worker.decode_rate(4) > 0
+            worker._process.kill()
+            worker._process.wait()
+            with pytest.raises(measure.EngineError, match="process ended"):
+                worker.decode_rate(4)
+        finally:
+            worker.close()
+
+
+@pytest.mark.parametrize("wrong", [("--lengths", "5"), ("--lengths", "x"), ("--keep", "1"), ("--keep", "x,0.5")])
+def test_wrong_numbers(wrong: tuple[str, str]) -> None:
+    done = CliRunner().invoke(cli, ["bench", *wrong])
+    assert done.exit_code == 2
