@@ -87,6 +87,17 @@ class AttentionMax:
         """Forget all but these columns, which are numbered from 0 afterwards."""
         self._largest = [largest[:, columns].copy() for largest in self._largest]
 
+    def take_back(self, largest: Sequence[FloatArray]) -> None:
+        """Go on from an earlier :meth:`result`. Raises InvalidInput, with nothing changed, where it cannot be one."""
+        heads = [old.shape[0] for old in self._largest]
+        fits = len(largest) == len(heads) and all(
+            new.ndim == 2 and new.shape[0] == n and new.dtype == np.float32 and np.isfinite(new).all()
+            for new, n in zip(largest, heads, strict=True)
+        )
+        if not fits:
+            raise InvalidInput(f"this is not the attention of {len(heads)} layers of {heads[0]} heads")
+        self._largest = [new.copy() for new in largest]
+
     def result(self) -> list[FloatArray]:
         """L float32 arrays (Q, T_l), (Q, 0) where never updated; later updates may change them."""
         return list(self._largest)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvcompose_local.compaction import CacheMemory
+from kvcompose_local.compaction import CacheMemory, MemoryState
 from kvcompose_local.errors import ContextFull, InvalidInput
 from kvcompose_local.interfaces import Progress
 
@@ -59,6 +59,22 @@ class TurnStats:
         return self.generated_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
+@dataclass(frozen=True)
+class ChatState:
+    """All that a :class:`Chat` knows, to go on from later.
+
+    draft: what the next user message begins with already; fed: every character the cache was given; pending: tokens of
+    it that are still to be read.
+    """
+
+    system: str | None
+    messages: tuple[dict[str, str], ...]
+    draft: str
+    fed: str
+    pending: tuple[int, ...]
+    memory: MemoryState
+
+
 class Chat:
     """A multi-turn chat over a :class:`CacheMemory`.
 
@@ -101,6 +117,31 @@ class Chat:
         """Start anew; the system prompt stays."""
         self.memory.clear()
         self._reset()
+
+    def state(self) -> ChatState:
+        """A copy of everything, for :meth:`restore`."""
+        messages = tuple(dict(message) for message in self.messages)
+        return ChatState(self.system, messages, self._draft, self._fed, tuple(self._pending), self.memory.state())
+
+    def restore(self, state: ChatState) -> None:
+        """Go on from a state, which replaces the conversation.
+
+        Raises InvalidInput, before anything is changed, where it belongs to another model or contradicts itself, and
+        ContextFull where it does not fit. After any other error the conversation is empty.
+        """
+        n_vocab = self.memory.engine.shape.n_vocab
+        if not all(0 <= token < n_vocab for token in state.pending):
+            raise InvalidInput("the tokens to be read are not of this model")
+        try:
+            self.memory.restore(state.memory)
+        except (InvalidInput, ContextFull):
+            raise
+        except BaseException:
+            self.clear()
+            raise
+        self.system = state.system
+        self.messages = [dict(message) for message in state.messages]
+        self._draft, self._fed, self._pending = state.draft, state.fed, [*state.pending]
 
     def set_system(self, text: str) -> None:
         """Give the chat another system prompt and read the whole conversation again under it."""

@@ -23,7 +23,7 @@ import numpy as np
 from kvcompose_local.attention import AttentionMax
 from kvcompose_local.budgets import allocate_bytes
 from kvcompose_local.errors import ContextFull, InvalidInput
-from kvcompose_local.interfaces import CacheLayout, Engine, FloatArray, IntArray, Progress
+from kvcompose_local.interfaces import CacheLayout, CacheSnapshot, Engine, FloatArray, IntArray, Progress
 from kvcompose_local.scores import token_scores
 from kvcompose_local.selection import select_composites
 
@@ -83,6 +83,20 @@ class CompactionReport:
             f"{self.bytes_before / 2**20:.1f} → {self.bytes_after / 2**20:.1f} MiB "
             f"({freed / 2**20:.1f} MiB freed) in {self.seconds:.1f} s"
         )
+
+
+@dataclass(frozen=True)
+class MemoryState:
+    """All that a :class:`CacheMemory` knows, to go on from later.
+
+    tokens: all that were seen; scores: float32 (H, K_l) of each layer's composed cells; seen: float32 (Q, at most
+    n_live), the attention that each layer's live cells got while they were read; cells: as the engine gave them.
+    """
+
+    tokens: tuple[int, ...]
+    scores: tuple[FloatArray, ...]
+    seen: tuple[FloatArray, ...]
+    cells: CacheSnapshot
 
 
 class CacheMemory:
@@ -270,6 +284,52 @@ class CacheMemory:
             return allocate_bytes(scores, row_bytes, room.tolist(), device=device)
         fitting = int((room // np.maximum(live_bytes, 1)).min())
         return np.array([min(fitting, s.shape[1]) for s in scores], np.int64)
+
+    def state(self) -> MemoryState:
+        """A copy of everything, for :meth:`restore`."""
+        seen = tuple(layer.copy() for layer in self._seen.result())
+        return MemoryState(tuple(self.tokens), tuple(self._scores), seen, self.engine.snapshot())
+
+    def restore(self, state: MemoryState) -> None:
+        """Go on from a state, perhaps of another size of cache; the logits are gone.
+
+        Raises InvalidInput, before anything is changed, where it belongs to another model or contradicts itself, and
+        ContextFull where it does not fit.
+        """
+        cells, layers = state.cells, self.engine.shape.layers
+        n_vocab = self.engine.shape.n_vocab
+        if len(state.tokens) != cells.position or not all(0 <= token < n_vocab for token in state.tokens):
+            raise InvalidInput("the tokens are not those of these cells")
+        fits = len(state.scores) == len(cells.composed) == len(layers)
+        for layer, scores, k in zip(layers, state.scores, cells.composed, strict=False):
+            fits = fits and scores.shape == (layer.n_kv_heads, k) and scores.dtype == np.float32
+            fits = fits and bool(np.isfinite(scores).all())
+        if not fits:
+            raise InvalidInput("the scores are not those of these cells")
+        if any(layer.ndim != 2 or layer.shape[1] > cells.n_live for layer in state.seen):
+            raise InvalidInput("the attention is not that of these cells")
+        self._check_room(cells)
+        seen = AttentionMax(len(layers), [layer.n_heads for layer in layers], exclude_nearest=N_NEAREST)
+        seen.take_back(state.seen)
+        self.engine.restore(cells)
+        self.tokens = [*state.tokens]
+        self._scores = [*state.scores]
+        self._seen = seen
+
+    def _check_room(self, cells: CacheSnapshot) -> None:
+        """Raises ContextFull unless the cells fit beside enough of the scratch for the next compaction."""
+        engine = self.engine
+        if cells.position > self.n_ctx:
+            raise ContextFull(f"{cells.position} positions are more than --ctx {self.n_ctx}: raise --ctx")
+        n_live = cells.n_live + (self.policy.n_scratch // 2 if self.compose else 0)
+        for device, arena_bytes in enumerate(engine.arena_bytes if self.compose else ()):
+            layers = zip(engine.shape.layers, cells.composed, strict=True)
+            needed = sum(layer.row_bytes * (k + n_live) for layer, k in layers if layer.device == device)
+            if needed > arena_bytes:
+                raise ContextFull(  # no layer has more cells than positions, so a budget of 1 holds them all
+                    f"the cells need {needed / 2**20:.1f} MiB of cache and there are {arena_bytes / 2**20:.1f} MiB: "
+                    "raise --budget"
+                )
 
     def rewind(self, position: int, progress: Progress | None = None) -> bool:
         """Forget the tokens from ``position`` on; the logits are gone.

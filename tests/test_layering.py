@@ -35,6 +35,7 @@ ORDER = (
     "engines.stock",
     "engines.patched",
     "engines",
+    "sessions",
     "evaluation.tasks",
     "evaluation.statistics",
     "evaluation.methods",

@@ -1,0 +1,421 @@
+"""Chats as files: all that a chat knows and all its cells, in a container that holds numbers and text and no code.
+
+The container is safetensors. Its metadata are the manifest (JSON) and a checksum; its tensors, for layer ``l``::
+
+    keys.l, values.l  U8 (K_l + n_live, row bytes)     scores.l  F32 (H, K_l)       seen.l   F32 (Q, at most n_live)
+    tokens            I32 (position,)                  pending   I32 (n,)           window   U8 (bytes,)
+    text              U8 (bytes,): JSON of system prompt, messages, draft and the text that was fed
+
+A file takes its name only when it is whole, and nothing of it is believed, allocated or handed on before its sizes and
+its checksum, blake2b over every byte, were looked at.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import re
+import stat
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import platformdirs
+import psutil
+from safetensors import SafetensorError, safe_open
+
+from kvcompose_local import __version__
+from kvcompose_local.build import read_pin
+from kvcompose_local.chat import Chat, ChatState
+from kvcompose_local.compaction import MemoryState
+from kvcompose_local.download import DISK_FULL
+from kvcompose_local.errors import InvalidInput, KVComposeError, SessionError
+from kvcompose_local.interfaces import CacheSnapshot, ModelShape, Progress
+from kvcompose_local.resources import cache_folder, data_file
+
+FORMAT = 1
+SUFFIX = ".kvc"
+#: The session that the REPL leaves behind when it was given none.
+LAST = "last"
+#: A manifest and the names of some hundred tensors take 100 kB.
+_MAX_HEADER_BYTES = 4 << 20
+_CHUNK = 1 << 20
+_CHECKSUM = b'"checksum": "'
+_DIGITS = 64
+_DTYPES = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4"), "U8": np.dtype("u1")}
+_NAME = re.compile(r"[\w-][\w -]*")
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a chat runs with, beside what its engine knows: the model's file, ``--cache-type`` and ``--budget``."""
+
+    model: Path
+    cache_type: str
+    budget: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a session was made with, and how many cells it holds; ``llama_cpp`` is the pin, ``composed`` K_l."""
+
+    format: int
+    program: str
+    llama_cpp: str
+    engine: str
+    cache_type: str
+    model_path: str
+    model_sha256: str
+    n_ctx: int
+    budget: float
+    composed: list[int]
+    n_live: int
+    position: int
+
+    @classmethod
+    def parse(cls, text: str) -> Manifest:
+        """Raises SessionError for a manifest of another format, ValueError for what is none."""
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("it is not an object")
+        if (version := values.get("format")) != FORMAT and isinstance(version, int):
+            raise SessionError(
+                f"has format {version} and was made by version {str(values.get('program'))[:20]} of this program; "
+                f"this is version {__version__}, which reads format {FORMAT}"
+            )
+        kinds = {"str": str, "int": int, "float": float, "list[int]": list}
+        if values.keys() != {field.name for field in fields(cls)} or any(
+            type(values[field.name]) is not kinds[str(field.type)] for field in fields(cls)
+        ):
+            raise ValueError("its values are not those of a manifest")
+        manifest = cls(**values)
+        counts = [manifest.n_ctx, manifest.n_live, manifest.position, *manifest.composed]
+        if any(type(n) is not int or not 0 <= n < 2**31 for n in counts) or not 0 < manifest.budget <= 1:
+            raise ValueError("its numbers are out of range")
+        return manifest
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def sessions_folder() -> Path:
+    """Where sessions with a plain name live; not made here."""
+    return platformdirs.user_state_path("kvcompose-local") / "sessions"
+
+
+def path_of(name: str) -> Path:
+    """The file of a session: a plain name is one of the sessions folder, what has a slash or a suffix is a path."""
+    path = Path(name).expanduser()
+    if os.sep in name or (os.altsep and os.altsep in name) or path.suffix:
+        return path
+    if not _NAME.fullmatch(name):
+        raise InvalidInput(f"{name!r} cannot name a session: use letters, digits, - and _, or give a path")
+    return sessions_folder() / (name + SUFFIX)
+
+
+def names() -> list[str]:
+    """The sessions of the sessions folder, newest first."""
+    found = []
+    with suppress(OSError):
+        found = [(path.stat().st_mtime_ns, path.stem) for path in sessions_folder().glob(f"*{SUFFIX}")]
+    return [name for _, name in sorted(found, reverse=True) if _NAME.fullmatch(name)]
+
+
+# -- the model's identity ---------------------------------------------------------------------------------------------
+
+
+def model_digest(path: Path, progress: Progress | None = None) -> str:
+    """The sha256 of a model file, kept in the cache folder for the file's path, size and time of change.
+
+    progress gets (MiB read, MiB in all). Raises SessionError when the file cannot be read.
+    """
+    try:
+        path = path.resolve()
+        status = path.stat()
+        key = json.dumps([str(path), status.st_size, status.st_mtime_ns])
+        known = cache_folder() / "digests" / hashlib.sha256(key.encode()).hexdigest()
+        with suppress(OSError, UnicodeDecodeError):
+            if re.fullmatch("[0-9a-f]{64}", digest := known.read_text(encoding="ascii")):
+                return digest
+        sha256 = hashlib.sha256()
+        with open(path, "rb") as file:
+            while chunk := file.read(_CHUNK):
+                sha256.update(chunk)
+                if progress is not None:
+                    progress(file.tell() >> 20, status.st_size >> 20)
+    except OSError as error:
+        raise SessionError(f"cannot read {path}: {error.strerror or error}") from error
+    with suppress(SessionError), _replacing(known) as file:  # a cache that cannot be written costs time, nothing else
+        file.write(sha256.hexdigest().encode())
+    return sha256.hexdigest()
+
+
+# -- saving -----------------------------------------------------------------------------------------------------------
+
+
+def save(path: Path, chat: Chat, setup: Setup, progress: Progress | None = None) -> int:
+    """Write a chat to a file, which is there either whole or as it was before; returns its bytes.
+
+    Raises SessionError, with nothing left behind, where it cannot be written.
+    """
+    digest = model_digest(setup.model, progress)
+    state = chat.state()
+    cells = state.memory.cells
+    manifest = Manifest(
+        format=FORMAT,
+        program=__version__,
+        llama_cpp=_pin(),
+        engine=chat.memory.engine.name,
+        cache_type=setup.cache_type,
+        model_path=str(setup.model.resolve()),
+        model_sha256=digest,
+        n_ctx=chat.memory.n_ctx,
+        budget=float(setup.budget),
+        composed=list(cells.composed),
+        n_live=cells.n_live,
+        position=cells.position,
+    )
+    arrays = _arrays_of(state)
+    # Not the package's writer, which holds all cells in memory a second time and tells a full disk as text only.
+    head = _header(manifest, arrays)
+    data = [np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays.values()]
+    checksum = hashlib.blake2b(head, digest_size=_DIGITS // 2)
+    for part in data:
+        checksum.update(part.data)
+    at = head.index(_CHECKSUM) + len(_CHECKSUM)
+    head = head[:at] + checksum.hexdigest().encode() + head[at + _DIGITS :]
+    with _replacing(path) as file:
+        file.write(head)
+        for part in data:
+            file.write(part.data)
+    return len(head) + sum(part.nbytes for part in data)
+
+
+def _arrays_of(state: ChatState) -> dict[str, Array]:
+    """The tensors of a session, those of four bytes first, so that all of them are aligned."""
+    memory, cells = state.memory, state.memory.cells
+    text = {"system": state.system, "messages": state.messages, "draft": state.draft, "fed": state.fed}
+    arrays: dict[str, Array] = {
+        "tokens": np.array(memory.tokens, "<i4"),
+        "pending": np.array(state.pending, "<i4"),
+    }
+    layers = range(len(cells.composed))
+    arrays |= {f"scores.{i}": memory.scores[i].astype("<f4") for i in layers}
+    arrays |= {f"seen.{i}": memory.seen[i].astype("<f4") for i in layers}
+    arrays |= {f"keys.{i}": cells.keys[i] for i in layers}
+    arrays |= {f"values.{i}": cells.values[i] for i in layers}
+    return arrays | {"window": cells.window, "text": np.frombuffer(json.dumps(text).encode(), np.uint8)}
+
+
+def _header(manifest: Manifest, arrays: dict[str, Array]) -> bytes:
+    """The head of a safetensors file (its README, "Format"), with zeros for the checksum."""
+    # No text inside can look like the checksum: quotes within JSON strings are escaped.
+    metadata = {"checksum": "0" * _DIGITS, "manifest": json.dumps(asdict(manifest))}
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    dtypes = {dtype: name for name, dtype in _DTYPES.items()}
+    end = 0
+    for name, array in arrays.items():
+        begin, end = end, end + array.nbytes
+        entries[name] = {"dtype": dtypes[array.dtype], "shape": array.shape, "data_offsets": [begin, end]}
+    raw = json.dumps(entries).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of ``path``, at once and on the disk, when the block ends well."""
+    try:
+        path = path.resolve()  # a link stays a link
+        if path.parent in (sessions_folder().resolve(), (cache_folder() / "digests").resolve()):
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _remove_leftovers(path)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            with open(part, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise SessionError(f"the disk is full: make room in {path.parent}, then save again") from error
+        raise SessionError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Delete what saves left that were killed."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        pid = part.name.split(".")[-2]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            part.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name last through a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _pin() -> str:
+    return str(read_pin(data_file("patches")))
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(path: Path) -> Manifest:
+    """What a session was made with. Raises SessionError for a file that is missing, damaged or none."""
+    with _opened(path) as (manifest, _tensors):
+        return manifest
+
+
+def check_model(manifest: Manifest, setup: Setup, progress: Progress | None = None) -> None:
+    """Raises SessionError where the session belongs to another model or cache type."""
+    if model_digest(setup.model, progress) != manifest.model_sha256:
+        raise SessionError(
+            f"the session belongs to another model: {Path(manifest.model_path).name}, not {setup.model.name}"
+        )
+    if setup.cache_type != manifest.cache_type:
+        raise SessionError(
+            f"the session's cells are {manifest.cache_type} and the cache is {setup.cache_type}: "
+            f"start with --cache-type {manifest.cache_type}"
+        )
+
+
+def load(path: Path, chat: Chat, setup: Setup, progress: Progress | None = None) -> Manifest:
+    """Replace a chat's conversation by that of a file.
+
+    Raises SessionError, before the chat is touched, where the file is damaged, belongs to another model or cache type
+    or does not fit.
+    """
+    with _opened(path) as (manifest, tensors):
+        check_model(manifest, setup, progress)
+        if manifest.position > chat.memory.n_ctx:  # before anything of that size is read
+            raise SessionError(f"the session spans {manifest.position} positions: raise --ctx to that at least")
+        state = _state_of(manifest, tensors, chat.memory.engine.shape)
+        if state.memory.cells.window.size and manifest.llama_cpp != _pin():
+            raise SessionError(f"the session's sliding windows are those of {manifest.llama_cpp}, and this is {_pin()}")
+    try:
+        chat.restore(state)
+    except KVComposeError as error:
+        raise SessionError(f"{path.name} cannot be loaded: {error}") from error
+    return manifest
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Manifest, Any]]:
+    """The manifest and the tensors of a file whose checksum is right.
+
+    Anything wrong with the file in this block is told as a SessionError.
+    """
+    try:
+        # A pipe would keep a plain open waiting.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError("it is not a plain file")
+            head = file.read(8)
+            if int.from_bytes(head, "little") > _MAX_HEADER_BYTES:
+                raise ValueError("its header is too large")
+            if status.st_size > psutil.virtual_memory().total:
+                raise ValueError("it is larger than this machine's memory")
+            with safe_open(path, "numpy") as tensors:
+                if not os.path.samestat(status, os.stat(path)):
+                    raise ValueError("it was replaced meanwhile")
+                metadata = tensors.metadata() or {}
+                manifest = Manifest.parse(metadata.get("manifest", "{}"))
+                if metadata.get("checksum") != _checksum_of(file):
+                    raise ValueError("its checksum is wrong")
+                yield manifest, tensors
+    except SessionError as error:
+        raise SessionError(f"{path.name}: {error}") from error
+    except OSError as error:
+        raise SessionError(f"cannot read {path}: {error.strerror or error}") from error
+    except (SafetensorError, ValueError, RecursionError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise SessionError(f"{path} is damaged or no session ({reason})") from error
+
+
+def _checksum_of(file: BinaryIO) -> str:
+    """The checksum that a file should have: over all its bytes, with zeros in the checksum's place."""
+    file.seek(0)
+    head = file.read(8)
+    head += file.read(int.from_bytes(head, "little"))
+    at = head.find(_CHECKSUM) + len(_CHECKSUM)
+    checksum = hashlib.blake2b(head[:at] + b"0" * _DIGITS + head[at + _DIGITS :], digest_size=_DIGITS // 2)
+    while chunk := file.read(_CHUNK):
+        checksum.update(chunk)
+    return checksum.hexdigest()
+
+
+def _state_of(manifest: Manifest, tensors: Any, shape: ModelShape) -> ChatState:
+    """The state that the tensors hold. Raises ValueError unless there are just the tensors that belong there."""
+    n_live, position = manifest.n_live, manifest.position
+    if len(manifest.composed) != len(shape.layers) or max(manifest.composed) + n_live > position:
+        raise ValueError("its cells are not those of this model")
+
+    def tensor(name: str, dtype: str, *sizes: range) -> Array:
+        """A tensor whose dtype and sizes are looked at before it is read."""
+        view = tensors.get_slice(name)
+        found = view.get_shape()
+        if view.get_dtype() != dtype or len(found) != len(sizes):
+            raise ValueError(f"tensor {name} is {view.get_dtype()} {found}")
+        if not all(n in allowed for n, allowed in zip(found, sizes, strict=True)):
+            raise ValueError(f"tensor {name} has shape {found}")
+        return tensors.get_tensor(name)  # type: ignore[no-any-return]
+
+    kinds = ("scores", "seen", "keys", "values")
+    expected = {"tokens", "pending", "window", "text"} | {f"{k}.{i}" for k in kinds for i in range(len(shape.layers))}
+    if set(tensors.keys()) != expected:
+        raise ValueError("its tensors are not those of this model")
+    scores, seen, keys, values = [], [], [], []
+    for i, (layer, k) in enumerate(zip(shape.layers, manifest.composed, strict=True)):
+        n, row = _only(k + n_live), range(layer.row_bytes + 1)
+        scores.append(tensor(f"scores.{i}", "F32", _only(layer.n_kv_heads), _only(k)))
+        seen.append(tensor(f"seen.{i}", "F32", _only(layer.n_heads), range(n_live + 1)))
+        keys.append(tensor(f"keys.{i}", "U8", n, row))
+        values.append(tensor(f"values.{i}", "U8", n, row))
+    anything = range(2**31)  # the file is there, so it is no larger than memory
+    tokens = tensor("tokens", "I32", _only(position))
+    pending = tensor("pending", "I32", anything)
+    window = tensor("window", "U8", anything)
+    text = _text(tensor("text", "U8", anything).tobytes())
+    cells = CacheSnapshot(tuple(manifest.composed), n_live, position, tuple(keys), tuple(values), window)
+    memory = MemoryState(tuple(tokens.tolist()), tuple(scores), tuple(seen), cells)
+    return ChatState(**text, pending=tuple(pending.tolist()), memory=memory)
+
+
+def _only(n: int) -> range:
+    return range(n, n + 1)
+
+
+def _text(raw: bytes) -> dict[str, Any]:
+    """The text fields of a ChatState. Raises ValueError where they are not what they should be."""
+    text = json.loads(raw)
+    if not isinstance(text, dict) or text.keys() != {"system", "messages", "draft", "fed"}:
+        raise ValueError("its text is not that of a chat")
+    strings = [text["draft"], text["fed"], "" if text["system"] is None else text["system"]]
+    for message in text["messages"]:
+        if message.keys() != {"role", "content"}:
+            raise ValueError("its messages are not those of a chat")
+        strings += message.values()
+    if not all(isinstance(string, str) for string in strings):
+        raise ValueError("its text is not that of a chat")
+    return {**text, "messages": tuple(text["messages"])}
