@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 ALL_LAYERS = 999
+CACHE_TYPE_NAMES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
 
 class Real(click.FloatRange):
@@ -81,7 +82,7 @@ def cli(context: click.Context, debug: bool) -> None:
 @click.option("--gpu-layers", type=click.IntRange(0), help="Layers on the GPU.  [default: all with Metal, else 0]")
 @click.option(
     "--cache-type",
-    type=click.Choice(("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")),
+    type=click.Choice(CACHE_TYPE_NAMES),
     default="f16",
     show_default=True,
     help="How K and V are stored; q8_0 halves the bytes, less than that hurts small models.",
@@ -366,6 +367,21 @@ def doctor() -> None:
 
 cli.add_command(bench_command)
 cli.add_command(eval_command)
+
+
+@cli.command("inspect", short_help="What a model's cache takes at each budget.")
+@click.argument("model", required=False)
+@click.option("--ctx", "n_ctx", type=int, help="Positions to reckon with.  [default: 8192, or what the model knows]")
+@click.option("--cache-type", type=click.Choice(CACHE_TYPE_NAMES), default="f16", show_default=True, help="As in run.")
+def inspect_command(model: str | None, n_ctx: int | None, cache_type: str) -> None:
+    """Layers, heads, bytes a token, and memory at each budget, from the header of MODEL alone."""
+    from kvcompose_local import models
+    from kvcompose_local.inspection import inspect
+    from kvcompose_local.repl import Status
+
+    path = models.resolve(model, pull=True, progress=Status(sys.stderr).fetching)
+    models.check_gguf(path)
+    click.echo(inspect(path, n_ctx=n_ctx, cache_type=cache_type).text())
 
 
 def peak_rss_bytes() -> int:

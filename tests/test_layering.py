@@ -36,6 +36,7 @@ ORDER = (
     "engines.patched",
     "engines",
     "sessions",
+    "inspection",
     "evaluation.tasks",
     "evaluation.statistics",
     "evaluation.methods",

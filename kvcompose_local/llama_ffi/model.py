@@ -22,14 +22,23 @@ class Model:
     """A loaded GGUF model and its vocabulary.
 
     Raises ModelError when llama.cpp cannot load the file. ``progress`` gets (percent, 100) and may raise.
+    ``header_only`` reads the metadata and the vocabulary: no context can be made of it.
     """
 
-    def __init__(self, path: Path, *, gpu_layers: int = 0, progress: Callable[[int, int], None] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        gpu_layers: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+        header_only: bool = False,
+    ) -> None:
         self.path = path
         self.gpu_layers = gpu_layers
         self._formatter: Any = None
         params = lib.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
+        params.vocab_only = header_only
         stopped: list[BaseException] = []
 
         @lib.llama_progress_callback  # type: ignore[untyped-decorator]

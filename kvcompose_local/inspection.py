@@ -1,0 +1,116 @@
+"""What a model's cache takes at each budget, from the GGUF header alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from kvcompose_local.cells import row_bytes
+from kvcompose_local.engines import DEFAULT_CTX
+from kvcompose_local.errors import InvalidInput, ModelError
+from kvcompose_local.llama_ffi import CACHE_TYPES, Model
+
+BUDGETS = (1.0, 0.5, 0.25, 0.1)
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Sizes in bytes; row_bytes: of one token over all layers; n_window: tokens that a sliding-window layer holds."""
+
+    name: str
+    architecture: str
+    n_layers: int
+    n_heads: str
+    n_kv_heads: str
+    n_ctx_train: int
+    n_ctx: int
+    row_bytes: int
+    n_window: int
+    composable: str
+    file_bytes: int
+    free_bytes: int
+
+    def kv_bytes(self, budget: float) -> int:
+        """Bytes of the cells of ``n_ctx`` positions under a budget."""
+        return int(self.n_ctx * self.row_bytes * budget)
+
+    def text(self) -> str:
+        """For people."""
+        lines = [
+            f"{self.name} ({self.architecture}): {self.n_layers} layers, {self.n_heads} query heads, "
+            f"{self.n_kv_heads} KV heads, trained for {self.n_ctx_train} positions",
+            f"weights {self.file_bytes / MIB:.0f} MiB; cache {self.row_bytes / 1024:.1f} KiB a token; "
+            f"free memory now {self.free_bytes / MIB:.0f} MiB",
+            "",
+            f"{'budget':>8}{'cache MiB':>12}{'with weights MiB':>18}",
+        ]
+        for budget in BUDGETS:
+            whole = self.kv_bytes(budget) + self.file_bytes
+            fits = "" if whole < self.free_bytes else "   does not fit now"
+            lines.append(f"{budget:>8g}{self.kv_bytes(budget) / MIB:>12.0f}{whole / MIB:>18.0f}{fits}")
+        lines += ["", f"for --ctx {self.n_ctx}. Estimates: the compute buffer adds some tens of MiB."]
+        if self.n_window:
+            lines.append(
+                f"Sliding-window layers hold at most {self.n_window} tokens and are left as they are: the cache is "
+                "smaller than this, by the share of such layers."
+            )
+        if self.composable:
+            lines.append(f"Only --budget 1: {self.composable}.")
+        return "\n".join(lines)
+
+
+def inspect(path: Path, *, n_ctx: int | None = None, cache_type: str = "f16") -> Inspection:
+    """Read a GGUF header. Raises ModelError for what is no language model, InvalidInput for an impossible n_ctx."""
+    model = Model(path, header_only=True)
+    try:
+        arch = model.architecture
+
+        def number(key: str, default: int = 0) -> int:
+            value = model.metadata(f"{arch}.{key}")
+            return int(value) if value and value.lstrip("-").isdigit() else default
+
+        def per_layer(key: str) -> list[int]:
+            value = model.metadata(f"{arch}.attention.{key}") or "0"
+            return [int(part) for part in value.strip("[]").split(",")]
+
+        n_layers, heads = number("block_count"), per_layer("head_count")
+        n_ctx_train = number("context_length")
+        causal = model.metadata(f"{arch}.attention.causal") != "false"
+        if not causal or n_layers == 0 or n_ctx_train == 0 or max(heads) == 0:
+            raise ModelError(f"{path.name} is not a language model with attention that can chat")
+        kv_heads = per_layer("head_count_kv") if model.metadata(f"{arch}.attention.head_count_kv") else heads
+        kv_heads = kv_heads * n_layers if len(kv_heads) == 1 else kv_heads
+        positions = min(DEFAULT_CTX, n_ctx_train) if n_ctx is None else n_ctx
+        if not 0 < positions <= n_ctx_train:
+            raise InvalidInput(f"--ctx {positions} is not in 1 to {n_ctx_train}, the positions that the model knows")
+        head = number("embedding_length") // max(heads)
+        widths = number("attention.key_length", head) + number("attention.value_length", head)
+        row = sum(row_bytes(CACHE_TYPES[cache_type], n * widths) for n in kv_heads)
+        obstacle = ""
+        if number("attention.kv_lora_rank"):
+            obstacle = "its latent attention (MLA) has no cells by head"
+        elif model.metadata(f"{arch}.ssm.state_size") or model.metadata(f"{arch}.wkv.head_size"):
+            obstacle = "it is recurrent, or partly so"
+
+        def shown(values: list[int]) -> str:
+            return str(values[0]) if len(set(values)) == 1 else f"{min(values)}–{max(values)}"
+
+        return Inspection(
+            model.name,
+            arch,
+            n_layers,
+            shown(heads),
+            shown(kv_heads),
+            n_ctx_train,
+            positions,
+            row,
+            number("attention.sliding_window"),
+            obstacle,
+            path.stat().st_size,
+            int(psutil.virtual_memory().available),
+        )
+    finally:
+        model.close()
