@@ -30,7 +30,7 @@ def _names(_context: click.Context, _parameter: click.Parameter, value: str) -> 
     return tuple(part for part in value.split(",") if part)
 
 
-@click.command("eval", short_help="Measure answer quality against budget, and against other methods.")
+@click.command("eval", short_help="Measure answer quality against budget.")
 @click.argument("model", required=False)
 @click.option("--quick", is_flag=True, help="A few minutes: three tasks, our method, and a recommended budget.")
 @click.option("--tasks", callback=_names, default="", help="Comma-separated; --tasks help lists them.  [default: all]")

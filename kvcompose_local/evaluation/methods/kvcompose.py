@@ -103,6 +103,31 @@ def replay_and_seen_value(stats: Statistics, n_cells: int) -> list[IntArray]:
     return compose(stats, [s * w for s, w in zip(scores, weights, strict=True)], n_cells)
 
 
+@method("replay+seen-sinks")
+def replay_and_seen_sinks(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """The first four tokens are pinned in every layer."""
+    scores = [s.copy() for s in _scores(stats, _both(stats), mean=False)]
+    for layer in scores:
+        layer[:, :4] = 3  # the sum of two softmax weights is at most 2
+    return compose(stats, scores, n_cells)
+
+
+@method("replay+seen-tempered")
+def replay_and_seen_tempered(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """A tenth of the cells is shared out evenly before layers compete for the rest."""
+    scores = _scores(stats, _both(stats), mean=False)
+    return select_composites(
+        scores, allocate_bytes(scores, [1] * len(scores), n_cells, min_per_layer=n_cells // 10 // len(scores))
+    )
+
+
+@method("replay+seen-root")
+def replay_and_seen_root(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """The sum of the square roots: weak attention from both sources beats strong attention from one."""
+    roots = [np.sqrt(a) + np.sqrt(b) for a, b in zip(stats.replay, stats.seen, strict=True)]
+    return compose(stats, _scores(stats, roots, mean=False), n_cells)
+
+
 @method("uniform")
 def uniform(stats: Statistics, n_cells: int) -> list[IntArray]:
     """The same scores, equally many cells in every layer: what stock llama.cpp can hold."""
