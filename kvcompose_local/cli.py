@@ -8,6 +8,7 @@ import json
 import math
 import os
 import resource
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import platformdirs
+from click.core import ParameterSource
 
 from kvcompose_local import __version__
 from kvcompose_local.bench.command import bench_command
@@ -24,7 +26,9 @@ from kvcompose_local.evaluation.command import eval_command
 
 if TYPE_CHECKING:
     from kvcompose_local.chat import Chat
+    from kvcompose_local.interfaces import Progress
     from kvcompose_local.repl import Interrupts, Status
+    from kvcompose_local.sessions import Setup
 
 MIB = 2**20
 ALL_LAYERS = 999
@@ -88,8 +92,12 @@ def cli(context: click.Context, debug: bool) -> None:
     help="How K and V are stored; q8_0 halves the bytes, less than that hurts small models.",
 )
 @click.option("--rpc", metavar="HOST:PORT[,…]", help="Spread layers and their cells over these workers (rpc-server).")
+@click.option("--session", metavar="NAME|FILE", help="Go on from this session, and save the chat to it at the end.")
+@click.option("--no-autosave", is_flag=True, help="Leave without saving.")
 @click.option("--json", "as_json", is_flag=True, help="With -p or piped input: one JSON object on stdout.")
+@click.pass_context
 def run(
+    context: click.Context,
     model: str | None,
     budget: float,
     n_ctx: int | None,
@@ -106,13 +114,19 @@ def run(
     gpu_layers: int | None,
     cache_type: str,
     rpc: str | None,
+    session: str | None,
+    no_autosave: bool,
     as_json: bool,
 ) -> None:
     """Chat with MODEL: a GGUF file, or a name of `kvcompose-local models list`.
 
     With -p, or with text piped in, each line is answered in turn and the program ends. Everything but the answers goes
     to stderr. In the REPL /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.
+
+    A session brings its own MODEL, --budget, --ctx and --cache-type, where they are not given. Without --session the
+    REPL saves the chat as the session "last".
     """
+    from kvcompose_local import models, sessions
     from kvcompose_local.interfaces import Sampling
     from kvcompose_local.repl import COMMANDS, Interrupts, Repl, Status, read_text_file
 
@@ -127,9 +141,26 @@ def run(
     documents = [read_text_file(path) for path in files]
     interrupts = Interrupts()
     status = Status(sys.stderr, should_stop=interrupts)
+    session_path = sessions.path_of(session) if session is not None else None
+    saved = sessions.read_manifest(session_path) if session_path is not None and session_path.exists() else None
+    if saved is not None:
+        chosen = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+        budget = budget if "budget" in chosen else saved.budget
+        cache_type = cache_type if "cache_type" in chosen else saved.cache_type
+        n_ctx = n_ctx or saved.n_ctx
+        if model is None:
+            model = sessions.model_of(saved)
+    if session_path is not None and not no_autosave:
+        sessions.check_writable(session_path)
+    model_path = models.resolve(model, pull=True, progress=status.fetching)
+    models.check_gguf(model_path)
+    setup = sessions.Setup(model_path, cache_type, budget)
+    if saved is not None:
+        with interrupts.caught():
+            sessions.check_model(saved, setup, status.checking)
     sampling = Sampling(top_k=top_k, top_p=top_p, min_p=min_p, temperature=temp, seed=seed)
     with open_chat(
-        model,
+        model_path,
         budget=budget,
         n_ctx=n_ctx,
         n_threads=threads,
@@ -149,7 +180,14 @@ def run(
             interrupts=interrupts,
             max_tokens=max_tokens,
             describe=lambda: describe(chat),
+            save=lambda name: save_session(name, chat, setup, status.checking),
+            load=lambda name: load_session(name, chat, setup, status.checking),
         )
+        if session is not None and saved is not None:
+            loaded = load_session(session, chat, setup, status.checking)
+            if system is not None and system != chat.system:
+                raise KVComposeError("the session has a system prompt of its own: in the chat, /system sets another")
+            status.line(loaded)
         with interrupts.caught():
             for path, text in zip(files, documents, strict=True):
                 stats = chat.read(text)
@@ -159,8 +197,16 @@ def run(
             from kvcompose_local.prompt import line_reader
 
             status.line(greeting(chat))
-            repl.read_line = line_reader(COMMANDS)
+            repl.read_line = line_reader(COMMANDS, sessions.names)
             repl.run()
+            if chat.turns and chat.memory.position and not no_autosave:
+                try:
+                    with interrupts.caught():
+                        status.line(save_session(session or sessions.LAST, chat, setup, status.checking))
+                except (KVComposeError, KeyboardInterrupt) as error:
+                    if session is not None:
+                        raise
+                    status.line(f"the chat is not saved: {str(error) or 'stopped'}")
             return
         for line in [prompt] if prompt is not None else stdin_lines():
             if line.strip():
@@ -169,6 +215,8 @@ def run(
                 if stats.stopped == "interrupt":
                     raise KVComposeError("stopped")
                 repl.explain_end(stats)
+        if session is not None and chat.turns and not no_autosave:
+            status.line(save_session(session, chat, setup, status.checking))
         if as_json:
             click.echo(json.dumps(result(chat), ensure_ascii=False))
 
@@ -183,6 +231,8 @@ def check_numbers(budget: float, n_ctx: int | None) -> None:
 
 def stdin_lines() -> Iterator[str]:
     """The lines of standard input as they arrive. Raises InvalidInput for what is not text."""
+    if sys.stdin is None:
+        raise InvalidInput("standard input is closed")
     try:
         for line in sys.stdin:
             yield line.rstrip("\n")
@@ -190,9 +240,30 @@ def stdin_lines() -> Iterator[str]:
         raise InvalidInput(f"standard input is not UTF-8 text (byte {error.start})") from error
 
 
+def save_session(name: str, chat: Chat, setup: Setup, progress: Progress | None = None) -> str:
+    """Save a chat under a name or to a path; returns what to say of it."""
+    from kvcompose_local import sessions
+
+    if not name:
+        raise InvalidInput("/save takes a name")
+    n_bytes = sessions.save(sessions.path_of(name), chat, setup, progress)
+    return f"saved ({n_bytes / MIB:.1f} MiB): kvcompose-local run --session {shlex.quote(name)} goes on from here"
+
+
+def load_session(name: str, chat: Chat, setup: Setup, progress: Progress | None = None) -> str:
+    """Put a saved chat in place of this one; returns what to say of it."""
+    from kvcompose_local import sessions
+
+    if not name:
+        raise InvalidInput(f"/load takes a name: {', '.join(sessions.names()) or 'nothing is saved yet'}")
+    sessions.load(sessions.path_of(name), chat, setup, progress)
+    n_messages = sum(message["role"] != "system" for message in chat.messages)
+    return f"loaded {name}: {n_messages} messages, {chat.memory.position} tokens"
+
+
 @contextlib.contextmanager
 def open_chat(
-    model: str | None,
+    path: Path,
     *,
     budget: float,
     n_ctx: int | None,
@@ -205,11 +276,7 @@ def open_chat(
     interrupts: Interrupts,
     status: Status,
 ) -> Iterator[Chat]:
-    """Find or fetch the model, load it, and wire engine, memory and chat together."""
-    from kvcompose_local import models
-
-    path = models.resolve(model, pull=True, progress=status.fetching)
-    models.check_gguf(path)
+    """Load a model, and wire engine, memory and chat together."""
     # llama.cpp is loaded only now, so that wrong usage and --help answer at once.
     from kvcompose_local import llama_ffi
     from kvcompose_local.chat import Chat
@@ -270,6 +337,84 @@ def saved_on_abort(chat: Chat) -> Iterator[None]:
         yield
     finally:
         on_abort.remove(save)
+
+
+@cli.command(short_help="Read a document once and keep its compressed cache.")
+@click.argument("model")
+@click.argument("file")
+@click.option("-o", "--output", required=True, metavar="NAME|FILE", help="Session to write, such as notes.kvc.")
+@click.option("--budget", type=float, default=0.5, show_default=True, help="Share of the full cache to use, below 1.")
+@click.option("--ctx", "n_ctx", type=int, help="Positions: text and chat.  [default: 8192, or what the model knows]")
+@click.option("--keep", type=Real(0, 1, min_open=True), default=0.5, show_default=True, help="Share of bytes to keep.")
+@click.option("--cache-type", type=click.Choice(CACHE_TYPE_NAMES), default="f16", show_default=True, help="As in run.")
+@click.option("--system", help="System prompt, which stands before the document.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: physical cores]")
+@click.option("--gpu-layers", type=click.IntRange(0), help="Layers on the GPU.  [default: all with Metal, else 0]")
+def compress(
+    model: str,
+    file: str,
+    output: str,
+    budget: float,
+    n_ctx: int | None,
+    keep: float,
+    cache_type: str,
+    system: str | None,
+    threads: int | None,
+    gpu_layers: int | None,
+) -> None:
+    """Let MODEL read FILE (- is standard input) and write a session that answers about it at once.
+
+    \b
+    kvcompose-local compress model.gguf notes.txt -o notes.kvc
+    kvcompose-local run --session notes.kvc --no-autosave -p "Who wrote this?"
+    """
+    from kvcompose_local import models, sessions
+    from kvcompose_local.interfaces import Sampling
+    from kvcompose_local.repl import Interrupts, Status, read_text_file
+
+    check_numbers(budget, n_ctx)
+    if budget == 1:
+        raise click.BadParameter("a budget of 1 never compresses", param_hint="--budget")
+    path = sessions.path_of(output)
+    sessions.check_writable(path)
+    text = "\n".join(stdin_lines()) if file == "-" else read_text_file(Path(file))
+    if not text.strip():
+        raise InvalidInput("there is no text to read")
+    interrupts = Interrupts()
+    status = Status(sys.stderr, should_stop=interrupts)
+    model_path = models.resolve(model, pull=True, progress=status.fetching)
+    models.check_gguf(model_path)
+    setup = sessions.Setup(model_path, cache_type, budget)
+    with (
+        open_chat(
+            model_path,
+            budget=budget,
+            n_ctx=n_ctx,
+            n_threads=threads,
+            gpu_layers=gpu_layers,
+            cache_type=cache_type,
+            workers=[],
+            sampling=Sampling(),
+            system=system,
+            interrupts=interrupts,
+            status=status,
+        ) as chat,
+        interrupts.caught(),
+    ):
+        stats = chat.read(text)
+        if stats.stopped:
+            raise KVComposeError("stopped while reading; nothing is written")
+        memory = chat.memory
+        if memory.position * keep > 2 * memory.policy.n_tail:
+            memory.compact(keep)
+        else:
+            status.line("the text is too short to compress: it is kept whole")
+        n_bytes = sessions.save(path, chat, setup, status.checking)
+        full = memory.position * memory.engine.shape.row_bytes
+    click.echo(
+        f"{path}: {stats.prompt_tokens} tokens in {n_bytes / MIB:.1f} MiB (uncompressed: {full / MIB:.1f} MiB)\n"
+        f"ask about it: kvcompose-local run --session {shlex.quote(output)}"
+    )
 
 
 @cli.command("rpc-server", short_help="Let other machines compute on this one.")

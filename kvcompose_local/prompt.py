@@ -12,10 +12,11 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
 
 class CommandCompleter(Completer):
-    """Completes /commands, and file names after /read."""
+    """Completes /commands, file names after /read, and names of sessions after /save and /load."""
 
-    def __init__(self, commands: Sequence[str]) -> None:
+    def __init__(self, commands: Sequence[str], sessions: Callable[[], Sequence[str]]) -> None:
         self._commands = commands
+        self._sessions = sessions
         self._paths = PathCompleter(expanduser=True)
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
@@ -23,6 +24,9 @@ class CommandCompleter(Completer):
         if text.startswith("/read "):
             path = Document(text[len("/read ") :])
             yield from self._paths.get_completions(path, complete_event)
+        elif text.startswith(("/save ", "/load ")):
+            begun = text[len("/save ") :]
+            yield from (Completion(s, start_position=-len(begun)) for s in self._sessions() if s.startswith(begun))
         elif text.startswith("/") and " " not in text:
             yield from (Completion(c, start_position=-len(text)) for c in self._commands if c.startswith(text))
 
@@ -37,10 +41,10 @@ def _history() -> History:
     return FileHistory(str(history))
 
 
-def line_reader(commands: Sequence[str]) -> Callable[[], str | None]:
+def line_reader(commands: Sequence[str], sessions: Callable[[], Sequence[str]]) -> Callable[[], str | None]:
     """A function that reads one message from the terminal; None at Ctrl-D, KeyboardInterrupt at Ctrl-C."""
     session: PromptSession[str] = PromptSession(
-        history=_history(), completer=CommandCompleter(commands), complete_while_typing=False
+        history=_history(), completer=CommandCompleter(commands, sessions), complete_while_typing=False
     )
 
     def read_line() -> str | None:

@@ -21,11 +21,13 @@ HELP = """\
 /read FILE      read a text file now; your next message asks about it
 /system [TEXT]  show the system prompt, or set it and read the conversation again under it
 /clear          forget the conversation, keep the system prompt
+/save NAME      save the chat and its cache under a name, or to a path
+/load NAME      go on from a saved chat, in place of this one
 /quit           leave (Ctrl-D does too)
 A line that begins with \"\"\" starts a message of several lines, which ends with \"\"\".
 Ctrl-C stops the answer, the reading or the compaction that runs; the chat goes on."""
 
-COMMANDS = ("/help", "/stats", "/compress", "/read", "/system", "/clear", "/quit")
+COMMANDS = ("/help", "/stats", "/compress", "/read", "/system", "/clear", "/save", "/load", "/quit")
 _FENCE = '"""'
 #: How often progress is shown, on a terminal and elsewhere; work of under a second shows none.
 _REDRAW_SECONDS, _LINE_SECONDS = 0.2, 10.0
@@ -99,6 +101,10 @@ class Status:
         """Progress of a download, in bytes."""
         self.progress("fetching:", done >> 20, total >> 20, "MiB")
 
+    def checking(self, done: int, total: int) -> None:
+        """Progress of hashing a model, in MiB."""
+        self.progress("checking the model:", done, total, "MiB")
+
     def line(self, text: str) -> None:
         """Print one line."""
         self._erase()
@@ -129,7 +135,8 @@ class Repl:
     """Reads messages and commands, prints answers.
 
     read_line returns the next line without its newline, or None at the end of input; it may raise KeyboardInterrupt
-    for Ctrl-C at the prompt. Answers go to ``out``, everything else to ``status``.
+    for Ctrl-C at the prompt. Answers go to ``out``, everything else to ``status``. save and load take the name of a
+    session and return what to say of it.
     """
 
     def __init__(
@@ -142,6 +149,8 @@ class Repl:
         interrupts: Interrupts,
         max_tokens: int,
         describe: Callable[[], str] = lambda: "",
+        save: Callable[[str], str] = lambda name: "",
+        load: Callable[[str], str] = lambda name: "",
     ) -> None:
         self.chat = chat
         self.read_line = read_line
@@ -150,6 +159,8 @@ class Repl:
         self.interrupts = interrupts
         self.max_tokens = max_tokens
         self.describe = describe
+        self.save = save
+        self.load = load
 
     def run(self) -> None:
         """Serve until the end of input or /quit."""
@@ -232,6 +243,10 @@ class Repl:
             self._system(argument)
         elif name == "/read":
             self._read_file(argument)
+        elif name == "/save":
+            self.status.line(self.save(argument))
+        elif name == "/load":
+            self.status.line(self.load(argument))
         else:
             self.status.line(f"there is no {name}: /help lists the commands")
         return None

@@ -130,6 +130,15 @@ def names() -> list[str]:
     return [name for _, name in sorted(found, reverse=True) if _NAME.fullmatch(name)]
 
 
+def check_writable(path: Path) -> None:
+    """Raises SessionError where a session cannot be written for sure: better told before the chat than after it."""
+    folder = path.resolve().parent
+    if path.is_dir():
+        raise SessionError(f"{path} is a folder, and a session is a file")
+    if folder != sessions_folder().resolve() and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise SessionError(f"cannot write to {folder}: make the folder, or give another path")
+
+
 # -- the model's identity ---------------------------------------------------------------------------------------------
 
 
@@ -284,6 +293,13 @@ def read_manifest(path: Path) -> Manifest:
     """What a session was made with. Raises SessionError for a file that is missing, damaged or none."""
     with _opened(path) as (manifest, _tensors):
         return manifest
+
+
+def model_of(manifest: Manifest) -> str:
+    """The path of the model that a session was made with. Raises SessionError where it is no longer there."""
+    if not os.path.isfile(manifest.model_path):
+        raise SessionError(f"the session's model is no longer at {manifest.model_path}: name it before --session")
+    return manifest.model_path
 
 
 def check_model(manifest: Manifest, setup: Setup, progress: Progress | None = None) -> None:
