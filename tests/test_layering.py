@@ -47,6 +47,7 @@ ORDER = (
     "evaluation",
     "bench.measure",
     "bench",
+    "api",
     "doctor",
     "repl",
     "prompt",

@@ -1,0 +1,127 @@
+"""The program as a library: a model under a memory budget, that reads, answers, saves and loads.
+
+>>> from kvcompose_local import LocalChat
+>>> with LocalChat("smollm2-135m", budget=0.5, n_ctx=4096) as chat:
+...     chat.read(open("notes.txt").read())
+...     print(chat.ask("Who wrote this?"))
+...     chat.save("notes.kvc")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from typing_extensions import Self
+
+from kvcompose_local import models, sessions
+from kvcompose_local.chat import Chat, TurnStats
+from kvcompose_local.compaction import CacheMemory, CompactionReport
+from kvcompose_local.engines import open_engine
+from kvcompose_local.errors import InvalidInput
+from kvcompose_local.interfaces import CacheLayout, Progress, Sampling
+from kvcompose_local.llama_ffi import CACHE_TYPES, add_workers, supports_gpu
+
+#: More than any model has.
+ALL_LAYERS = 999
+
+
+class LocalChat:
+    """One chat with one model. Close it, or use it in a ``with`` block: it holds native memory.
+
+    model: a GGUF file or a name of ``models.txt``, which is fetched, None for the small default; budget: share in
+    (0, 1] of the bytes that an uncompressed cache of ``n_ctx`` tokens takes; n_ctx: positions the chat may span (default
+    8192, or what the model was trained for); n_threads: default physical cores; gpu_layers: default all where a GPU
+    backend is built in; cache_type: ``f16``, ``q8_0``, …; workers: ``HOST:PORT`` of ``kvcompose-local rpc-server``
+    processes. on_compaction is told of each compaction; on_loading, on_reading and on_compacting get (done, in all),
+    and may raise KeyboardInterrupt; should_stop is asked between tokens.
+
+    Raises ModelError and InvalidInput, each with one line that says what to do.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        budget: float = 0.5,
+        n_ctx: int | None = None,
+        n_threads: int | None = None,
+        gpu_layers: int | None = None,
+        cache_type: str = "f16",
+        workers: Sequence[str] = (),
+        sampling: Sampling | None = None,
+        system: str | None = None,
+        on_compaction: Callable[[CompactionReport], None] | None = None,
+        on_loading: Progress | None = None,
+        on_reading: Progress | None = None,
+        on_compacting: Progress | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        if cache_type not in CACHE_TYPES:
+            raise InvalidInput(f"there is no cache type {cache_type}: {', '.join(CACHE_TYPES)}")
+        path = models.resolve(None if model is None else str(model), pull=True)
+        models.check_gguf(path)
+        add_workers(list(workers))
+        offload = bool(workers) or supports_gpu()
+        self.setup = sessions.Setup(path, cache_type, budget)
+        self._engine, positions = open_engine(
+            path,
+            n_ctx=n_ctx,
+            budget=budget,
+            n_threads=n_threads,
+            gpu_layers=gpu_layers if gpu_layers is not None else (ALL_LAYERS if offload else 0),
+            cache_type=CACHE_TYPES[cache_type],
+            sampling=sampling,
+            progress=on_loading,
+        )
+        self.memory = CacheMemory(
+            self._engine, positions, compose=budget < 1, on_compaction=on_compaction, on_progress=on_compacting
+        )
+        self.chat = Chat(self._engine.model, self.memory, system=system, should_stop=should_stop, on_read=on_reading)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the model and its cache."""
+        self._engine.close()
+
+    @property
+    def layout(self) -> CacheLayout:
+        """Composed cells of each layer, live cells, and tokens seen."""
+        return self._engine.layout()
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes allocated for the cells, which never grow."""
+        return self._engine.cache_bytes
+
+    def read(self, text: str) -> TurnStats:
+        """Read a document now: the next question is about it. Raises ContextFull where the positions run out."""
+        return self.chat.read(text)
+
+    def ask(self, message: str, *, max_tokens: int = 1024) -> str:
+        """The whole answer to a message."""
+        return "".join(self.stream(message, max_tokens=max_tokens))
+
+    def stream(self, message: str, *, max_tokens: int = 1024) -> Iterator[str]:
+        """The answer in pieces of whole characters, as they come."""
+        return self.chat.ask(message, max_tokens=max_tokens)
+
+    def compress(self, keep: float) -> CompactionReport | None:
+        """Compress now, to at most the share ``keep`` in (0, 1] of the bytes in use; None where nothing is new."""
+        return self.memory.compact(keep)
+
+    def save(self, path: str | Path) -> None:
+        """Keep the chat and its cells in a file. Raises SessionError where it cannot be written."""
+        sessions.save(Path(path), self.chat, self.setup)
+
+    def load(self, path: str | Path) -> None:
+        """Go on from a file. Raises SessionError, with this chat untouched, where it does not belong or fit."""
+        sessions.load(Path(path), self.chat, self.setup)
