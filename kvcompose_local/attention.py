@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcompose_local.errors import InvalidInput
-from kvcompose_local.interfaces import FloatArray, IntArray
+from kvcompose_local.interfaces import FloatArray, IntArray, LayerShape
 
 
 class AttentionMax:
@@ -39,6 +39,11 @@ class AttentionMax:
             raise InvalidInput(f"exclude_nearest must be 0 or more tokens, not {exclude_nearest}")
         self._exclude_nearest = exclude_nearest
         self._largest = [np.zeros((n, 0), np.float32) for n in heads]
+
+    @classmethod
+    def over(cls, layers: Sequence[LayerShape], exclude_nearest: int = 0) -> AttentionMax:
+        """For the layers of an engine."""
+        return cls(len(layers), [layer.n_heads for layer in layers], exclude_nearest)
 
     def update(
         self,

@@ -129,7 +129,7 @@ class CacheMemory:
     def _forget_scores(self) -> None:
         layers = self.engine.shape.layers
         self._scores: list[FloatArray] = [np.zeros((layer.n_kv_heads, 0), np.float32) for layer in layers]
-        self._seen = AttentionMax(len(layers), [layer.n_heads for layer in layers], exclude_nearest=N_NEAREST)
+        self._seen = AttentionMax.over(layers, exclude_nearest=N_NEAREST)
 
     @property
     def position(self) -> int:
@@ -241,31 +241,28 @@ class CacheMemory:
 
     def _attention(self, n_scored: int) -> list[FloatArray]:
         """For each layer float32 (Q, n_scored): attention of the replay, plus what was seen while reading."""
-        total = self._replay(n_scored)
+        replayed = AttentionMax.over(self.engine.shape.layers)
+        self._replay(n_scored, replayed)
+        total = [layer[:, :n_scored] for layer in replayed.result()]
         for layer, seen in zip(total, self._seen.result(), strict=True):
             n = min(seen.shape[1], n_scored)
             layer[:, :n] += seen[:, :n]
         return total
 
-    def _replay(self, n_scored: int) -> list[FloatArray]:
-        """For each layer float32 (Q, n_scored): the most attention a replayed token pays to each live cell."""
-        layout = self.engine.layout()
-        step = min(layout.n_free, self.engine.max_replay, max(self.policy.n_scratch, 1))
+    def _replay(self, n_scored: int, replayed: AttentionMax) -> None:
+        """The first ``n_scored`` live tokens once more, in chunks that fit the scratch."""
+        step = min(self.engine.layout().n_free, self.engine.max_replay, max(self.policy.n_scratch, 1))
         if step <= 0:
             raise ContextFull("no free cells are left to score the text in")
         lead_in = min(self.policy.n_lead_in, step // 2)
         chunk = step - lead_in
         live = self._live()
-        best: list[FloatArray] | None = None
         for start in range(0, n_scored, chunk):
             if self.on_progress is not None:
                 self.on_progress(start, n_scored)
-            stop = min(start + chunk, n_scored)
-            part = [a[:, :n_scored] for a in self.engine.replay(live[max(start - lead_in, 0) : stop])]
-            best = part if best is None else [np.maximum(a, b) for a, b in zip(best, part, strict=True)]
+            self.engine.replay(live[max(start - lead_in, 0) : min(start + chunk, n_scored)], replayed)
         if self.on_progress is not None:
             self.on_progress(n_scored, n_scored)
-        return best or []
 
     def _budgets(self, scores: Sequence[FloatArray], n_tail: int, at_most: int | None) -> IntArray:
         """Composed cells of each layer: what the arenas hold beside tail, headroom and scratch."""
@@ -309,7 +306,7 @@ class CacheMemory:
         if any(layer.ndim != 2 or layer.shape[1] > cells.n_live for layer in state.seen):
             raise InvalidInput("the attention is not that of these cells")
         self._check_room(cells)
-        seen = AttentionMax(len(layers), [layer.n_heads for layer in layers], exclude_nearest=N_NEAREST)
+        seen = AttentionMax.over(layers, exclude_nearest=N_NEAREST)
         seen.take_back(state.seen)
         self.engine.restore(cells)
         self.tokens = [*state.tokens]

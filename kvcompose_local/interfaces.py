@@ -140,11 +140,11 @@ class Engine(Protocol):
         """Draw the next token from the logits of the last token decoded."""
         ...
 
-    def replay(self, tokens: Sequence[int]) -> list[FloatArray]:
+    def replay(self, tokens: Sequence[int], seen: AttentionSink) -> None:
         """Feed tokens once more after the context, and forget them again.
 
-        Returns, for each composable layer, float32 (Q, n_live): the largest softmax weight that any of these tokens
-        puts on each live cell. Needs ``len(tokens)`` free cells; leaves the cache as it was and the logits undefined.
+        ``seen`` is given the attention that they pay to the live cells, column by column, oldest first. Needs
+        ``len(tokens)`` free cells; leaves the cache as it was and the logits undefined.
         """
         ...
 

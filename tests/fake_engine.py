@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvcompose_local.errors import ContextFull
+from kvcompose_local.errors import ContextFull, InvalidInput
 from kvcompose_local.interfaces import (
     AttentionSink,
     CacheLayout,
     CacheSnapshot,
-    FloatArray,
     IntArray,
     LayerShape,
     ModelShape,
@@ -76,13 +75,14 @@ class FakeEngine:
             self._answer = [*self.answers.pop(0).encode(), END]
         return self._answer.pop(0)
 
-    def replay(self, tokens: Sequence[int]) -> list[FloatArray]:
+    def replay(self, tokens: Sequence[int], seen: AttentionSink) -> None:
         if len(tokens) > self.layout().n_free:
             raise ContextFull("fake cache is full")
         self.replayed.append(bytes(tokens))
         values = np.array(self.live, np.float32) / 256
         heads = np.linspace(0.5, 1, 4, dtype=np.float32)[:, None]
-        return [heads * (values if i % 2 == 0 else 1 - values) for i in range(len(self.shape.layers))]
+        for i in range(len(self.shape.layers)):
+            seen.update(i, (heads * (values if i % 2 == 0 else 1 - values))[:, None], slice(None))
 
     def rewrite(self, selection: Sequence[IntArray], n_tail: int) -> None:
         rows = [np.concatenate([c, np.tile(self.live, (2, 1))], axis=1) for c in self.composed]
@@ -99,6 +99,8 @@ class FakeEngine:
         return CacheSnapshot(layout.composed, layout.n_live, layout.position, planes, values, np.zeros(0, np.uint8))
 
     def restore(self, snapshot: CacheSnapshot) -> None:
+        if any((k.shape[1], v.shape[1]) != (8, 2) for k, v in zip(snapshot.keys, snapshot.values, strict=True)):
+            raise InvalidInput("not the fake engine's cells")
         self.clear()
         rows = [np.ascontiguousarray(keys).view("<i4").T.astype(np.int64) for keys in snapshot.keys]
         self.composed = [r[:, :k] for r, k in zip(rows, snapshot.composed, strict=True)]

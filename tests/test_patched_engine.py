@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import ARCHITECTURES, SLIDING
+from tiny_models import ARCHITECTURES, SLIDING, replayed
 
 from kvcompose_local.attention import AttentionMax
 from kvcompose_local.cells import parse_state
@@ -152,7 +152,7 @@ def test_uniform_budgets_equal_the_stock_twin(tiny_model: Callable[..., Path], a
         for i, (k, v) in enumerate(exported(engine)):
             assert (k.reshape(39, -1) == cells.keys[i].data).all()
             assert (v.reshape(39, -1) == cells.values[i].data.transpose(1, 0, 2).reshape(39, -1)).all()
-        np.testing.assert_allclose(engine.replay(TOKENS[:20]), twin.replay(TOKENS[:20]), atol=2e-3)
+        np.testing.assert_allclose(replayed(engine, TOKENS[:20]), replayed(twin, TOKENS[:20]), atol=2e-3)
 
 
 @pytest.mark.parametrize("arch", UNIFORM)
@@ -229,7 +229,7 @@ def test_replay_leaves_no_trace_and_rows_sum_to_one(llama: PatchedEngine) -> Non
         llama._context.decode(TOKENS[:20])
         llama._context.tap = None
     llama._context.remove(80)
-    seen = llama.replay(TOKENS[:20])
+    seen = replayed(llama, TOKENS[:20])
     assert_same(before, exported(llama))
     assert llama.layout() == layout
     for i in range(3):
@@ -297,7 +297,7 @@ def test_wrong_input_changes_nothing(llama: PatchedEngine) -> None:
         lambda: cells._call("set_explicit_softmax", 2),
         lambda: llama._context.state(),
         lambda: llama.decode(TOKENS[:256]),
-        lambda: llama.replay(TOKENS[:256]),
+        lambda: replayed(llama, TOKENS[:256]),
     ):
         with pytest.raises((EngineError, InvalidInput)):
             call()

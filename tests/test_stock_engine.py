@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_models import replayed
 
 from kvcompose_local.cells import parse_state, write_state
 from kvcompose_local.engines import cells_for, open_engine, physical_cores
@@ -100,7 +101,7 @@ def test_replay_sees_what_attention_saw_and_leaves_no_trace(llama: StockEngine) 
     llama.decode(TOKENS[:40])
     before = llama._context.state()
     tapped: list[np.ndarray] = []
-    whole = llama.replay(TOKENS[:30])
+    whole = replayed(llama, TOKENS[:30])
     assert (llama._context.state() == before).all()
     assert [a.shape for a in whole] == [(4, 40)] * 3
     # Oracle: the full softmax of a single micro-batch, copied, whose rows must sum to 1.
@@ -120,7 +121,7 @@ def test_the_maximum_does_not_depend_on_the_micro_batch(tiny_model: Callable[...
     for n_ubatch in (8, 64):
         with engine_of(tiny_model("llama"), n_ubatch=n_ubatch) as engine:
             engine.decode(TOKENS[:100])
-            results.append(engine.replay(TOKENS[:50]))
+            results.append(replayed(engine, TOKENS[:50]))
     for a, b in zip(*results, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4)
 
@@ -148,7 +149,7 @@ def test_wrong_calls_change_nothing(llama: StockEngine) -> None:
     with pytest.raises(ContextFull):
         llama.decode(list(range(3, 259)))
     with pytest.raises(ContextFull):
-        llama.replay(list(range(3, 259)))
+        replayed(llama, list(range(3, 259)))
     with pytest.raises(InvalidInput):
         llama.rewrite(selection_of(llama, np.arange(3)), 101)
     with pytest.raises(EngineError):

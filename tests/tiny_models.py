@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
 import numpy as np
+
+from kvcompose_local.attention import AttentionMax
+from kvcompose_local.interfaces import Engine
 
 N_EMBD, N_FF, HEAD = 128, 96, 32
 #: Byte-level vocabulary: three specials, then the 256 bytes.
@@ -108,3 +112,10 @@ def write_tiny_model(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def replayed(engine: Engine, tokens: Sequence[int]) -> list[np.ndarray]:
+    """What :meth:`Engine.replay` shows, for each layer float32 (Q, n_live)."""
+    seen = AttentionMax.over(engine.shape.layers)
+    engine.replay(tokens, seen)
+    return seen.result()

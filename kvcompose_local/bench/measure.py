@@ -209,7 +209,7 @@ def measure(
         n_cells = padded(n_tokens + _ANSWER_CELLS + 512)
         full = stack.enter_context(_patched(model, n_cells, threads))
         layers = full.shape.layers
-        seen = AttentionMax(len(layers), [layer.n_heads for layer in layers], exclude_nearest=N_NEAREST)
+        seen = AttentionMax.over(layers, exclude_nearest=N_NEAREST)
         started = time.perf_counter()
         full.decode(tokens, lambda done, total: progress("reading:", done, total), seen)
         prefill_seconds = time.perf_counter() - started
@@ -284,9 +284,10 @@ def _replay_seconds(engine: LlamaEngine, tokens: Sequence[int]) -> float:
     chunk = policy.n_scratch - policy.n_lead_in
     starts = np.linspace(policy.n_lead_in, max(len(tokens) - chunk, policy.n_lead_in), 5).astype(int)
     seconds = []
+    seen = AttentionMax.over(engine.shape.layers)
     for start in starts.tolist():
         started = time.perf_counter()
-        engine.replay(tokens[start - policy.n_lead_in : start + chunk])
+        engine.replay(tokens[start - policy.n_lead_in : start + chunk], seen)
         seconds.append(time.perf_counter() - started)
     return float(np.median(seconds)) * len(tokens) / chunk
 

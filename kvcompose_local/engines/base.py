@@ -10,7 +10,6 @@ from types import TracebackType
 import numpy as np
 from typing_extensions import Self
 
-from kvcompose_local.attention import AttentionMax
 from kvcompose_local.errors import ContextFull, InvalidInput
 from kvcompose_local.interfaces import (
     AttentionSink,
@@ -191,13 +190,11 @@ class LlamaEngine(ABC):
         """How :meth:`sample` draws from now on."""
         self._context.set_sampling(sampling)
 
-    def replay(self, tokens: Sequence[int]) -> list[FloatArray]:
+    def replay(self, tokens: Sequence[int], seen: AttentionSink) -> None:
         layout = self.layout()
         if len(tokens) > layout.n_free:
             raise ContextFull(f"a replay of {len(tokens)} tokens does not fit in {layout.n_free} free cells")
-        seen = AttentionMax(len(self.shape.layers), [layer.n_heads for layer in self.shape.layers])
         live = self._live_columns()
-
         step = self.softmax_micro_batch()
         with self.watching(lambda layer, weights: seen.update(layer, weights, live)):
             try:
@@ -206,7 +203,6 @@ class LlamaEngine(ABC):
             finally:
                 self._context.has_logits = False
                 self._context.remove(layout.position)
-        return seen.result()
 
     def drop_tail(self, n: int) -> None:
         layout = self.layout()

@@ -29,8 +29,7 @@ class Statistics:
         self.tokens = list(tokens)
         self.n_scratch = n_scratch
         self.n_lead_in = n_lead_in
-        layers = engine.shape.layers
-        self._seen = AttentionMax(len(layers), [layer.n_heads for layer in layers], exclude_nearest=N_NEAREST)
+        self._seen = AttentionMax.over(engine.shape.layers, exclude_nearest=N_NEAREST)
         engine.decode(self.tokens, seen=self._seen)
 
     @property
@@ -45,17 +44,17 @@ class Statistics:
     @cached_property
     def replay(self) -> list[FloatArray]:
         """The most attention that any replayed token pays, replayed in the chat's chunks."""
-        chunk = self.n_scratch - self.n_lead_in
-        best: list[FloatArray] = []
+        chunk, seen = self.n_scratch - self.n_lead_in, AttentionMax.over(self.engine.shape.layers)
         for start in range(0, self.n_tokens, chunk):
-            part = self.engine.replay(self.tokens[max(start - self.n_lead_in, 0) : start + chunk])
-            best = [np.maximum(a, b) for a, b in zip(best, part, strict=True)] if best else part
-        return best
+            self.engine.replay(self.tokens[max(start - self.n_lead_in, 0) : start + chunk], seen)
+        return seen.result()
 
     @cached_property
     def whole_replay(self) -> list[FloatArray]:
         """The same, replayed in one piece as published: needs as much room again."""
-        return self.engine.replay(self.tokens)
+        seen = AttentionMax.over(self.engine.shape.layers)
+        self.engine.replay(self.tokens, seen)
+        return seen.result()
 
     @cached_property
     def recent(self) -> list[FloatArray]:
