@@ -403,11 +403,11 @@ def _state_of(manifest: Manifest, tensors: Any, shape: ModelShape) -> ChatState:
         raise ValueError("its tensors are not those of this model")
     scores, seen, keys, values = [], [], [], []
     for i, (layer, k) in enumerate(zip(shape.layers, manifest.composed, strict=True)):
-        n, row = _only(k + n_live), range(layer.row_bytes + 1)
+        n = _only(k + n_live)
         scores.append(tensor(f"scores.{i}", "F32", _only(layer.n_kv_heads), _only(k)))
         seen.append(tensor(f"seen.{i}", "F32", _only(layer.n_heads), range(n_live + 1)))
-        keys.append(tensor(f"keys.{i}", "U8", n, row))
-        values.append(tensor(f"values.{i}", "U8", n, row))
+        keys.append(tensor(f"keys.{i}", "U8", n, range(layer.row_bytes + 1)))
+        values.append(tensor(f"values.{i}", "U8", n, _only(layer.row_bytes - keys[i].shape[1])))
     anything = range(2**31)  # the file is there, so it is no larger than memory
     tokens = tensor("tokens", "I32", _only(position))
     pending = tensor("pending", "I32", anything)
@@ -427,11 +427,18 @@ def _text(raw: bytes) -> dict[str, Any]:
     text = json.loads(raw)
     if not isinstance(text, dict) or text.keys() != {"system", "messages", "draft", "fed"}:
         raise ValueError("its text is not that of a chat")
-    strings = [text["draft"], text["fed"], "" if text["system"] is None else text["system"]]
-    for message in text["messages"]:
-        if message.keys() != {"role", "content"}:
-            raise ValueError("its messages are not those of a chat")
-        strings += message.values()
+    messages = text["messages"]
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and m.keys() == {"role", "content"} and m["role"] in ("system", "user", "assistant")
+        for m in messages
+    ):
+        raise ValueError("its messages are not those of a chat")
+    strings = [
+        text["draft"],
+        text["fed"],
+        "" if text["system"] is None else text["system"],
+        *(m["content"] for m in messages),
+    ]
     if not all(isinstance(string, str) for string in strings):
         raise ValueError("its text is not that of a chat")
-    return {**text, "messages": tuple(text["messages"])}
+    return {**text, "messages": tuple(messages)}

@@ -1,0 +1,577 @@
+"""Saved chats: they go on as if never saved, they refuse what is not theirs, and no file, kill or full disk hurts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from fake_engine import FakeEngine, FakeModel
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from kvcompose_local import sessions
+from kvcompose_local.chat import Chat, ChatState
+from kvcompose_local.compaction import CacheMemory
+from kvcompose_local.engines import open_engine
+from kvcompose_local.engines.base import LlamaEngine
+from kvcompose_local.errors import InvalidInput, SessionError
+from kvcompose_local.interfaces import CacheSnapshot, FloatArray, Sampling
+from kvcompose_local.llama_ffi import CACHE_TYPES, library_is_patched
+from kvcompose_local.sessions import Setup
+
+TinyModel = Callable[..., Path]
+needs_patches = pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
+WORDS = "".join(chr(97 + n % 23) + " " * (n % 5 == 0) for n in range(300))
+
+
+@pytest.fixture(autouse=True)
+def private_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions and digests of this test alone."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(sessions, "sessions_folder", lambda: tmp_path / "state" / "sessions")
+    monkeypatch.setattr(sessions, "cache_folder", lambda: tmp_path / "cache")
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> Setup:
+    """Of the fake engine, whose model is a file of a few bytes."""
+    model = tmp_path / "fake.gguf"
+    model.write_bytes(b"GGUF of nothing")
+    return Setup(model, "f16", 0.5)
+
+
+def fake_chat(answers: list[str] | None = None, *, n_cells: int = 200, n_ctx: int = 400, **options: Any) -> Chat:
+    engine = FakeEngine(n_cells, answers or [], per_layer=True)
+    return Chat(FakeModel(), CacheMemory(engine, n_ctx, compose=n_cells < n_ctx), **options)
+
+
+def talked() -> Chat:
+    """A fake chat with composed and live cells, a draft, and attention that was seen."""
+    chat = fake_chat(["hello", "again"], system="Be kind.")
+    fake_engine(chat).glance = {ord("x"): 0.5}
+    list(chat.ask("x" * 200, max_tokens=9))
+    chat.read("a document")
+    assert chat.memory.reports
+    return chat
+
+
+def fake_engine(chat: Chat) -> FakeEngine:
+    engine = chat.memory.engine
+    assert isinstance(engine, FakeEngine)
+    return engine
+
+
+@contextmanager
+def real_chat(
+    path: Path, *, n_ctx: int = 1024, budget: float = 0.25, cache: str = "f16", **options: Any
+) -> Iterator[Chat]:
+    greedy = Sampling(temperature=0)
+    engine, positions = open_engine(
+        path, n_ctx=n_ctx, budget=budget, n_threads=1, cache_type=CACHE_TYPES[cache], sampling=greedy, **options
+    )
+    with engine:
+        yield Chat(engine.model, CacheMemory(engine, positions, compose=budget < 1))
+
+
+def next_tokens(chat: Chat, n: int, *, walk: int = 0) -> tuple[list[int], list[FloatArray]]:
+    """The greedy tokens after a fixed text, end tokens included, so that there are always ``n``; and all their logits.
+
+    A random model may say one word over and over; ``walk`` puts others in their places.
+    """
+    memory = chat.memory
+    engine = memory.engine
+    assert isinstance(engine, LlamaEngine)
+    memory.feed(list(range(10, 30)))
+    tokens: list[int] = []
+    logits: list[FloatArray] = []
+    for i in range(n):
+        tokens.append(engine.sample())
+        logits.append(engine.logits().copy())
+        memory.feed([(tokens[-1] + i * walk) % engine.shape.n_vocab])
+    return tokens, logits
+
+
+def same_cells(a: CacheSnapshot, b: CacheSnapshot) -> bool:
+    planes = zip([*a.keys, *a.values, a.window], [*b.keys, *b.values, b.window], strict=True)
+    return replace(a, keys=(), values=(), window=b.window) == replace(b, keys=(), values=()) and all(
+        np.array_equal(x, y) for x, y in planes
+    )
+
+
+def same_state(a: ChatState, b: ChatState) -> bool:
+    one, two = a.memory, b.memory
+    arrays = zip([*one.scores, *one.seen], [*two.scores, *two.seen], strict=True)
+    return (
+        replace(a, memory=two) == b
+        and one.tokens == two.tokens
+        and all(np.array_equal(x, y) for x, y in arrays)
+        and same_cells(one.cells, two.cells)
+    )
+
+
+# -- going on ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_chat_goes_on_as_if_it_had_never_been_saved(tmp_path: Path, setup: Setup) -> None:
+    kept = talked()
+    first, second = tmp_path / "first.kvc", tmp_path / "second.kvc"
+    n_bytes = sessions.save(first, kept, setup)
+    assert n_bytes == first.stat().st_size
+    assert first.stat().st_mode & 0o777 == 0o600
+    loaded = fake_chat()
+    manifest = sessions.load(first, loaded, setup)
+    assert same_state(loaded.state(), kept.state())
+    assert (manifest.n_ctx, manifest.budget, manifest.position) == (400, 0.5, kept.memory.position)
+    sessions.save(second, loaded, setup)
+    assert second.read_bytes() == first.read_bytes()
+    for chat in (kept, loaded):
+        engine = fake_engine(chat)
+        engine.answers, engine.fed, engine.replayed, engine.glance = ["yes"], b"", [], {ord("z"): 0.3}
+        assert list(chat.ask("?" + "z" * 60, max_tokens=9)) == list("yes")
+        assert engine.replayed
+    assert fake_engine(loaded).fed == fake_engine(kept).fed
+    assert fake_engine(loaded).fed.startswith(b"?zzz")  # the document and the turn's head were read before
+    assert fake_engine(loaded).replayed == fake_engine(kept).replayed
+    assert same_state(loaded.state(), kept.state())
+
+
+def test_text_that_an_interrupt_left_unread_is_saved_too(tmp_path: Path, setup: Setup) -> None:
+    stop = [False]
+    chat = fake_chat(should_stop=lambda: stop[0], on_read=lambda n, of: stop.__setitem__(0, n >= 4))
+    list(chat.ask("Hello", max_tokens=9))
+    sessions.save(tmp_path / "s.kvc", chat, setup)
+    loaded = fake_chat(["x"])
+    sessions.load(tmp_path / "s.kvc", loaded, setup)
+    assert loaded.unread_tokens == len("ello[/][a]")
+    list(loaded.ask("Go", max_tokens=9))
+    assert fake_engine(loaded).fed == b"ello[/][a][/][u]Go[/][a]x"
+
+
+def test_an_empty_chat_is_saved_and_loaded(tmp_path: Path, setup: Setup, tiny_model: TinyModel) -> None:
+    sessions.save(tmp_path / "s.kvc", fake_chat(), setup)
+    chat = talked()
+    sessions.load(tmp_path / "s.kvc", chat, setup)
+    assert chat.memory.position == 0
+    assert chat.messages == []
+    for engine_name in ("stock", "patched") if library_is_patched() else ("stock",):
+        with real_chat(tiny_model(), engine_name=engine_name) as real:
+            tiny = Setup(tiny_model(), "f16", 0.25)
+            sessions.save(tmp_path / "t.kvc", real, tiny)
+            real.read("something")
+            sessions.load(tmp_path / "t.kvc", real, tiny)
+            assert real.memory.position == 0
+
+
+@needs_patches
+@pytest.mark.parametrize("cache", ["f16", "q8_0"])
+@pytest.mark.parametrize(("arch", "n_layers"), [("llama", 3), ("gemma3", 7)])
+def test_the_next_200_tokens_are_those_of_the_chat_that_was_never_saved(
+    tmp_path: Path, tiny_model: TinyModel, arch: str, n_layers: int, cache: str
+) -> None:
+    model = tiny_model(arch, n_layers=n_layers)
+    setup, path = Setup(model, cache, 0.25), tmp_path / "s.kvc"
+    with real_chat(model, cache=cache) as kept, real_chat(model, cache=cache) as loaded:
+        kept.read(WORDS)
+        list(kept.ask("What is it?", max_tokens=30))
+        assert kept.memory.reports
+        sessions.save(path, kept, setup)
+        loaded.read("something else")  # which must leave no trace
+        sessions.load(path, loaded, setup)
+        assert same_state(loaded.state(), kept.state())
+        sessions.save(tmp_path / "again.kvc", loaded, setup)
+        assert (tmp_path / "again.kvc").read_bytes() == path.read_bytes()
+        n_compactions = len(kept.memory.reports)
+        for n, walk in ((200, 0), (60, 7)):
+            tokens, logits = next_tokens(kept, n, walk=walk)
+            tokens_loaded, logits_loaded = next_tokens(loaded, n, walk=walk)
+            assert tokens_loaded == tokens
+            # A window comes back with its cells in another order, and so are the sums over them.
+            np.testing.assert_allclose(logits_loaded, logits, rtol=0, atol=0.05 if arch == "gemma3" else 0)
+        assert len(set(tokens)) > 10
+        assert len(kept.memory.reports) > n_compactions  # scores and attention were needed
+        assert arch == "gemma3" or same_state(loaded.state(), kept.state())
+
+
+@needs_patches
+def test_a_session_of_one_size_is_loaded_into_others(tmp_path: Path, tiny_model: TinyModel) -> None:
+    model, path = tiny_model(), tmp_path / "s.kvc"
+    setup = Setup(model, "f16", 0.5)
+    with real_chat(model, budget=0.5) as chat:
+        chat.read(WORDS + WORDS[:150])
+        n = chat.memory.position
+        sessions.save(path, chat, setup)
+    for n_ctx, budget in ((4096, 0.25), (1024, 1.0), (2048, 0.5)):
+        with real_chat(model, n_ctx=n_ctx, budget=budget) as chat:
+            sessions.load(path, chat, setup)
+            assert chat.memory.position == n
+            next_tokens(chat, 200)
+    for n_ctx, budget, told in ((512, 0.5, "raise --ctx"), (1024, 0.25, "raise --budget")):
+        with real_chat(model, n_ctx=n_ctx, budget=budget) as chat:
+            chat.read("the chat that runs")
+            before = chat.state()
+            with pytest.raises(SessionError, match=told):
+                sessions.load(path, chat, setup)
+            assert same_state(chat.state(), before)
+
+
+@needs_patches
+def test_sessions_cross_engines_where_the_cells_can(tmp_path: Path, tiny_model: TinyModel) -> None:
+    model, path = tiny_model(), tmp_path / "s.kvc"
+    setup = Setup(model, "f16", 0.25)
+    with real_chat(model, engine_name="stock") as stock, real_chat(model) as patched:
+        stock.read(WORDS)
+        assert stock.memory.reports
+        sessions.save(path, stock, setup)
+        sessions.load(path, patched, setup)
+        assert same_state(patched.state(), stock.state())
+        assert next_tokens(patched, 5)[0] == next_tokens(stock, 5)[0]
+        patched.clear()
+        patched.read(WORDS)
+        assert len(set(patched.memory.engine.layout().composed)) > 1
+        sessions.save(path, patched, setup)
+        before = stock.state()
+        with pytest.raises(SessionError, match="only the patched engine can hold"):
+            sessions.load(path, stock, setup)
+        assert same_state(stock.state(), before)
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_another_model_cache_type_format_or_size_is_refused(tmp_path: Path, setup: Setup) -> None:
+    path = tmp_path / "s.kvc"
+    sessions.save(path, talked(), setup)
+    other = tmp_path / "other.gguf"
+    other.write_bytes(b"GGUF of nothing else")
+    manifest, arrays = taken_apart(path)
+
+    def refused(words: str, chat: Chat | None = None, with_setup: Setup = setup) -> None:
+        chat = chat or talked()
+        before = chat.state()
+        with pytest.raises(SessionError, match=words) as told:
+            sessions.load(path, chat, with_setup)
+        assert "\n" not in str(told.value)
+        assert same_state(chat.state(), before)
+
+    refused(r"belongs to another model: fake.gguf, not other.gguf", with_setup=replace(setup, model=other))
+    refused(
+        "cells are f16 and the cache is q8_0: start with --cache-type f16", with_setup=replace(setup, cache_type="q8_0")
+    )
+    refused("raise --budget", fake_chat(n_cells=100))
+    refused("spans 246 positions: raise --ctx", fake_chat(n_cells=200, n_ctx=200))
+    put_together(path, manifest | {"format": 2, "program": "9.9"}, arrays)
+    refused("has format 2 and was made by version 9.9 of this program")
+    put_together(path, manifest, arrays | {"more": np.zeros(1, np.uint8)})
+    refused("damaged or no session")
+    put_together(path, manifest | {"llama_cpp": "other"}, arrays | {"window": np.zeros(1, np.uint8)})
+    refused("sliding windows are those of other")
+
+
+def taken_apart(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    with safe_open(path, "numpy") as file:
+        return json.loads(file.metadata()["manifest"]), dict(
+            sorted(load_file(path).items(), key=lambda x: x[1].itemsize)
+        )
+
+
+def put_together(path: Path, manifest: dict[str, Any], arrays: dict[str, Any]) -> None:
+    """A file whose checksum is right, whatever it holds."""
+    entries: dict[str, Any] = {"__metadata__": {"checksum": "0" * 64, "manifest": json.dumps(manifest)}}
+    end, data = 0, b""
+    for name, array in arrays.items():
+        begin, end = end, end + array.nbytes
+        kind = {"f": "F32", "i": "I32", "u": "U8"}[array.dtype.kind]
+        entries[name] = {"dtype": kind, "shape": array.shape, "data_offsets": [begin, end]}
+        data += array.tobytes()
+    head = json.dumps(entries).encode()
+    raw = struct.pack("<Q", len(head)) + head + data
+    digest = hashlib.blake2b(raw, digest_size=32).hexdigest().encode()
+    path.write_bytes(raw.replace(b'"checksum": "' + b"0" * 64, b'"checksum": "' + digest))
+
+
+def test_ten_thousand_damaged_files(tmp_path: Path, setup: Setup) -> None:
+    """None is accepted, none raises anything else, none touches the chat, and none takes memory or time."""
+    path = tmp_path / "s.kvc"
+    chat = talked()
+    small = fake_chat(["ok"], n_cells=100, n_ctx=150)
+    list(small.ask("y" * 110, max_tokens=3))
+    sessions.save(path, small, setup)
+    whole = path.read_bytes()
+    head = 8 + int.from_bytes(whole[:8], "little")
+    rng = random.Random(0)
+    rss, started = psutil.Process().memory_info().rss, time.monotonic()
+
+    def flipped() -> bytes:
+        raw = bytearray(whole)
+        for _ in range(rng.choice((1, 1, 2, 30))):
+            raw[rng.randrange(head if rng.random() < 0.7 else len(raw))] ^= 1 << rng.randrange(8)
+        return bytes(raw)
+
+    def cut() -> bytes:
+        return whole[: rng.randrange(len(whole))]
+
+    numbers = [match.span() for match in re.finditer(rb"\b\d+\b", whole[:head]) if match.start() > 8]
+
+    def header_number() -> bytes:
+        """Another number in the header: sizes, offsets, counts."""
+        at, end = rng.choice(numbers)
+        number = rng.choice((b"0", b"-1", b"1", b"9", b"4294967296", b"99999999999999999999", b"1e30", b"%d" % 2**62))
+        edited = whole[8:at] + number + whole[end:head]
+        return struct.pack("<Q", len(edited)) + edited + whole[head:]
+
+    def spliced() -> bytes:
+        a, b = sorted(rng.randrange(len(whole)) for _ in range(2))
+        return rng.choice(
+            (whole[:a] + whole[b:], whole[:b] + whole[a:], whole + whole[a:b], whole[:a] + bytes(b - a) + whole[b:])
+        )
+
+    def length() -> bytes:
+        return struct.pack("<Q", rng.choice((0, 1, head, 2**20, 2**32, 2**63, 2**64 - 1))) + whole[8:]
+
+    def nested() -> bytes:
+        edited = b"[" * rng.randrange(1, 100_000)
+        return struct.pack("<Q", len(edited)) + edited
+
+    kinds = [flipped] * 12 + [cut] * 4 + [header_number] * 8 + [spliced] * 4 + [length] + [nested]
+    for i in range(10_000):
+        raw = rng.choice(kinds)()
+        path.write_bytes(raw)
+        if raw == whole:
+            continue
+        with pytest.raises(SessionError) as told:
+            sessions.load(path, chat, setup)
+        assert "\n" not in str(told.value), i
+        assert len(str(told.value)) < 400
+    assert same_state(chat.state(), talked().state())
+    assert psutil.Process().memory_info().rss - rss < 64 << 20
+    assert time.monotonic() - started < 55
+    path.write_bytes(whole)
+    sessions.load(path, chat, setup)
+    assert same_state(chat.state(), small.state())
+
+
+def test_forged_files_of_the_right_checksum(tmp_path: Path, setup: Setup) -> None:
+    """What contradicts itself or the model is refused before the chat is touched."""
+    path = tmp_path / "s.kvc"
+    chat = talked()
+    sessions.save(path, chat, setup)
+    manifest, arrays = taken_apart(path)
+    put_together(path, manifest, arrays)
+    sessions.load(path, chat, setup)  # the forger knows the format
+    n_live, text = manifest["n_live"], json.loads(arrays["text"].tobytes())
+
+    def altered(name: str, value: Any) -> Any:
+        array = arrays[name].copy()
+        array.flat[0] = value
+        return arrays | {name: array}
+
+    def told(**fields: Any) -> Any:
+        return arrays | {"text": np.frombuffer(json.dumps(text | fields).encode(), np.uint8)}
+
+    without = [{name: a for name, a in arrays.items() if name != left_out} for left_out in arrays]
+    forged: list[tuple[Any, Any]] = [(manifest, a) for a in without]
+    forged += [
+        (manifest, altered("scores.1", np.nan)),
+        (manifest, altered("scores.0", np.inf)),
+        (manifest, altered("seen.0", np.nan)),
+        (manifest, altered("tokens", -1)),
+        (manifest, altered("tokens", 257)),
+        (manifest, altered("text", 0)),
+        (manifest, arrays | {"pending": np.array([-1], np.int32)}),
+        (manifest, arrays | {"pending": np.array([257], np.int32)}),
+        (manifest, arrays | {"pending": np.array([[1]], np.int32)}),
+        (manifest, arrays | {"tokens": arrays["tokens"].astype(np.float32)}),
+        (manifest, arrays | {"tokens": arrays["tokens"][1:]}),
+        (manifest, arrays | {"scores.0": arrays["scores.0"][:1]}),
+        (manifest, arrays | {"scores.0": arrays["scores.0"][:, 1:]}),
+        (manifest, arrays | {"seen.0": np.zeros((4, n_live + 1), np.float32)}),
+        (manifest, arrays | {"seen.0": np.zeros((3, 1), np.float32)}),
+        (manifest, arrays | {"keys.0": arrays["keys.0"][1:]}),
+        (manifest, arrays | {"keys.0": arrays["keys.0"][:, 1:]}),
+        (manifest, arrays | {"values.0": np.zeros((len(arrays["keys.0"]), 3), np.uint8)}),
+        (manifest, arrays | {"window": np.zeros((1, 1), np.uint8)}),
+        (manifest, told(messages="x")),
+        (manifest, told(messages=[1])),
+        (manifest, told(messages=[{"role": "user", "content": 3}])),
+        (manifest, told(messages=[{"role": "root", "content": "x"}])),
+        (manifest, told(messages=[{"role": ["user"], "content": "x"}])),
+        (manifest, told(draft=None)),
+        (manifest, told(system=7)),
+        (manifest, told(system=0)),
+        (manifest, told(more="x")),
+        (manifest, arrays | {"text": np.frombuffer(b"[" * 100_000, np.uint8)}),
+        ([manifest], arrays),
+        (manifest | {"more": 1}, arrays),
+    ]
+    for field, values in {
+        "position": (0, manifest["position"] + 1, 2**31, -1, 1.5, None),
+        "n_live": (0, n_live + 1, -1, True, "3"),
+        "composed": ([], [1], [0, 0], [*manifest["composed"], 0], [[], []], [-1, 1], 5),
+        "budget": (0.0, 2.0, float("nan"), 1),
+        "n_ctx": (-5, 2**40, "many"),
+        "format": ("1", None, 1.0, 0),
+        "model_sha256": ("", None, "0" * 64),
+        "cache_type": ("f17", 1),
+        "engine": (None,),
+    }.items():
+        forged += [(manifest | {field: value}, arrays) for value in values]
+    for i, (wrong_manifest, wrong_arrays) in enumerate(forged):
+        put_together(path, wrong_manifest, wrong_arrays)
+        with pytest.raises(SessionError) as error:
+            sessions.load(path, chat, setup)
+        assert "\n" not in str(error.value), i
+        assert same_state(chat.state(), talked().state()), i
+
+
+def test_what_is_no_file_of_sensible_size_is_refused_at_once(tmp_path: Path, setup: Setup) -> None:
+    chat = talked()
+    pipe, huge, bomb, tiny = (tmp_path / f"{name}.kvc" for name in ("pipe", "huge", "bomb", "tiny"))
+    os.mkfifo(pipe)
+    entry = {"keys.0": {"dtype": "U8", "shape": [2**44], "data_offsets": [0, 2**44]}}
+    head = json.dumps(entry).encode()
+    with open(huge, "wb") as file:  # a file of holes that says it is one tensor of 16 TiB
+        file.write(struct.pack("<Q", len(head)) + head)
+        file.truncate(min(8 + len(head) + 2**44, 2**43))
+    bomb.write_bytes(struct.pack("<Q", len(head)) + head)
+    tiny.write_bytes(b"\x01")
+    started = time.monotonic()
+    for path, words in (
+        (pipe, "not a plain file"),
+        (huge, "larger than this machine's memory"),
+        (bomb, "damaged or no session"),
+        (tiny, "damaged or no session"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "none.kvc", "No such file"),
+        (Path("/dev/zero"), "not a plain file"),
+    ):
+        with pytest.raises(SessionError, match=words):
+            sessions.load(path, chat, setup)
+    assert time.monotonic() - started < 5
+    assert same_state(chat.state(), talked().state())
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+#: Saves ever longer chats to one file, until it is killed.
+SAVER = """
+import sys
+from pathlib import Path
+from test_sessions import Setup, fake_chat, sessions
+sessions.cache_folder = lambda: Path(sys.argv[2]).parent
+chat = fake_chat(n_ctx=10**6)
+chat.messages = [{"role": "user", "content": "w" * 5_000_000}]
+while True:
+    chat.memory.feed([1, 2, 3])
+    sessions.save(Path(sys.argv[1]), chat, Setup(Path(sys.argv[2]), "f16", 0.5))
+    print(chat.memory.position, flush=True)
+"""
+
+
+def saver(path: Path, setup: Setup, code: str = SAVER) -> subprocess.Popen[str]:
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", code, str(path), str(setup.model)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_file(tmp_path: Path, setup: Setup) -> None:
+    path = tmp_path / "folder" / "s.kvc"
+    path.parent.mkdir()
+    rng = random.Random(1)
+    killed_while_writing = 0
+    for _ in range(25):
+        with saver(path, setup) as child:
+            assert child.stdout is not None
+            told = child.stdout.readline()
+            time.sleep(rng.uniform(0, 0.1))
+            child.send_signal(signal.SIGKILL)
+            position = int((told + child.stdout.read()).split()[-1])
+        killed_while_writing += len(list(path.parent.glob(".*.part")))
+        chat = fake_chat(n_ctx=10**6)
+        sessions.load(path, chat, setup)
+        # The last save that was told, or the one after it, which was killed between its end and the telling.
+        assert chat.memory.position - position in (0, 3)
+        if killed_while_writing >= 3:
+            break
+    assert killed_while_writing
+    sessions.save(path, talked(), setup)
+    assert [file.name for file in path.parent.iterdir()] == ["s.kvc"]
+
+
+def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path: Path, setup: Setup) -> None:
+    path = tmp_path / "folder" / "s.kvc"
+    path.parent.mkdir()
+    sessions.save(path, talked(), setup)
+    # A limit on the size of files stops the write in the middle, as a full disk does.
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (700_000, 700_000))\n"
+    with saver(path, setup, limit + SAVER) as child:
+        out, error = child.communicate(timeout=60)
+    assert (out, error.splitlines()[-1]) == (
+        "",
+        f"kvcompose_local.errors.SessionError: the disk is full: make room in {path.parent}, then save again",
+    )
+    assert [file.name for file in path.parent.iterdir()] == ["s.kvc"]
+    chat = fake_chat()
+    sessions.load(path, chat, setup)
+    assert same_state(chat.state(), talked().state())
+
+
+def test_what_cannot_be_written(tmp_path: Path, setup: Setup) -> None:
+    for path, words in ((tmp_path, "is a folder"), (tmp_path / "no" / "s.kvc", "make the folder")):
+        with pytest.raises(SessionError, match=words):
+            sessions.check_writable(path)
+        with pytest.raises(SessionError, match="cannot write"):
+            sessions.save(path, talked(), setup)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["cache", "fake.gguf"]
+    with pytest.raises(SessionError, match="cannot read"):
+        sessions.save(tmp_path / "s.kvc", talked(), replace(setup, model=tmp_path / "gone.gguf"))
+    link = tmp_path / "link.kvc"
+    link.symlink_to(tmp_path / "target.kvc")
+    sessions.save(link, talked(), setup)
+    assert link.is_symlink()
+    sessions.load(tmp_path / "target.kvc", fake_chat(), setup)
+
+
+def test_names_and_paths(tmp_path: Path, setup: Setup) -> None:
+    folder = tmp_path / "state" / "sessions"
+    assert sessions.names() == []
+    assert sessions.path_of("notes") == folder / "notes.kvc"
+    assert sessions.path_of("./notes") == Path("notes")
+    assert sessions.path_of("notes.kvc") == Path("notes.kvc")
+    for name in ("", "..", "a?b", " ", "a\nb", "-"):
+        if name != "-":
+            with pytest.raises(InvalidInput):
+                sessions.path_of(name)
+    for i, name in enumerate(("older", "newer")):
+        sessions.check_writable(sessions.path_of(name))
+        sessions.save(sessions.path_of(name), talked(), setup)
+        os.utime(sessions.path_of(name), (i, i))
+    assert sessions.names() == ["newer", "older"]
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_model_is_hashed_once(tmp_path: Path, setup: Setup) -> None:
+    reads: list[tuple[int, int]] = []
+    content = bytes(range(256)) * 10_000
+    setup.model.write_bytes(content)
+    for _ in range(2):
+        digest = sessions.model_digest(setup.model, lambda *n: reads.append(n))
+        assert digest == hashlib.sha256(content).hexdigest()
+        assert reads == [(1, 2), (2, 2), (2, 2)]
+    setup.model.write_bytes(content[::-1])
+    assert sessions.model_digest(setup.model) == hashlib.sha256(content[::-1]).hexdigest()
