@@ -32,10 +32,10 @@ class LocalChat:
 
     model: a GGUF file or a name of ``models.txt``, which is fetched, None for the small default; budget: share in
     (0, 1] of the bytes that an uncompressed cache of ``n_ctx`` tokens takes; n_ctx: positions the chat may span
-    (default 8192, or what the model was trained for); n_threads: default physical cores; gpu_layers: default all where a GPU
-    backend is built in; cache_type: ``f16``, ``q8_0``, …; workers: ``HOST:PORT`` of ``kvcompose-local rpc-server``
-    processes. on_compaction is told of each compaction; on_loading, on_reading and on_compacting get (done, in all),
-    and may raise KeyboardInterrupt; should_stop is asked between tokens.
+    (default 8192, or what the model was trained for); n_threads: default physical cores; gpu_layers: default all where
+    a GPU backend is built in; cache_type: ``f16``, ``q8_0``, …; workers: ``HOST:PORT`` of ``rpc-server`` processes.
+    on_compaction is told of each compaction; on_loading, on_reading and on_compacting get (done, in all), and may raise
+    KeyboardInterrupt; should_stop is asked between tokens.
 
     Raises ModelError and InvalidInput, each with one line that says what to do.
     """
