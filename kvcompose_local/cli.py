@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import platformdirs
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from kvcompose_local import __version__
 from kvcompose_local.bench.command import bench_command
@@ -43,6 +44,14 @@ class Real(click.FloatRange):
         if math.isnan(number):
             self.fail(f"{value} is not a number", parameter, context)
         return number
+
+
+def complete_session(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    """Names of sessions, and files, for the shell."""
+    from kvcompose_local import sessions
+
+    known = [CompletionItem(name) for name in sessions.names() if name.startswith(begun)]
+    return [*known, CompletionItem(begun, type="file")]
 
 
 @click.group(
@@ -92,7 +101,12 @@ def cli(context: click.Context, debug: bool) -> None:
     help="How K and V are stored; q8_0 halves the bytes, less than that hurts small models.",
 )
 @click.option("--rpc", metavar="HOST:PORT[,…]", help="Spread layers and their cells over these workers (rpc-server).")
-@click.option("--session", metavar="NAME|FILE", help="Go on from this session, and save the chat to it at the end.")
+@click.option(
+    "--session",
+    metavar="NAME|FILE",
+    shell_complete=complete_session,
+    help="Go on from this session, and save the chat to it at the end.",
+)
 @click.option("--no-autosave", is_flag=True, help="Leave without saving.")
 @click.option("--json", "as_json", is_flag=True, help="With -p or piped input: one JSON object on stdout.")
 @click.pass_context

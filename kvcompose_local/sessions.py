@@ -99,7 +99,9 @@ class Manifest:
             raise ValueError("its values are not those of a manifest")
         manifest = cls(**values)
         counts = [manifest.n_ctx, manifest.n_live, manifest.position, *manifest.composed]
-        if any(type(n) is not int or not 0 <= n < 2**31 for n in counts) or not 0 < manifest.budget <= 1:
+        if any(type(n) is not int or not 0 <= n < 2**31 for n in counts) or not (
+            manifest.n_ctx and 0 < manifest.budget <= 1
+        ):
             raise ValueError("its numbers are out of range")
         return manifest
 

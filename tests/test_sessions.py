@@ -24,6 +24,7 @@ import pytest
 from fake_engine import FakeEngine, FakeModel
 from safetensors import safe_open
 from safetensors.numpy import load_file
+from test_cli import endless, program, refused
 
 from kvcompose_local import sessions
 from kvcompose_local.chat import Chat, ChatState
@@ -32,7 +33,7 @@ from kvcompose_local.engines import open_engine
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.errors import InvalidInput, SessionError
 from kvcompose_local.interfaces import CacheSnapshot, FloatArray, Sampling
-from kvcompose_local.llama_ffi import CACHE_TYPES, library_is_patched
+from kvcompose_local.llama_ffi import CACHE_TYPES, library_is_patched, library_path
 from kvcompose_local.sessions import Setup
 
 TinyModel = Callable[..., Path]
@@ -575,3 +576,83 @@ def test_a_model_is_hashed_once(tmp_path: Path, setup: Setup) -> None:
         assert reads == [(1, 2), (2, 2), (2, 2)]
     setup.model.write_bytes(content[::-1])
     assert sessions.model_digest(setup.model) == hashlib.sha256(content[::-1]).hexdigest()
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def private_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs started by this test keep digests and sessions in its own folder."""
+    monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(library_path().parent))
+    monkeypatch.setenv("KVCOMPOSE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+@needs_patches
+def test_a_document_is_read_once_and_answered_about_at_once(
+    private_program: None, tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    model = tmp_path / "model.gguf"
+    model.write_bytes(endless(tiny_model).read_bytes())
+    notes, out = tmp_path / "notes.txt", tmp_path / "notes.kvc"
+    notes.write_text(WORDS * 3)
+    n = 1 + len(f"[user]{(WORDS * 3).rstrip()}\n\n".replace(" ", "▁").encode())
+    made = program("compress", model, notes, "-o", out, "--ctx", 2048, "--budget", 0.75, "--keep", 0.3, "--threads", 1)
+    assert made.returncode == 0, made.stderr
+    assert re.fullmatch(
+        rf"{out}: {n} tokens in 0\.\d MiB \(uncompressed: 1\.1 MiB\)\n"
+        rf"ask about it: kvcompose-local run --session {out}\n",
+        made.stdout,
+    )
+    assert f"compacted: {n} tokens seen" in made.stderr
+    before = out.read_bytes()
+    asked = ["run", "--session", out, "-p", "Who?", "--json", "--temp", 0, "--max-tokens", 8, "--threads", 1]
+    first, second = (program(*asked, "--no-autosave") for _ in range(2))
+    assert "loaded" in first.stderr
+    assert out.read_bytes() == before
+    told, again = json.loads(first.stdout), json.loads(second.stdout)
+    assert told["text"] == again["text"]
+    assert (told["prompt_tokens"], told["positions"]) == (
+        len("Who?[/][assistant]"),
+        n + len("Who?[/][assistant]") + 8,
+    )
+    assert told["kv_bytes"] == 0.75 * told["kv_bytes_full"]
+    assert told["kv_bytes_full"] == 2048 * 3 * 256
+    assert told["kv_bytes_used"] < 0.35 * n * 3 * 256
+    program(*asked)
+    saved = program(*asked)
+    assert saved.stderr.startswith(f"loaded {out}: 2 messages, ")
+    assert json.loads(saved.stdout)["positions"] > told["positions"]
+
+    short = ["run", "--session", out, "-p", "Who?", "--threads", 1]
+    refused(program(*short, "--ctx", 512), 1, "raise --ctx")
+    refused(program(*short, "--budget", 0.125), 1, "raise --budget")
+    refused(program(*short, "--cache-type", "q8_0"), 1, "start with --cache-type f16")
+    refused(program(*short, "--system", "Other."), 1, "a system prompt of its own")
+    refused(program("run", tiny_model("llama", seed=5), *short[1:]), 1, "belongs to another model: model.gguf")
+    moved = model.rename(tmp_path / "moved.gguf")
+    refused(program(*short), 1, f"no longer at {model}")
+    assert program("run", moved, *short[1:], "--max-tokens", 1).returncode == 0
+    out.write_bytes(before[:-1])
+    refused(program(*short), 1, "notes.kvc is damaged or no session")
+
+
+@needs_patches
+def test_what_compress_reads_and_refuses(private_program: None, tmp_path: Path, tiny_model: TinyModel) -> None:
+    out = tmp_path / "out.kvc"
+    compress = ["compress", tiny_model(), "-", "-o", out, "--ctx", 1024, "--threads", 1]
+    refused(program(*compress), 2, "there is no text to read")
+    refused(program(*compress, stdin=b"\xff\xfe"), 2, "standard input is not UTF-8 text")
+    refused(program(*compress, stdin="x" * 5000), 1, "more tokens do not fit: 0 of --ctx 1024 positions are used")
+    refused(program(*compress, "--budget", 1, stdin="x"), 2, "a budget of 1 never compresses")
+    refused(program(*compress, "--keep", 0, stdin="x"), 2, "--keep")
+    refused(program(*compress, "-o", tmp_path / "no" / "out.kvc", stdin="x"), 1, "make the folder")
+    refused(program("compress", tiny_model(), tmp_path / "none.txt", "-o", out), 2, "cannot read")
+    assert not out.exists()
+    short = program(*compress, stdin="A few words.\n")
+    assert short.returncode == 0
+    assert short.stderr == "the text is too short to compress: it is kept whole\n"
+    assert json.loads(program("run", "--session", out, "-p", "x", "--json", "--threads", 1, "--max-tokens", 1).stdout)[
+        "layer_cells"
+    ][0] > len("A few words.")

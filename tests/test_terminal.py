@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from test_cli import endless
 
+from kvcompose_local.llama_ffi import library_path
+
 pexpect = pytest.importorskip("pexpect")
 
 TinyModel = Callable[..., Path]
@@ -32,6 +34,7 @@ def terminal(tiny_model: TinyModel, tmp_path: Path) -> Iterator[Terminal]:
         home = tmp_path / "home"
         home.mkdir(exist_ok=True)
         env = {k: v for k, v in os.environ.items() if not k.startswith("XDG_")}
+        env |= {"KVCOMPOSE_CACHE": str(home / "cache"), "LLAMA_CPP_LIB_PATH": str(library_path().parent)}
         command = ["-m", "kvcompose_local.cli", "run", str(endless(tiny_model)), "--threads", "1", "--temp", "0"]
         command += ["--budget", "0.5", "--ctx", "1024", "--max-tokens", "20", *options]
         child = pexpect.spawn(
@@ -202,3 +205,40 @@ def test_tab_completes_commands_and_file_names(terminal: Terminal, tmp_path: Pat
     child.expect_exact("tokens of")
     child.expect_exact("unmistakable.txt: ask about it")
     leave(child)
+
+
+def test_a_chat_is_saved_loaded_and_gone_on_with(terminal: Terminal, tmp_path: Path) -> None:
+    child = terminal()
+    assert say(child, "/save") == "error: /save takes a name"
+    assert say(child, "/load") == "error: /load takes a name: nothing is saved yet"
+    say(child, "Hello")
+    positions = f"positions: {1 + len('[user]Hello[/][assistant]') + 20} of 1024 used"
+    hint = r"saved \(0\.\d MiB\): kvcompose-local run --session (\S+) goes on from here"
+    assert re.fullmatch(hint, say(child, "/save notes"))
+    assert re.fullmatch(hint, say(child, f"/save {tmp_path}/elsewhere.kvc"))
+    say(child, "/clear")
+    assert say(child, "/load none").startswith("error: cannot read ")
+    assert say(child, "/load") == "error: /load takes a name: notes"
+    child.send("/load no\t")
+    child.expect_exact("tes")
+    child.send("\r")
+    child.expect_exact("loaded notes: 2 messages, ")
+    child.expect_exact(PROMPT)
+    assert positions in say(child, "/stats")
+    say(child, "More")
+    child.send(CTRL_D)
+    child.expect(pexpect.EOF)
+    said = re.search(hint, plain(child.before))
+    assert said is not None
+    assert said[1] == "last"
+    child = terminal("--session", "last", "--no-autosave")
+    assert "loaded last: 4 messages, " in plain(child.before)
+    child.send("Lost\r")
+    child.expect_exact("(stopped after 20 tokens")
+    child.send(CTRL_D)
+    child.expect(pexpect.EOF)
+    assert "saved" not in child.before
+    child = terminal("--session", f"{tmp_path}/elsewhere.kvc")
+    assert positions in say(child, "/stats")
+    leave(child)
+    assert "saved" not in child.before, "nothing was said"
