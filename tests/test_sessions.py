@@ -31,7 +31,7 @@ from kvcompose_local.chat import Chat, ChatState
 from kvcompose_local.compaction import CacheMemory
 from kvcompose_local.engines import open_engine
 from kvcompose_local.engines.base import LlamaEngine
-from kvcompose_local.errors import InvalidInput, SessionError
+from kvcompose_local.errors import EngineError, InvalidInput, SessionError
 from kvcompose_local.interfaces import CacheSnapshot, FloatArray, Sampling
 from kvcompose_local.llama_ffi import CACHE_TYPES, library_is_patched, library_path
 from kvcompose_local.sessions import Setup
@@ -465,6 +465,21 @@ def test_what_is_no_file_of_sensible_size_is_refused_at_once(tmp_path: Path, set
             sessions.load(path, chat, setup)
     assert time.monotonic() - started < 5
     assert same_state(chat.state(), talked().state())
+
+
+def test_an_engine_that_fails_on_the_way_leaves_an_empty_chat(tmp_path: Path, setup: Setup) -> None:
+    class Failing(FakeEngine):
+        def restore(self, snapshot: CacheSnapshot) -> None:
+            self.clear()
+            self.live = [1, 2, 3]
+            raise EngineError("llama_kvc_set_rows failed")
+
+    sessions.save(tmp_path / "s.kvc", talked(), setup)
+    chat = Chat(FakeModel(), CacheMemory(Failing(200, ["yes"], per_layer=True), 400))
+    list(chat.ask("Hello", max_tokens=9))
+    with pytest.raises(SessionError, match=r"s\.kvc cannot be loaded: llama_kvc_set_rows failed"):
+        sessions.load(tmp_path / "s.kvc", chat, setup)
+    assert same_state(chat.state(), fake_chat().state())
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
