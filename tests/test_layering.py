@@ -55,7 +55,19 @@ ORDER = (
     "evaluation.command",
     "cli",
 )
-PURE = ("errors", "interfaces", "attention", "scores", "budgets", "selection", "cells", "compaction", "chat", "repl")
+PURE = (
+    "errors",
+    "interfaces",
+    "attention",
+    "scores",
+    "budgets",
+    "selection",
+    "cells",
+    "compaction",
+    "chat",
+    "repl",
+    "sessions",
+)
 
 
 def imports_of(path: Path) -> set[str]:
