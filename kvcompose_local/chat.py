@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from itertools import pairwise, zip_longest
+from typing import Any, NamedTuple, Protocol
 
 from kvcompose_local.compaction import CacheMemory, MemoryState
 from kvcompose_local.errors import ContextFull, InvalidInput
@@ -17,6 +19,8 @@ from kvcompose_local.interfaces import Progress
 _REST_OF_MESSAGE = "\x00rest of the message\x00"
 #: Models without a template answer as the assistant and then go on as the user.
 _PLAIN_STOP = "\nUser:"
+#: How Qwen, DeepSeek and their kin write their thinking; the last of it may be cut short.
+_THINKING = re.compile(r"<think>.*?(?:</think>|\Z)\s*", re.DOTALL)
 
 
 class TextModel(Protocol):
@@ -59,6 +63,27 @@ class TurnStats:
         return self.generated_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
+class Place(NamedTuple):
+    """A place in the transcript: how many tokens and how many characters stand before it."""
+
+    n_tokens: int
+    n_chars: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """A message with its answer, or a document, and what it takes to take it back.
+
+    begin: where it begins; n_messages, draft: those before it; answer: where its answer begins, None for a document and
+    where that is not known.
+    """
+
+    begin: Place
+    n_messages: int
+    draft: str
+    answer: Place | None = None
+
+
 @dataclass(frozen=True)
 class ChatState:
     """All that a :class:`Chat` knows, to go on from later.
@@ -73,13 +98,15 @@ class ChatState:
     fed: str
     pending: tuple[int, ...]
     memory: MemoryState
+    steps: tuple[Step, ...] = ()
 
 
 class Chat:
     """A multi-turn chat over a :class:`CacheMemory`.
 
     should_stop is asked between micro-batches and tokens; True ends what runs, and nothing is lost: text that was not
-    read yet is read before the next message.
+    read yet is read before the next message. on_rebuild is told how many tokens are about to be read again, where going
+    back needs cells that are compressed.
     """
 
     def __init__(
@@ -90,12 +117,14 @@ class Chat:
         system: str | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         on_read: Progress | None = None,
+        on_rebuild: Callable[[int], None] = lambda n_tokens: None,
     ) -> None:
         self.model = model
         self.memory = memory
         self.system = system
         self.should_stop = should_stop
         self.on_read = on_read
+        self.on_rebuild = on_rebuild
         self.turns: list[TurnStats] = []
         self.answering = ""  # the answer so far, while one is being given
         self.messages: list[dict[str, str]] = []
@@ -105,13 +134,14 @@ class Chat:
     def _reset(self) -> None:
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
         self._draft = ""  # the part of the next user message that /read has fed already
-        self._fed = ""  # every character the cache has been given, prompts and answers
-        self._pending: list[int] = []  # tokens of _fed that an interrupt left unread
+        self._fed = ""  # every character of the transcript, prompts and answers
+        self._tokens: list[int] = []  # the transcript; the cache holds it, or as much as an interrupt let it read
+        self._steps: list[Step] = []
 
     @property
     def unread_tokens(self) -> int:
         """Tokens that an interrupt left to be read before the next message."""
-        return len(self._pending)
+        return len(self._tokens) - self.memory.position
 
     def clear(self) -> None:
         """Start anew; the system prompt stays."""
@@ -121,7 +151,9 @@ class Chat:
     def state(self) -> ChatState:
         """A copy of everything, for :meth:`restore`."""
         messages = tuple(dict(message) for message in self.messages)
-        return ChatState(self.system, messages, self._draft, self._fed, tuple(self._pending), self.memory.state())
+        pending = tuple(self._tokens[self.memory.position :])
+        memory, steps = self.memory.state(), tuple(self._steps)
+        return ChatState(self.system, messages, self._draft, self._fed, pending, memory, steps)
 
     def restore(self, state: ChatState) -> None:
         """Go on from a state, which replaces the conversation.
@@ -132,6 +164,12 @@ class Chat:
         n_vocab = self.memory.engine.shape.n_vocab
         if not all(0 <= token < n_vocab for token in state.pending):
             raise InvalidInput("the tokens to be read are not of this model")
+        end = Place(len(state.memory.tokens) + len(state.pending), len(state.fed))
+        places = [place for step in state.steps for place in (step.begin, step.answer or step.begin)] + [end]
+        ordered = all(0 <= a.n_tokens <= b.n_tokens and 0 <= a.n_chars <= b.n_chars for a, b in pairwise(places))
+        counts = [0, *(step.n_messages for step in state.steps), len(state.messages)]
+        if not ordered or counts != sorted(counts):
+            raise InvalidInput("the turns are not those of this conversation")
         try:
             self.memory.restore(state.memory)
         except (InvalidInput, ContextFull):
@@ -141,70 +179,203 @@ class Chat:
             raise
         self.system = state.system
         self.messages = [dict(message) for message in state.messages]
-        self._draft, self._fed, self._pending = state.draft, state.fed, [*state.pending]
+        self._draft, self._fed, self._steps = state.draft, state.fed, [*state.steps]
+        self._tokens = [*state.memory.tokens, *state.pending]
 
     def set_system(self, text: str) -> None:
-        """Give the chat another system prompt and read the whole conversation again under it."""
-        history = [m for m in self.messages if m["role"] != "system"]
-        draft = self._draft
-        self.system = text or None
-        self.clear()
-        self.messages += history
-        if history:
-            self._queue(self.model.render_chat(self.messages, add_generation_prompt=False))
-        self._draft = draft
-        if draft:
-            self._queue_draft()
-        self._read(TurnStats())
+        """Give the chat another system prompt and read the whole conversation again under it.
 
-    def read(self, document: str) -> TurnStats:
+        Raises ContextFull, with nothing changed, when it does not fit the positions there are.
+        """
+        with self._taken_back_when_full():
+            self.system = text or None
+            self._retell()
+            self._read(TurnStats())
+
+    def read(self, document: str, *, pin: bool = False) -> TurnStats:
         """Read a document now, as the beginning of the next user message; returns its counts and seconds.
 
-        Raises ContextFull, with the document taken back, when it does not fit the positions left.
+        ``pin`` protects it from compaction. Raises ContextFull, with the document taken back, when it does not fit the
+        positions left, or the pin what a compaction keeps.
         """
         if not document.strip():
             raise InvalidInput("there is no text to read")
         stats = TurnStats()
         with self._taken_back_when_full():
+            self._follow_template()
+            begin = self._begin()
             self._draft += document.rstrip() + "\n\n"
             self._queue_draft()
+            if pin:
+                self.memory.pin(begin.n_tokens, len(self._tokens))
             self._read(stats)
         self.turns.append(stats)
         return stats
 
-    def ask(self, text: str, *, max_tokens: int) -> Iterator[str]:
-        """Send a user message; yields the answer in pieces of whole characters.
+    def ask(self, text: str, *, max_tokens: int, instead: bool = False) -> Iterator[str]:
+        """Send a user message, perhaps ``instead`` of the last one; yields the answer in pieces of whole characters.
 
         ``turns[-1]`` holds the counts, and in ``stopped`` why it ended: ``end``, ``length``, ``context`` or
         ``interrupt``. Raises ContextFull, with the message taken back, when it does not fit the positions left.
         """
-        if not (self._draft or text.strip()):
+        replaced = self._last_message() if instead else None
+        if not text.strip() and not (replaced.draft if replaced else self._draft):
             raise InvalidInput("the message is empty")
         stats = TurnStats()
         with self._taken_back_when_full():
+            if replaced:
+                self._take_back(replaced)
+            self._follow_template()
+            self._begin()
             self.messages.append({"role": "user", "content": self._draft + text})
             self._draft = ""
             self._queue(self._prompt())
-            self._read(stats)
+            self._steps[-1] = replace(self._steps[-1], answer=self._end())
+            self._read(stats, for_logits=True)
         self.turns.append(stats)
-        self.answering = ""
-        try:
-            if not self._pending:
-                for piece in self._generate(stats, max_tokens):
-                    self.answering += piece
-                    yield piece
-        finally:
-            answer, self.answering = self.answering, ""
-            self.messages.append({"role": "assistant", "content": answer.strip() if self._stop_text else answer})
+        yield from self._answer(stats, max_tokens)
+
+    def ask_again(self, *, max_tokens: int) -> Iterator[str]:
+        """Another answer to the last message, in place of its own; otherwise as :meth:`ask`.
+
+        An interrupt before its first token leaves the old answer in place. Raises InvalidInput without a message.
+        """
+        step = self._last_message()
+        if step.answer is None:
+            yield from self.ask(self.last_message, max_tokens=max_tokens, instead=True)
+            return
+        stats, before = TurnStats(), self._copy()
+        self._cut(step.answer)
+        self._read(stats, for_logits=True)
+        self.turns.append(stats)
+        if stats.stopped:
+            self._put_back(before)
+        else:
+            self.messages.pop()
+            yield from self._answer(stats, max_tokens)
+
+    @property
+    def last_message(self) -> str:
+        """What the user typed last, without documents. Raises InvalidInput where there is no message to speak of."""
+        step = self._last_message()
+        return self.messages[step.n_messages]["content"][len(step.draft) :]
+
+    def undo(self) -> str:
+        """Take back what came last, a message with its answer or a document; returns which, in words.
+
+        Raises InvalidInput when there is nothing.
+        """
+        if not self._steps:
+            raise InvalidInput("there is nothing to take back")
+        step = self._steps[-1]
+        what = "your message and its answer" if len(self.messages) > step.n_messages else "the document"
+        self._take_back(step)
+        self._read(TurnStats(), go_on=False)
+        return what
+
+    def forget_thinking(self) -> int:
+        """Drop the thinking of the last answer from the conversation and its cache; returns the tokens it took.
+
+        Raises InvalidInput when there is none.
+        """
+        step = self._last_message()
+        opened = step.answer is not None and self._fed[: step.answer.n_chars].rstrip().endswith("<think>")
+        message = self.messages[-1]
+        spoken = _THINKING.sub("", "<think>" * opened + message["content"]).lstrip()
+        if spoken == message["content"]:
+            raise InvalidInput("the last answer holds no thinking")
+        before = len(self._tokens)
+        self.messages[-1] = message | {"content": spoken}
+        self._follow_template()
+        if len(self._tokens) == before and step.answer is not None:  # the template changed more than that
+            self._cut(step.answer)
+            self._queue("</think>\n\n" * opened + spoken)
+        self._read(TurnStats())
+        return before - len(self._tokens)
+
+    def pin(self) -> int:
+        """Protect the last message, or the document read last, from compaction; returns its tokens.
+
+        Where it is compressed already, it is read again from the transcript. Raises InvalidInput where there is
+        nothing, or nothing is ever dropped, and ContextFull where a compaction could not keep that much.
+        """
+        if not self._steps:
+            raise InvalidInput("there is nothing to pin yet")
+        step = self._steps[-1]
+        begin, end = step.begin.n_tokens, (step.answer or self._end()).n_tokens
+        with self._taken_back_when_full():
+            if not self.memory.pin(begin, end):
+                self._read(TurnStats(), n_kept=begin)
+        return end - begin
+
+    # -- the transcript -----------------------------------------------------------------------------------------------
+
+    def _end(self) -> Place:
+        return Place(len(self._tokens), len(self._fed))
+
+    def _begin(self) -> Place:
+        self._steps.append(Step(self._end(), len(self.messages), self._draft))
+        return self._steps[-1].begin
+
+    def _last_message(self) -> Step:
+        if not self._steps:
+            raise InvalidInput("there is no message yet")
+        if self._steps[-1].n_messages == len(self.messages):
+            raise InvalidInput("a document was read since your last message: /undo takes it back first")
+        return self._steps[-1]
+
+    def _cut(self, place: Place) -> None:
+        del self._tokens[place.n_tokens :]
+        self._fed = self._fed[: place.n_chars]
+        self.memory.unpin(place.n_tokens)
+
+    def _take_back(self, step: Step) -> None:
+        """Forget the last step; the cache still holds it until the next :meth:`_read`."""
+        self._cut(step.begin)
+        self._steps.pop()
+        del self.messages[step.n_messages :]
+        self._draft = step.draft
+
+    def _copy(self) -> tuple[Any, ...]:
+        lists = [*self.messages], [*self._tokens], [*self._steps], [*self.memory.pins]
+        return self.system, self._draft, self._fed, *lists
+
+    def _put_back(self, copy: tuple[Any, ...]) -> None:
+        self.system, self._draft, self._fed, self.messages, self._tokens, self._steps, self.memory.pins = copy
 
     @contextlib.contextmanager
     def _taken_back_when_full(self) -> Iterator[None]:
-        before = self._fed, list(self._pending), list(self.messages), self._draft
+        before = self._copy()
         try:
             yield
         except ContextFull:
-            self._fed, self._pending, self.messages, self._draft = before
+            self._put_back(before)
+            self._read(TurnStats(), go_on=False)  # only where the cache ran out on the way
             raise
+
+    def _retell(self) -> None:
+        """Make the transcript anew, as if the conversation had been under this system prompt from its beginning."""
+        steps, messages, draft = self._steps, self.messages, self._draft
+        following = [(step.draft, step.n_messages) for step in steps[1:]] + [(draft, len(messages))]
+        pins = self.memory.pins
+        pinned = [any(start <= step.begin.n_tokens < stop for start, stop in pins) for step in steps]
+        self._reset()
+        self.memory.unpin(0)
+        for step, (draft, n_messages), pin in zip(steps, following, pinned, strict=True):
+            self._follow_template()
+            begin = self._begin()
+            self._draft = draft
+            if said := messages[step.n_messages : n_messages]:
+                self.messages.append(said[0])
+                self._queue(self._prompt())
+                self._steps[-1] = replace(self._steps[-1], answer=self._end())
+            else:
+                self._queue_draft()
+            if pin:
+                self.memory.pin(begin.n_tokens, len(self._tokens))
+            for answer in said[1:]:
+                self.messages.append(answer)
+                self._queue(answer["content"])
 
     def _prompt(self) -> str:
         """What the template puts between the text fed so far and the coming answer."""
@@ -218,6 +389,30 @@ class Chat:
         if whole.startswith(past):
             return whole[end:]
         return self.model.render_chat(self.messages[-1:], add_generation_prompt=True)
+
+    def _head(self) -> str:
+        """The whole conversation up to where the user goes on typing; empty where the template hides that place."""
+        message = {"role": "user", "content": self._draft + _REST_OF_MESSAGE}
+        whole = self.model.render_chat([*self.messages, message], add_generation_prompt=True)
+        head, found, _ = whole.partition(_REST_OF_MESSAGE)
+        return head if found else ""
+
+    def _follow_template(self) -> None:
+        """Where the template drops part of the last answer, its thinking, go back and go on with its version."""
+        step = self._steps[-1] if self._steps else None
+        if step is None or step.answer is None:
+            return
+        head = self._head()
+        if head.startswith(self._fed) or self._fed[step.answer.n_chars :].strip() in head:
+            return
+        if head.startswith(self._fed[: step.answer.n_chars]):
+            self._cut(step.answer)
+        elif head.startswith(self._fed[: step.begin.n_chars]):
+            self._cut(step.begin)  # the prompt itself opened the thinking
+            self._steps[-1] = replace(step, answer=None)
+        else:
+            return
+        self._queue(head[len(self._fed) :])
 
     def _queue_draft(self) -> None:
         message = {"role": "user", "content": self._draft + _REST_OF_MESSAGE}
@@ -234,13 +429,30 @@ class Chat:
         first = not self._fed
         add_bos = first and self.model.adds_bos and not (bos and text.startswith(bos))
         self._fed += text
-        self._pending += self.model.tokenize(text, add_bos=add_bos)
+        self._tokens += self.model.tokenize(text, add_bos=add_bos)
 
-    def _read(self, stats: TurnStats) -> None:
-        """Feed the pending tokens; an interrupt leaves the rest pending."""
-        total = len(self._pending)
-        reports = len(self.memory.reports)
-        before, started = self.memory.position, time.perf_counter()
+    def _n_shared(self) -> int:
+        """How many of the tokens in the cache begin the transcript."""
+        seen = self.memory.tokens
+        if seen == self._tokens[: len(seen)]:
+            return len(seen)
+        return next(i for i, (a, b) in enumerate(zip_longest(seen, self._tokens)) if a != b)
+
+    def _read(
+        self, stats: TurnStats, *, n_kept: int | None = None, for_logits: bool = False, go_on: bool = True
+    ) -> None:
+        """Let the cache hold the transcript: go back to where they part, then feed the rest, unless not to ``go_on``.
+
+        n_kept: tokens that may be kept at most; for_logits: read at least the last token. An interrupt leaves the rest
+        to be read by the next call.
+        """
+        memory = self.memory
+        n_shared = min(self._n_shared(), len(self._tokens) if n_kept is None else n_kept)
+        if for_logits:
+            n_shared = min(n_shared, len(self._tokens) - 1)
+        if go_on:
+            memory.check_positions(n_shared, len(self._tokens) - n_shared)
+        reports, started, before = len(memory.reports), time.perf_counter(), n_shared
 
         def progress(n: int, of: int) -> None:
             if self.on_read is not None:
@@ -249,20 +461,35 @@ class Chat:
                 raise KeyboardInterrupt
 
         try:
-            self.memory.feed(self._pending, progress)
+            if n_shared < memory.position:
+                if not memory.can_drop(n_shared):
+                    before = 0
+                    self.on_rebuild(len(self._tokens))
+                memory.rewind(n_shared, progress)
+            if go_on:
+                memory.feed(self._tokens[n_shared:], progress)
         except KeyboardInterrupt:
             stats.stopped = "interrupt"
         finally:
-            read = self.memory.position - before
-            del self._pending[:read]
-            stats.prompt_tokens += total - len(self._pending)
-            stats.compactions += len(self.memory.reports) - reports
+            stats.prompt_tokens += memory.position - before
+            stats.compactions += len(memory.reports) - reports
             spent = self._compaction_seconds(reports)
             stats.compaction_seconds += spent
             stats.prefill_seconds += time.perf_counter() - started - spent
 
     def _compaction_seconds(self, since: int) -> float:
         return sum(report.seconds for report in self.memory.reports[since:])
+
+    def _answer(self, stats: TurnStats, max_tokens: int) -> Iterator[str]:
+        self.answering = ""
+        try:
+            if not stats.stopped:
+                for piece in self._generate(stats, max_tokens):
+                    self.answering += piece
+                    yield piece
+        finally:
+            answer, self.answering = self.answering, ""
+            self.messages.append({"role": "assistant", "content": answer.strip() if self._stop_text else answer})
 
     def _generate(self, stats: TurnStats, max_tokens: int) -> Iterator[str]:
         # Tokens are bytes, not characters: one character may span several tokens.
@@ -285,14 +512,13 @@ class Chat:
                     held = held.partition(self._stop_text)[0]
                     stats.stopped = "end"
                     break
-                self._pending.append(token)
+                self._tokens.append(token)
                 keep = _beginning_at_end(self._stop_text, held)
                 piece, held = held[: len(held) - keep], held[len(held) - keep :]
                 if piece:
                     self._fed += piece
                     yield piece
-                self.memory.feed(self._pending)
-                self._pending.clear()
+                self.memory.feed([token])
         except ContextFull:
             stats.stopped = "context"
         except KeyboardInterrupt:

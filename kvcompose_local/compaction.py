@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from kvcompose_local.attention import AttentionMax
 from kvcompose_local.budgets import allocate_bytes
@@ -51,6 +52,8 @@ class Policy:
         )
 
 
+#: The score of a pinned token: above any other, since those are sums of a few attention weights, which are at most 1.
+PINNED = 2.0**20
 #: Attention of a token to the ones just before it says nothing about who else needs them.
 N_NEAREST = 16
 
@@ -90,13 +93,15 @@ class MemoryState:
     """All that a :class:`CacheMemory` knows, to go on from later.
 
     tokens: all that were seen; scores: float32 (H, K_l) of each layer's composed cells; seen: float32 (Q, at most
-    n_live), the attention that each layer's live cells got while they were read; cells: as the engine gave them.
+    n_live), the attention that each layer's live cells got while they were read; cells: as the engine gave them; pins:
+    the (start, stop) of what is pinned.
     """
 
     tokens: tuple[int, ...]
     scores: tuple[FloatArray, ...]
     seen: tuple[FloatArray, ...]
     cells: CacheSnapshot
+    pins: tuple[tuple[int, int], ...] = ()
 
 
 class CacheMemory:
@@ -124,6 +129,8 @@ class CacheMemory:
         self.on_progress = on_progress
         self.reports: list[CompactionReport] = []
         self.tokens: list[int] = []  # all that were seen, in their order
+        self.pins: list[tuple[int, int]] = []  # (start, stop) in positions, read or yet to be read
+        self._furthest = 0  # the highest position that a sliding window had to reach
         self._forget_scores()
 
     def _forget_scores(self) -> None:
@@ -159,12 +166,7 @@ class CacheMemory:
         Raises ContextFull before anything is read when the positions run out. An interrupt keeps what was read:
         ``position`` tells how much that is.
         """
-        position = self.position
-        if position + len(tokens) > self.n_ctx:
-            raise ContextFull(
-                f"{len(tokens)} more tokens do not fit: {position} of --ctx {self.n_ctx} positions are used; "
-                "start again with a larger --ctx, or /clear"
-            )
+        self.check_positions(self.position, len(tokens))
         done = 0
         while done < len(tokens):
             room = self._room()
@@ -188,7 +190,16 @@ class CacheMemory:
                 if watch:  # a micro-batch that failed was shown and taken back
                     self._seen.keep(slice(self.engine.layout().n_live))
                 self.tokens += piece[: self.engine.layout().position - len(self.tokens)]
+                self._furthest = max(self._furthest, len(self.tokens))
             done += len(piece)
+
+    def check_positions(self, position: int, n_more: int) -> None:
+        """Raises ContextFull unless ``n_more`` tokens fit behind the first ``position`` ones."""
+        if position + n_more > self.n_ctx:
+            raise ContextFull(
+                f"{n_more} more tokens do not fit: {position} of --ctx {self.n_ctx} positions are used; "
+                "start again with a larger --ctx, or /clear"
+            )
 
     def _room(self) -> int:
         free = self.engine.layout().n_free
@@ -215,8 +226,13 @@ class CacheMemory:
             np.concatenate([old, token_scores(new[None], old.shape[0], add_mean_across_heads=False)[0]], axis=1)
             for old, new in zip(self._scores, attention, strict=True)
         ]
+        n_composable = before.position - n_tail
+        pinned = self._pinned(n_composable)
+        for layer_scores in scores:
+            layer_scores[:, layer_scores.shape[1] - n_scored :][:, pinned[n_composable - n_scored :]] = PINNED
         bytes_before = self._bytes_of(before)
-        budgets = self._budgets(scores, n_tail, None if keep is None else int(keep * bytes_before))
+        at_most = None if keep is None else int(keep * bytes_before)
+        budgets = self._budgets(scores, n_tail, at_most, int(pinned.sum()))
         selection = select_composites(scores, budgets)
         selected = time.perf_counter()
         self.engine.rewrite(selection, n_tail)
@@ -260,21 +276,23 @@ class CacheMemory:
         for start in range(0, n_scored, chunk):
             if self.on_progress is not None:
                 self.on_progress(start, n_scored)
-            self.engine.replay(live[max(start - lead_in, 0) : min(start + chunk, n_scored)], replayed)
+            part = live[max(start - lead_in, 0) : min(start + chunk, n_scored)]
+            self._furthest = max(self._furthest, len(self.tokens) + len(part))
+            self.engine.replay(part, replayed)
         if self.on_progress is not None:
             self.on_progress(n_scored, n_scored)
 
-    def _budgets(self, scores: Sequence[FloatArray], n_tail: int, at_most: int | None) -> IntArray:
-        """Composed cells of each layer: what the arenas hold beside tail, headroom and scratch."""
+    def _budgets(self, scores: Sequence[FloatArray], n_tail: int, at_most: int | None, n_pinned: int) -> IntArray:
+        """Composed cells of each layer, within ``at_most`` bytes of all cells but for what is pinned."""
         layers = self.engine.shape.layers
-        reserved = n_tail + self.policy.n_headroom + self.policy.n_scratch
         device = np.array([layer.device for layer in layers])
         row_bytes = np.array([layer.row_bytes for layer in layers])
-        live_bytes = np.bincount(device, weights=row_bytes, minlength=len(self.engine.arena_bytes)).astype(np.int64)
-        room = np.array(self.engine.arena_bytes, np.int64) - reserved * live_bytes
+        live_bytes = self._live_bytes()
+        room = self._composed_room(n_tail)
         if at_most is not None:
             share = np.array(self.engine.arena_bytes, np.float64) / sum(self.engine.arena_bytes)
-            room = np.minimum(room, np.floor(share * at_most).astype(np.int64) - n_tail * live_bytes)
+            wanted = np.floor(share * at_most).astype(np.int64) - n_tail * live_bytes
+            room = np.minimum(room, np.maximum(wanted, n_pinned * live_bytes))
         if (room < 0).any():
             raise ContextFull("the budget leaves no cells for composed tokens: raise --ctx or --budget")
         if self.engine.per_layer:
@@ -282,10 +300,60 @@ class CacheMemory:
         fitting = int((room // np.maximum(live_bytes, 1)).min())
         return np.array([min(fitting, s.shape[1]) for s in scores], np.int64)
 
+    def _live_bytes(self) -> IntArray:
+        """Bytes that one live token takes in each arena: int64 (devices,)."""
+        layers = self.engine.shape.layers
+        device, row_bytes = [layer.device for layer in layers], [layer.row_bytes for layer in layers]
+        return np.bincount(device, weights=row_bytes, minlength=len(self.engine.arena_bytes)).astype(np.int64)
+
+    def _composed_room(self, n_tail: int) -> IntArray:
+        """Bytes that each arena has for composed cells beside tail, headroom and scratch: int64 (devices,)."""
+        reserved = n_tail + self.policy.n_headroom + self.policy.n_scratch
+        return np.array(self.engine.arena_bytes, np.int64) - reserved * self._live_bytes()
+
+    def pin(self, start: int, stop: int) -> bool:
+        """Keep the tokens at positions ``start`` to ``stop``, read or yet to be read, in all layers and heads.
+
+        Returns whether that holds from now on: composed tokens cannot be told apart any more, so False says that some
+        are among them, and that it holds once ``rewind(start)`` has made them be read again. Raises ContextFull, with
+        nothing changed, when a compaction could not keep all that is pinned, and InvalidInput where none ever runs.
+        """
+        if not self.compose:
+            raise InvalidInput("this chat runs at budget 1: nothing is ever dropped")
+        if not 0 <= start <= stop:
+            raise InvalidInput(f"there are no positions {start} to {stop}")
+        before = self.pins
+        self.pins = [*before, (start, stop)]
+        n_fitting = int((self._composed_room(self.policy.n_tail) // np.maximum(self._live_bytes(), 1)).min())
+        if self.n_pinned > n_fitting:
+            n_pinned, self.pins = self.n_pinned, before
+            raise ContextFull(
+                f"{n_pinned} pinned tokens are more than the {max(n_fitting, 0)} that a compaction can keep: "
+                "raise --ctx or --budget"
+            )
+        layout = self.engine.layout()
+        return start >= layout.position - layout.n_live
+
+    def unpin(self, position: int) -> None:
+        """Forget what is pinned from ``position`` on."""
+        self.pins = [(start, min(stop, position)) for start, stop in self.pins if start < position]
+
+    @property
+    def n_pinned(self) -> int:
+        """Tokens that are pinned."""
+        return int(self._pinned(max((stop for _, stop in self.pins), default=0)).sum())
+
+    def _pinned(self, n_tokens: int) -> npt.NDArray[np.bool_]:
+        """Which of the first tokens are pinned: bool (n_tokens,)."""
+        pinned = np.zeros(n_tokens, bool)
+        for start, stop in self.pins:
+            pinned[start:stop] = True
+        return pinned
+
     def state(self) -> MemoryState:
         """A copy of everything, for :meth:`restore`."""
         seen = tuple(layer.copy() for layer in self._seen.result())
-        return MemoryState(tuple(self.tokens), tuple(self._scores), seen, self.engine.snapshot())
+        return MemoryState(tuple(self.tokens), tuple(self._scores), seen, self.engine.snapshot(), tuple(self.pins))
 
     def restore(self, state: MemoryState) -> None:
         """Go on from a state, perhaps of another size of cache; the logits are gone.
@@ -305,11 +373,15 @@ class CacheMemory:
             raise InvalidInput("the scores are not those of these cells")
         if any(layer.ndim != 2 or layer.shape[1] > cells.n_live for layer in state.seen):
             raise InvalidInput("the attention is not that of these cells")
+        if any(not 0 <= start <= stop <= self.n_ctx for start, stop in state.pins):
+            raise InvalidInput("the pins are not those of these tokens")
         self._check_room(cells)
         seen = AttentionMax.over(layers, exclude_nearest=N_NEAREST)
         seen.take_back(state.seen)
         self.engine.restore(cells)
         self.tokens = [*state.tokens]
+        self.pins = [*state.pins]
+        self._furthest = cells.position + (self.engine.max_replay if cells.window.size else 0)
         self._scores = [*state.scores]
         self._seen = seen
 
@@ -332,24 +404,32 @@ class CacheMemory:
         """Forget the tokens from ``position`` on; the logits are gone.
 
         Returns whether live cells sufficed. Where they do not, everything is read again from the transcript, which an
-        interrupt may cut short: ``tokens`` is what has been read.
+        interrupt may cut short: ``tokens`` is what has been read. Pins stay, for what is read there next.
         """
         if not 0 <= position <= self.position:
             raise InvalidInput(f"cannot go back to position {position}: {self.position} tokens were seen")
-        layout = self.engine.layout()
-        # What a replay may not give back, because a window has moved on, cannot be dropped either.
-        if layout.position - position <= min(layout.n_live, self.engine.max_replay):
+        if self.can_drop(position):
+            layout = self.engine.layout()
             self.engine.drop_tail(layout.position - position)
             del self.tokens[position:]
             self._seen.keep(slice(layout.n_live - (layout.position - position)))
             return True
-        again = self.tokens[:position]
+        again, pins = self.tokens[:position], self.pins
         self.clear()
+        self.pins = pins
         self.feed(again, progress)
         return False
+
+    def can_drop(self, position: int) -> bool:
+        """Whether live cells suffice to go back to ``position``."""
+        layout = self.engine.layout()
+        # A sliding window that has moved on by more than a replay lacks what stood before.
+        return layout.position - position <= layout.n_live and self._furthest - position <= self.engine.max_replay
 
     def clear(self) -> None:
         """Forget everything."""
         self.engine.clear()
         self.tokens = []
+        self.pins = []
+        self._furthest = 0
         self._forget_scores()

@@ -102,9 +102,9 @@ def test_another_system_prompt_reads_the_conversation_again() -> None:
     list(chat.ask("Hi", max_tokens=9))
     engine.fed = b""
     chat.set_system("S")
-    assert engine.fed == b"[s]S[/][u]Hi[/][a]one[/]"
+    assert engine.fed == b"s]S[/][u]Hi[/][a]one", "but for the bracket that both begin with"
     list(chat.ask("More", max_tokens=9))
-    assert engine.fed == b"[s]S[/][u]Hi[/][a]one[/][u]More[/][a]two"
+    assert engine.fed == b"s]S[/][u]Hi[/][a]one[/][u]More[/][a]two"
     chat.clear()
     assert engine.position == 0
     assert chat.messages == [{"role": "system", "content": "S"}]
