@@ -4,7 +4,7 @@ The container is safetensors. Its metadata are the manifest (JSON) and a checksu
 
     keys.l, values.l  U8 (K_l + n_live, row bytes)     scores.l  F32 (H, K_l)       seen.l   F32 (Q, at most n_live)
     tokens            I32 (position,)                  pending   I32 (n,)           window   U8 (bytes,)
-    text              U8 (bytes,): JSON of system prompt, messages, draft and the text that was fed
+    text              U8 (bytes,): JSON of system prompt, messages, draft, the text that was fed, steps and pins
 
 A file takes its name only when it is whole, and nothing of it is believed, allocated or handed on before its sizes and
 its checksum, blake2b over every byte, were looked at.
@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 
 from kvcompose_local import __version__
 from kvcompose_local.build import read_pin
-from kvcompose_local.chat import Chat, ChatState
+from kvcompose_local.chat import Chat, ChatState, Place, Step
 from kvcompose_local.compaction import MemoryState
 from kvcompose_local.download import DISK_FULL
 from kvcompose_local.errors import InvalidInput, KVComposeError, SessionError
@@ -98,10 +98,8 @@ class Manifest:
         ):
             raise ValueError("its values are not those of a manifest")
         manifest = cls(**values)
-        counts = [manifest.n_ctx, manifest.n_live, manifest.position, *manifest.composed]
-        if any(type(n) is not int or not 0 <= n < 2**31 for n in counts) or not (
-            manifest.n_ctx and 0 < manifest.budget <= 1
-        ):
+        _counts([manifest.n_ctx, manifest.n_live, manifest.position, *manifest.composed])
+        if not (manifest.n_ctx and 0 < manifest.budget <= 1):
             raise ValueError("its numbers are out of range")
         return manifest
 
@@ -214,7 +212,14 @@ def save(path: Path, chat: Chat, setup: Setup, progress: Progress | None = None)
 def _arrays_of(state: ChatState) -> dict[str, Array]:
     """The tensors of a session, those of four bytes first, so that all of them are aligned."""
     memory, cells = state.memory, state.memory.cells
-    text = {"system": state.system, "messages": state.messages, "draft": state.draft, "fed": state.fed}
+    text = {
+        "system": state.system,
+        "messages": state.messages,
+        "draft": state.draft,
+        "fed": state.fed,
+        "steps": [[step.begin, step.n_messages, step.draft, step.answer] for step in state.steps],
+        "pins": memory.pins,
+    }
     arrays: dict[str, Array] = {
         "tokens": np.array(memory.tokens, "<i4"),
         "pending": np.array(state.pending, "<i4"),
@@ -414,9 +419,9 @@ def _state_of(manifest: Manifest, tensors: Any, shape: ModelShape) -> ChatState:
     tokens = tensor("tokens", "I32", _only(position))
     pending = tensor("pending", "I32", anything)
     window = tensor("window", "U8", anything)
-    text = _text(tensor("text", "U8", anything).tobytes())
+    text, pins = _text(tensor("text", "U8", anything).tobytes())
     cells = CacheSnapshot(tuple(manifest.composed), n_live, position, tuple(keys), tuple(values), window)
-    memory = MemoryState(tuple(tokens.tolist()), tuple(scores), tuple(seen), cells)
+    memory = MemoryState(tuple(tokens.tolist()), tuple(scores), tuple(seen), cells, pins)
     return ChatState(**text, pending=tuple(pending.tolist()), memory=memory)
 
 
@@ -424,23 +429,36 @@ def _only(n: int) -> range:
     return range(n, n + 1)
 
 
-def _text(raw: bytes) -> dict[str, Any]:
-    """The text fields of a ChatState. Raises ValueError where they are not what they should be."""
+def _text(raw: bytes) -> tuple[dict[str, Any], tuple[tuple[int, int], ...]]:
+    """The text fields of a ChatState, and the pins. Raises ValueError where they are not what they should be."""
     text = json.loads(raw)
-    if not isinstance(text, dict) or text.keys() != {"system", "messages", "draft", "fed"}:
+    if not isinstance(text, dict) or text.keys() != {"system", "messages", "draft", "fed", "steps", "pins"}:
         raise ValueError("its text is not that of a chat")
-    messages = text["messages"]
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and m.keys() == {"role", "content"} and m["role"] in ("system", "user", "assistant")
-        for m in messages
-    ):
+    if not all(isinstance(text[name], list) for name in ("messages", "steps", "pins")):
+        raise ValueError("its text is not that of a chat")
+    messages = tuple(text["messages"])
+    roles = ("system", "user", "assistant")
+    if not all(isinstance(m, dict) and m.keys() == {"role", "content"} and m["role"] in roles for m in messages):
         raise ValueError("its messages are not those of a chat")
-    strings = [
-        text["draft"],
-        text["fed"],
-        "" if text["system"] is None else text["system"],
-        *(m["content"] for m in messages),
-    ]
+    steps = []
+    for begin, n_messages, draft, answer in text["steps"]:
+        (count,) = _counts([n_messages])
+        steps.append(Step(Place(*_two(begin)), count, draft, None if answer is None else Place(*_two(answer))))
+    system = "" if text["system"] is None else text["system"]
+    strings = [system, text["draft"], text["fed"], *(m["content"] for m in messages), *(step.draft for step in steps)]
     if not all(isinstance(string, str) for string in strings):
         raise ValueError("its text is not that of a chat")
-    return {**text, "messages": tuple(messages)}
+    pins = tuple(_two(pin) for pin in text.pop("pins"))
+    return {**text, "messages": messages, "steps": tuple(steps)}, pins
+
+
+def _counts(values: Any) -> list[int]:
+    """The same list. Raises ValueError unless it holds numbers from 0 on."""
+    if not isinstance(values, list) or not all(type(n) is int and 0 <= n < 2**31 for n in values):
+        raise ValueError("its numbers are out of range")
+    return values
+
+
+def _two(values: Any) -> tuple[int, int]:
+    first, second = _counts(values)
+    return first, second

@@ -67,8 +67,10 @@ def talked() -> Chat:
     chat = fake_chat(["hello", "again"], system="Be kind.")
     fake_engine(chat).glance = {ord("x"): 0.5}
     list(chat.ask("x" * 200, max_tokens=9))
-    chat.read("a document")
+    chat.read("a document", pin=True)
     assert chat.memory.reports
+    assert chat.memory.pins
+    assert chat.state().steps
     return chat
 
 
@@ -120,7 +122,7 @@ def same_state(a: ChatState, b: ChatState) -> bool:
     arrays = zip([*one.scores, *one.seen], [*two.scores, *two.seen], strict=True)
     return (
         replace(a, memory=two) == b
-        and one.tokens == two.tokens
+        and (one.tokens, one.pins) == (two.tokens, two.pins)
         and all(np.array_equal(x, y) for x, y in arrays)
         and same_cells(one.cells, two.cells)
     )
@@ -416,6 +418,18 @@ def test_forged_files_of_the_right_checksum(tmp_path: Path, setup: Setup) -> Non
         (manifest, told(system=7)),
         (manifest, told(system=0)),
         (manifest, told(more="x")),
+        (manifest, told(steps=None)),
+        (manifest, told(steps=[1])),
+        (manifest, told(steps=[[[0, 0], 0, 5, None]])),
+        (manifest, told(steps=[[[0, -1], 0, "", None]])),
+        (manifest, told(steps=[[[0, 0], 99, "", None]])),
+        (manifest, told(steps=[[[0, 0], 0, "", [10**6, 0]]])),
+        (manifest, told(steps=[[[0, 0, 0], 0, "", None]])),
+        (manifest, told(pins=[[1]])),
+        (manifest, told(pins=[[True, 2]])),
+        (manifest, told(pins={})),
+        (manifest, told(pins=[[5, 3]])),
+        (manifest, told(steps={})),
         (manifest, arrays | {"text": np.frombuffer(b"[" * 100_000, np.uint8)}),
         ([manifest], arrays),
         (manifest | {"more": 1}, arrays),
