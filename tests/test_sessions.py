@@ -7,7 +7,6 @@ import json
 import os
 import random
 import re
-import signal
 import struct
 import subprocess
 import sys
@@ -498,49 +497,62 @@ def test_an_engine_that_fails_on_the_way_leaves_an_empty_chat(tmp_path: Path, se
 
 # -- writing ----------------------------------------------------------------------------------------------------------
 
-#: Saves ever longer chats to one file, until it is killed.
+#: Begins a chat of 5 MB and says how to save it, each time three tokens longer.
 SAVER = """
 import sys
 from pathlib import Path
 from test_sessions import Setup, fake_chat, sessions
+path, setup = Path(sys.argv[1]), Setup(Path(sys.argv[2]), "f16", 0.5)
 sessions.cache_folder = lambda: Path(sys.argv[2]).parent
 chat = fake_chat(n_ctx=10**6)
 chat.messages = [{"role": "user", "content": "w" * 5_000_000}]
-while True:
+def save():
     chat.memory.feed([1, 2, 3])
-    sessions.save(Path(sys.argv[1]), chat, Setup(Path(sys.argv[2]), "f16", 0.5))
-    print(chat.memory.position, flush=True)
+    sessions.save(path, chat, setup)
+    return chat.memory.position
+"""
+#: Kills processes that save and save again. (A process of its own, since those with native threads do not fork well.)
+KILLER = """
+import os, random, signal, time
+rng = random.Random(1)
+save()
+while_writing = 0
+for kills in range(1, 201):
+    told, tell = os.pipe()
+    pid = os.fork()
+    if not pid:
+        while True:
+            os.write(tell, b"%d " % save())
+    os.close(tell)
+    time.sleep(rng.uniform(0, 0.1))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    with os.fdopen(told, "rb") as pipe:
+        position = int((b"%d " % chat.memory.position + pipe.read()).split()[-1])
+    while_writing += len(list(path.parent.glob(".*.part")))
+    sessions.load(path, chat, setup)
+    # The last save that was told, or the one after it, killed between its end and the telling.
+    assert chat.memory.position - position in (0, 3), (chat.memory.position, position)
+    if while_writing >= 10 and kills >= 25:
+        break
+print(while_writing)
 """
 
 
-def saver(path: Path, setup: Setup, code: str = SAVER) -> subprocess.Popen[str]:
+def saver(path: Path, setup: Setup, code: str) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-c", code, str(path), str(setup.model)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
 
 
 def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_file(tmp_path: Path, setup: Setup) -> None:
     path = tmp_path / "folder" / "s.kvc"
     path.parent.mkdir()
-    rng = random.Random(1)
-    killed_while_writing = 0
-    for _ in range(25):
-        with saver(path, setup) as child:
-            assert child.stdout is not None
-            told = child.stdout.readline()
-            time.sleep(rng.uniform(0, 0.1))
-            child.send_signal(signal.SIGKILL)
-            position = int((told + child.stdout.read()).split()[-1])
-        killed_while_writing += len(list(path.parent.glob(".*.part")))
-        chat = fake_chat(n_ctx=10**6)
-        sessions.load(path, chat, setup)
-        # The last save that was told, or the one after it, which was killed between its end and the telling.
-        assert chat.memory.position - position in (0, 3)
-        if killed_while_writing >= 3:
-            break
-    assert killed_while_writing
+    done = saver(path, setup, SAVER + KILLER)
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert int(done.stdout) >= 10
     sessions.save(path, talked(), setup)
-    assert [file.name for file in path.parent.iterdir()] == ["s.kvc"]
+    assert [file.name for file in path.parent.iterdir()] == ["s.kvc"], "what the killed saves left is gone"
 
 
 def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path: Path, setup: Setup) -> None:
@@ -549,9 +561,8 @@ def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path: Path, setup: S
     sessions.save(path, talked(), setup)
     # A limit on the size of files stops the write in the middle, as a full disk does.
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (700_000, 700_000))\n"
-    with saver(path, setup, limit + SAVER) as child:
-        out, error = child.communicate(timeout=60)
-    assert (out, error.splitlines()[-1]) == (
+    done = saver(path, setup, limit + SAVER + "save()")
+    assert (done.stdout, done.stderr.splitlines()[-1]) == (
         "",
         f"kvcompose_local.errors.SessionError: the disk is full: make room in {path.parent}, then save again",
     )
