@@ -284,6 +284,7 @@ class Chat:
         spoken = _THINKING.sub("", "<think>" * opened + message["content"]).lstrip()
         if spoken == message["content"]:
             raise InvalidInput("the last answer holds no thinking")
+        n_dropped = len(self.model.tokenize(message["content"])) - len(self.model.tokenize(spoken))
         before = len(self._tokens)
         self.messages[-1] = message | {"content": spoken}
         self._follow_template()
@@ -291,7 +292,7 @@ class Chat:
             self._cut(step.answer)
             self._queue("</think>\n\n" * opened + spoken)
         self._read(TurnStats())
-        return before - len(self._tokens)
+        return n_dropped
 
     def pin(self) -> int:
         """Protect the last message, or the document read last, from compaction; returns its tokens.
@@ -318,7 +319,7 @@ class Chat:
         return self._steps[-1].begin
 
     def _last_message(self) -> Step:
-        if not self._steps:
+        if not any(message["role"] == "user" for message in self.messages):
             raise InvalidInput("there is no message yet")
         if self._steps[-1].n_messages == len(self.messages):
             raise InvalidInput("a document was read since your last message: /undo takes it back first")
@@ -464,7 +465,8 @@ class Chat:
             if n_shared < memory.position:
                 if not memory.can_drop(n_shared):
                     before = 0
-                    self.on_rebuild(len(self._tokens))
+                    if self._tokens:
+                        self.on_rebuild(len(self._tokens))
                 memory.rewind(n_shared, progress)
             if go_on:
                 memory.feed(self._tokens[n_shared:], progress)

@@ -12,6 +12,8 @@ import shlex
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +29,7 @@ from kvcompose_local.evaluation.command import eval_command
 
 if TYPE_CHECKING:
     from kvcompose_local.chat import Chat
-    from kvcompose_local.interfaces import Progress
+    from kvcompose_local.interfaces import Progress, Sampling
     from kvcompose_local.repl import Interrupts, Status
     from kvcompose_local.sessions import Setup
 
@@ -78,6 +80,7 @@ def cli(context: click.Context, debug: bool) -> None:
 @click.option("--ctx", "n_ctx", type=int, help="Positions the chat may span.  [default: 8192, or what the model knows]")
 @click.option("-p", "--prompt", help="Ask this, print the answer and leave.")
 @click.option("-f", "--file", "files", multiple=True, type=click.Path(path_type=Path), help="Read this text first.")
+@click.option("--pin", is_flag=True, help="Keep every token of the -f texts when the cache is compressed.")
 @click.option("--system", help="System prompt.")
 @click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Longest answer.")
 @click.option("--temp", type=Real(0, 10), default=0.7, show_default=True, help="Temperature; 0 is greedy.")
@@ -117,6 +120,7 @@ def run(
     n_ctx: int | None,
     prompt: str | None,
     files: tuple[Path, ...],
+    pin: bool,
     system: str | None,
     max_tokens: int,
     temp: float,
@@ -196,6 +200,7 @@ def run(
             describe=lambda: describe(chat),
             save=lambda name: save_session(name, chat, setup, status.checking),
             load=lambda name: load_session(name, chat, setup, status.checking),
+            at_temperature=partial(drawn_at, chat.memory.engine, sampling),
         )
         if session is not None and saved is not None:
             loaded = load_session(session, chat, setup, status.checking)
@@ -204,14 +209,15 @@ def run(
             status.line(loaded)
         with interrupts.caught():
             for path, text in zip(files, documents, strict=True):
-                stats = chat.read(text)
+                stats = chat.read(text, pin=pin and budget < 1)
                 if stats.stopped:
                     raise KVComposeError(f"stopped while reading {path}")
         if interactive:
             from kvcompose_local.prompt import line_reader
 
             status.line(greeting(chat))
-            repl.read_line = line_reader(COMMANDS, sessions.names)
+            repl.edit = line_reader(COMMANDS, sessions.names)
+            repl.read_line = partial(repl.edit, "")
             repl.run()
             if chat.turns and chat.memory.position and not no_autosave:
                 try:
@@ -329,9 +335,20 @@ def open_chat(
             system=system,
             should_stop=interrupts,
             on_read=lambda done, total: status.progress("reading:", done, total),
+            on_rebuild=lambda n: status.line(f"that part is compressed already: reading {n} tokens again"),
         )
         with saved_on_abort(chat):
             yield chat
+
+
+@contextlib.contextmanager
+def drawn_at(engine: Any, sampling: Sampling, temperature: float) -> Iterator[None]:
+    """Draw at another temperature in this block. Whatever ``--seed`` says, no random number is drawn twice."""
+    engine.set_sampling(replace(sampling, temperature=temperature, seed=None))
+    try:
+        yield
+    finally:
+        engine.set_sampling(replace(sampling, seed=None))
 
 
 @contextlib.contextmanager
@@ -610,7 +627,8 @@ def describe(chat: Chat) -> str:
             f"cells a layer: {composed} composed, {layout.n_live} live, {layout.n_free} free",
             f"speed: prefill {numbers['prefill_tokens_per_second']} tokens/s, "
             f"decode {numbers['decode_tokens_per_second']} tokens/s",
-            f"compactions: {numbers['compactions']}, {numbers['compaction_seconds']:.1f} s in all",
+            f"compactions: {numbers['compactions']}, {numbers['compaction_seconds']:.1f} s in all; "
+            f"{memory.n_pinned} tokens pinned",
             f"memory of this process: {peak_rss_bytes() / MIB:.0f} MiB at its peak",
         ]
     return "\n".join(lines)

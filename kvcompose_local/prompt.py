@@ -41,15 +41,18 @@ def _history() -> History:
     return FileHistory(str(history))
 
 
-def line_reader(commands: Sequence[str], sessions: Callable[[], Sequence[str]]) -> Callable[[], str | None]:
-    """A function that reads one message from the terminal; None at Ctrl-D, KeyboardInterrupt at Ctrl-C."""
+def line_reader(commands: Sequence[str], sessions: Callable[[], Sequence[str]]) -> Callable[[str], str | None]:
+    """A function that reads one message from the terminal; None at Ctrl-D, KeyboardInterrupt at Ctrl-C.
+
+    Its argument is the text that is there to be edited.
+    """
     session: PromptSession[str] = PromptSession(
         history=_history(), completer=CommandCompleter(commands, sessions), complete_while_typing=False
     )
 
-    def read_line() -> str | None:
+    def read_line(text: str) -> str | None:
         try:
-            return session.prompt("> ")
+            return session.prompt("> ", default=text)
         except EOFError:
             return None
 

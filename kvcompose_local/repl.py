@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -13,10 +15,17 @@ from typing import Any, TextIO
 from kvcompose_local.chat import Chat, TurnStats
 from kvcompose_local.compaction import CompactionReport
 from kvcompose_local.errors import InvalidInput, KVComposeError
+from kvcompose_local.memory_chart import ASCII_MARKS, UNICODE_MARKS, can_show, draw
 
 HELP = """\
 /help           this text
+/undo           take back your last message and its answer, or the document read last
+/regen [T]      another answer to your last message, drawn at temperature T if given
+/edit [TEXT]    another text in place of your last message; without TEXT the old one is there to edit
+/forget         drop the thinking of the last answer
+/pin            keep every token of your last message, or of the document read last, when the cache is compressed
 /stats          speeds, tokens and cache of this chat
+/memory         what each layer of the cache holds
 /compress [R]   compress the cache now, keeping at most the share R of the bytes in use (default 0.5)
 /read FILE      read a text file now; your next message asks about it
 /system [TEXT]  show the system prompt, or set it and read the conversation again under it
@@ -27,7 +36,7 @@ HELP = """\
 A line that begins with \"\"\" starts a message of several lines, which ends with \"\"\".
 Ctrl-C stops the answer, the reading or the compaction that runs; the chat goes on."""
 
-COMMANDS = ("/help", "/stats", "/compress", "/read", "/system", "/clear", "/save", "/load", "/quit")
+COMMANDS = tuple(line.split()[0] for line in HELP.splitlines() if line.startswith("/"))
 _FENCE = '"""'
 #: How often progress is shown, on a terminal and elsewhere; work of under a second shows none.
 _REDRAW_SECONDS, _LINE_SECONDS = 0.2, 10.0
@@ -136,7 +145,8 @@ class Repl:
 
     read_line returns the next line without its newline, or None at the end of input; it may raise KeyboardInterrupt
     for Ctrl-C at the prompt. Answers go to ``out``, everything else to ``status``. save and load take the name of a
-    session and return what to say of it.
+    session and return what to say of it. edit shows a text to be edited and returns it, None or an interrupt for no
+    change. at_temperature is entered while an answer is drawn at another temperature.
     """
 
     def __init__(
@@ -151,6 +161,8 @@ class Repl:
         describe: Callable[[], str] = lambda: "",
         save: Callable[[str], str] = lambda name: "",
         load: Callable[[str], str] = lambda name: "",
+        edit: Callable[[str], str | None] | None = None,
+        at_temperature: Callable[[float], AbstractContextManager[object]] = lambda temperature: nullcontext(),
     ) -> None:
         self.chat = chat
         self.read_line = read_line
@@ -161,6 +173,9 @@ class Repl:
         self.describe = describe
         self.save = save
         self.load = load
+        self.edit = edit
+        self.at_temperature = at_temperature
+        self._warned = 0  # which of the warnings that positions run out was given
 
     def run(self) -> None:
         """Serve until the end of input or /quit."""
@@ -200,12 +215,32 @@ class Repl:
 
     def answer(self, message: str) -> TurnStats:
         """Ask and stream; returns the turn's statistics."""
-        for piece in self.chat.ask(message, max_tokens=self.max_tokens):
+        return self._stream(self.chat.ask(message, max_tokens=self.max_tokens))
+
+    def _stream(self, pieces: Iterator[str]) -> TurnStats:
+        line_begins = True
+        for piece in pieces:
+            if line_begins:
+                self._warn_of_the_end()
             self.out.write(piece)
             self.out.flush()
+            line_begins = piece.endswith("\n")
         self.out.write("\n")
         self.out.flush()
+        self._warn_of_the_end()
         return self.chat.turns[-1]
+
+    def _warn_of_the_end(self) -> None:
+        """Say once that few positions are left, and once that very few are."""
+        memory = self.chat.memory
+        n_ctx, known = memory.n_ctx, memory.engine.shape.n_ctx_train
+        left = n_ctx - memory.position
+        few = min(max(n_ctx // 10, 256), n_ctx // 2)
+        level = 2 if left < n_ctx // 50 else 1 if left < few else 0
+        if left > 0 and level > self._warned:
+            more = f"start again with --ctx up to {known}" if known > n_ctx else "the model knows no more than that"
+            self.status.line(f"{left} of {n_ctx} positions are left: /undo or /clear make room, or {more}")
+        self._warned = level
 
     def explain_end(self, stats: TurnStats) -> None:
         """Say why an answer ended where the model did not end it."""
@@ -234,6 +269,20 @@ class Repl:
             self.status.line(HELP)
         elif name == "/stats":
             self.status.line(self.describe())
+        elif name == "/undo":
+            self.status.line(f"taken back: {self.chat.undo()}{self._unread()}")
+        elif name == "/regen":
+            self._regen(argument)
+        elif name == "/edit":
+            self._edit(argument)
+        elif name == "/forget":
+            self.status.line(f"forgotten: {self.chat.forget_thinking()} tokens of thinking{self._unread()}")
+        elif name == "/pin":
+            self.status.line(
+                f"pinned: {self.chat.pin()} tokens are kept whenever the cache is compressed{self._unread()}"
+            )
+        elif name == "/memory":
+            self._memory()
         elif name == "/compress":
             self._compress(argument)
         elif name == "/clear":
@@ -250,6 +299,50 @@ class Repl:
         else:
             self.status.line(f"there is no {name}: /help lists the commands")
         return None
+
+    def _unread(self) -> str:
+        unread = self.chat.unread_tokens
+        return f"; stopped, {unread} tokens are read before your next message" if unread > 1 else ""
+
+    def _regen(self, argument: str) -> None:
+        try:
+            temperature = float(argument) if argument else None
+        except ValueError:
+            temperature = -1.0
+        if temperature is not None and not 0 <= temperature <= 10:
+            raise InvalidInput(f"/regen takes a temperature from 0 to 10, not {argument!r}")
+        before = self.chat.messages[-1:]
+        drawn = nullcontext() if temperature is None else self.at_temperature(temperature)
+        with drawn:
+            stats = self._stream(self.chat.ask_again(max_tokens=self.max_tokens))
+        self.explain_end(stats)
+        if self.chat.messages[-1:] == before and stats.stopped != "interrupt":
+            self.status.line("(the same answer again: /regen 1 varies it more)")
+
+    def _edit(self, argument: str) -> None:
+        before = self.chat.last_message
+        text: str | None = argument
+        if not argument:
+            if self.edit is None:
+                raise InvalidInput("/edit takes the new text")
+            with contextlib.suppress(KeyboardInterrupt):
+                text = self.edit(before)
+        if text and text.strip():
+            self.explain_end(self._stream(self.chat.ask(text, max_tokens=self.max_tokens, instead=True)))
+        else:
+            self.status.line("nothing is changed")
+
+    def _memory(self) -> None:
+        memory = self.chat.memory
+        fancy = can_show(UNICODE_MARKS, self.status.stream.encoding)
+        chart = draw(
+            memory.engine.layout(),
+            memory.engine.shape,
+            cap_bytes=memory.engine.cache_bytes,
+            width=shutil.get_terminal_size().columns,
+            marks=UNICODE_MARKS if fancy else ASCII_MARKS,
+        )
+        self.status.line(chart)
 
     def _compress(self, argument: str) -> None:
         try:
@@ -275,3 +368,4 @@ class Repl:
             if stats.stopped != "interrupt"
             else f"stopped; the other {self.chat.unread_tokens} tokens are read before your next message"
         )
+        self._warn_of_the_end()

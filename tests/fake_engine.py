@@ -117,15 +117,18 @@ class FakeModel:
 
     adds_bos = False
 
-    def __init__(self, *, template: bool = True, trims: bool = False) -> None:
+    def __init__(self, *, template: bool = True, trims: bool = False, forgets: bool = False) -> None:
         self.template = template
         self.trims = trims
+        self.forgets = forgets  # drops thinking from all but the last answer, as Qwen's template does
 
     def chat_template(self) -> str | None:
         return "fake" if self.template else None
 
     def render_chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
         contents = [m["content"].strip() if self.trims else m["content"] for m in messages]
+        if self.forgets:
+            contents[:-1] = [c.rpartition("</think>")[2].lstrip() for c in contents[:-1]]
         text = "".join(f"[{m['role'][0]}]{c}[/]" for m, c in zip(messages, contents, strict=True))
         return text + "[a]" * add_generation_prompt
 

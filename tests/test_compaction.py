@@ -179,6 +179,68 @@ def test_rewinding_uses_live_cells_or_reads_the_transcript_again() -> None:
             memory.rewind(wrong)
 
 
+def pinned_cells(engine: FakeEngine, tokens: set[int]) -> list[set[int]]:
+    """For each layer and head, which of these tokens stand in its composed or live cells."""
+    return [tokens & {*head.tolist(), *engine.live} for layer in engine.composed for head in layer]
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize("pins", [True, False])
+def test_pinned_tokens_survive_every_compaction_in_all_layers_and_heads(per_layer: bool, pins: bool) -> None:
+    engine = FakeEngine(60, per_layer=per_layer)
+    memory = CacheMemory(engine, 10_000, policy=POLICY)
+    poor = {1, 2, 252, 253}  # in one layer or the other
+    memory.feed([100] * 10)
+    if pins:
+        assert memory.pin(10, 14), "before they are read"
+    memory.feed([*poor, *[100] * 30])
+    memory.feed([120, 130] * 100)
+    if pins:
+        assert memory.pin(memory.position, memory.position + 1)
+    memory.feed([3, 254])
+    if pins:
+        assert memory.pin(memory.position - 1, memory.position), "when they are live"
+    memory.feed([100, 140] * 100)
+    memory.compact(0.1)
+    poor |= {3, 254}
+    assert len(memory.reports) > 5
+    kept = pinned_cells(engine, poor)
+    assert kept == [poor] * 4 if pins else all(cells != poor for cells in kept)
+    assert memory.n_pinned == (6 if pins else 0)
+
+
+def test_pins_that_do_not_fit_or_come_too_late() -> None:
+    engine = FakeEngine(60)
+    memory = CacheMemory(engine, 10_000, policy=POLICY)
+    with pytest.raises(ContextFull, match="41 pinned tokens are more than the 40 that a compaction can keep"):
+        memory.pin(0, 41)
+    assert memory.n_pinned == 0
+    assert memory.pin(0, 40)
+    assert memory.pin(20, 40), "twice is once"
+    with pytest.raises(ContextFull):
+        memory.pin(90, 91)
+    memory.unpin(10)
+    memory.feed([*range(1, 11), *[100] * 100])
+    assert not memory.pin(10, 12), "they are composed"
+    assert not memory.rewind(12)
+    assert pinned_cells(engine, {*range(1, 11)}) == [{*range(1, 11)}] * 4
+    with pytest.raises(InvalidInput):
+        memory.pin(4, 3)
+    with pytest.raises(InvalidInput, match="budget 1"):
+        CacheMemory(engine, 60, compose=False).pin(0, 1)
+
+
+def test_a_window_that_moved_on_is_not_rewound_into() -> None:
+    engine = FakeEngine(200)
+    engine.max_replay = 10
+    memory = CacheMemory(engine, 1000, compose=False, policy=POLICY)
+    memory.feed(range(50))
+    assert memory.rewind(42)
+    assert not memory.rewind(36), "14 behind what the window had to reach"
+    assert memory.tokens == list(range(36))
+    assert memory.rewind(30)
+
+
 def test_the_report_line() -> None:
     report = CompactionReport(900, 800, (10, 300), 8, 3 << 20, 1 << 20, 0.5, 0.25, 0.25)
     assert report.line() == (

@@ -49,6 +49,7 @@ ORDER = (
     "bench",
     "api",
     "doctor",
+    "memory_chart",
     "repl",
     "prompt",
     "bench.command",

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import io
+import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from fake_engine import FakeEngine, FakeModel
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvcompose_local.chat import Chat
 from kvcompose_local.compaction import CacheMemory
 from kvcompose_local.errors import InvalidInput
+from kvcompose_local.interfaces import CacheLayout, LayerShape, ModelShape
+from kvcompose_local.memory_chart import UNICODE_MARKS, can_show, draw
 from kvcompose_local.repl import HELP, Interrupts, Repl, Status, read_text_file
 
 
@@ -21,7 +26,15 @@ class Tty(io.StringIO):
         return True
 
 
-def talk(lines: list[str | type[BaseException]], answers: list[str], *, n_cells: int = 400, n_ctx: int = 400) -> str:
+def talk(
+    lines: list[str | type[BaseException]],
+    answers: list[str],
+    *,
+    n_cells: int = 400,
+    n_ctx: int = 400,
+    edit: Callable[[str], str | None] | None = None,
+    forgets: bool = False,
+) -> str:
     """The transcript: input lines behind ``>``, answers as they are, status lines behind ``!``."""
     transcript = io.StringIO()
 
@@ -44,10 +57,16 @@ def talk(lines: list[str | type[BaseException]], answers: list[str], *, n_cells:
     status = Status(Err(), should_stop=interrupts)
     engine = FakeEngine(n_cells, answers)
     memory = CacheMemory(engine, n_ctx, compose=n_cells < n_ctx, on_compaction=lambda r: None)
-    chat = Chat(FakeModel(), memory, should_stop=interrupts)
+    chat = Chat(
+        FakeModel(forgets=forgets),
+        memory,
+        should_stop=interrupts,
+        on_rebuild=lambda n: status.line(f"reading {n} tokens again"),
+    )
     repl = Repl(
         chat,
         read_line=read_line,
+        edit=edit,
         out=transcript,
         status=status,
         interrupts=interrupts,
@@ -112,8 +131,122 @@ def test_ends_of_answers_are_explained() -> None:
         "> ^C\n! (Ctrl-D or /quit leaves)\n"
     )
     assert talk(["Hi"], ["abcdef"], n_cells=14, n_ctx=14) == (
-        "> Hi\nabcd\n! the chat has used all 14 positions: /clear, or start again with a larger --ctx\n"
+        "> Hi\n! 3 of 14 positions are left: /undo or /clear make room, or start again with --ctx up to 1000000\n"
+        "abcd\n! the chat has used all 14 positions: /clear, or start again with a larger --ctx\n"
     )
+
+
+def test_turns_are_taken_back_repeated_and_edited() -> None:
+    def edit(text: str) -> str | None:
+        if text == "Yo":
+            raise KeyboardInterrupt
+        return text.replace("Hi", "Yo")
+
+    assert talk(
+        ["/undo", "/regen", "/edit x", "Hi", "/regen", "/regen", "/edit Hi there", "/edit", "/undo", "/stats"],
+        ["one", "two", "two", "three", "four"],
+        edit=edit,
+    ) == (
+        "> /undo\n! error: there is nothing to take back\n"
+        "> /regen\n! error: there is no message yet\n"
+        "> /edit x\n! error: there is no message yet\n"
+        "> Hi\none\n> /regen\ntwo\n"
+        "> /regen\ntwo\n! (the same answer again: /regen 1 varies it more)\n"
+        "> /edit Hi there\nthree\n> /edit\nfour\n"
+        "> /undo\n! taken back: your message and its answer\n> /stats\n! 0 positions\n"
+    )
+    assert talk(["Yo", "/edit", "/edit Hi", "/regen hot", "/stats"], ["one", "two"], edit=edit) == (
+        "> Yo\none\n> /edit\n! nothing is changed\n> /edit Hi\ntwo\n"
+        "> /regen hot\n! error: /regen takes a temperature from 0 to 10, not 'hot'\n> /stats\n! 14 positions\n"
+    )
+    assert talk(["Hi", "/edit"], ["one"]).endswith("! error: /edit takes the new text\n")
+
+
+def test_what_is_compressed_is_read_again_and_said(tmp_path: Path) -> None:
+    note = tmp_path / "note.txt"
+    note.write_text("n" * 20)
+    long = "y" * 200
+    assert talk(
+        [long, "/compress", "/undo", long, "/compress", "/pin", "/undo", f"/read {note}", "/regen", "/undo", "/stats"],
+        ["ok", "fine"],
+        n_ctx=1000,
+    ) == (
+        f"> {long}\nok\n> /compress\n> /undo\n! taken back: your message and its answer\n"
+        f"> {long}\nfine\n> /compress\n"
+        "> /pin\n! reading 213 tokens again\n! pinned: 209 tokens are kept whenever the cache is compressed\n"
+        "> /undo\n! taken back: your message and its answer\n"
+        f"> /read {note}\n! read 25 tokens of {note}: ask about it\n"
+        "> /regen\n! error: there is no message yet\n"
+        "> /undo\n! taken back: the document\n> /stats\n! 0 positions\n"
+    )
+    assert talk(["/pin", "Hi", "/pin"], ["ok"]) == (
+        "> /pin\n! error: there is nothing to pin yet\n> Hi\nok\n"
+        "> /pin\n! error: this chat runs at budget 1: nothing is ever dropped\n"
+    )
+    assert talk(["x" * 340, "/pin"], ["ok"], n_ctx=1000).endswith(
+        "! error: 349 pinned tokens are more than the 317 that a compaction can keep: raise --ctx or --budget\n"
+    )
+
+
+def test_thinking_is_forgotten_at_once_or_with_the_next_message() -> None:
+    assert talk(["Hi", "/forget", "/forget", "/stats", "/regen"], ["<think>t", "-"]) == (
+        "> Hi\n<think>t\n> /forget\n! forgotten: 8 tokens of thinking\n"
+        "> /forget\n! error: the last answer holds no thinking\n> /stats\n! 17 positions\n> /regen\n-\n"
+    )
+    assert talk(["Hi", "/stats", "More", "/stats", "/undo", "/stats"], ["h</think> x", "y"], forgets=True) == (
+        "> Hi\nh</think> x\n> /stats\n! 22 positions\n"
+        f"> More\ny\n> /stats\n! {len('[u]Hi[/][a]x[/][u]More[/][a]y')} positions\n"
+        f"> /undo\n! taken back: your message and its answer\n> /stats\n! {len('[u]Hi[/][a]x[/][u]')} positions\n"
+    )
+
+
+def test_the_end_of_the_positions_is_told_before_it_comes() -> None:
+    x, y, z = "x" * 180, "y" * 170, "z" * 181
+    taken_back = "> /undo\n! taken back: your message and its answer\n"
+    can_do = "of 400 positions are left: /undo or /clear make room, or start again with --ctx up to 1000000\n"
+    assert talk([x, y, "/undo", "/undo", z, "Hi", "y" * 163], ["one", "two", "a\n" + "b" * 9, "ok", "c\nd"]) == (
+        f"> {x}\none\n> {y}\n! 26 {can_do}two\n{taken_back}{taken_back}"
+        f"> {z}\na\nbbbbbbbbb\n! 199 {can_do}> Hi\nok\n> {'y' * 163}\nc\n! 6 {can_do}d\n"
+    )
+
+
+def test_the_cache_as_a_chart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    long = "y" * 200
+    legend = "! # composed + . live cells of each layer, MiB\n"
+    assert talk(["/memory", long, "/compress", "/memory"], ["ok"], n_ctx=1000) == (
+        f"> /memory\n{legend}"
+        "! 0                                                0 + 0  0.00\n"
+        "! 1                                                0 + 0  0.00\n"
+        "! in all 0.00 of 0.01 MiB, room for 400 more live cells;\n! uncompressed, these 0 tokens would take 0.00 MiB\n"
+        f"> {long}\nok\n> /compress\n> /memory\n{legend}"
+        "! 0 ##########################################... 97 + 8  0.00\n"
+        "! 1 ##########################################... 97 + 8  0.00\n"
+        "! in all 0.00 of 0.01 MiB, room for 295 more live cells;\n"
+        "! uncompressed, these 211 tokens would take 0.00 MiB\n"
+    )
+    assert can_show(UNICODE_MARKS, "utf-8")
+    assert not can_show(UNICODE_MARKS, "latin-1")
+    assert not can_show(UNICODE_MARKS, None)
+
+
+@given(
+    composed=st.lists(st.integers(0, 9000), min_size=1, max_size=40),
+    n_live=st.integers(0, 9000),
+    width=st.integers(1, 150),
+)
+def test_a_chart_is_no_wider_than_the_terminal_and_hides_no_cells(composed: list[int], n_live: int, width: int) -> None:
+    layers = tuple(LayerShape(i, 4, 2, 5000) for i in range(len(composed)))
+    shape = ModelShape("M", "m", 1, 1, layers)
+    lines = draw(CacheLayout((*composed,), n_live, 0, 9), shape, cap_bytes=1, width=width).split("\n")
+    assert max(map(len, lines)) <= width
+    if width >= 60:
+        rows = [line for line in lines if re.match(r" *\d+ [ #.]*  *\d+ \+ ", line)]
+        assert len(rows) == len(composed)
+        for row, k in zip(rows, composed, strict=True):
+            bar = row[: row.index("+")]
+            assert (bool(k), bool(n_live)) == ("#" in bar, "." in bar)
+            assert f" {k} + {n_live} " in row
 
 
 def test_compress_on_demand_and_its_bad_arguments() -> None:

@@ -75,7 +75,8 @@ class StockEngine(LlamaEngine):
         super().__init__(model, context, shape, sampling)
         self.cache_bytes = n_cells * shape.row_bytes
         self.arena_bytes = (self.cache_bytes,)
-        self.max_replay = n_cells
+        # What moves on cannot be given back: a window by more than a micro-batch, a recurrent state at all.
+        self.max_replay = {"sliding-window": context.n_ubatch, "recurrent": 0, "hybrid": 0}.get(kind, n_cells)
         self._n_cells = n_cells
         self._cache_type = cache_type
         self._transposed = scoring  # llama.cpp lays V out by element where flash attention is off
