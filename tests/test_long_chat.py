@@ -1,0 +1,131 @@
+"""Hours of chat in miniature: the cap holds at every step, memory stays flat, pieces do not matter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from kvcompose_local import LocalChat, Sampling
+from kvcompose_local.compaction import CacheMemory, CompactionReport
+from kvcompose_local.engines import open_engine
+from kvcompose_local.engines.patched import PatchedEngine
+from kvcompose_local.interfaces import FloatArray, IntArray
+from kvcompose_local.llama_ffi import Context, Model, library_is_patched
+
+pytestmark = pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
+
+RNG = np.random.default_rng(5)
+TOKENS = RNG.integers(3, 259, 12_000).tolist()
+
+
+def opened(path: Path, n_ctx: int, budget: float) -> PatchedEngine:
+    engine, _ = open_engine(path, n_ctx=n_ctx, budget=budget, n_threads=1, sampling=Sampling(temperature=0))
+    assert isinstance(engine, PatchedEngine)
+    return engine
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_a_hundred_compactions(tiny_model: Callable[..., Path], arch: str) -> None:
+    path = tiny_model(arch, n_layers=7 if arch == "gemma3" else 3, n_ctx=16384)
+    rss: list[int] = []
+    process = psutil.Process()
+    with opened(path, 12_000, 0.05) as engine:
+
+        def check(_report: CompactionReport | None = None) -> None:
+            arena = engine._cells.arena(0)
+            assert arena.used <= arena.peak_used <= arena.size == engine.cache_bytes
+            assert memory.used_bytes <= engine.arena_bytes[0]
+            rss.append(process.memory_info().rss)
+
+        memory = CacheMemory(engine, 12_000, on_compaction=check)
+        while len(memory.reports) < 100:
+            n = int(RNG.integers(1, 60))
+            memory.feed(TOKENS[memory.position : memory.position + n], lambda _done, _total: check())
+            check()
+            assert engine.layout().position == len(memory.tokens)
+            assert len(memory.live_tokens) == engine.layout().n_live
+    # The allocators settle for some hundred compactions; one layer's cells lost in each would be 6 MB.
+    assert max(rss[len(rss) // 2 :]) - max(rss[: len(rss) // 2]) < 4 << 20
+
+
+def test_a_full_budget_answers_as_llama_cpp_does(tiny_model: Callable[..., Path]) -> None:
+    path = tiny_model()
+    messages = ["Hello there.", "And then? " * 20, "Ünïcödé 🙂"]
+    with LocalChat(path, budget=1.0, n_ctx=2048, n_threads=1, sampling=Sampling(temperature=0)) as chat:
+        answers = [chat.ask(message, max_tokens=24) for message in messages]
+        seen = list(chat.memory.tokens)
+    model = Model(path)
+    with Context(model, n_ctx=2048, n_ubatch=512, n_threads=1, flash_attention=True) as context:
+        text, position = "", 0
+        for message, answer in zip(messages, answers, strict=True):
+            text += f"[user]{message}[/][assistant]" if not text else f"[/][user]{message}[/][assistant]"
+            prompt = model.tokenize(f"[user]{message}[/][assistant]", add_bos=model.adds_bos and not position)
+            if position:
+                prompt = model.tokenize(f"[/][user]{message}[/][assistant]")
+            # the token that ended the last answer was never fed: the chat feeds it with the prompt
+            start = seen.index(prompt[-1], position)
+            while seen[start - len(prompt) + 1 : start + 1] != prompt:
+                start = seen.index(prompt[-1], start + 1)
+            context.decode(seen[position : start + 1])
+            generated: list[int] = []
+            while len(generated) < 24:
+                token = int(context.logits().argmax())
+                if model.is_end(token):
+                    break
+                generated.append(token)
+                context.decode([token])
+            decoded = b"".join(map(model.token_bytes, generated)).decode("utf-8", "replace")
+            assert decoded == answer
+            position = start + 1 + len(generated)
+    model.close()
+
+
+def follow(engine: PatchedEngine) -> list[IntArray]:
+    """For each layer int64 (H, K_l), kept up to date: the position that each composed cell comes from."""
+    origin = [np.zeros((layer.n_kv_heads, 0), np.int64) for layer in engine.shape.layers]
+    rewrite = engine.rewrite
+
+    def tracked(selection: Sequence[IntArray], n_tail: int) -> None:
+        layout = engine.layout()
+        live = np.arange(layout.position - layout.n_live, layout.position)
+        for i, rows in enumerate(selection):
+            whole = np.concatenate([origin[i], np.tile(live, (len(rows), 1))], axis=1)
+            origin[i] = np.take_along_axis(whole, rows, axis=1)
+        rewrite(selection, n_tail)
+
+    engine.rewrite = tracked  # type: ignore[method-assign]
+    return origin
+
+
+def log_softmax(logits: FloatArray) -> FloatArray:
+    return np.asarray(logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max())
+
+
+def test_pieces_keep_nearly_what_one_piece_keeps(tiny_model: Callable[..., Path]) -> None:
+    """Where the cuts between pieces fall moves a few cells, and neither way is much further from the full cache."""
+    path, n, n_composed = tiny_model(), 600, 0
+    kept: list[list[set[int]]] = []
+    logits = []
+    with opened(path, 1024, 1.0) as engine:
+        engine.decode(TOKENS[:n])
+        full = log_softmax(engine.logits())
+    for piece in (n, n // 20):
+        with opened(path, 1024, 0.5) as engine:
+            origin = follow(engine)
+            memory = CacheMemory(engine, 1024)
+            for start in range(0, n - 1, piece):
+                memory.feed(TOKENS[start : min(start + piece, n - 1)])
+            memory.compact(0.6)
+            memory.feed(TOKENS[n - 1 : n])
+            logits.append(log_softmax(engine.logits()))
+            n_composed = sum(rows.shape[1] for rows in origin)
+            kept.append([set(rows[0].tolist()) for rows in origin])
+    assert n_composed > 100
+    common = sum(len(a & b) for a, b in zip(*kept, strict=True)) / max(sum(map(len, kept[0])), sum(map(len, kept[1])))
+    divergences = [float((np.exp(full) * (full - part)).sum()) for part in logits]
+    assert common > 0.6
+    assert max(divergences) < 3 * min(divergences) + 0.05
