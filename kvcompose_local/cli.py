@@ -153,6 +153,8 @@ def run(
         raise click.BadParameter("there is no question in it", param_hint="-p")
     if prompt is None and sys.stdin is None:
         raise click.UsageError("standard input is closed: ask with -p")
+    if pin and not files:
+        raise click.UsageError("--pin goes with -f: it keeps the texts read first")
     interactive = prompt is None and sys.stdin.isatty()
     if as_json and interactive:
         raise click.UsageError("--json goes with -p or with piped input")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from fake_engine import FakeEngine, FakeModel
 
-from kvcompose_local.chat import Chat
+from kvcompose_local.chat import Chat, Place
 from kvcompose_local.compaction import CacheMemory
 from kvcompose_local.errors import ContextFull, InvalidInput
 
 
 def make(answers: list[str], *, n_cells: int = 500, n_ctx: int = 500, **options: object) -> tuple[Chat, FakeEngine]:
-    model = FakeModel(**{k: bool(options.pop(k)) for k in ("template", "trims") if k in options})
+    model = FakeModel(**{k: bool(options.pop(k)) for k in ("template", "trims", "forgets") if k in options})
     engine = FakeEngine(n_cells, answers)
     return Chat(model, CacheMemory(engine, n_ctx, compose=n_cells < n_ctx), **options), engine  # type: ignore[arg-type]
 
@@ -130,3 +132,177 @@ def test_compactions_are_counted_with_their_turn() -> None:
     list(chat.ask("h" * 100, max_tokens=30))
     assert chat.turns[0].compactions == len(chat.memory.reports) > 0
     assert engine.position == chat.memory.position
+
+
+def stands(chat: Chat) -> bytes:
+    """What the cache stands for: all that was read and not taken back."""
+    return bytes(chat.memory.tokens)
+
+
+def test_a_turn_is_taken_back_to_the_byte() -> None:
+    chat, engine = make(["one", "two", "three"], system="S")
+    list(chat.ask("Hi", max_tokens=9))
+    after_one = chat.state()
+    list(chat.ask("More", max_tokens=9))
+    assert chat.undo() == "your message and its answer"
+    assert stands(chat) == bytes(engine.live) == b"[s]S[/][u]Hi[/][a]one"
+    assert (chat.state().messages, chat.state().fed, chat.state().steps) == (
+        after_one.messages,
+        after_one.fed,
+        after_one.steps,
+    )
+    chat.read("DOC")
+    assert chat.undo() == "the document"
+    list(chat.ask("Else", max_tokens=9))
+    assert stands(chat) == b"[s]S[/][u]Hi[/][a]one[/][u]Else[/][a]three"
+    chat.undo()
+    chat.undo()
+    assert stands(chat) == b""
+    assert chat.messages == [{"role": "system", "content": "S"}]
+    with pytest.raises(InvalidInput, match="nothing to take back"):
+        chat.undo()
+
+
+def test_another_answer_reads_one_token_and_another_text_what_differs() -> None:
+    chat, engine = make(["one", "two", "three"])
+    chat.read("DOC")
+    list(chat.ask("Hi", max_tokens=9))
+    engine.fed = b""
+    assert "".join(chat.ask_again(max_tokens=9)) == "two"
+    assert engine.fed == b"]two"
+    assert chat.last_message == "Hi"
+    engine.fed = b""
+    assert "".join(chat.ask("Ho", max_tokens=9, instead=True)) == "three"
+    assert engine.fed == b"o[/][a]three"
+    assert chat.messages == [{"role": "user", "content": "DOC\n\nHo"}, {"role": "assistant", "content": "three"}]
+    assert stands(chat) == b"[u]DOC\n\nHo[/][a]three"
+
+
+def test_a_text_that_does_not_fit_leaves_the_old_one_in_place() -> None:
+    chat, engine = make(["one", "two"], n_cells=60, n_ctx=60)
+    list(chat.ask("Hi", max_tokens=9))
+    before = chat.state()
+    with pytest.raises(ContextFull):
+        list(chat.ask("x" * 60, max_tokens=9, instead=True))
+    assert chat.state().messages == before.messages
+    assert stands(chat) == bytes(engine.live) == b"[u]Hi[/][a]one"
+    with pytest.raises(ContextFull):
+        chat.set_system("x" * 60)
+    assert (chat.system, chat.state().messages) == (None, before.messages)
+    list(chat.ask("Go", max_tokens=9))
+    assert stands(chat) == b"[u]Hi[/][a]one[/][u]Go[/][a]two"
+
+
+def test_an_interrupted_rebuild_loses_nothing() -> None:
+    stop, rebuilt = [False], list[int]()
+    two = "t" * 20
+    chat, _ = make(
+        ["one", two, "three", "four"], n_cells=400, n_ctx=1000, should_stop=lambda: stop[0], on_rebuild=rebuilt.append
+    )
+    list(chat.ask("x" * 100, max_tokens=9))
+    list(chat.ask("y" * 100, max_tokens=30))
+    whole = stands(chat)
+    chat.memory.compact(0.5)
+    chat.on_read = lambda n, of: stop.__setitem__(0, n >= 30)
+    assert list(chat.ask_again(max_tokens=9)) == []
+    assert (chat.turns[-1].stopped, rebuilt) == ("interrupt", [len(whole) - len(two)])
+    assert chat.messages[-1]["content"] == two, "the old answer stands"
+    assert stands(chat) + bytes(chat._tokens[30:]) == whole
+    assert chat.unread_tokens == len(whole) - 30
+    stop[0] = False
+    chat.on_read = None
+    saved = chat.state()
+    assert saved.pending == tuple(whole[30:])
+    assert chat.undo() == "your message and its answer"
+    list(chat.ask("z", max_tokens=9))
+    assert stands(chat) == b"[u]" + b"x" * 100 + b"[/][a]one[/][u]z[/][a]three"
+    chat.restore(saved)
+    list(chat.ask("Go", max_tokens=9))
+    assert stands(chat) == whole + b"[/][u]Go[/][a]four"
+
+
+def test_thinking_that_the_template_drops_leaves_the_cache_before_the_next_message() -> None:
+    chat, engine = make(["<think>hm</think>\n\none", "two"], forgets=True)
+    list(chat.ask("Hi", max_tokens=99))
+    assert stands(chat) == b"[u]Hi[/][a]<think>hm</think>\n\none", "it stays as long as it may be asked again"
+    engine.fed = b""
+    chat.read("DOC")
+    assert engine.fed == b"one[/][u]DOC\n\n"
+    list(chat.ask("More", max_tokens=9))
+    assert stands(chat) == b"[u]Hi[/][a]one[/][u]DOC\n\nMore[/][a]two"
+    assert chat.messages[1]["content"] == "<think>hm</think>\n\none", "the transcript holds it"
+
+
+def test_thinking_that_the_prompt_opened_is_dropped_with_its_opening(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = FakeModel.render_chat
+
+    def render(model: FakeModel, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        return plain(model, messages, add_generation_prompt=add_generation_prompt) + "<think>" * add_generation_prompt
+
+    monkeypatch.setattr(FakeModel, "render_chat", render)
+    chat, engine = make(["hm</think>one", "cut sho", "x"], forgets=True)
+    list(chat.ask("Hi", max_tokens=99))
+    engine.fed = b""
+    list(chat.ask("More", max_tokens=7))
+    assert engine.fed == b"one[/][u]More[/][a]<think>cut sho", "what both share is not read again"
+    assert stands(chat) == b"[u]Hi[/][a]one[/][u]More[/][a]<think>cut sho"
+    engine._answer = []
+    assert chat.forget_thinking() == len("cut sho")
+    assert stands(chat) == b"[u]Hi[/][a]one[/][u]More[/][a][/][u]"
+    assert "".join(chat.ask_again(max_tokens=9)) == "x", "its place is known from the message"
+    assert stands(chat) == b"[u]Hi[/][a]one[/][u]More[/][a]<think>x"
+
+
+def test_thinking_is_forgotten_where_the_template_keeps_it() -> None:
+    chat, _ = make([" <think>a</think>one<think>b</think> two", "x"])
+    list(chat.ask("Hi", max_tokens=99))
+    chat.forget_thinking()
+    assert stands(chat) == b"[u]Hi[/][a]onetwo[/][u]"
+    list(chat.ask("Go", max_tokens=9))
+    assert stands(chat) == b"[u]Hi[/][a]onetwo[/][u]Go[/][a]x"
+    with pytest.raises(InvalidInput, match="no thinking"):
+        chat.forget_thinking()
+
+
+def test_pins_outlast_rebuilds_and_other_system_prompts() -> None:
+    rebuilt = list[int]()
+    chat, engine = make(["ok"] * 9, n_cells=400, n_ctx=5000, on_rebuild=rebuilt.append)
+    assert chat.read("\1\2\3", pin=True).prompt_tokens == len("[u]\1\2\3\n\n")
+    list(chat.ask("x" * 100, max_tokens=9))
+    list(chat.ask("\4\5\6", max_tokens=9))
+    chat.memory.compact(0.5)
+    assert rebuilt == []
+    assert chat.pin() == len("[/][u]\4\5\6[/][a]")
+    assert len(rebuilt) == 1
+    chat.set_system("S")
+    chat.undo()
+    chat.read("\7")
+    assert chat.memory.n_pinned == len("[s]S[/][u]\1\2\3\n\n")
+    chat.undo()
+    list(chat.ask("\4\5\6", max_tokens=9))
+    chat.pin()
+    for _ in range(3):
+        list(chat.ask("x" * 300, max_tokens=9))
+    assert len(chat.memory.reports) > 2
+    for layer in engine.composed:
+        for head in layer:
+            assert {1, 2, 3, 4, 5, 6} <= set(head.tolist())
+
+
+def test_a_state_with_impossible_turns_is_refused() -> None:
+    chat, _ = make(["one", "two"])
+    list(chat.ask("Hi", max_tokens=9))
+    list(chat.ask("Go", max_tokens=9))
+    good = chat.state()
+    first, second = good.steps
+    for steps in (
+        (second, first),
+        (first, replace(second, n_messages=9)),
+        (first, replace(second, begin=Place(10**6, 0))),
+        (first, replace(second, answer=Place(0, 0))),
+    ):
+        with pytest.raises(InvalidInput, match="turns"):
+            chat.restore(replace(good, steps=steps))
+    chat.restore(good)
+    chat.undo()
+    assert stands(chat) == b"[u]Hi[/][a]one"
