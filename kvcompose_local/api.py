@@ -34,8 +34,9 @@ class LocalChat:
     (0, 1] of the bytes that an uncompressed cache of ``n_ctx`` tokens takes; n_ctx: positions the chat may span
     (default 8192, or what the model was trained for); n_threads: default physical cores; gpu_layers: default all where
     a GPU backend is built in; cache_type: ``f16``, ``q8_0``, …; workers: ``HOST:PORT`` of ``rpc-server`` processes.
-    on_compaction is told of each compaction; on_loading, on_reading and on_compacting get (done, in all), and may raise
-    KeyboardInterrupt; should_stop is asked between tokens.
+    on_compaction is told of each compaction, on_rebuild how many tokens are read again because a turn was taken back;
+    on_loading, on_reading and on_compacting get (done, in all), and may raise KeyboardInterrupt; should_stop is asked
+    between tokens.
 
     Raises ModelError and InvalidInput, each with one line that says what to do.
     """
@@ -56,6 +57,7 @@ class LocalChat:
         on_loading: Progress | None = None,
         on_reading: Progress | None = None,
         on_compacting: Progress | None = None,
+        on_rebuild: Callable[[int], None] = lambda _n_tokens: None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         if cache_type not in CACHE_TYPES:
@@ -78,7 +80,14 @@ class LocalChat:
         self.memory = CacheMemory(
             self._engine, positions, compose=budget < 1, on_compaction=on_compaction, on_progress=on_compacting
         )
-        self.chat = Chat(self._engine.model, self.memory, system=system, should_stop=should_stop, on_read=on_reading)
+        self.chat = Chat(
+            self._engine.model,
+            self.memory,
+            system=system,
+            should_stop=should_stop,
+            on_read=on_reading,
+            on_rebuild=on_rebuild,
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from kvcompose_local.sessions import Setup
 
 MIB = 2**20
-ALL_LAYERS = 999
 CACHE_TYPE_NAMES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
 
@@ -298,49 +297,36 @@ def open_chat(
     interrupts: Interrupts,
     status: Status,
 ) -> Iterator[Chat]:
-    """Load a model, and wire engine, memory and chat together."""
+    """A chat whose progress is shown, and whose conversation outlives an abort."""
     # llama.cpp is loaded only now, so that wrong usage and --help answer at once.
-    from kvcompose_local import llama_ffi
-    from kvcompose_local.chat import Chat
-    from kvcompose_local.compaction import CacheMemory
-    from kvcompose_local.engines import open_engine
+    from kvcompose_local.api import LocalChat
 
-    llama_ffi.add_workers(workers)
-    offload = bool(workers) or llama_ffi.supports_gpu()
     with interrupts.caught():  # an exception would be lost in native frames
-        engine, positions = open_engine(
+        local = LocalChat(
             path,
-            n_ctx=n_ctx,
             budget=budget,
+            n_ctx=n_ctx,
             n_threads=n_threads,
-            gpu_layers=gpu_layers if gpu_layers is not None else (ALL_LAYERS if offload else 0),
-            cache_type=llama_ffi.CACHE_TYPES[cache_type],
+            gpu_layers=gpu_layers,
+            cache_type=cache_type,
+            workers=workers,
             sampling=sampling,
-            progress=lambda done, total: status.progress("loading:", done, total, "%"),
+            system=system,
+            on_compaction=lambda report: status.line(report.line()),
+            on_loading=lambda done, total: status.progress("loading:", done, total, "%"),
+            on_reading=lambda done, total: status.progress("reading:", done, total),
+            on_compacting=lambda done, total: status.progress("compacting:", done, total),
+            on_rebuild=lambda n: status.line(f"that part is compressed already: reading {n} tokens again"),
+            should_stop=interrupts,
         )
-    with engine:
-        if engine.name == "stock" and budget < 1:
+    with local:
+        if local.memory.engine.name == "stock" and budget < 1:
             status.line(
                 "stock engine: every layer keeps equally many cells, which forgets more than it must; "
                 "`kvcompose-local build` makes the better one"
             )
-        memory = CacheMemory(
-            engine,
-            positions,
-            compose=budget < 1,
-            on_compaction=lambda report: status.line(report.line()),
-            on_progress=lambda done, total: status.progress("compacting:", done, total),
-        )
-        chat = Chat(
-            engine.model,
-            memory,
-            system=system,
-            should_stop=interrupts,
-            on_read=lambda done, total: status.progress("reading:", done, total),
-            on_rebuild=lambda n: status.line(f"that part is compressed already: reading {n} tokens again"),
-        )
-        with saved_on_abort(chat):
-            yield chat
+        with saved_on_abort(local.chat):
+            yield local.chat
 
 
 @contextlib.contextmanager
