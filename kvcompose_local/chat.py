@@ -357,7 +357,7 @@ class Chat:
     def _retell(self) -> None:
         """Make the transcript anew, as if the conversation had been under this system prompt from its beginning."""
         steps, messages, draft = self._steps, self.messages, self._draft
-        following = [(step.draft, step.n_messages) for step in steps[1:]] + [(draft, len(messages))]
+        following = [*((step.draft, step.n_messages) for step in steps), (draft, len(messages))][1:]
         pins = self.memory.pins
         pinned = [any(start <= step.begin.n_tokens < stop for start, stop in pins) for step in steps]
         self._reset()

@@ -101,6 +101,9 @@ def test_positions_that_run_out_end_the_answer() -> None:
 
 def test_another_system_prompt_reads_the_conversation_again() -> None:
     chat, engine = make(["one", "two"])
+    chat.set_system("before anything was said")
+    assert engine.fed == b""
+    chat.set_system("")
     list(chat.ask("Hi", max_tokens=9))
     engine.fed = b""
     chat.set_system("S")

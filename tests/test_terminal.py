@@ -14,6 +14,7 @@ import pytest
 from test_cli import endless
 
 from kvcompose_local.llama_ffi import library_path
+from kvcompose_local.repl import COMMANDS
 
 pexpect = pytest.importorskip("pexpect")
 
@@ -30,12 +31,21 @@ def terminal(tiny_model: TinyModel, tmp_path: Path) -> Iterator[Terminal]:
     """``terminal(*options)`` starts a chat with a private home and waits for its prompt."""
     children = []
 
-    def start(*options: str) -> Any:
+    def start(*options: str, model: Path | None = None) -> Any:
         home = tmp_path / "home"
         home.mkdir(exist_ok=True)
         env = {k: v for k, v in os.environ.items() if not k.startswith("XDG_")}
         env |= {"KVCOMPOSE_CACHE": str(home / "cache"), "LLAMA_CPP_LIB_PATH": str(library_path().parent)}
-        command = ["-m", "kvcompose_local.cli", "run", str(endless(tiny_model)), "--threads", "1", "--temp", "0"]
+        command = [
+            "-m",
+            "kvcompose_local.cli",
+            "run",
+            str(model or endless(tiny_model)),
+            "--threads",
+            "1",
+            "--temp",
+            "0",
+        ]
         command += ["--budget", "0.5", "--ctx", "1024", "--max-tokens", "20", *options]
         child = pexpect.spawn(
             sys.executable,
@@ -92,14 +102,16 @@ def test_a_chat_with_every_command(terminal: Terminal, tmp_path: Path) -> None:
     n_first = 1 + len("[user]Hello[/][assistant]") + 20
     assert f"positions: {n_first} of 1024 used" in say(child, "/stats")
     shown_help = say(child, "/help")
-    for command in ("/help", "/stats", "/compress", "/read", "/system", "/clear", "/quit"):
+    for command in COMMANDS:
         assert command in shown_help
     assert say(child, "/compress 0.5").startswith(f"compacted: {n_first} tokens seen, ")
     read = re.fullmatch(rf"read (\d+) tokens of {note}: ask about it", say(child, f"/read {note}"))
     assert read is not None
     assert int(read[1]) > len(note.read_text())
     assert say(child, "/system") == "there is no system prompt; /system TEXT sets one"
-    assert say(child, "/system Be brief.") == "the system prompt is set"
+    told = say(child, "/system Be brief.").splitlines()
+    assert re.fullmatch(r"that part is compressed already: reading \d+ tokens again", told[0])
+    assert told[1:] == ["the system prompt is set"]
     assert say(child, "/system") == "Be brief."
     assert say(child, "/clear") == "forgotten: the conversation is empty"
     assert "positions: 0 of 1024 used" in say(child, "/stats")
@@ -128,6 +140,84 @@ def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(terminal: Terminal) -> Non
     leave(child)
 
 
+def positions_of(*messages: str) -> int:
+    """Positions that these messages take, each with an answer of 20 tokens; one byte is one token."""
+    turns = [f"[user]{message}[/][assistant]" for message in messages]
+    return 1 + len("[/]".join(turns).encode()) + 20 * len(messages)
+
+
+def test_turns_in_a_terminal(terminal: Terminal) -> None:
+    child = terminal("--temp", "0")
+    first = say(child, "Hello")
+    assert say(child, "/regen") == first + "\n(the same answer again: /regen 1 varies it more)"
+    assert say(child, "/regen 9") != first
+    assert say(child, "/regen") == first, "the temperature was for one answer"
+    assert f"positions: {positions_of('Hello')} of 1024" in say(child, "/stats")
+    say(child, "/edit Goodbye")
+    assert f"positions: {positions_of('Goodbye')} of 1024" in say(child, "/stats")
+    child.send("/edit\r")
+    child.expect_exact(ACCEPTED)
+    child.expect_exact("Goodbye")
+    say(child, ",🦦")
+    assert f"positions: {positions_of('Goodbye,🦦')} of 1024" in say(child, "/stats")
+    child.send("/edit\r")
+    child.expect_exact(ACCEPTED)
+    child.expect_exact("🦦")
+    child.send(CTRL_C)
+    child.expect_exact("nothing is changed")
+    child.expect_exact(PROMPT)
+    say(child, "More")
+    assert f"positions: {positions_of('Goodbye,🦦', 'More')} of 1024" in say(child, "/stats")
+    assert say(child, "/forget") == "error: the last answer holds no thinking"
+    assert say(child, "/pin") == "pinned: 27 tokens are kept whenever the cache is compressed"
+    assert "27 tokens pinned" in say(child, "/stats")
+    say(child, "/compress 0.5")
+    taken_back = say(child, "/undo").splitlines()
+    assert re.fullmatch(r"that part is compressed already: reading \d+ tokens again", taken_back[0])
+    assert taken_back[1:] == ["taken back: your message and its answer"]
+    assert say(child, "/undo") == "taken back: your message and its answer"
+    assert say(child, "/undo") == "error: there is nothing to take back"
+    assert "positions: 0 of 1024" in say(child, "/stats")
+    leave(child)
+
+
+def test_the_window_may_change_its_size(terminal: Terminal) -> None:
+    child = terminal("--ctx", "4096", "--max-tokens", "3500", "--budget", "1")
+    child.setwinsize(30, 60)
+    begin_an_answer(child, "Hello")
+    child.setwinsize(20, 40)
+    child.send(CTRL_C)
+    child.expect_exact("(stopped")
+    child.expect_exact(PROMPT)
+    chart = say(child, "/memory").splitlines()
+    assert "█ composed + ░ live cells of each layer," in chart[0]
+    assert len([line for line in chart if "░░░" in line]) == 3
+    assert 30 < max(map(len, chart)) <= 40
+    leave(child)
+
+
+def test_ctrl_c_in_a_compaction_leaves_the_chat_whole(
+    terminal: Terminal, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Allworkandnoplay." * 320)
+    child = terminal("--ctx", "16384", "--temp", "2", model=tiny_model(n_ctx=16384))
+    assert re.search(r"read \d+ tokens of .*: ask about it$", say(child, f"/read {text}"))
+    before = say(child, "/stats").splitlines()
+    child.send("/compress 0.3\r")
+    child.expect_exact("compacting:")  # shown when it lasts
+    child.send(CTRL_C)
+    child.expect_exact("stopped")
+    child.expect_exact(PROMPT)
+    assert say(child, "/stats").splitlines()[:4] == before[:4], "no cell is changed"
+    assert say(child, "Well?"), "the text needs no reading"
+    positions = re.search(r"positions: (\d+) of", say(child, "/stats"))
+    assert positions is not None
+    assert 0 < int(positions[1]) - int(before[1].split()[1]) <= len("Well?[/][assistant]") + 20
+    assert re.search(r"compacted: \d+ tokens seen, .* s$", say(child, "/compress 0.3"))
+    leave(child)
+
+
 def test_ctrl_c_at_the_prompt_says_how_to_leave(terminal: Terminal) -> None:
     child = terminal()
     child.send("half a messa")
@@ -141,7 +231,7 @@ def test_ctrl_c_at_the_prompt_says_how_to_leave(terminal: Terminal) -> None:
 
 def test_pasted_lines_are_one_message(terminal: Terminal) -> None:
     child = terminal()
-    pasted = "first line\nsecond line"
+    pasted = "first line 🦦\nsecond line, 世界"
     say(child, f"\x1b[200~{pasted}\x1b[201~")
     n_tokens = 1 + len(f"[user]{pasted}[/][assistant]".replace(" ", "▁").encode()) + 20
     assert f"positions: {n_tokens} of 1024 used" in say(child, "/stats")
