@@ -219,7 +219,8 @@ def run(
             status.line(greeting(chat))
             repl.edit = line_reader(COMMANDS, sessions.names)
             repl.read_line = partial(repl.edit, "")
-            repl.run()
+            with interrupts.leaving_in_order():
+                repl.run()
             if chat.turns and chat.memory.position and not no_autosave:
                 try:
                     with interrupts.caught():
@@ -228,6 +229,8 @@ def run(
                     if session is not None:
                         raise
                     status.line(f"the chat is not saved: {str(error) or 'stopped'}")
+            if interrupts.leaving:
+                context.exit(128 + interrupts.leaving)
             return
         for line in [prompt] if prompt is not None else stdin_lines():
             if line.strip():

@@ -50,6 +50,8 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.requested = False
+        self.leaving = 0  # the number of the signal that ends the program
+        self._catching = False
 
     def __call__(self) -> bool:
         """Whether Ctrl-C was pressed."""
@@ -67,10 +69,30 @@ class Interrupts:
             self.requested = True
 
         signal.signal(signal.SIGINT, on_interrupt)
+        self._catching = True
         try:
             yield
         finally:
+            self._catching = False
             signal.signal(signal.SIGINT, before)
+
+    @contextlib.contextmanager
+    def leaving_in_order(self) -> Iterator[None]:
+        """In this block a closed window or ``kill`` is a Ctrl-C that sets ``leaving``, so that the chat can be saved."""
+
+        def on_signal(number: int, _frame: FrameType | None) -> None:
+            self.leaving = number
+            self.requested = True
+            if not self._catching:
+                raise KeyboardInterrupt
+
+        numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+        before: list[Any] = [signal.signal(number, on_signal) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
 
 
 class Status:
@@ -178,11 +200,13 @@ class Repl:
         self._warned = 0  # which of the warnings that positions run out was given
 
     def run(self) -> None:
-        """Serve until the end of input or /quit."""
-        while True:
+        """Serve until the end of input, /quit or a signal that ends the program."""
+        while not self.interrupts.leaving:
             try:
                 message = self._read_message()
             except KeyboardInterrupt:
+                if self.interrupts.leaving:
+                    return
                 self.status.line("(Ctrl-D or /quit leaves)")
                 continue
             if message is None:

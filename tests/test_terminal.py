@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import stat
 import sys
 from collections.abc import Callable, Iterator
@@ -332,3 +333,19 @@ def test_a_chat_is_saved_loaded_and_gone_on_with(terminal: Terminal, tmp_path: P
     assert positions in say(child, "/stats")
     leave(child)
     assert "saved" not in child.before, "nothing was said"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("answering", [False, True])
+def test_a_chat_that_is_ended_from_outside_is_saved(terminal: Terminal, number: int, answering: bool) -> None:
+    child = terminal("--max-tokens", "400")
+    if answering:
+        begin_an_answer(child, "Go on and on.")
+    else:
+        child.send("Hello.\r")
+        child.expect_exact(PROMPT)
+    child.kill(number)
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 128 + number
+    assert "loaded last: 2 messages" in say(terminal(), "/load last")

@@ -27,10 +27,15 @@ from kvcompose_local.llama_ffi import Context, Model, SoftmaxTap
 SOFTMAX_BYTES = 32 << 20
 
 
+#: While text is read, the last WATCHED of every WATCH_PERIOD tokens show what they attend to: the more often, the slower
+#: is reading and no better the choice (docs/trials.md).
+WATCHED, WATCH_PERIOD = 64, 512
+
+
 def micro_batch(n_cells: int, n_heads: int, *, largest: int = 512) -> int:
-    """Queries that keep the softmax tensor of ``n_cells`` columns within SOFTMAX_BYTES: a power of two, at least 8."""
+    """Queries that keep the softmax tensor of ``n_cells`` columns within SOFTMAX_BYTES: a multiple of 8."""
     fitting = SOFTMAX_BYTES // (4 * n_cells * n_heads)
-    return min(largest, 1 << max(3, fitting.bit_length() - 1))
+    return min(largest, max(fitting // 8 * 8, 8))
 
 
 class LlamaEngine(ABC):
@@ -140,23 +145,34 @@ class LlamaEngine(ABC):
         layout = self.layout()
         if len(tokens) > layout.n_free:
             raise ContextFull(f"{len(tokens)} tokens do not fit in {layout.n_free} free cells")
-        watched = self.watching(self._shown_to(seen, layout)) if seen is not None else nullcontext()
-        with watched:
-            step = self.softmax_micro_batch() if self._context.tap else self._context.n_ubatch
-            for start in range(0, len(tokens), step):
-                before = self._context.next_position
-                try:
-                    self._context.decode(tokens[start : start + step])
-                    if progress is not None:
-                        progress(min(start + step, len(tokens)), len(tokens))
-                except KeyboardInterrupt:
-                    # Whatever was read stays read; the caller asks layout() how much that is.
-                    self._context.has_logits = False
-                    raise
-                except BaseException:
-                    self._context.has_logits = False
-                    self._context.remove(before)
-                    raise
+        tap = None if seen is None else self._shown_to(seen, layout)
+        for start, stop, watched in self._micro_batches(len(tokens), seen is not None):
+            before = self._context.next_position
+            try:
+                with self.watching(tap) if tap is not None and watched else nullcontext():
+                    self._context.decode(tokens[start:stop])
+                if progress is not None:
+                    progress(stop, len(tokens))
+            except KeyboardInterrupt:
+                # Whatever was read stays read; the caller asks layout() how much that is.
+                self._context.has_logits = False
+                raise
+            except BaseException:
+                self._context.has_logits = False
+                self._context.remove(before)
+                raise
+
+    def _micro_batches(self, n: int, watch: bool) -> Iterator[tuple[int, int, bool]]:
+        """(start, stop, whether it is watched) of each micro-batch of ``n`` tokens."""
+        plain = self.softmax_micro_batch() if self._context.tap else self._context.n_ubatch
+        for start in range(0, n, WATCH_PERIOD):
+            stop = min(start + WATCH_PERIOD, n)
+            split = max(start, stop - WATCHED) if watch else stop
+            for a in range(start, split, plain):
+                yield a, min(a + plain, split), False
+            step = self.softmax_micro_batch()
+            for a in range(split, stop, step):
+                yield a, min(a + step, stop), True
 
     def _shown_to(self, sink: AttentionSink, layout: CacheLayout) -> SoftmaxTap:
         """A tap that hands on the columns of the live cells, with positions."""
