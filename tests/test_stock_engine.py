@@ -235,8 +235,10 @@ def test_cells_are_bought_exactly() -> None:
 def test_the_softmax_tensor_stays_bounded() -> None:
     for n_cells in (256, 8192, 131072):
         for n_heads in (4, 14, 64):
-            n = micro_batch(n_cells, n_heads)
-            assert n == 8 or n * n_cells * n_heads * 4 <= 32 << 20
+            for cache_bytes, limit in ((1 << 20, 4 << 20), (30 << 20, 10 << 20), (1 << 40, 32 << 20)):
+                n = micro_batch(n_cells, n_heads, cache_bytes)
+                assert n == 8 or n * n_cells * n_heads * 4 <= limit
+                assert n % 8 == 0
 
 
 def test_a_file_llama_cpp_refuses_gets_its_reason(tmp_path: Path) -> None:
@@ -265,3 +267,17 @@ def test_loading_can_be_stopped(tiny_model: Callable[..., Path]) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         Model(tiny_model("llama"), progress=stop)
+
+
+def test_the_last_of_every_period_are_watched(tiny_model: Callable[..., Path]) -> None:
+    class Queries:
+        def __init__(self) -> None:
+            self.seen: set[int] = set()
+
+        def update(self, layer: int, weights: object, columns: object, queries: Any = None, tokens: Any = None) -> None:
+            self.seen |= set(queries.tolist())
+
+    seen = Queries()
+    with engine_of(tiny_model("llama"), n_cells=2048) as engine:
+        engine.decode((TOKENS * 10)[:1100], seen=seen)
+    assert seen.seen == {*range(448, 512), *range(960, 1024), *range(1036, 1100)}

@@ -23,8 +23,9 @@ from kvcompose_local.interfaces import (
 )
 from kvcompose_local.llama_ffi import Context, Model, SoftmaxTap
 
-#: Bytes that one layer's explicit softmax, float32 (Q, queries, n_kv), may take in the compute buffer.
-SOFTMAX_BYTES = 32 << 20
+#: Bytes that one layer's explicit softmax, float32 (Q, queries, n_kv), may take in the compute buffer: a third of the
+#: cache, since what a small cache saves must not be spent there, within these bounds.
+SOFTMAX_BYTES = 4 << 20, 32 << 20
 
 
 #: While text is read, the last WATCHED of every WATCH_PERIOD tokens show what they attend to: the more often, the slower
@@ -32,9 +33,10 @@ SOFTMAX_BYTES = 32 << 20
 WATCHED, WATCH_PERIOD = 64, 512
 
 
-def micro_batch(n_cells: int, n_heads: int, *, largest: int = 512) -> int:
-    """Queries that keep the softmax tensor of ``n_cells`` columns within SOFTMAX_BYTES: a multiple of 8."""
-    fitting = SOFTMAX_BYTES // (4 * n_cells * n_heads)
+def micro_batch(n_cells: int, n_heads: int, cache_bytes: int, *, largest: int = 512) -> int:
+    """Queries that keep the softmax tensor of ``n_cells`` columns within its bound: a multiple of 8, at least that."""
+    low, high = SOFTMAX_BYTES
+    fitting = min(max(cache_bytes // 3, low), high) // (4 * n_cells * n_heads)
     return min(largest, max(fitting // 8 * 8, 8))
 
 

@@ -69,11 +69,11 @@ class PatchedEngine(LlamaEngine):
         super().__init__(model, context, shape, sampling)
         info = self._cells.info()
         self._has_window = bool(info.has_window)
-        # A window cache overwrites what a replay of more than one micro-batch would have to give back.
-        self.max_replay = self.softmax_micro_batch() if self._has_window else n_cells
         slack = [2 * ALIGNMENT * sum(x.arena == i for x in layers) for i in range(info.n_arenas)]
         sizes = [int(self._cells.arena(i).size) for i in range(info.n_arenas)]
         self.cache_bytes = sum(sizes)
+        # A window cache overwrites what a replay of more than one micro-batch would have to give back.
+        self.max_replay = self.softmax_micro_batch() if self._has_window else n_cells
         self.arena_bytes = tuple(size - lost for size, lost in zip(sizes, slack, strict=True))
         self._composed = (0,) * len(layers)
 
@@ -95,7 +95,7 @@ class PatchedEngine(LlamaEngine):
     def softmax_micro_batch(self) -> int:
         widest = self._cells.info().n_cells
         n_heads = max(layer.n_heads for layer in self.shape.layers)
-        return min(micro_batch(widest, n_heads), self._context.n_ubatch)
+        return micro_batch(widest, n_heads, self.cache_bytes, largest=self._context.n_ubatch)
 
     @contextmanager
     def _visible_softmax(self) -> Iterator[None]:

@@ -66,7 +66,7 @@ class StockEngine(LlamaEngine):
         context = Context(
             model,
             n_ctx=n_cells,
-            n_ubatch=n_ubatch or (micro_batch(n_cells, model.n_heads) if scoring else 512),
+            n_ubatch=n_ubatch or (micro_batch(n_cells, model.n_heads, n_cells * shape.row_bytes) if scoring else 512),
             n_threads=n_threads,
             flash_attention=not scoring,
             cache_type=cache_type,
