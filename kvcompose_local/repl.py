@@ -78,7 +78,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def leaving_in_order(self) -> Iterator[None]:
-        """In this block a closed window or ``kill`` is a Ctrl-C that sets ``leaving``, so that the chat can be saved."""
+        """In this block a closed window or ``kill`` is a Ctrl-C that sets ``leaving``: the chat can still be saved."""
 
         def on_signal(number: int, _frame: FrameType | None) -> None:
             self.leaving = number

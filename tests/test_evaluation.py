@@ -71,7 +71,7 @@ def test_unknown_tasks_and_methods_are_named() -> None:
 
 def record(task: str, seed: int, method: str, keep: float, score: float, kl: float = 0.0) -> dict[str, Any]:
     names = {"task": task, "seed": seed, "n_tokens": 100, "question": 0, "method": method, "keep": keep}
-    return names | {"score": score, "kl": kl, "layer_cells": [4, 2]}
+    return names | {"score": score, "kl": kl, "kept": keep, "layer_cells": [4, 2]}
 
 
 @pytest.fixture
@@ -146,6 +146,31 @@ def test_a_run_on_a_tiny_model_goes_on_where_it_stopped(tiny_model: Callable[...
     output.write_text("not json\n" + output.read_text())
     with pytest.raises(InvalidInput, match="line 1"):
         read_records(output)
+
+
+@needs_patch
+def test_quantized_and_streaming_trials(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    item = make_item("recall", 0, 256, words)
+    trials = [
+        ("full+q8_0", 1.0),
+        ("full+q4_0", 1.0),
+        ("replay+seen+q8_0", 0.5),
+        ("replay+seen", 0.5),
+        ("streaming", 0.5),
+    ]
+    engine, _ = open_engine(tiny_model("llama", n_ctx=16384), n_ctx=room_for(3000), budget=1.0, n_threads=1)
+    with engine:
+        evaluation = Evaluation(engine, tmp_path / "out.jsonl")
+        evaluation.run(item, 256, trials)
+        evaluation.close()
+    first = {r["method"]: r for r in evaluation.records if r["question"] == 0}
+    kl = {name: np.mean([r["kl"] for r in evaluation.records if r["method"] == name]) for name, _ in trials}
+    assert first["full+q8_0"]["kept"] == pytest.approx(34 / 64, abs=1e-3)
+    assert first["replay+seen+q8_0"]["kept"] == pytest.approx(17 / 64, abs=1e-3)
+    assert first["streaming"]["kept"] <= 0.5
+    assert max(first["streaming"]["layer_cells"]) > min(first["streaming"]["layer_cells"]) > 0
+    assert 0 < kl["full+q8_0"] < kl["full+q4_0"]
+    assert kl["full+q8_0"] < kl["replay+seen"]
 
 
 @needs_patch

@@ -28,8 +28,8 @@ from kvcompose_local.llama_ffi import Context, Model, SoftmaxTap
 SOFTMAX_BYTES = 4 << 20, 32 << 20
 
 
-#: While text is read, the last WATCHED of every WATCH_PERIOD tokens show what they attend to: the more often, the slower
-#: is reading and no better the choice (docs/trials.md).
+#: While text is read, the last WATCHED of every WATCH_PERIOD tokens show what they attend to: more of them make reading
+#: slower and the choice hardly better (docs/trials.md).
 WATCHED, WATCH_PERIOD = 64, 512
 
 

@@ -34,7 +34,14 @@ def _names(_context: click.Context, _parameter: click.Parameter, value: str) -> 
 @click.argument("model", required=False)
 @click.option("--quick", is_flag=True, help="A few minutes: three tasks, our method, and a recommended budget.")
 @click.option("--tasks", callback=_names, default="", help="Comma-separated; --tasks help lists them.  [default: all]")
-@click.option("--methods", callback=_names, default=OURS, show_default=True, help="Comma-separated, or `all`.")
+@click.option(
+    "--methods",
+    callback=_names,
+    default=OURS,
+    show_default=True,
+    help="Comma-separated, or `all`; NAME+q8_0 and NAME+q4_0 keep their cells in that type (full+q8_0: all of them), "
+    "`streaming` reads turn by turn as the chat does.",
+)
 @click.option(
     "--keep", "keeps", callback=_numbers, default=",".join(map(str, KEEPS)), show_default=True, help="Keep ratios."
 )
@@ -70,11 +77,12 @@ def eval_command(
     out. Results go to the output file as they come, Ctrl-C stops, and the same command goes on.
     """
     from kvcompose_local import models
-    from kvcompose_local.engines import open_engine
+    from kvcompose_local.engines import open_engine, physical_cores
+    from kvcompose_local.engines.patched import PatchedEngine
     from kvcompose_local.errors import InvalidInput
     from kvcompose_local.evaluation import report
-    from kvcompose_local.evaluation.harness import FULL, Evaluation, room_for
-    from kvcompose_local.evaluation.methods import find_method, method_names
+    from kvcompose_local.evaluation.harness import FULL, Evaluation, check_method, room_for
+    from kvcompose_local.evaluation.methods import method_names
     from kvcompose_local.evaluation.tasks import TASKS, make_item
     from kvcompose_local.repl import Status
 
@@ -85,7 +93,7 @@ def eval_command(
         raise InvalidInput(f"the tasks are {', '.join(TASKS)}")
     methods = tuple(method_names()) if methods == ("all",) else methods
     for name in methods:
-        find_method(name)
+        check_method(name)
     status = Status(sys.stderr)
     path = models.resolve(model, pull=True, progress=status.fetching)
     models.check_gguf(path)
@@ -93,10 +101,12 @@ def eval_command(
     n_cells = room_for(length, whole_replay="published" in methods)
     engine, _ = open_engine(path, n_ctx=n_cells, budget=1.0, n_threads=threads)
     with engine:
-        if not engine.per_layer:
+        if not isinstance(engine, PatchedEngine):
             raise InvalidInput("the evaluation needs the patched engine: run `kvcompose-local build`")
-        evaluation = Evaluation(engine, output, {"file": path.name})
-        trials = [(FULL, 1.0), *((name, keep) for name in methods for keep in keeps)]
+        evaluation = Evaluation(engine, output, {"file": path.name}, n_threads=threads or physical_cores())
+        trials = [(FULL, 1.0)]
+        for name in methods:
+            trials += [(name, keep) for keep in ((1.0,) if name.startswith(FULL) else keeps)]
         plan = [(task, seed) for seed in range(first_seed, first_seed + items) for task in tasks]
         started, done = time.monotonic(), 0
         try:
@@ -111,6 +121,8 @@ def eval_command(
                 done += 1
         except KeyboardInterrupt:
             status.line(f"stopped: what is done stands in {output}, and the same command goes on from it")
+        finally:
+            evaluation.close()
         wanted = {(name, keep) for name, keep in trials}
         records = [
             r

@@ -17,16 +17,23 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcompose_local import __version__
-from kvcompose_local.compaction import Policy
-from kvcompose_local.engines.base import LlamaEngine
+from kvcompose_local.compaction import CacheMemory, Policy
+from kvcompose_local.engines import CELL_PADDING
+from kvcompose_local.engines.patched import PatchedEngine
 from kvcompose_local.errors import InvalidInput, KVComposeError
 from kvcompose_local.evaluation.methods import find_method
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import Item, Question
-from kvcompose_local.interfaces import IntArray
+from kvcompose_local.interfaces import CacheSnapshot, FloatArray, IntArray
+from kvcompose_local.llama_ffi import CACHE_TYPES
 
 #: The name of the uncompressed cache among the methods.
 FULL = "full"
+#: The chat itself: the context is fed in turns to a cache of the size that the keep ratio names, scratch included.
+STREAMING = "streaming"
+_N_TURNS = 16
+#: What a method's name may end in: its cells are of this type, so that they take fewer bytes than the keep ratio says.
+QUANTIZED = ("+q8_0", "+q4_0")
 _GAP = "\x00"
 
 
@@ -36,6 +43,37 @@ class Answer:
 
     tokens: tuple[int, ...]
     log_probs: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What a trial's questions start from: these cells of an engine, rewritten if there is a selection.
+
+    kept: share of the full F16 cache's bytes; seconds: what the choice took.
+    """
+
+    engine: PatchedEngine
+    cells: CacheSnapshot
+    selection: list[IntArray] | None
+    kept: float
+    seconds: float
+
+
+def _ignore(_layer: int, _weights: FloatArray) -> None:
+    """Looks at no attention."""
+
+
+def check_method(name: str) -> None:
+    """Raises InvalidInput, naming those there are, where no method has the name, with or without a cache type."""
+    base, _ = _without_type(name)
+    if base not in (FULL, STREAMING):
+        find_method(base)
+
+
+def _without_type(name: str) -> tuple[str, str]:
+    """A method's name and the cache type that it ends in, if any."""
+    base, _, kind = name.rpartition("+")
+    return (base, kind) if name.endswith(QUANTIZED) else (name, "")
 
 
 def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -56,8 +94,12 @@ class Evaluation:
     engine: with an uncompressed cache of at least :func:`room_for` cells; facts: what every record says of the run.
     """
 
-    def __init__(self, engine: LlamaEngine, output: Path, facts: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, engine: PatchedEngine, output: Path, facts: dict[str, Any] | None = None, *, n_threads: int = 1
+    ) -> None:
+        """n_threads: of the engines that quantized and streaming trials need beside this one."""
         self.engine = engine
+        self.n_threads = n_threads
         self.output = output
         self.facts = {"model": engine.model.name, "version": __version__, "engine": engine.name, **(facts or {})}
         self.records = read_records(output)
@@ -66,6 +108,7 @@ class Evaluation:
             [{"role": "user", "content": _GAP}], add_generation_prompt=True
         ).partition(_GAP)
         self._head = head
+        self._others: dict[str, PatchedEngine] = {}
 
     def missing(self, item: Item, n_tokens: int, trials: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
         """The trials, (method, keep ratio), of an item that have no record yet."""
@@ -87,36 +130,26 @@ class Evaluation:
         """Run what is missing of an item's trials, and write a record for each question and trial.
 
         n_tokens: the length that was asked for, which names the item. A record holds the score in [0, 1], ``kl`` in
-        nats a token, ``log_likelihood`` of the full cache's answer in nats a token, and the share of cells kept.
+        nats a token, ``log_likelihood`` of the full cache's answer in nats a token, and ``kept``, the share of bytes.
         """
         trials = self.missing(item, n_tokens, trials)
         if not trials:
             return
-        engine = self.engine
-        engine.clear()
-        progress("reading")
-        model = engine.model
-        tokens = model.tokenize(self._head + item.context + "\n\n", add_bos=model.adds_bos)
-        policy = Policy.for_cells(len(tokens))
-        stats = Statistics(engine, tokens, n_scratch=policy.n_scratch, n_lead_in=policy.n_lead_in)
-        full = engine.snapshot()
-        n_full = len(tokens) * len(engine.shape.layers)
-        progress("scoring")
-        chosen: dict[tuple[str, float], tuple[list[IntArray] | None, float]] = {}
-        for name, keep in trials:
-            started = time.perf_counter()
-            selection = None if name == FULL else find_method(name)(stats, int(keep * n_full))
-            chosen[name, keep] = selection, time.perf_counter() - started
+        starts = self._starts(item, trials, progress)
+        cells_of_all = {}
         for number, question in enumerate(item.questions):
-            asked = model.tokenize(question.text + self._tail + question.prefix)
-            engine.restore(full)
+            asked = self.engine.model.tokenize(question.text + self._tail + question.prefix)
+            self.engine.restore(starts[FULL, 1.0].cells)
             reference = self._full_answer(asked, question.max_tokens)
-            for (name, keep), (selection, seconds) in chosen.items():
+            for name, keep in trials:
                 progress(f"question {number + 1}/{len(item.questions)}: {name} {keep:g}")
-                engine.restore(full)
-                if selection is not None:
-                    engine.rewrite(selection, 0)
-                kept = sum(engine.layout().composed) if selection is not None else n_full
+                start = starts[name, keep]
+                start.engine.restore(start.cells)
+                if start.selection is not None:
+                    start.engine.rewrite(start.selection, 0)
+                if number == 0:
+                    layout = start.engine.layout()
+                    cells_of_all[name, keep] = [n + layout.n_live for n in layout.composed]
                 record = {
                     **self.facts,
                     "task": item.task,
@@ -125,16 +158,81 @@ class Evaluation:
                     "question": number,
                     "method": name,
                     "keep": keep,
-                    "kept": round(kept / n_full, 4),
-                    **self._measure(asked, question, reference),
-                    "select_seconds": round(seconds, 3),
+                    "kept": round(start.kept, 4),
+                    **self._measure(start.engine, asked, question, reference),
+                    "select_seconds": round(start.seconds, 3),
                 }
                 if number == 0:
-                    record["layer_cells"] = list(engine.layout().composed)
+                    record["layer_cells"] = cells_of_all[name, keep]
                 self._write(record)
 
+    def _starts(
+        self, item: Item, trials: Sequence[tuple[str, float]], progress: Callable[[str], None]
+    ) -> dict[tuple[str, float], _Start]:
+        """Where each trial's questions start, and those of the full cache."""
+        engine, model = self.engine, self.engine.model
+        engine.clear()
+        progress("reading")
+        tokens = model.tokenize(self._head + item.context + "\n\n", add_bos=model.adds_bos)
+        policy = Policy.for_cells(len(tokens))
+        stats = Statistics(engine, tokens, n_scratch=policy.n_scratch, n_lead_in=policy.n_lead_in)
+        n_full = len(tokens) * len(engine.shape.layers)
+        full = {"": (engine, engine.snapshot())}
+        starts = {}
+        progress("scoring")
+        for name, keep in [(FULL, 1.0), *trials]:
+            base, kind = _without_type(name)
+            if base == STREAMING:
+                starts[name, keep] = self._streamed(tokens, keep)
+                continue
+            started = time.perf_counter()
+            selection = None if base == FULL else find_method(base)(stats, int(keep * n_full))
+            seconds = time.perf_counter() - started
+            if kind not in full:
+                full[kind] = self._read(tokens, kind)
+            other, cells = full[kind]
+            kept = 1.0 if selection is None else sum(rows.shape[1] for rows in selection) / n_full
+            kept *= other.shape.row_bytes / engine.shape.row_bytes
+            starts[name, keep] = _Start(other, cells, selection, kept, seconds)
+        return starts
+
+    def _read(self, tokens: Sequence[int], kind: str) -> tuple[PatchedEngine, CacheSnapshot]:
+        """The context in a cache of another type."""
+        if kind not in self._others:
+            n_cells = -(-self.engine.layout().n_free // CELL_PADDING) * CELL_PADDING + len(tokens)
+            self._others[kind] = self._new_engine(n_cells, CACHE_TYPES[kind])
+        other = self._others[kind]
+        other.clear()
+        other.decode(tokens)
+        return other, other.snapshot()
+
+    def _streamed(self, tokens: Sequence[int], keep: float) -> _Start:
+        """The context as a chat would read it, turn by turn, in a cache of ``keep`` of its size."""
+        n_cells = max(int(keep * len(tokens)) // CELL_PADDING, 1) * CELL_PADDING
+        small = self._new_engine(n_cells)
+        try:
+            memory = CacheMemory(small, len(tokens))
+            size = -(-len(tokens) // _N_TURNS)
+            for start in range(0, len(tokens), size):
+                memory.feed(tokens[start : start + size])
+            seconds = sum(report.seconds for report in memory.reports)
+            return _Start(self.engine, small.snapshot(), None, n_cells / len(tokens), seconds)
+        finally:
+            small.close_context()
+
+    def _new_engine(self, n_cells: int, cache_type: int = CACHE_TYPES["f16"]) -> PatchedEngine:
+        n_cells = -(-n_cells // CELL_PADDING) * CELL_PADDING
+        return PatchedEngine(self.engine.model, n_cells=n_cells, n_threads=self.n_threads, cache_type=cache_type)
+
+    def close(self) -> None:
+        """Free what was opened beside the engine."""
+        for other in self._others.values():
+            other.close_context()
+        self._others.clear()
+
     def _full_answer(self, asked: Sequence[int], max_tokens: int) -> Answer:
-        self.engine.decode(asked)
+        with self.engine.watching(_ignore):  # the explicit softmax is the faster one for a few tokens
+            self.engine.decode(asked)
         tokens: list[int] = []
         rows = []
         while len(tokens) < max_tokens:
@@ -146,11 +244,14 @@ class Evaluation:
                 self.engine.decode(tokens[-1:])
         return Answer(tuple(tokens), np.stack(rows))
 
-    def _measure(self, asked: Sequence[int], question: Question, reference: Answer) -> dict[str, Any]:
-        engine, expected = self.engine, reference.tokens
-        if len(asked) > 1:
-            engine.decode(asked[:-1])
-        rows = log_softmax(engine.decode_all([asked[-1], *expected[:-1]]))
+    def _measure(
+        self, engine: PatchedEngine, asked: Sequence[int], question: Question, reference: Answer
+    ) -> dict[str, Any]:
+        expected = reference.tokens
+        with engine.watching(_ignore):
+            if len(asked) > 1:
+                engine.decode(asked[:-1])
+            rows = log_softmax(engine.decode_all([asked[-1], *expected[:-1]]))
         kl = (np.exp(reference.log_probs) * (reference.log_probs - rows)).sum(axis=1).mean()
         likelihood = rows[np.arange(len(expected)), expected].mean()
         best = rows.argmax(axis=1)

@@ -26,12 +26,14 @@ _RESAMPLES = 1000
 class Result:
     """One method at one keep ratio over all tasks that count.
 
-    share: score as a share of the full cache's, each task weighing the same; low, high: its 95% bootstrap interval over
-    items; kl: nats a token; n: questions.
+    kept: share of the full cache's bytes, which for a quantized cache is less than the keep ratio; share: score as a
+    share of the full cache's, each task weighing the same; low, high: its 95% bootstrap interval over items; kl: nats a
+    token; n: questions.
     """
 
     method: str
     keep: float
+    kept: float
     score: float
     share: float
     low: float
@@ -69,7 +71,9 @@ def results(records: Sequence[Record], *, seed: int = 0) -> list[Result]:
         drawn = np.mean([_resample(table, rng) for table in tables], axis=0)  # (resamples, 2)
         low, high = np.quantile(drawn[:, 0] / np.maximum(drawn[:, 1], 1e-9), [0.025, 0.975])
         kl = float(np.mean([r["kl"] for r in group]))
-        found.append(Result(method, keep, float(score), float(score / whole), float(low), float(high), kl, len(group)))
+        kept = float(np.mean([r["kept"] for r in group]))
+        share = float(score / whole)
+        found.append(Result(method, keep, kept, float(score), share, float(low), float(high), kl, len(group)))
     return sorted(found, key=lambda r: (r.method != FULL, r.method, -r.keep))
 
 
@@ -128,7 +132,7 @@ def tables(records: Sequence[Record]) -> str:
     for method in best_first:
         by_keep = {r.keep: r for r in found if r.method == method}
         cells = [
-            f"{r.share:.2f} ({r.low:.2f}–{r.high:.2f}) / {r.kl:.3f}" if (r := by_keep.get(keep)) else ""
+            f"{r.share:.2f} ({r.low:.2f}–{r.high:.2f}) / {r.kl:.3f}{_bytes(r)}" if (r := by_keep.get(keep)) else ""
             for keep in keeps
         ]
         ends = [f"{area(found, method):.2f}", *(f"{most_removed(found, method, x):.0%}" for x in (0.2, 0.01))]
@@ -143,6 +147,11 @@ def tables(records: Sequence[Record]) -> str:
                 shown.append(f"{np.mean(scores):.2f}" if scores else "")
             lines.append(f"| {task} ({full:.2f}) | {method} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
+
+
+def _bytes(result: Result) -> str:
+    """What to add where a method's bytes are not those that the keep ratio says."""
+    return "" if 0.95 * result.keep < result.kept <= result.keep + 1e-3 else f" at {result.kept:.0%} of the bytes"
 
 
 def recommendation(records: Sequence[Record], method: str, within: float = 0.05) -> str:
@@ -172,10 +181,10 @@ def plot(records: Sequence[Record], folder: Path) -> list[Path]:
     methods = [m for m in dict.fromkeys(r.method for r in found) if m != FULL]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for method in methods:
-        points = sorted((r for r in found if r.method == method), key=lambda r: r.keep)
-        keeps = [100 * r.keep for r in points]
-        axes[0].plot(keeps, [r.share for r in points], marker="o", markersize=3, label=method)
-        axes[1].plot(keeps, [max(r.kl, 1e-5) for r in points], marker="o", markersize=3, label=method)
+        points = sorted((r for r in found if r.method == method), key=lambda r: r.kept)
+        kept = [100 * r.kept for r in points]
+        axes[0].plot(kept, [r.share for r in points], marker="o", markersize=3, label=method)
+        axes[1].plot(kept, [max(r.kl, 1e-5) for r in points], marker="o", markersize=3, label=method)
     axes[0].set(xlabel="bytes kept, %", ylabel="share of the full-cache score", ylim=(0, 1.05))
     axes[1].set(xlabel="bytes kept, %", ylabel="KL to the full cache, nats a token", yscale="log")
     axes[0].legend(fontsize=7)

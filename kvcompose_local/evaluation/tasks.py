@@ -257,6 +257,41 @@ def _many_needles(w: _Writer) -> Item:
     return Item("", 0, text, questions)
 
 
+ABOUT_ME = {
+    "name of my cat": "Biscuit Pepper Shadow Ginger Pickles Smokey".split(),
+    "street I live in": "Elm Street,Harbour Road,Mill Lane,Castle Avenue,Orchard Way,Station Road".split(","),
+    "instrument I play": "cello clarinet trombone mandolin accordion oboe".split(),
+    "city my sister lives in": PLACES,
+    "food I cannot eat": "peanuts shellfish celery mustard strawberries mushrooms".split(),
+    "colour of my bicycle": "orange purple turquoise yellow crimson silver".split(),
+    "trade of my father": TRADES,
+    "day of my next appointment": "Monday Tuesday Wednesday Thursday Friday Saturday".split(),
+}
+
+
+def _recall(w: _Writer) -> Item:
+    """A conversation in which facts are told in its first half, and asked after all the talk of the second."""
+    facts = {what: w.random.choice(values) for what, values in ABOUT_ME.items()}
+    told = [
+        f"User: By the way, the {what} is {value}.\nAssistant: I will remember that." for what, value in facts.items()
+    ]
+    sentences = w.prose()
+
+    def talk(i: int) -> str:
+        return f"User: {sentences[2 * i]}\nAssistant: {sentences[2 * i + 1]}"
+
+    w.n_tokens, whole = w.n_tokens // 2, w.n_tokens
+    first = w.fill(talk, told, "\n")
+    w.n_tokens = whole - w.count(first)
+    n_said = first.count("User:")
+    second = w.fill(lambda i: talk(n_said + i), [], "\n")
+    questions = tuple(
+        Question(f"What did I say is the {what}?", f"You said that the {what} is", (value,), 8)
+        for what, value in facts.items()
+    )
+    return Item("", 0, f"This is our conversation so far.\n{first}\n{second}", questions)
+
+
 TASKS: dict[str, Callable[[_Writer], Item]] = {
     "niah_single_1": _niah("noise", 1, 1, 1, "number"),
     "niah_single_2": _niah("prose", 1, 1, 1, "number"),
@@ -271,6 +306,7 @@ TASKS: dict[str, Callable[[_Writer], Item]] = {
     "fwe": _frequent_words,
     "qa": _documents,
     "needles_8": _many_needles,
+    "recall": _recall,
 }
 
 
