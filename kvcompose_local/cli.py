@@ -217,6 +217,7 @@ def run(
             from kvcompose_local.prompt import line_reader
 
             status.line(greeting(chat))
+            repl.idle = chat.memory.score
             repl.edit = line_reader(COMMANDS, sessions.names)
             repl.read_line = partial(repl.edit, "")
             with interrupts.leaving_in_order():

@@ -14,6 +14,7 @@ Nothing is compressed before it must be, and nothing is changed before step 4.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,15 @@ import numpy.typing as npt
 from kvcompose_local.attention import AttentionMax
 from kvcompose_local.budgets import allocate_bytes
 from kvcompose_local.errors import ContextFull, InvalidInput
-from kvcompose_local.interfaces import CacheLayout, CacheSnapshot, Engine, FloatArray, IntArray, Progress
+from kvcompose_local.interfaces import (
+    AttentionSink,
+    CacheLayout,
+    CacheSnapshot,
+    Engine,
+    FloatArray,
+    IntArray,
+    Progress,
+)
 from kvcompose_local.scores import token_scores
 from kvcompose_local.selection import select_composites
 
@@ -54,6 +63,8 @@ class Policy:
 
 #: The score of a pinned token: above any other, since those are sums of a few attention weights, which are at most 1.
 PINNED = 2.0**20
+#: Cells of a replay that is done while nobody waits: what is lost when it is stopped.
+_IDLE_CHUNK = 64
 #: Attention of a token to the ones just before it says nothing about who else needs them.
 N_NEAREST = 16
 
@@ -104,6 +115,30 @@ class MemoryState:
     pins: tuple[tuple[int, int], ...] = ()
 
 
+class _Stopped(Exception):
+    """Raised out of a replay that nobody waits for."""
+
+
+@dataclass(frozen=True)
+class _Until:
+    """Hands attention on until ``stop()``."""
+
+    stop: Callable[[], bool]
+    sink: AttentionSink
+
+    def update(
+        self,
+        layer: int,
+        weights: FloatArray,
+        columns: slice | IntArray,
+        query_positions: IntArray | None = None,
+        column_positions: IntArray | None = None,
+    ) -> None:
+        if self.stop():
+            raise _Stopped
+        self.sink.update(layer, weights, columns, query_positions, column_positions)
+
+
 class CacheMemory:
     """A cache that is fed tokens and compacts itself when it must.
 
@@ -137,6 +172,11 @@ class CacheMemory:
         layers = self.engine.shape.layers
         self._scores: list[FloatArray] = [np.zeros((layer.n_kv_heads, 0), np.float32) for layer in layers]
         self._seen = AttentionMax.over(layers, exclude_nearest=N_NEAREST)
+        self._forget_replay()
+
+    def _forget_replay(self) -> None:
+        self._replayed = AttentionMax.over(self.engine.shape.layers)
+        self._n_replayed = 0  # live tokens that have been replayed
 
     @property
     def position(self) -> int:
@@ -220,6 +260,7 @@ class CacheMemory:
         if n_scored == 0:
             return None
         started = time.perf_counter()
+        self._replay(n_scored, self.policy.n_scratch, self._replayed, self.on_progress)
         attention = self._attention(n_scored)
         replayed = time.perf_counter()
         scores = [
@@ -238,6 +279,7 @@ class CacheMemory:
         self.engine.rewrite(selection, n_tail)
         self._scores = [np.take_along_axis(s, rows, axis=1) for s, rows in zip(scores, selection, strict=True)]
         self._seen.keep(slice(n_scored, None))
+        self._forget_replay()
         after = self.engine.layout()
         report = CompactionReport(
             tokens_seen=after.position,
@@ -255,32 +297,45 @@ class CacheMemory:
             self.on_compaction(report)
         return report
 
+    def score(self, stop: Callable[[], bool]) -> None:
+        """Replay now what the next compaction would have to, until ``stop()`` says that there is no time left.
+
+        Looked at for every layer of a short chunk, so that a user who is done typing waits for a moment only.
+        """
+        if not self.compose:
+            return
+        with contextlib.suppress(_Stopped):
+            n_scored = self.engine.layout().n_live - self.policy.n_tail
+            self._replay(n_scored, _IDLE_CHUNK, _Until(stop, self._replayed), None)
+
     def _attention(self, n_scored: int) -> list[FloatArray]:
         """For each layer float32 (Q, n_scored): attention of the replay, plus what was seen while reading."""
-        replayed = AttentionMax.over(self.engine.shape.layers)
-        self._replay(n_scored, replayed)
-        total = [layer[:, :n_scored] for layer in replayed.result()]
+        total = [layer[:, :n_scored].copy() for layer in self._replayed.result()]
         for layer, seen in zip(total, self._seen.result(), strict=True):
             n = min(seen.shape[1], n_scored)
             layer[:, :n] += seen[:, :n]
         return total
 
-    def _replay(self, n_scored: int, replayed: AttentionMax) -> None:
-        """The first ``n_scored`` live tokens once more, in chunks that fit the scratch."""
-        step = min(self.engine.layout().n_free, self.engine.max_replay, max(self.policy.n_scratch, 1))
+    def _replay(self, n_scored: int, n_cells: int, seen: AttentionSink, progress: Progress | None) -> None:
+        """Those of the first ``n_scored`` live tokens that were not, once more, in chunks of up to ``n_cells``."""
+        if self._n_replayed >= n_scored:
+            return
+        step = min(self.engine.layout().n_free, self.engine.max_replay, max(n_cells, 1))
         if step <= 0:
             raise ContextFull("no free cells are left to score the text in")
         lead_in = min(self.policy.n_lead_in, step // 2)
-        chunk = step - lead_in
         live = self._live()
-        for start in range(0, n_scored, chunk):
-            if self.on_progress is not None:
-                self.on_progress(start, n_scored)
-            part = live[max(start - lead_in, 0) : min(start + chunk, n_scored)]
+        first = self._n_replayed
+        while self._n_replayed < n_scored:
+            if progress is not None:
+                progress(self._n_replayed - first, n_scored - first)
+            start, stop = self._n_replayed, min(self._n_replayed + step - lead_in, n_scored)
+            part = live[max(start - lead_in, 0) : stop]
             self._furthest = max(self._furthest, len(self.tokens) + len(part))
-            self.engine.replay(part, replayed)
-        if self.on_progress is not None:
-            self.on_progress(n_scored, n_scored)
+            self.engine.replay(part, seen)
+            self._n_replayed = stop
+        if progress is not None:
+            progress(n_scored - first, n_scored - first)
 
     def _budgets(self, scores: Sequence[FloatArray], n_tail: int, at_most: int | None, n_pinned: int) -> IntArray:
         """Composed cells of each layer, within ``at_most`` bytes of all cells but for what is pinned."""
@@ -384,6 +439,7 @@ class CacheMemory:
         self._furthest = cells.position + (self.engine.max_replay if cells.window.size else 0)
         self._scores = [*state.scores]
         self._seen = seen
+        self._forget_replay()
 
     def _check_room(self, cells: CacheSnapshot) -> None:
         """Raises ContextFull unless the cells fit beside enough of the scratch for the next compaction."""
@@ -412,7 +468,10 @@ class CacheMemory:
             layout = self.engine.layout()
             self.engine.drop_tail(layout.position - position)
             del self.tokens[position:]
-            self._seen.keep(slice(layout.n_live - (layout.position - position)))
+            n_live = layout.n_live - (layout.position - position)
+            self._seen.keep(slice(n_live))
+            self._replayed.keep(slice(n_live))
+            self._n_replayed = min(self._n_replayed, n_live)
             return True
         again, pins = self.tokens[:position], self.pins
         self.clear()

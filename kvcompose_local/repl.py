@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -148,6 +149,27 @@ class Status:
             self._shown = False
 
 
+@contextlib.contextmanager
+def meanwhile(work: Callable[[Callable[[], bool]], None]) -> Iterator[None]:
+    """Run ``work(stop)`` in a thread during this block, at whose end ``stop()`` becomes true and the thread is awaited.
+
+    Its errors are dropped: what it would have done is done when it is needed, and fails there if it must.
+    """
+    over = threading.Event()
+
+    def run() -> None:
+        with contextlib.suppress(KVComposeError):
+            work(over.is_set)
+
+    thread = threading.Thread(target=run, name="meanwhile", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 def read_text_file(path: Path) -> str:
     """The text of a UTF-8 file. Raises InvalidInput, in one line, for what cannot be read as text."""
     try:
@@ -168,7 +190,8 @@ class Repl:
     read_line returns the next line without its newline, or None at the end of input; it may raise KeyboardInterrupt
     for Ctrl-C at the prompt. Answers go to ``out``, everything else to ``status``. save and load take the name of a
     session and return what to say of it. edit shows a text to be edited and returns it, None or an interrupt for no
-    change. at_temperature is entered while an answer is drawn at another temperature.
+    change. at_temperature is entered while an answer is drawn at another temperature. idle is work to do while the user
+    reads and types, until it is told to stop.
     """
 
     def __init__(
@@ -185,6 +208,7 @@ class Repl:
         load: Callable[[str], str] = lambda name: "",
         edit: Callable[[str], str | None] | None = None,
         at_temperature: Callable[[float], AbstractContextManager[object]] = lambda temperature: nullcontext(),
+        idle: Callable[[Callable[[], bool]], None] = lambda stop: None,
     ) -> None:
         self.chat = chat
         self.read_line = read_line
@@ -197,13 +221,15 @@ class Repl:
         self.load = load
         self.edit = edit
         self.at_temperature = at_temperature
+        self.idle = idle
         self._warned = 0  # which of the warnings that positions run out was given
 
     def run(self) -> None:
         """Serve until the end of input, /quit or a signal that ends the program."""
         while not self.interrupts.leaving:
             try:
-                message = self._read_message()
+                with meanwhile(self.idle):
+                    message = self._read_message()
             except KeyboardInterrupt:
                 if self.interrupts.leaving:
                     return

@@ -252,3 +252,52 @@ def test_policies_fit_their_arena() -> None:
     for n_cells in (256, 512, 2048, 32768):
         policy = Policy.for_cells(n_cells)
         assert policy.n_tail + policy.n_headroom + policy.n_scratch < n_cells / 2
+
+
+def test_scoring_ahead_of_a_compaction_changes_when_and_not_what() -> None:
+    kept, replayed = [], []
+    for ahead in (False, True):
+        engine = FakeEngine(200)
+        memory = CacheMemory(engine, 1000, policy=POLICY)
+        memory.feed(range(65, 105))
+        if ahead:
+            memory.score(lambda: False)
+            assert b"".join(engine.replayed) == bytes(range(65, 101))
+            memory.score(lambda: False)  # nothing is left to do
+        memory.feed(range(105, 115))
+        before = len(engine.replayed)
+        memory.compact(0.5)
+        replayed.append(len(b"".join(engine.replayed[before:])))
+        kept.append([cells.tolist() for cells in engine.composed])
+    assert kept[0] == kept[1]
+    assert replayed[0] > 46 > 20 > replayed[1]
+
+
+def test_scoring_stops_when_told_and_goes_on_later() -> None:
+    engine = FakeEngine(400)
+    memory = CacheMemory(engine, 1000, policy=POLICY)
+    memory.feed([7] * 200)
+    looks = iter([False] * 3 + [True] * 9)
+    memory.score(lambda: next(looks))  # each of two layers looks: stopped in the second chunk
+    assert len(engine.replayed) == 2
+    assert engine.layout().n_live == 200
+    memory.score(lambda: False)
+    assert len(b"".join(engine.replayed)) > 196 + 62
+    assert memory.compact(0.5) is not None
+    memory.feed([9] * 5)
+    memory.rewind(memory.position - 5)
+    memory.score(lambda: False)
+    assert memory.compact(0.9) is None, "only the tail is live"
+
+
+def test_what_was_scored_is_forgotten_with_its_token() -> None:
+    engine = FakeEngine(400)
+    memory = CacheMemory(engine, 1000, policy=POLICY)
+    memory.feed([100] * 20 + [250] * 20)
+    memory.score(lambda: False)
+    memory.rewind(20)
+    memory.feed([10] * 20)
+    n_before = len(engine.replayed)
+    memory.compact(0.5)
+    assert b"".join(engine.replayed[n_before:]).count(10) >= 16
+    assert 250 not in engine.composed[0]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import re
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -323,3 +325,36 @@ def test_files_that_are_not_text_get_one_line(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="cannot read"):
         read_text_file(tmp_path)
     assert read_text_file(bom) == "hi"
+
+
+def test_text_is_scored_while_the_user_types() -> None:
+    """The first prompt comes at once; at the second one line of input waits for what is done meanwhile."""
+    engine = FakeEngine(400, ["Yes."])
+    memory = CacheMemory(engine, 1000)
+    scored = threading.Event()
+
+    def score(stop: Callable[[], bool]) -> None:
+        memory.score(stop)
+        if engine.replayed:
+            scored.set()
+        while not stop():
+            time.sleep(0.001)
+        raise InvalidInput("which nobody hears of")
+
+    script = iter(["A message of some length.", None])
+
+    def read_line() -> str | None:
+        line = next(script)
+        assert line is not None or scored.wait(10)
+        return line
+
+    said = io.StringIO()
+    interrupts = Interrupts()
+    chat = Chat(FakeModel(), memory, should_stop=interrupts)
+    status = Status(said)
+    Repl(
+        chat, read_line=read_line, out=io.StringIO(), status=status, interrupts=interrupts, max_tokens=9, idle=score
+    ).run()
+    assert scored.is_set()
+    assert said.getvalue() == ""
+    assert [thread for thread in threading.enumerate() if thread.name == "meanwhile"] == []

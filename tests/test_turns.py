@@ -13,7 +13,7 @@ from kvcompose_local.chat import Chat
 from kvcompose_local.compaction import CacheMemory
 from kvcompose_local.engines import open_engine
 from kvcompose_local.engines.base import LlamaEngine
-from kvcompose_local.interfaces import FloatArray, Sampling
+from kvcompose_local.interfaces import ByteArray, FloatArray, Sampling
 from kvcompose_local.llama_ffi import library_is_patched
 
 pytestmark = pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
@@ -67,11 +67,18 @@ def test_what_was_taken_back_leaves_no_trace(tiny_model: TinyModel, arch: str, b
 
 
 def test_pinned_text_keeps_its_bytes_in_all_layers(tiny_model: TinyModel) -> None:
-    """Each head of each layer still holds the keys of every pinned token after several compactions."""
+    """Each head of each layer still holds the keys of every pinned token after several compactions.
+
+    But for rounding: they were read again meanwhile, in other micro-batches.
+    """
+
+    def heads(rows: ByteArray) -> FloatArray:
+        return np.ascontiguousarray(rows).view(np.float16).astype(np.float32).reshape(len(rows), 2, -1)
+
     with chat_of(tiny_model("llama", n_layers=4), budget=0.25) as (chat, engine):
         list(chat.ask(LONG[:20], max_tokens=1))
         stop = chat.memory.position
-        keys = [rows[:stop].reshape(stop, 2, -1) for rows in engine.snapshot().keys]
+        keys = [heads(rows[:stop]) for rows in engine.snapshot().keys]
         kept = [[0.0]]
         for pinned in (False, True):
             if pinned:
@@ -79,10 +86,12 @@ def test_pinned_text_keeps_its_bytes_in_all_layers(tiny_model: TinyModel) -> Non
             for _ in range(3):
                 list(chat.ask(LONG, max_tokens=1))
             assert chat.memory.reports
-            after = [rows.reshape(len(rows), 2, -1) for rows in engine.snapshot().keys]
+            after = [heads(rows) for rows in engine.snapshot().keys]
             kept = [
                 [
-                    np.mean([(now[:, head] == row).all(axis=1).any() for row in old[: stop - 1, head]]).item()
+                    np.mean(
+                        [np.abs(now[:, head] - row).max(axis=1).min() < 0.02 for row in old[: stop - 1, head]]
+                    ).item()
                     for head in range(2)
                 ]
                 for old, now in zip(keys, after, strict=True)
