@@ -4,7 +4,7 @@ Tokens are read as live cells until the next ones would not fit beside the repla
 
 1. the live tokens, all but the newest few, are replayed in chunks, each dropped after use (chunks as in KVzip,
    arXiv 2505.23416), which gives the attention that every live cell receives; what was seen of it while the text was
-   read is added, which costs nothing and halves the loss (docs/results.md);
+   read is added, which costs nothing and halves the loss (docs/trials.md);
 2. attention becomes token scores (:mod:`scores`); composed cells bring the scores they were kept with;
 3. all compete for the arena's bytes, less what the live region needs (:mod:`budgets`);
 4. the winners are aligned into composite tokens (:mod:`selection`) and the engine rewrites its cells.

@@ -105,27 +105,40 @@ def log_softmax(logits: FloatArray) -> FloatArray:
     return np.asarray(logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max())
 
 
-def test_pieces_keep_nearly_what_one_piece_keeps(tiny_model: Callable[..., Path]) -> None:
-    """Where the cuts between pieces fall moves a few cells, and neither way is much further from the full cache."""
-    path, n, n_composed = tiny_model(), 600, 0
+@pytest.mark.parametrize("real", [False, True])
+def test_pieces_keep_nearly_what_one_piece_keeps(
+    tiny_model: Callable[..., Path], real_model: Callable[[str], Path], real: bool
+) -> None:
+    """Where the cuts between pieces fall moves a few cells, and neither way is much further from the full cache.
+
+    The figures are printed: pytest -rP -k pieces.
+    """
+    path, n, n_composed = real_model("smollm2-135m") if real else tiny_model(), 600, 0
+    text = TOKENS
+    if real:
+        model = Model(path)
+        text = model.tokenize((Path(__file__).parent / "data" / "prose.txt").read_text()[:6000])
+        model.close()
     kept: list[list[set[int]]] = []
     logits = []
     with opened(path, 1024, 1.0) as engine:
-        engine.decode(TOKENS[:n])
+        engine.decode(text[:n])
         full = log_softmax(engine.logits())
     for piece in (n, n // 20):
         with opened(path, 1024, 0.5) as engine:
             origin = follow(engine)
             memory = CacheMemory(engine, 1024)
             for start in range(0, n - 1, piece):
-                memory.feed(TOKENS[start : min(start + piece, n - 1)])
+                memory.feed(text[start : min(start + piece, n - 1)])
             memory.compact(0.6)
-            memory.feed(TOKENS[n - 1 : n])
+            memory.feed(text[n - 1 : n])
             logits.append(log_softmax(engine.logits()))
             n_composed = sum(rows.shape[1] for rows in origin)
             kept.append([set(rows[0].tolist()) for rows in origin])
     assert n_composed > 100
     common = sum(len(a & b) for a, b in zip(*kept, strict=True)) / max(sum(map(len, kept[0])), sum(map(len, kept[1])))
     divergences = [float((np.exp(full) * (full - part)).sum()) for part in logits]
+    name, kl = path.stem, " and ".join(f"{divergence:.3f}" for divergence in divergences)
+    print(f"{name}: {common:.0%} of the cells agree; KL to the full cache {kl}")
     assert common > 0.6
     assert max(divergences) < 3 * min(divergences) + 0.05
