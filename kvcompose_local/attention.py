@@ -22,8 +22,8 @@ class AttentionMax:
 
     ``n_heads`` is the number of query heads, one for all layers or one each. With ``exclude_nearest`` = n > 0
     a query at position p counts for a token at position c only when ``p - c >= n``: every token looks at its
-    neighbours, which says nothing about who else needs them. Memory is that of the result, and one layer's
-    more while it is updated.
+    neighbours, which says nothing about who else needs them. Memory is that of the result, at most a quarter more
+    for columns to come, and one layer's while it is updated.
 
     >>> seen = AttentionMax(n_layers=24, n_heads=14)
     >>> seen.update(0, weights, slice(0, n_context))  # for every layer and micro-batch
@@ -38,7 +38,8 @@ class AttentionMax:
         if exclude_nearest < 0:
             raise InvalidInput(f"exclude_nearest must be 0 or more tokens, not {exclude_nearest}")
         self._exclude_nearest = exclude_nearest
-        self._largest = [np.zeros((n, 0), np.float32) for n in heads]
+        self._room = [np.zeros((n, 0), np.float32) for n in heads]  # the first _n columns are in use
+        self._n = [0] * n_layers
 
     @classmethod
     def over(cls, layers: Sequence[LayerShape], exclude_nearest: int = 0) -> AttentionMax:
@@ -66,9 +67,9 @@ class AttentionMax:
         infinite weights (looked for in the maximum, which carries them). After an error the layer is as it
         was before.
         """
-        if not 0 <= layer < len(self._largest):
-            raise InvalidInput(f"layer {layer} is not one of {len(self._largest)}")
-        largest = self._largest[layer]
+        if not 0 <= layer < len(self._room):
+            raise InvalidInput(f"layer {layer} is not one of {len(self._room)}")
+        largest = self._columns(layer)
         if weights.ndim != 3 or weights.shape[0] != largest.shape[0] or weights.dtype != np.float32:
             raise InvalidInput(
                 f"weights must be float32 ({largest.shape[0]}, queries, cells), not {weights.dtype} {weights.shape}"
@@ -86,33 +87,45 @@ class AttentionMax:
         n_known = largest.shape[1]
         np.maximum(largest[:, : kept.size], seen[:, :n_known], out=largest[:, : kept.size])
         if kept.size > n_known:
-            self._largest[layer] = np.concatenate([largest, seen[:, n_known:]], axis=1)
+            if kept.size > self._room[layer].shape[1]:
+                # Not one micro-batch at a time: freed arrays of every size would stay with the allocator.
+                self._room[layer] = np.zeros((largest.shape[0], kept.size + max(kept.size // 4, 64)), np.float32)
+                self._room[layer][:, :n_known] = largest
+            self._room[layer][:, n_known : kept.size] = seen[:, n_known:]
+            self._n[layer] = kept.size
 
     def keep(self, columns: slice) -> None:
         """Forget all but these columns, which are numbered from 0 afterwards."""
-        self._largest = [largest[:, columns].copy() for largest in self._largest]
+        self._set([largest[:, columns] for largest in self.result()])
 
     def take_back(self, largest: Sequence[FloatArray]) -> None:
         """Go on from an earlier :meth:`result`. Raises InvalidInput, with nothing changed, where it cannot be one."""
-        heads = [old.shape[0] for old in self._largest]
+        heads = [old.shape[0] for old in self._room]
         fits = len(largest) == len(heads) and all(
             new.ndim == 2 and new.shape[0] == n and new.dtype == np.float32 and np.isfinite(new).all()
             for new, n in zip(largest, heads, strict=True)
         )
         if not fits:
             raise InvalidInput(f"this is not the attention of {len(heads)} layers of {heads[0]} heads")
-        self._largest = [new.copy() for new in largest]
+        self._set(largest)
 
     def result(self) -> list[FloatArray]:
         """L float32 arrays (Q, T_l), (Q, 0) where never updated; later updates may change them."""
-        return list(self._largest)
+        return [self._columns(layer) for layer in range(len(self._room))]
 
     def stacked(self) -> FloatArray:
         """The result as one float32 array (L, Q, T). Raises InvalidInput when the layers differ in shape."""
-        shapes = {largest.shape for largest in self._largest}
+        shapes = {largest.shape for largest in self.result()}
         if len(shapes) > 1:
             raise InvalidInput("layers saw different numbers of tokens or heads; take result() layer by layer")
-        return np.stack(self._largest)
+        return np.stack(self.result())
+
+    def _columns(self, layer: int) -> FloatArray:
+        return self._room[layer][:, : self._n[layer]]
+
+    def _set(self, largest: Sequence[FloatArray]) -> None:
+        self._room = [new.copy() for new in largest]
+        self._n = [new.shape[1] for new in largest]
 
     def _redo_nearest(
         self,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -261,11 +261,10 @@ class CacheMemory:
             return None
         started = time.perf_counter()
         self._replay(n_scored, self.policy.n_scratch, self._replayed, self.on_progress)
-        attention = self._attention(n_scored)
         replayed = time.perf_counter()
         scores = [
             np.concatenate([old, token_scores(new[None], old.shape[0], add_mean_across_heads=False)[0]], axis=1)
-            for old, new in zip(self._scores, attention, strict=True)
+            for old, new in zip(self._scores, self._attention(n_scored), strict=True)
         ]
         n_composable = before.position - n_tail
         pinned = self._pinned(n_composable)
@@ -308,13 +307,13 @@ class CacheMemory:
             n_scored = self.engine.layout().n_live - self.policy.n_tail
             self._replay(n_scored, _IDLE_CHUNK, _Until(stop, self._replayed), None)
 
-    def _attention(self, n_scored: int) -> list[FloatArray]:
-        """For each layer float32 (Q, n_scored): attention of the replay, plus what was seen while reading."""
-        total = [layer[:, :n_scored].copy() for layer in self._replayed.result()]
-        for layer, seen in zip(total, self._seen.result(), strict=True):
+    def _attention(self, n_scored: int) -> Iterator[FloatArray]:
+        """Layer by layer float32 (Q, n_scored): attention of the replay, plus what was seen while reading."""
+        for replayed, seen in zip(self._replayed.result(), self._seen.result(), strict=True):
+            total = replayed[:, :n_scored].copy()
             n = min(seen.shape[1], n_scored)
-            layer[:, :n] += seen[:, :n]
-        return total
+            total[:, :n] += seen[:, :n]
+            yield total
 
     def _replay(self, n_scored: int, n_cells: int, seen: AttentionSink, progress: Progress | None) -> None:
         """Those of the first ``n_scored`` live tokens that were not, once more, in chunks of up to ``n_cells``."""
