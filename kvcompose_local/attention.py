@@ -23,14 +23,17 @@ class AttentionMax:
     ``n_heads`` is the number of query heads, one for all layers or one each. With ``exclude_nearest`` = n > 0
     a query at position p counts for a token at position c only when ``p - c >= n``: every token looks at its
     neighbours, which says nothing about who else needs them. Memory is that of the result, at most a quarter more
-    for columns to come, and one layer's while it is updated.
+    for columns to come, and one layer's while it is updated. ``dtype`` is what it is kept in: weights are at most 1, so
+    that float16 halves the memory and loses nothing that ranks tokens.
 
     >>> seen = AttentionMax(n_layers=24, n_heads=14)
     >>> seen.update(0, weights, slice(0, n_context))  # for every layer and micro-batch
     >>> scores = token_scores(seen.stacked(), n_kv_heads=2)
     """
 
-    def __init__(self, n_layers: int, n_heads: int | Sequence[int], exclude_nearest: int = 0) -> None:
+    def __init__(
+        self, n_layers: int, n_heads: int | Sequence[int], exclude_nearest: int = 0, dtype: type[Any] = np.float32
+    ) -> None:
         """Raises InvalidInput when a count is out of range or ``n_heads`` names another number of layers."""
         heads = list(n_heads) if isinstance(n_heads, Sequence) else [n_heads] * n_layers
         if n_layers < 1 or len(heads) != n_layers or min(heads) < 1:
@@ -38,13 +41,14 @@ class AttentionMax:
         if exclude_nearest < 0:
             raise InvalidInput(f"exclude_nearest must be 0 or more tokens, not {exclude_nearest}")
         self._exclude_nearest = exclude_nearest
-        self._room = [np.zeros((n, 0), np.float32) for n in heads]  # the first _n columns are in use
+        self._dtype = dtype
+        self._room = [np.zeros((n, 0), dtype) for n in heads]  # the first _n columns are in use
         self._n = [0] * n_layers
 
     @classmethod
     def over(cls, layers: Sequence[LayerShape], exclude_nearest: int = 0) -> AttentionMax:
-        """For the layers of an engine."""
-        return cls(len(layers), [layer.n_heads for layer in layers], exclude_nearest)
+        """For the layers of an engine, kept in float16."""
+        return cls(len(layers), [layer.n_heads for layer in layers], exclude_nearest, np.float16)
 
     def update(
         self,
@@ -53,15 +57,16 @@ class AttentionMax:
         columns: slice | IntArray,
         query_positions: IntArray | None = None,
         column_positions: IntArray | None = None,
+        first: int = 0,
     ) -> None:
         """Take in the softmax weights of one micro-batch: float32 (Q, n_queries, n_kv).
 
         They may be a strided view of foreign memory; they are never copied whole, and not kept. ``columns``
-        (a slice, or int (T,)) says which of the n_kv columns to keep and in which order; column j of the
-        result is the j-th of them. An update with more columns than any before appends the new ones; one with
-        fewer touches only the first. ``query_positions`` int (n_queries,) and ``column_positions`` int (T,)
-        are needed, and looked at, only with ``exclude_nearest``; a pair that does not count leaves the 0 that
-        columns start with.
+        (a slice, or int (T,)) says which of the n_kv columns to keep and in which order; column ``first`` + j of
+        the result is the j-th of them. An update that goes beyond any before appends the new ones, with 0 for
+        those that were left out; others stay as they are. ``query_positions`` int (n_queries,) and
+        ``column_positions`` int (T,) are looked at only with ``exclude_nearest``, and without them all pairs count;
+        a pair that does not leaves the 0 that columns start with.
 
         Raises InvalidInput for shapes, dtype or columns that do not fit, missing positions, and for NaN or
         infinite weights (looked for in the maximum, which carries them). After an error the layer is as it
@@ -69,6 +74,8 @@ class AttentionMax:
         """
         if not 0 <= layer < len(self._room):
             raise InvalidInput(f"layer {layer} is not one of {len(self._room)}")
+        if first < 0:
+            raise InvalidInput(f"there is no column {first}")
         largest = self._columns(layer)
         if weights.ndim != 3 or weights.shape[0] != largest.shape[0] or weights.dtype != np.float32:
             raise InvalidInput(
@@ -79,27 +86,40 @@ class AttentionMax:
             seen = weights[:, :, columns].max(axis=1, initial=0)  # (Q, T)
         else:
             seen = weights.max(axis=1, initial=0)[:, kept]  # reduced before it is picked from: no copy
-        if self._exclude_nearest:
+        if self._exclude_nearest and query_positions is not None:
             self._redo_nearest(seen, weights, kept, query_positions, column_positions)
         if not np.isfinite(seen).all():
             raise InvalidInput(f"attention weights of layer {layer} hold NaN or infinite values")
 
-        n_known = largest.shape[1]
-        np.maximum(largest[:, : kept.size], seen[:, :n_known], out=largest[:, : kept.size])
-        if kept.size > n_known:
-            if kept.size > self._room[layer].shape[1]:
+        n_known, end = largest.shape[1], first + kept.size
+        if end > n_known:
+            if end > self._room[layer].shape[1]:
                 # Not one micro-batch at a time: freed arrays of every size would stay with the allocator.
-                self._room[layer] = np.zeros((largest.shape[0], kept.size + max(kept.size // 4, 64)), np.float32)
+                spare = max(end // 4, 64) if n_known else 0
+                self._room[layer] = np.zeros((largest.shape[0], end + spare), self._dtype)
                 self._room[layer][:, :n_known] = largest
-            self._room[layer][:, n_known : kept.size] = seen[:, n_known:]
-            self._n[layer] = kept.size
+            self._room[layer][:, n_known:end] = 0
+            self._n[layer] = end
+        largest = self._room[layer][:, first:end]
+        largest[...] = np.maximum(largest, seen)  # in float32, which NumPy compares many times faster than float16
 
-    def keep(self, columns: slice) -> None:
-        """Forget all but these columns, which are numbered from 0 afterwards."""
-        self._set([largest[:, columns] for largest in self.result()])
+    def trim(self, n_columns: Sequence[int]) -> None:
+        """Forget the columns of each layer from this number on."""
+        self._n = [min(old, n) for old, n in zip(self._n, n_columns, strict=True)]
+
+    def pick(self, layer: int, columns: IntArray) -> None:
+        """Go on with these columns of each head of a layer, int (Q, T), in their order; 0 for those it has not seen."""
+        largest = self._columns(layer)
+        known = columns < largest.shape[1]
+        picked = np.take_along_axis(largest, np.where(known, columns, 0), axis=1) if known.any() else 0
+        self._room[layer] = np.where(known, picked, 0).astype(self._dtype, copy=False)
+        self._n[layer] = columns.shape[1]
 
     def take_back(self, largest: Sequence[FloatArray]) -> None:
-        """Go on from an earlier :meth:`result`. Raises InvalidInput, with nothing changed, where it cannot be one."""
+        """Go on from an earlier result, L float32 arrays (Q, T_l).
+
+        Raises InvalidInput, with nothing changed, where it cannot be one.
+        """
         heads = [old.shape[0] for old in self._room]
         fits = len(largest) == len(heads) and all(
             new.ndim == 2 and new.shape[0] == n and new.dtype == np.float32 and np.isfinite(new).all()
@@ -107,14 +127,15 @@ class AttentionMax:
         )
         if not fits:
             raise InvalidInput(f"this is not the attention of {len(heads)} layers of {heads[0]} heads")
-        self._set(largest)
+        self._room = [new.astype(self._dtype) for new in largest]
+        self._n = [new.shape[1] for new in largest]
 
     def result(self) -> list[FloatArray]:
-        """L float32 arrays (Q, T_l), (Q, 0) where never updated; later updates may change them."""
+        """L arrays (Q, T_l), (Q, 0) where never updated; later updates may change them."""
         return [self._columns(layer) for layer in range(len(self._room))]
 
     def stacked(self) -> FloatArray:
-        """The result as one float32 array (L, Q, T). Raises InvalidInput when the layers differ in shape."""
+        """The result as one array (L, Q, T). Raises InvalidInput when the layers differ in shape."""
         shapes = {largest.shape for largest in self.result()}
         if len(shapes) > 1:
             raise InvalidInput("layers saw different numbers of tokens or heads; take result() layer by layer")
@@ -123,21 +144,17 @@ class AttentionMax:
     def _columns(self, layer: int) -> FloatArray:
         return self._room[layer][:, : self._n[layer]]
 
-    def _set(self, largest: Sequence[FloatArray]) -> None:
-        self._room = [new.copy() for new in largest]
-        self._n = [new.shape[1] for new in largest]
-
     def _redo_nearest(
         self,
         seen: FloatArray,
         weights: FloatArray,
         kept: IntArray,
-        query_positions: NDArray[Any] | None,
+        query_positions: NDArray[Any],
         column_positions: NDArray[Any] | None,
     ) -> None:
         """Take the maximum again, in place, for the columns that lie too near to some query."""
-        if query_positions is None or column_positions is None:
-            raise InvalidInput("exclude_nearest needs the positions of queries and columns")
+        if column_positions is None:
+            raise InvalidInput("exclude_nearest needs the positions of the columns, too")
         queries, tokens = np.asarray(query_positions, np.int64), np.asarray(column_positions, np.int64)
         if queries.shape != weights.shape[1:2] or tokens.shape != kept.shape:
             raise InvalidInput(

@@ -358,8 +358,10 @@ class Chat:
         """Make the transcript anew, as if the conversation had been under this system prompt from its beginning."""
         steps, messages, draft = self._steps, self.messages, self._draft
         following = [*((step.draft, step.n_messages) for step in steps), (draft, len(messages))][1:]
+        ends = [*(step.begin for step in steps[1:]), self._end()]
+        spans = [(step.begin.n_tokens, (step.answer or end).n_tokens) for step, end in zip(steps, ends, strict=False)]
         pins = self.memory.pins
-        pinned = [any(start <= step.begin.n_tokens < stop for start, stop in pins) for step in steps]
+        pinned = [any(start <= begin and end <= stop for start, stop in pins) for begin, end in spans]
         self._reset()
         self.memory.unpin(0)
         for step, (draft, n_messages), pin in zip(steps, following, pinned, strict=True):
@@ -431,6 +433,12 @@ class Chat:
         add_bos = first and self.model.adds_bos and not (bos and text.startswith(bos))
         self._fed += text
         self._tokens += self.model.tokenize(text, add_bos=add_bos)
+        system = (self.system or "").strip()
+        if first and self.memory.compose and system and system in text:
+            # Instructions must outlast the text they are about (docs/trials.md).
+            until = text[: text.index(system) + len(system)]
+            with contextlib.suppress(ContextFull):  # too long to be kept whole: it competes like everything else
+                self.memory.pin(0, len(self.model.tokenize(until, add_bos=add_bos)))
 
     def _n_shared(self) -> int:
         """How many of the tokens in the cache begin the transcript."""

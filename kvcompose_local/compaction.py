@@ -54,10 +54,11 @@ class Policy:
 
     @classmethod
     def for_cells(cls, n_cells: int) -> Policy:
-        """A sixteenth of the arena for scratch, an eighth for headroom, both bounded."""
+        """A sixteenth of the arena for headroom and one for scratch, both bounded: the rest is for memory."""
         return cls(
-            n_headroom=min(max(n_cells // 8, 32), 1024),
-            n_scratch=min(max(n_cells // 16, 24), 512),
+            n_tail=min(max(n_cells // 64, 8), 32),
+            n_headroom=min(max(n_cells // 16, 32), 512),
+            n_scratch=min(max(n_cells // 16, 24), 256),
         )
 
 
@@ -65,8 +66,15 @@ class Policy:
 PINNED = 2.0**20
 #: Cells of a replay that is done while nobody waits: what is lost when it is stopped.
 _IDLE_CHUNK = 64
+#: A replayed chunk looks for itself among these many live tokens before it, not in the whole cache (docs/trials.md).
+N_BEFORE = 64
 #: Attention of a token to the ones just before it says nothing about who else needs them.
 N_NEAREST = 16
+
+
+def near_chunk(start: int, stop: int) -> slice:
+    """The live tokens that a replay of the ones from ``start`` to ``stop`` looks at, beside the attention sinks."""
+    return slice(max(start - N_BEFORE, 0), stop)
 
 
 @dataclass(frozen=True)
@@ -103,9 +111,9 @@ class CompactionReport:
 class MemoryState:
     """All that a :class:`CacheMemory` knows, to go on from later.
 
-    tokens: all that were seen; scores: float32 (H, K_l) of each layer's composed cells; seen: float32 (Q, at most
-    n_live), the attention that each layer's live cells got while they were read; cells: as the engine gave them; pins:
-    the (start, stop) of what is pinned.
+    tokens: all that were seen; scores: float32 (H, K_l), what each layer's composed cells got in their replay; seen:
+    float32 (Q, at most K_l + n_live), the attention that a layer's rows, composed ones first, got while later text was
+    read; cells: as the engine gave them; pins: the (start, stop) of what is pinned.
     """
 
     tokens: tuple[int, ...]
@@ -133,10 +141,11 @@ class _Until:
         columns: slice | IntArray,
         query_positions: IntArray | None = None,
         column_positions: IntArray | None = None,
+        first: int = 0,
     ) -> None:
         if self.stop():
             raise _Stopped
-        self.sink.update(layer, weights, columns, query_positions, column_positions)
+        self.sink.update(layer, weights, columns, query_positions, column_positions, first)
 
 
 class CacheMemory:
@@ -228,7 +237,7 @@ class CacheMemory:
                 self.engine.decode(piece, piece_progress, self._seen if watch else None)
             finally:
                 if watch:  # a micro-batch that failed was shown and taken back
-                    self._seen.keep(slice(self.engine.layout().n_live))
+                    self._seen.trim(self._rows(self.engine.layout()))
                 self.tokens += piece[: self.engine.layout().position - len(self.tokens)]
                 self._furthest = max(self._furthest, len(self.tokens))
             done += len(piece)
@@ -262,23 +271,19 @@ class CacheMemory:
         started = time.perf_counter()
         self._replay(n_scored, self.policy.n_scratch, self._replayed, self.on_progress)
         replayed = time.perf_counter()
-        scores = [
-            np.concatenate([old, token_scores(new[None], old.shape[0], add_mean_across_heads=False)[0]], axis=1)
-            for old, new in zip(self._scores, self._attention(n_scored), strict=True)
-        ]
         n_composable = before.position - n_tail
         pinned = self._pinned(n_composable)
-        for layer_scores in scores:
-            layer_scores[:, layer_scores.shape[1] - n_scored :][:, pinned[n_composable - n_scored :]] = PINNED
+        replay_scores = self._replay_scores(n_scored, pinned[n_composable - n_scored :])
+        self._forget_replay()  # before the arrays of the choice need room
+        scores = [a + b for a, b in zip(replay_scores, self._seen_scores(replay_scores), strict=True)]
         bytes_before = self._bytes_of(before)
         at_most = None if keep is None else int(keep * bytes_before)
         budgets = self._budgets(scores, n_tail, at_most, int(pinned.sum()))
         selection = select_composites(scores, budgets)
         selected = time.perf_counter()
         self.engine.rewrite(selection, n_tail)
-        self._scores = [np.take_along_axis(s, rows, axis=1) for s, rows in zip(scores, selection, strict=True)]
-        self._seen.keep(slice(n_scored, None))
-        self._forget_replay()
+        self._follow(selection, before, n_scored)
+        self._scores = [np.take_along_axis(s, rows, axis=1) for s, rows in zip(replay_scores, selection, strict=True)]
         after = self.engine.layout()
         report = CompactionReport(
             tokens_seen=after.position,
@@ -307,13 +312,34 @@ class CacheMemory:
             n_scored = self.engine.layout().n_live - self.policy.n_tail
             self._replay(n_scored, _IDLE_CHUNK, _Until(stop, self._replayed), None)
 
-    def _attention(self, n_scored: int) -> Iterator[FloatArray]:
-        """Layer by layer float32 (Q, n_scored): attention of the replay, plus what was seen while reading."""
-        for replayed, seen in zip(self._replayed.result(), self._seen.result(), strict=True):
-            total = replayed[:, :n_scored].copy()
-            n = min(seen.shape[1], n_scored)
-            total[:, :n] += seen[:, :n]
-            yield total
+    def _rows(self, layout: CacheLayout) -> list[int]:
+        """Rows of each layer."""
+        return [n + layout.n_live for n in layout.composed]
+
+    def _replay_scores(self, n_scored: int, pinned: npt.NDArray[np.bool_]) -> list[FloatArray]:
+        """Of each layer's rows but the newest, float32 (H, K_l + n_scored): what they got in their replay."""
+        scores = []
+        for old, attention in zip(self._scores, self._replayed.result(), strict=True):
+            new = token_scores(attention[None, :, :n_scored], len(old), add_mean_across_heads=False)[0]
+            new[:, pinned] = PINNED
+            scores.append(np.concatenate([old, new], axis=1))
+        return scores
+
+    def _seen_scores(self, like: Sequence[FloatArray]) -> Iterator[FloatArray]:
+        """Of the same rows, what they got while later text was read."""
+        for attention, rows in zip(self._seen.result(), like, strict=True):
+            scores = np.zeros_like(rows)
+            n = min(attention.shape[1], rows.shape[1])
+            if n:
+                scores[:, :n] = token_scores(attention[None, :, :n], len(rows), add_mean_across_heads=False)[0]
+            yield scores
+
+    def _follow(self, selection: Sequence[IntArray], before: CacheLayout, n_scored: int) -> None:
+        """What was seen stays with the rows that a selection kept, and with the newest ones."""
+        for i, (rows, n_composed) in enumerate(zip(selection, before.composed, strict=True)):
+            kept = np.repeat(rows, self.engine.shape.layers[i].n_heads // len(rows), axis=0)  # (Q, K_l)
+            newest = np.arange(n_composed + n_scored, n_composed + before.n_live)
+            self._seen.pick(i, np.concatenate([kept, np.tile(newest, (len(kept), 1))], axis=1))
 
     def _replay(self, n_scored: int, n_cells: int, seen: AttentionSink, progress: Progress | None) -> None:
         """Those of the first ``n_scored`` live tokens that were not, once more, in chunks of up to ``n_cells``."""
@@ -331,7 +357,7 @@ class CacheMemory:
             start, stop = self._n_replayed, min(self._n_replayed + step - lead_in, n_scored)
             part = live[max(start - lead_in, 0) : stop]
             self._furthest = max(self._furthest, len(self.tokens) + len(part))
-            self.engine.replay(part, seen)
+            self.engine.replay(part, seen, near_chunk(start, stop))
             self._n_replayed = stop
         if progress is not None:
             progress(n_scored - first, n_scored - first)
@@ -406,7 +432,7 @@ class CacheMemory:
 
     def state(self) -> MemoryState:
         """A copy of everything, for :meth:`restore`."""
-        seen = tuple(layer.copy() for layer in self._seen.result())
+        seen = tuple(layer.astype(np.float32) for layer in self._seen.result())
         return MemoryState(tuple(self.tokens), tuple(self._scores), seen, self.engine.snapshot(), tuple(self.pins))
 
     def restore(self, state: MemoryState) -> None:
@@ -425,7 +451,10 @@ class CacheMemory:
             fits = fits and bool(np.isfinite(scores).all())
         if not fits:
             raise InvalidInput("the scores are not those of these cells")
-        if any(layer.ndim != 2 or layer.shape[1] > cells.n_live for layer in state.seen):
+        if len(state.seen) != len(layers) or any(
+            seen.ndim != 2 or seen.shape[1] > k + cells.n_live
+            for seen, k in zip(state.seen, cells.composed, strict=True)
+        ):
             raise InvalidInput("the attention is not that of these cells")
         if any(not 0 <= start <= stop <= self.n_ctx for start, stop in state.pins):
             raise InvalidInput("the pins are not those of these tokens")
@@ -468,8 +497,8 @@ class CacheMemory:
             self.engine.drop_tail(layout.position - position)
             del self.tokens[position:]
             n_live = layout.n_live - (layout.position - position)
-            self._seen.keep(slice(n_live))
-            self._replayed.keep(slice(n_live))
+            self._seen.trim(self._rows(self.engine.layout()))
+            self._replayed.trim([n_live] * len(layout.composed))
             self._n_replayed = min(self._n_replayed, n_live)
             return True
         again, pins = self.tokens[:position], self.pins

@@ -106,6 +106,7 @@ class AttentionSink(Protocol):
         columns: slice | IntArray,
         query_positions: IntArray | None = None,
         column_positions: IntArray | None = None,
+        first: int = 0,
     ) -> None: ...
 
 
@@ -132,7 +133,7 @@ class Engine(Protocol):
     ) -> None:
         """Append tokens as live cells. Raises ContextFull, with nothing changed, when they exceed ``n_free``.
 
-        ``seen`` is given the attention that these tokens pay to the live cells, column by column, oldest first.
+        ``seen`` is given the attention that some of these tokens pay to all rows, in their numbering above.
         """
         ...
 
@@ -140,11 +141,13 @@ class Engine(Protocol):
         """Draw the next token from the logits of the last token decoded."""
         ...
 
-    def replay(self, tokens: Sequence[int], seen: AttentionSink) -> None:
+    def replay(self, tokens: Sequence[int], seen: AttentionSink, near: slice | None = None) -> None:
         """Feed tokens once more after the context, and forget them again.
 
-        ``seen`` is given the attention that they pay to the live cells, column by column, oldest first. Needs
-        ``len(tokens)`` free cells; leaves the cache as it was and the logits undefined.
+        ``seen`` is given the attention that they pay to the live cells, column by column, oldest first. With ``near``,
+        a range of the live cells, an engine may let them look at these and the attention sinks alone, which costs the
+        less the more it leaves out, and show no others. Needs ``len(tokens)`` free cells; leaves the cache as it was
+        and the logits undefined.
         """
         ...
 

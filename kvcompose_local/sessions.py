@@ -2,7 +2,8 @@
 
 The container is safetensors. Its metadata are the manifest (JSON) and a checksum; its tensors, for layer ``l``::
 
-    keys.l, values.l  U8 (K_l + n_live, row bytes)     scores.l  F32 (H, K_l)       seen.l   F32 (Q, at most n_live)
+    keys.l, values.l  U8 (K_l + n_live, row bytes)     scores.l  F32 (H, K_l)
+    seen.l            F32 (Q, at most K_l + n_live)
     tokens            I32 (position,)                  pending   I32 (n,)           window   U8 (bytes,)
     text              U8 (bytes,): JSON of system prompt, messages, draft, the text that was fed, steps and pins
 
@@ -40,7 +41,7 @@ from kvcompose_local.errors import InvalidInput, KVComposeError, SessionError
 from kvcompose_local.interfaces import CacheSnapshot, ModelShape, Progress
 from kvcompose_local.resources import cache_folder, data_file
 
-FORMAT = 1
+FORMAT = 2
 SUFFIX = ".kvc"
 #: The session that the REPL leaves behind when it was given none.
 LAST = "last"
@@ -412,7 +413,7 @@ def _state_of(manifest: Manifest, tensors: Any, shape: ModelShape) -> ChatState:
     for i, (layer, k) in enumerate(zip(shape.layers, manifest.composed, strict=True)):
         n = _only(k + n_live)
         scores.append(tensor(f"scores.{i}", "F32", _only(layer.n_kv_heads), _only(k)))
-        seen.append(tensor(f"seen.{i}", "F32", _only(layer.n_heads), range(n_live + 1)))
+        seen.append(tensor(f"seen.{i}", "F32", _only(layer.n_heads), range(k + n_live + 1)))
         keys.append(tensor(f"keys.{i}", "U8", n, range(layer.row_bytes + 1)))
         values.append(tensor(f"values.{i}", "U8", n, _only(layer.row_bytes - keys[i].shape[1])))
     anything = range(2**31)  # the file is there, so it is no larger than memory

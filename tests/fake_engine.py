@@ -66,23 +66,28 @@ class FakeEngine:
         if seen is not None:
             weights = np.array([self.glance.get(t, 0) for t in self.live], np.float32)
             positions = np.arange(self.position - len(self.live), self.position)
-            for layer in range(len(self.shape.layers)):
+            for layer, composed in enumerate(self.composed):
+                if composed.size:
+                    at_each = np.vectorize(lambda t: self.glance.get(t, 0))(np.repeat(composed, 2, axis=0))
+                    seen.update(layer, np.tile(at_each[:, None].astype(np.float32), (1, len(tokens), 1)), slice(None))
                 every_query = np.tile(weights, (4, len(tokens), 1))
-                seen.update(layer, every_query, slice(None), positions[-len(tokens) :], positions)
+                queries = positions[-len(tokens) :]
+                seen.update(layer, every_query, slice(None), queries, positions, composed.shape[1])
 
     def sample(self) -> int:
         if not self._answer:
             self._answer = [*self.answers.pop(0).encode(), END]
         return self._answer.pop(0)
 
-    def replay(self, tokens: Sequence[int], seen: AttentionSink) -> None:
+    def replay(self, tokens: Sequence[int], seen: AttentionSink, near: slice | None = None) -> None:
         if len(tokens) > self.layout().n_free:
             raise ContextFull("fake cache is full")
         self.replayed.append(bytes(tokens))
         values = np.array(self.live, np.float32) / 256
         heads = np.linspace(0.5, 1, 4, dtype=np.float32)[:, None]
         for i in range(len(self.shape.layers)):
-            seen.update(i, (heads * (values if i % 2 == 0 else 1 - values))[:, None], slice(None))
+            weights = (heads * (values if i % 2 == 0 else 1 - values))[:, None]
+            seen.update(i, weights, near or slice(None), first=near.start if near else 0)
 
     def rewrite(self, selection: Sequence[IntArray], n_tail: int) -> None:
         rows = [np.concatenate([c, np.tile(self.live, (2, 1))], axis=1) for c in self.composed]

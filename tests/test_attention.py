@@ -143,7 +143,7 @@ def test_refuses_a_wrong_shape_of_model(n_layers, n_heads, exclude_nearest):
         {"columns": np.array([0.0, 1.0])},
         {"columns": np.array([True, False, True, False, False])},
         {"columns": np.array([[0, 1]])},
-        {"query_positions": None},
+        {"first": -1},
         {"column_positions": None},
         {"query_positions": np.arange(2)},
         {"column_positions": np.arange(5)},
@@ -163,13 +163,22 @@ def test_refuses_an_update_that_does_not_fit(arguments):
         seen.update(**{**good, **arguments})
 
 
-def test_keep_renumbers_columns() -> None:
-    seen = AttentionMax(1, 1)
-    seen.update(0, np.array([[[0.1, 0.2, 0.3, 0.4]]], np.float32), slice(None))
-    seen.keep(slice(2, None))
-    seen.update(0, np.array([[[0.0, 0.5, 0.6]]], np.float32), slice(None))
-    assert seen.result()[0].tolist() == [np.float32([0.3, 0.5, 0.6]).tolist()]
-    seen.keep(slice(1))
-    assert seen.result()[0].shape == (1, 1)
-    seen.keep(slice(5, None))
-    assert seen.result()[0].shape == (1, 0)
+def test_columns_from_a_number_on_and_without_positions():
+    seen = AttentionMax(1, 1, exclude_nearest=2)
+    seen.update(0, np.full((1, 2, 3), 0.5, np.float32), slice(None), first=2)
+    seen.update(0, np.full((1, 1, 4), 0.25, np.float32), slice(0, 3), np.array([5]), np.array([3, 4, 5]), first=1)
+    assert seen.result()[0].tolist() == [[0, 0.25, 0.5, 0.5, 0.5]]
+    seen.pick(0, np.array([[4, 1, 7]]))
+    assert seen.result()[0].tolist() == [[0.5, 0.25, 0]]
+    seen.trim([2])
+    seen.update(0, np.full((1, 1, 3), 0.125, np.float32), slice(None))
+    assert seen.result()[0].tolist() == [[0.5, 0.25, 0.125]]
+
+
+def test_half_precision_ranks_the_same():
+    weights = softmax_like(4, 3, 5, 40)
+    whole, half = AttentionMax(1, 3), AttentionMax(1, 3, dtype=np.float16)
+    for seen in (whole, half):
+        seen.update(0, weights, slice(None))
+    assert half.result()[0].dtype == np.float16
+    np.testing.assert_allclose(half.result()[0], whole.result()[0], rtol=1e-3)

@@ -27,23 +27,26 @@ def test_a_run_and_its_json(tiny_model: Callable[..., Path], tmp_path: Path) -> 
     assert [r["n_tokens"] for r in found["lengths"]] == [600, 1100]
     unpatched = library_dir(patched=False)
     names = [measure.FULL, "keep 0.5", "keep 0.25"]
-    names += [measure.UNPATCHED] if unpatched and unpatched != library_path().parent else []
+    names += [measure.UNPATCHED, measure.TWIN] if unpatched and unpatched != library_path().parent else []
     for result in found["lengths"]:
         assert [mode["name"] for mode in result["modes"]] == names
         assert all(len(mode["rates"]) == 2 and min(mode["rates"]) > 0 for mode in result["modes"])
-        assert result["replay_seconds"] > result["rewrite_seconds"] > 0
+        assert result["rewrite_seconds"] > 0
+        for mode in result["modes"][1:3]:
+            assert mode["n_compactions"] > 0
+            assert mode["read_seconds"] > mode["replay_seconds"] > mode["rewrite_seconds"] > 0
     full, half, quarter = (mode["kv_bytes"] for mode in found["lengths"][1]["modes"][:3])
     assert (half, quarter) == (pytest.approx(full * 768 / 1100), pytest.approx(full * 512 / 1100))
     assert "| 1100 | keep 0.25 |" in done.stdout
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_unpatched_worker_decodes_the_same_cells(tiny_model: Callable[..., Path]) -> None:
+def test_a_worker_decodes_the_same_cells(tiny_model: Callable[..., Path]) -> None:
     """The worker runs here with this library: what it measures needs no second build."""
     path = tiny_model("llama")
     with closing(measure.Model(path)) as model, measure._patched(model, 512, 1) as engine:
         engine.decode(measure.text_tokens(model, ["A sentence of some words."], 300))
-        worker = measure.UnpatchedWorker(library_path().parent, path, engine.snapshot(), 512, 1)
+        worker = measure.Worker(library_path().parent, path, engine.snapshot(), 512, 1)
         try:
             assert worker.decode_rate(4) > 0
             worker._process.kill()

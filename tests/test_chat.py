@@ -115,6 +115,25 @@ def test_another_system_prompt_reads_the_conversation_again() -> None:
     assert chat.messages == [{"role": "system", "content": "S"}]
 
 
+def test_the_system_prompt_outlasts_compactions_and_is_no_pinned_message() -> None:
+    chat, engine = make(["one", "two"], n_cells=200, n_ctx=2000, system="mnp")
+    system = b"[s]mnp"
+    for _ in range(4):
+        chat.read("az" * 60)  # what the fake layers like better
+    assert engine.composed[0].shape[1]
+    assert chat.memory.pins == [(0, len(system))]
+    assert all(set(b"mnp") <= set(head.tolist()) for cells in engine.composed for head in cells)
+    chat.set_system("qrs")
+    assert chat.memory.pins == [(0, len("[s]qrs"))]
+    chat.pin()
+    chat.set_system("tuv")
+    assert len(chat.memory.pins) == 2
+    chat.set_system("x" * 500)  # more than a compaction can keep
+    assert len(chat.memory.pins) == 1
+    chat.set_system("")
+    assert len(chat.memory.pins) == 1
+
+
 def test_a_model_without_a_template_stops_at_the_next_speaker() -> None:
     chat, engine = make([" Blue.\nUser: and", " Red\nUs"], template=False)
     assert "".join(chat.ask("Colour?", max_tokens=99)) == " Blue."

@@ -152,6 +152,24 @@ def test_what_was_seen_while_reading_counts() -> None:
         assert (100 in kept[0][layer][0], 100 in kept[1][layer][0]) == (False, True)
 
 
+def test_what_later_text_attends_to_stays_when_it_is_composed_already() -> None:
+    kept = []
+    for glance in ({}, {100: 1.0}):
+        engine = FakeEngine(200)
+        memory = CacheMemory(engine, 1000, policy=POLICY)
+        memory.feed([100, *range(40, 60), *range(140, 160)])  # the layers like high, or low, tokens best
+        memory.compact(0.8)
+        assert all(100 in cells for cells in engine.composed)
+        engine.glance = glance
+        memory.feed([250, 251, 252])
+        again = CacheMemory(engine, 1000, policy=POLICY)  # a state carries it on
+        again.restore(memory.state())
+        again.feed([*range(190, 220), *range(3, 33)])
+        again.compact(0.2)
+        kept.append([100 in cells for cells in engine.composed])
+    assert kept == [[False, False], [True, True]]
+
+
 def test_a_glance_is_forgotten_with_its_token() -> None:
     engine = FakeEngine(200)
     engine.glance = {100: 1.0}

@@ -16,7 +16,7 @@ from kvcompose_local.attention import AttentionMax
 from kvcompose_local.cells import parse_state
 from kvcompose_local.compaction import CacheMemory
 from kvcompose_local.engines import open_engine
-from kvcompose_local.engines.patched import PatchedEngine
+from kvcompose_local.engines.patched import N_SINKS, PatchedEngine
 from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput, ModelError
 from kvcompose_local.interfaces import IntArray, Sampling
@@ -32,6 +32,15 @@ WORKERS = [w for w in os.environ.get("KVCOMPOSE_TEST_WORKERS", "").split(",") if
 if WORKERS:
     add_workers(WORKERS)
 GPU_LAYERS = 999 if WORKERS else 0
+WRONG_RANGES = [
+    [(-1, 3)],
+    [(5, 5)],
+    [(5, 3)],
+    [(0, 300)],
+    [(3, 9), (8, 12)],
+    [(3, 9), (0, 2)],
+    [(i, i + 1) for i in range(5)],
+]
 TOKENS = np.random.default_rng(3).integers(3, 259, 400).tolist()
 
 
@@ -239,6 +248,49 @@ def test_replay_leaves_no_trace_and_rows_sum_to_one(llama: PatchedEngine) -> Non
         np.testing.assert_allclose(seen[i], tapped[i][:, :, :28].max(axis=1), atol=1e-6)
 
 
+@pytest.mark.parametrize("cache_type", [1, 8], ids=["F16", "Q8_0"])
+@pytest.mark.parametrize("arch", UNIFORM)
+def test_a_replay_that_looks_near_sees_what_is_left_when_the_rest_is_removed(
+    tiny_model: Callable[..., Path], arch: str, cache_type: int
+) -> None:
+    near = slice(100, 160)
+    rtol = 5e-3 if cache_type == 1 else 5e-2  # rounded to blocks, a little goes a long way
+    engines = [patched(tiny_model(arch), n_cells=512, cache_type=cache_type) for _ in range(2)]
+    with engines[0] as narrow, engines[1] as removed:
+        for engine in engines:
+            engine.decode(TOKENS[:160])
+        wide = replayed(narrow, TOKENS[:40])
+        for one, two in zip(wide, replayed(narrow, TOKENS[:40], slice(0, 160)), strict=True):
+            np.testing.assert_allclose(one, two, rtol=rtol, atol=2e-4)
+        before, layout = exported(narrow), narrow.layout()
+        seen = replayed(narrow, TOKENS[:40], near)
+        removed._context.remove(N_SINKS, near.start)
+        for one, two, all_of_it in zip(seen, replayed(removed, TOKENS[:40]), wide, strict=True):
+            np.testing.assert_allclose(one[:, near], two[:, N_SINKS:], rtol=rtol, atol=2e-4)
+            assert not one[:, : near.start].any()
+            assert (one[:, near].mean(axis=1) > all_of_it[:, near].mean(axis=1)).all()
+        assert_same(before, exported(narrow))
+        assert narrow.layout() == layout
+
+
+def test_a_replay_that_looks_near_sees_the_best_composed_rows(tiny_model: Callable[..., Path]) -> None:
+    engines = [patched(tiny_model("llama"), n_cells=512) for _ in range(2)]
+    with engines[0] as all_rows, engines[1] as best_rows:
+        for engine in engines:
+            engine.decode(TOKENS[:120])
+        selection = [rows[:, :n] for rows, n in zip(identity(all_rows, 20), (90, 40, 10), strict=True)]
+        all_rows.rewrite(selection, 20)
+        best_rows.rewrite([rows[:, :N_SINKS] for rows in selection], 20)
+        seen = [replayed(engine, TOKENS[100:120], slice(0, 20)) for engine in engines]
+        for one, two in zip(*seen, strict=True):
+            np.testing.assert_allclose(one, two, rtol=1e-5)
+        whole = replayed(all_rows, TOKENS[100:120])
+        assert any(not np.allclose(one, two, rtol=1e-3) for one, two in zip(seen[0], whole, strict=True))
+        with all_rows._cells.visible_rows([(all_rows._cells.info().n_cells - 1, all_rows._cells.info().n_cells)]):
+            for tapped in replayed(all_rows, TOKENS[:3]):  # layers without that row look at all they have
+                assert np.isfinite(tapped).all()
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_long_chat_stays_in_its_arena(tiny_model: Callable[..., Path], arch: str) -> None:
     with patched(tiny_model(arch, n_layers=6), n_cells=256) as engine:
@@ -295,6 +347,9 @@ def test_wrong_input_changes_nothing(llama: PatchedEngine) -> None:
         lambda: cells.set_rows(0, np.zeros((10**4, 128), np.uint8), values=False),
         lambda: cells.set_rows(0, np.zeros((3, 5), np.uint8), values=True),
         lambda: cells._call("set_explicit_softmax", 2),
+        *(lambda r=r: cells.visible_rows(r).__enter__() for r in WRONG_RANGES),
+        lambda: cells._call("set_ranges", 1, None, None),
+        lambda: cells._call("set_ranges", -1, None, None),
         lambda: llama._context.state(),
         lambda: llama.decode(TOKENS[:256]),
         lambda: replayed(llama, TOKENS[:256]),
@@ -331,8 +386,9 @@ def test_attention_seen_while_reading_is_that_of_a_forward_pass(tiny_model: Call
         def keep(layer: int, weights: np.ndarray) -> None:
             if layer == 0:
                 columns.append(engine._live_cells())
-            padded = np.zeros((*weights.shape[:2], 58), np.float32)
-            padded[:, :, : len(columns[-1])] = weights[:, :, columns[-1]]
+            rows = np.append(engine._cells.info().n_live_cap + np.arange(n_composed[layer]), columns[-1])
+            padded = np.zeros((*weights.shape[:2], n_composed[layer] + 58), np.float32)
+            padded[:, :, : len(rows)] = weights[:, :, rows]
             whole.setdefault(layer, []).append(padded)
 
         with engine.watching(keep):
@@ -341,8 +397,15 @@ def test_attention_seen_while_reading_is_that_of_a_forward_pass(tiny_model: Call
         counts[20] = False  # read alone
         for layer, expected in enumerate(seen.result()):
             weights = np.concatenate(whole[layer], axis=1)
-            assert weights.shape[1:] == (50, 58), n_composed
-            np.testing.assert_allclose(np.where(counts, weights, 0).max(axis=1), expected, atol=2e-3)
+            assert weights.shape[1:] == (50, n_composed[layer] + 58)
+            counted = np.concatenate(
+                [
+                    np.delete(weights[:, :, : n_composed[layer]], 20, axis=1).max(axis=1),
+                    np.where(counts, weights[:, :, n_composed[layer] :], 0).max(axis=1),
+                ],
+                axis=1,
+            )
+            np.testing.assert_allclose(counted, expected, atol=2e-3)
 
 
 @pytest.mark.parametrize("cache_type", [1, 8])

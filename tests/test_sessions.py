@@ -277,8 +277,8 @@ def test_another_model_cache_type_format_or_size_is_refused(tmp_path: Path, setu
     )
     refused("raise --budget", fake_chat(n_cells=100))
     refused("spans 246 positions: raise --ctx", fake_chat(n_cells=200, n_ctx=200))
-    put_together(path, manifest | {"format": 2, "program": "9.9"}, arrays)
-    refused("has format 2 and was made by version 9.9 of this program")
+    put_together(path, manifest | {"format": sessions.FORMAT + 1, "program": "9.9"}, arrays)
+    refused(f"has format {sessions.FORMAT + 1} and was made by version 9.9 of this program")
     put_together(path, manifest, arrays | {"more": np.zeros(1, np.uint8)})
     refused("damaged or no session")
     put_together(path, manifest | {"llama_cpp": "other"}, arrays | {"window": np.zeros(1, np.uint8)})
@@ -402,7 +402,7 @@ def test_forged_files_of_the_right_checksum(tmp_path: Path, setup: Setup) -> Non
         (manifest, arrays | {"tokens": arrays["tokens"][1:]}),
         (manifest, arrays | {"scores.0": arrays["scores.0"][:1]}),
         (manifest, arrays | {"scores.0": arrays["scores.0"][:, 1:]}),
-        (manifest, arrays | {"seen.0": np.zeros((4, n_live + 1), np.float32)}),
+        (manifest, arrays | {"seen.0": np.zeros((4, manifest["composed"][0] + n_live + 1), np.float32)}),
         (manifest, arrays | {"seen.0": np.zeros((3, 1), np.float32)}),
         (manifest, arrays | {"keys.0": arrays["keys.0"][1:]}),
         (manifest, arrays | {"keys.0": arrays["keys.0"][:, 1:]}),

@@ -275,7 +275,9 @@ def test_the_last_of_every_period_are_watched(tiny_model: Callable[..., Path]) -
         def __init__(self) -> None:
             self.seen: set[int] = set()
 
-        def update(self, layer: int, weights: object, columns: object, queries: Any = None, tokens: Any = None) -> None:
+        def update(
+            self, layer: int, weights: Any, columns: Any, queries: Any = None, tokens: Any = None, first: int = 0
+        ) -> None:
             self.seen |= set(queries.tolist())
 
     seen = Queries()

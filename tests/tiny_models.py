@@ -114,8 +114,9 @@ def write_tiny_model(
     return path
 
 
-def replayed(engine: Engine, tokens: Sequence[int]) -> list[np.ndarray]:
+def replayed(engine: Engine, tokens: Sequence[int], near: slice | None = None) -> list[np.ndarray]:
     """What :meth:`Engine.replay` shows, for each layer float32 (Q, n_live)."""
-    seen = AttentionMax.over(engine.shape.layers)
-    engine.replay(tokens, seen)
+    layers = engine.shape.layers
+    seen = AttentionMax(len(layers), [layer.n_heads for layer in layers])
+    engine.replay(tokens, seen, near)
     return seen.result()

@@ -48,7 +48,7 @@ def bench_command(
     threads: int | None,
     plot: Path | None,
 ) -> None:
-    """Decode, prefill, replay and rewrite on MODEL, in one run; the last line is JSON.
+    """Reading, compaction and decoding on MODEL, in one run; the last line is JSON.
 
     Every mode holds the same text in a context of its own, the modes take turns, and medians are shown. llama.cpp
     without the patches takes part where `kvcompose-local build --stock` has built it.
@@ -65,7 +65,7 @@ def bench_command(
     models.check_gguf(path)
     if not library_is_patched():
         raise InvalidInput("the benchmark needs the patched engine: run `kvcompose-local build`")
-    bandwidth = measure.memory_bandwidth()
+    bandwidth, matmul = measure.memory_bandwidth(), measure.matmul_rate()
     results = [
         measure.measure(
             path,
@@ -79,8 +79,8 @@ def bench_command(
         )
         for length in lengths
     ]
-    click.echo(measure.tables(results, path.stat().st_size, bandwidth))
+    click.echo(measure.tables(results, path.stat().st_size, bandwidth, matmul))
     if plot is not None:
         measure.plot(results, plot)
         status.line(f"drew {plot}")
-    click.echo(json.dumps(measure.as_json(results, path.stat().st_size, bandwidth)))
+    click.echo(json.dumps(measure.as_json(results, path.stat().st_size, bandwidth, matmul)))

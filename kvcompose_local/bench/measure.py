@@ -21,22 +21,20 @@ from typing import Any, TextIO, cast
 
 import numpy as np
 import psutil
+from gguf import GGUFReader
 
-from kvcompose_local.attention import AttentionMax
-from kvcompose_local.budgets import allocate_bytes
 from kvcompose_local.build import library_dir
-from kvcompose_local.compaction import N_NEAREST, Policy
+from kvcompose_local.compaction import CacheMemory
 from kvcompose_local.engines import CELL_PADDING, physical_cores
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.engines.patched import PatchedEngine
 from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import EngineError, InvalidInput, KVComposeError
-from kvcompose_local.interfaces import CacheSnapshot, FloatArray, IntArray, Sampling
+from kvcompose_local.interfaces import CacheSnapshot, LayerShape, Sampling
 from kvcompose_local.llama_ffi import Model, library_path
-from kvcompose_local.scores import token_scores
-from kvcompose_local.selection import select_composites
 
 UNPATCHED = "unpatched llama.cpp"
+TWIN = "the same, patched"
 FULL = "uncompressed"
 _WARM_UP = 3
 _ANSWER_CELLS = 256
@@ -44,11 +42,23 @@ _ANSWER_CELLS = 256
 
 @dataclass
 class Mode:
-    """One way to decode: tokens a second of each round, and the size of its cache."""
+    """One way to read and decode: its cache, what reading the text took, and the decode rate of each round.
+
+    Seconds are wall time over the whole text, those of all its compactions included; rates are tokens a second.
+    """
 
     name: str
     kv_bytes: int
+    read_seconds: float | None = None
+    n_compactions: int = 0
+    replay_seconds: float = 0.0
+    select_seconds: float = 0.0
+    rewrite_seconds: float = 0.0
     rates: list[float] = field(default_factory=list)
+
+    @property
+    def compaction_seconds(self) -> float:
+        return self.replay_seconds + self.select_seconds + self.rewrite_seconds
 
     @property
     def median(self) -> float:
@@ -57,13 +67,14 @@ class Mode:
 
 @dataclass
 class LengthResult:
-    """Everything measured at one context length. Seconds are wall time, per compaction of the whole length."""
+    """Everything measured at one context length.
+
+    rewrite_seconds: of one rewrite of the whole uncompressed cache; multiply_adds: that reading takes at least.
+    """
 
     n_tokens: int
-    prefill_tokens_per_second: float
     modes: list[Mode]
-    replay_seconds: float
-    select_seconds: float
+    multiply_adds: int
     rewrite_seconds: float
     first_token_seconds: float
     rss_bytes: int
@@ -84,6 +95,33 @@ def memory_bandwidth() -> float:
     return best
 
 
+def matmul_rate() -> float:
+    """Multiply-adds a second of all cores together in float32, as the best of a few NumPy products."""
+    n = 1536
+    a = np.ones((n, n), np.float32)
+    best = 0.0
+    for _ in range(5):
+        started = time.perf_counter()
+        a @ a
+        best = max(best, n**3 / (time.perf_counter() - started))
+    return best
+
+
+def reading_multiply_adds(model: Model, layers: Sequence[LayerShape], n_block_weights: int, n_tokens: int) -> int:
+    """Multiply-adds that reading takes at least: each weight of the blocks once a token, and causal attention.
+
+    Attention of sliding-window layers is left out.
+    """
+    width = model.n_embd // model.n_heads  # of a head; larger in a few models, so that this stays a lower bound
+    attention = sum(layer.n_heads * width * n_tokens**2 for layer in layers)
+    return n_block_weights * n_tokens + attention
+
+
+def block_weights(path: Path) -> int:
+    """Weights of a GGUF's blocks, without embeddings and output."""
+    return sum(int(t.n_elements) for t in GGUFReader(path).tensors if t.name.startswith("blk."))
+
+
 def decode_rate(engine: LlamaEngine, n: int) -> float:
     """Tokens a second over ``n`` greedy tokens, sampling included, after a short warm-up; the tokens are dropped."""
     token = 1
@@ -97,17 +135,8 @@ def decode_rate(engine: LlamaEngine, n: int) -> float:
     return rate
 
 
-def scores_seen(engine: LlamaEngine, seen: AttentionMax) -> list[FloatArray]:
-    """Token scores of the attention seen while reading: L arrays (H, T). What is kept does not change the speed."""
-    layers = engine.shape.layers
-    return [
-        token_scores(attention[None], layer.n_kv_heads, add_mean_across_heads=False)[0]
-        for attention, layer in zip(seen.result(), layers, strict=True)
-    ]
-
-
-class UnpatchedWorker:
-    """The same decoding in a process with the library that was built without the patches."""
+class Worker:
+    """The same decoding in a process of its own with a library of choice."""
 
     def __init__(self, library: Path, model: Path, snapshot: CacheSnapshot, n_cells: int, n_threads: int) -> None:
         """library: the folder of libllama. Raises EngineError when the process cannot load it."""
@@ -133,7 +162,7 @@ class UnpatchedWorker:
     def _line(self, expected: str = "") -> str:
         line = self._from.readline().strip()
         if not line or (expected and line != expected):
-            raise EngineError("the unpatched llama.cpp could not be measured: its process ended")
+            raise EngineError("the other llama.cpp could not be measured: its process ended")
         return line
 
     def decode_rate(self, n: int) -> float:
@@ -208,52 +237,31 @@ def measure(
         tokens = text_tokens(model, sentences, n_tokens)
         n_cells = padded(n_tokens + _ANSWER_CELLS + 512)
         full = stack.enter_context(_patched(model, n_cells, threads))
-        layers = full.shape.layers
-        seen = AttentionMax.over(layers, exclude_nearest=N_NEAREST)
         started = time.perf_counter()
-        full.decode(tokens, lambda done, total: progress("reading:", done, total), seen)
-        prefill_seconds = time.perf_counter() - started
+        full.decode(tokens, lambda done, total: progress("reading:", done, total))
+        modes = [Mode(FULL, n_tokens * full.shape.row_bytes, time.perf_counter() - started)]
         whole = full.snapshot()
-
-        replay_seconds = _replay_seconds(full, tokens)
-        modes = [Mode(FULL, n_tokens * full.shape.row_bytes)]
-        engines: dict[str, LlamaEngine | UnpatchedWorker] = {FULL: full}
-        select, rewrite = [], []
+        rewrite_seconds = _rewrite_seconds(full, whole)
+        engines: dict[str, LlamaEngine | Worker] = {FULL: full}
         for keep in keeps:
-            # What a chat of this budget would hold: the arena, its live cells and what is left for composed ones.
-            arena = padded(int(keep * n_tokens))
-            policy = Policy.for_cells(arena)
-            n_composed = arena - policy.n_tail - policy.n_headroom - policy.n_scratch
-            started = time.perf_counter()
-            scores = scores_seen(full, seen)
-            selection = _select(full, scores, n_composed)
-            select.append(time.perf_counter() - started)
-            for _ in range(3):
-                full.restore(whole)
-                started = time.perf_counter()
-                full.rewrite(selection, policy.n_tail)
-                rewrite.append(time.perf_counter() - started)
-            small = stack.enter_context(_patched(model, arena, threads))
-            small.restore(full.snapshot())
             name = f"keep {keep:g}"
-            engines[name] = small
-            modes.append(Mode(name, small.cache_bytes))
+            engines[name] = small = stack.enter_context(_patched(model, padded(int(keep * n_tokens)), threads))
+            modes.append(_read_as_a_chat(name, small, tokens, progress))
         full.restore(whole)
         library = library_dir(patched=False)
         if library is not None and library != library_path().parent:
-            worker = UnpatchedWorker(library, path, whole, n_cells, threads)
-            stack.callback(worker.close)
-            engines[UNPATCHED] = worker
-            modes.append(Mode(UNPATCHED, n_tokens * full.shape.row_bytes))
+            # Both in a process of their own and through the same engine: only the library differs.
+            for name, folder in ((UNPATCHED, library), (TWIN, library_path().parent)):
+                worker = Worker(folder, path, whole, n_cells, threads)
+                stack.callback(worker.close)
+                engines[name] = worker
+                modes.append(Mode(name, n_tokens * full.shape.row_bytes))
 
         for number in range(rounds + 1):
             for place, mode in enumerate(modes):
                 progress("decoding:", number * len(modes) + place, (rounds + 1) * len(modes))
                 engine = engines[mode.name]
-                if isinstance(engine, UnpatchedWorker):
-                    rate = engine.decode_rate(n_decode)
-                else:
-                    rate = decode_rate(engine, n_decode)
+                rate = engine.decode_rate(n_decode) if isinstance(engine, Worker) else decode_rate(engine, n_decode)
                 if number:  # the first round warms up
                     mode.rates.append(rate)
         started = time.perf_counter()
@@ -262,38 +270,55 @@ def measure(
         first_token_seconds = time.perf_counter() - started
         return LengthResult(
             n_tokens,
-            n_tokens / prefill_seconds,
             modes,
-            replay_seconds,
-            float(np.median(select)),
-            float(np.median(rewrite)),
+            reading_multiply_adds(model, full.shape.layers, block_weights(path), n_tokens),
+            rewrite_seconds,
             first_token_seconds,
             psutil.Process().memory_info().rss,
         )
 
 
-def _select(engine: LlamaEngine, scores: Sequence[FloatArray], n_composed: int) -> list[IntArray]:
-    row_bytes = [layer.row_bytes for layer in engine.shape.layers]
-    budgets = allocate_bytes(scores, row_bytes, n_composed * sum(row_bytes))
-    return select_composites(scores, budgets)
+def _read_as_a_chat(
+    name: str, engine: PatchedEngine, tokens: Sequence[int], progress: Callable[[str, int, int], None]
+) -> Mode:
+    """Read tokens into a cache that is too small for them, and leave it compacted."""
+    memory = CacheMemory(engine, len(tokens) + _ANSWER_CELLS)
+    started = time.perf_counter()
+    memory.feed(tokens, lambda done, total: progress(f"reading, {name}:", done, total))
+    memory.compact()
+    seconds = time.perf_counter() - started
+    reports = memory.reports
+    return Mode(
+        name,
+        engine.cache_bytes,
+        seconds,
+        len(reports),
+        sum(r.replay_seconds for r in reports),
+        sum(r.select_seconds for r in reports),
+        sum(r.rewrite_seconds for r in reports),
+    )
 
 
-def _replay_seconds(engine: LlamaEngine, tokens: Sequence[int]) -> float:
-    """Seconds that replaying all tokens takes: five of the chat's chunks, their median times their number."""
-    policy = Policy.for_cells(len(tokens))
-    chunk = policy.n_scratch - policy.n_lead_in
-    starts = np.linspace(policy.n_lead_in, max(len(tokens) - chunk, policy.n_lead_in), 5).astype(int)
+def _rewrite_seconds(engine: PatchedEngine, whole: CacheSnapshot) -> float:
+    """The median of three rewrites that keep every fourth cell, another one in each head."""
+    selection = [
+        np.stack([np.arange(head % 4, whole.n_live, 4)[: whole.n_live // 4] for head in range(layer.n_kv_heads)])
+        for layer in engine.shape.layers
+    ]
     seconds = []
-    seen = AttentionMax.over(engine.shape.layers)
-    for start in starts.tolist():
+    for _ in range(3):
+        engine.restore(whole)
         started = time.perf_counter()
-        engine.replay(tokens[start - policy.n_lead_in : start + chunk], seen)
+        engine.rewrite(selection, 0)
         seconds.append(time.perf_counter() - started)
-    return float(np.median(seconds)) * len(tokens) / chunk
+    return float(np.median(seconds))
 
 
-def tables(results: Sequence[LengthResult], model_bytes: int, bandwidth: float) -> str:
-    """The results as Markdown; the floor of a rate is reading the weights and the cache once a token."""
+def tables(results: Sequence[LengthResult], model_bytes: int, bandwidth: float, matmul: float) -> str:
+    """The results as Markdown.
+
+    The floor of decoding is to read the weights and the cache once a token, that of reading its multiply-adds.
+    """
     lines = [
         "| tokens | mode | decode tokens/s (min–max) | × uncompressed | cache MiB | floor tokens/s | share of it |",
         "|---|---|---|---|---|---|---|",
@@ -308,16 +333,28 @@ def tables(results: Sequence[LengthResult], model_bytes: int, bandwidth: float) 
             )
     lines += [
         "",
-        "| tokens | prefill tokens/s | replay, × prefill | select s | rewrite ms | first token of 64 s | RSS MiB |",
-        "|---|---|---|---|---|---|---|",
+        "| tokens | mode | reading s | × uncompressed | its floor s | compactions | their replays s | choices s "
+        "| rewrites s | compactions, × uncompressed reading |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for r in results:
-        prefill = r.n_tokens / r.prefill_tokens_per_second
-        lines.append(
-            f"| {r.n_tokens} | {r.prefill_tokens_per_second:.1f} | {r.replay_seconds / prefill:.2f} "
-            f"| {r.select_seconds:.2f} | {1000 * r.rewrite_seconds:.0f} | {r.first_token_seconds:.2f} "
-            f"| {r.rss_bytes / 2**20:.0f} |"
-        )
+    for result in results:
+        base = result.mode(FULL).read_seconds or 1.0
+        lines += [
+            f"| {result.n_tokens} | {m.name} | {m.read_seconds:.1f} | {m.read_seconds / base:.2f} "
+            f"| {result.multiply_adds / matmul:.1f} | {m.n_compactions} | {m.replay_seconds:.1f} "
+            f"| {m.select_seconds:.2f} | {m.rewrite_seconds:.2f} | {m.compaction_seconds / base:.2f} |"
+            for m in result.modes
+            if m.read_seconds is not None
+        ]
+    lines += [
+        "",
+        "| tokens | rewrite of the whole cache ms | first token of 64 s | RSS MiB |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r.n_tokens} | {1000 * r.rewrite_seconds:.0f} | {r.first_token_seconds:.2f} | {r.rss_bytes / 2**20:.0f} |"
+        for r in results
+    ]
     return "\n".join(lines)
 
 
@@ -340,11 +377,12 @@ def plot(results: Sequence[LengthResult], file: Path) -> None:
     plt.close(figure)
 
 
-def as_json(results: Sequence[LengthResult], model_bytes: int, bandwidth: float) -> dict[str, Any]:
+def as_json(results: Sequence[LengthResult], model_bytes: int, bandwidth: float, matmul: float) -> dict[str, Any]:
     """The same as an object for programs."""
     return {
         "model_bytes": model_bytes,
         "memory_bandwidth_bytes_per_second": round(bandwidth),
+        "multiply_adds_per_second": round(matmul),
         "lengths": [asdict(result) for result in results],
     }
 

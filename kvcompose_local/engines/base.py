@@ -115,6 +115,10 @@ class LlamaEngine(ABC):
         """The columns of a softmax that are the live cells, oldest first."""
 
     @abstractmethod
+    def _composed_columns(self, layer: int) -> slice:
+        """The columns of its softmax that are the composed cells of ``shape.layers[layer]``."""
+
+    @abstractmethod
     def softmax_micro_batch(self) -> int:
         """Most queries of one explicit softmax: what :meth:`decode` takes at a time while it is watched."""
 
@@ -177,7 +181,7 @@ class LlamaEngine(ABC):
                 yield a, min(a + step, stop), True
 
     def _shown_to(self, sink: AttentionSink, layout: CacheLayout) -> SoftmaxTap:
-        """A tap that hands on the columns of the live cells, with positions."""
+        """A tap that hands on the columns of composed cells and those of live ones, these with positions."""
         first = layout.position - layout.n_live
         end, columns = -1, self._live_columns()  # of this micro-batch
 
@@ -185,8 +189,12 @@ class LlamaEngine(ABC):
             nonlocal end, columns
             if end != self._context.next_position:
                 end, columns = self._context.next_position, self._live_columns()
+            composed = self._composed_columns(layer)
+            n_composed = composed.stop - composed.start
+            if n_composed:
+                sink.update(layer, weights, composed)
             queries = np.arange(end - weights.shape[1], end)
-            sink.update(layer, weights, columns, queries, np.arange(first, end))
+            sink.update(layer, weights, columns, queries, np.arange(first, end), n_composed)
 
         return tap
 
@@ -208,19 +216,30 @@ class LlamaEngine(ABC):
         """How :meth:`sample` draws from now on."""
         self._context.set_sampling(sampling)
 
-    def replay(self, tokens: Sequence[int], seen: AttentionSink) -> None:
+    def replay(self, tokens: Sequence[int], seen: AttentionSink, near: slice | None = None) -> None:
         layout = self.layout()
         if len(tokens) > layout.n_free:
             raise ContextFull(f"a replay of {len(tokens)} tokens does not fit in {layout.n_free} free cells")
-        live = self._live_columns()
-        step = self.softmax_micro_batch()
-        with self.watching(lambda layer, weights: seen.update(layer, weights, live)):
-            try:
-                for start in range(0, len(tokens), step):
-                    self._context.decode(tokens[start : start + step])
-            finally:
-                self._context.has_logits = False
-                self._context.remove(layout.position)
+        with self._looking_near(near, len(tokens)) as (columns, first, step):
+
+            def show(layer: int, weights: FloatArray) -> None:
+                seen.update(layer, weights, columns, first=first)
+
+            with self.watching(show):
+                try:
+                    for start in range(0, len(tokens), step):
+                        self._context.decode(tokens[start : start + step])
+                finally:
+                    self._context.has_logits = False
+                    self._context.remove(layout.position)
+
+    @contextmanager
+    def _looking_near(self, near: slice | None, n_tokens: int) -> Iterator[tuple[slice | IntArray, int, int]]:
+        """While open, a replay of ``n_tokens`` may look at the sinks and the live cells ``near`` alone.
+
+        Gives the columns of the live cells that it sees, the number of the first of them, and its micro-batch.
+        """
+        yield self._live_columns(), 0, self.softmax_micro_batch()
 
     def drop_tail(self, n: int) -> None:
         layout = self.layout()

@@ -94,6 +94,9 @@ class StockEngine(LlamaEngine):
         # Cells stand where they were put: composed ones first, then the live ones without a gap.
         return slice(self._n_composed, self._n_composed + self.layout().n_live)
 
+    def _composed_columns(self, layer: int) -> slice:
+        return slice(0, self._n_composed)
+
     def softmax_micro_batch(self) -> int:
         return self._context.n_ubatch
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcompose_local.attention import AttentionMax
-from kvcompose_local.compaction import N_NEAREST
+from kvcompose_local.compaction import N_NEAREST, near_chunk
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.interfaces import FloatArray
 
@@ -36,25 +36,26 @@ class Statistics:
     def n_tokens(self) -> int:
         return len(self.tokens)
 
-    @property
+    @cached_property
     def seen(self) -> list[FloatArray]:
         """The most attention that any later token but the 16 nearest paid during prefill."""
-        return self._seen.result()
+        return [layer.astype(np.float32) for layer in self._seen.result()]
 
     @cached_property
     def replay(self) -> list[FloatArray]:
         """The most attention that any replayed token pays, replayed in the chat's chunks."""
         chunk, seen = self.n_scratch - self.n_lead_in, AttentionMax.over(self.engine.shape.layers)
         for start in range(0, self.n_tokens, chunk):
-            self.engine.replay(self.tokens[max(start - self.n_lead_in, 0) : start + chunk], seen)
-        return seen.result()
+            part = self.tokens[max(start - self.n_lead_in, 0) : start + chunk]
+            self.engine.replay(part, seen, near_chunk(start, min(start + chunk, self.n_tokens)))
+        return [layer.astype(np.float32) for layer in seen.result()]
 
     @cached_property
     def whole_replay(self) -> list[FloatArray]:
         """The same, replayed in one piece as published: needs as much room again."""
         seen = AttentionMax.over(self.engine.shape.layers)
         self.engine.replay(self.tokens, seen)
-        return seen.result()
+        return [layer.astype(np.float32) for layer in seen.result()]
 
     @cached_property
     def recent(self) -> list[FloatArray]:

@@ -39,7 +39,7 @@ class _Arena(ctypes.Structure):
 
 
 _INT32_P = ctypes.POINTER(ctypes.c_int32)
-_KVC_VERSION = 1
+_KVC_VERSION = 2
 _kvc_version = bind("llama_kvc_version", ctypes.c_int32)
 _KVC_FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "supported": (),
@@ -53,6 +53,7 @@ _KVC_FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "set_rows": (*(ctypes.c_int32,) * 4, ctypes.c_void_p, ctypes.c_size_t),
     "set_eval_callback": (ctypes.c_void_p, ctypes.c_void_p),
     "set_explicit_softmax": (ctypes.c_int32,),
+    "set_ranges": (ctypes.c_int32, _INT32_P, _INT32_P),
 }
 _kvc = {
     name: bind(f"llama_kvc_{name}", ctypes.c_int32, ctypes.c_void_p, *argtypes)
@@ -157,3 +158,13 @@ class PerLayerCells:
         finally:
             self._call("set_eval_callback", None, None)
             self._call("set_explicit_softmax", 0)
+
+    @contextmanager
+    def visible_rows(self, ranges: Sequence[tuple[int, int]]) -> Iterator[None]:
+        """While open, the columns of the explicit softmax are these (start, stop) of a layer's rows, at most four."""
+        starts, stops = np.array(ranges, np.int32).reshape(-1, 2).T
+        self._call("set_ranges", len(ranges), _int32(starts), _int32(stops - starts))
+        try:
+            yield
+        finally:
+            self._call("set_ranges", 0, None, None)

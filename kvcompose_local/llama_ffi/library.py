@@ -18,6 +18,20 @@ _LIBRARY_VARIABLE = "LLAMA_CPP_LIB_PATH"
 _LOG_LEVEL_ERROR = 4
 
 
+#: glibc's parameter number, and the bytes from which a block gets memory of its own.
+_M_MMAP_THRESHOLD, _BIG_BLOCK = -3, 64 << 10
+
+
+def _give_memory_back() -> None:
+    """Let glibc return big blocks when they are freed.
+
+    By itself it stops doing so for anything under 32 MiB, and work buffers and attention of ever larger sizes pile up.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _BIG_BLOCK)
+
+
 def _import_library() -> Any:
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # a backtrace starts gdb, which may hang
     if _LIBRARY_VARIABLE not in os.environ:
@@ -35,6 +49,7 @@ def _import_library() -> Any:
     return lib
 
 
+_give_memory_back()
 lib = _import_library()
 _native = lib._lib
 

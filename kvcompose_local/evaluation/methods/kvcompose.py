@@ -112,6 +112,15 @@ def replay_and_seen_sinks(stats: Statistics, n_cells: int) -> list[IntArray]:
     return compose(stats, scores, n_cells)
 
 
+@method("replay+seen-recent")
+def replay_and_seen_recent(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """The last 32 tokens are pinned in every layer."""
+    scores = [s.copy() for s in _scores(stats, _both(stats), mean=False)]
+    for layer in scores:
+        layer[:, -32:] = 3
+    return compose(stats, scores, n_cells)
+
+
 @method("replay+seen-tempered")
 def replay_and_seen_tempered(stats: Statistics, n_cells: int) -> list[IntArray]:
     """A tenth of the cells is shared out evenly before layers compete for the rest."""
