@@ -103,6 +103,10 @@ def cmake_flags(sanitize: str | None = None) -> list[str]:
         "GGML_NATIVE": "ON",  # otherwise off wherever SOURCE_DATE_EPOCH is set
         "GGML_RPC": "ON",
     }
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        # AMX code crashes on machines that promise AMX and do not deliver it (ggml-org/llama.cpp#20824), and it
+        # repacks the weights into memory of its own, where a mapped file costs none. No laptop has it.
+        flags["CMAKE_C_FLAGS"] = flags["CMAKE_CXX_FLAGS"] = "-U__AMX_INT8__"
     if sys.platform == "darwin":
         flags["CMAKE_OSX_ARCHITECTURES"] = platform.machine()
         flags["GGML_METAL"] = flags["GGML_METAL_EMBED_LIBRARY"] = "ON"

@@ -18,6 +18,7 @@ import pytest
 
 from kvcompose_local import build
 from kvcompose_local.errors import BuildError, DownloadError, InvalidInput
+from kvcompose_local.llama_ffi import library_path
 from kvcompose_local.resources import data_file
 
 CMAKE = """\
@@ -201,6 +202,11 @@ def test_sanitizers_have_their_own_build() -> None:
     assert build.build_dir(sanitize="address") != build.build_dir()
     with pytest.raises(InvalidInput, match="unknown sanitizer 'memory'"):
         build.cmake_flags("address,memory")
+
+
+def test_no_amx_code_is_built() -> None:
+    library = library_path().parent / ("libggml-cpu.dylib" if sys.platform == "darwin" else "libggml-cpu.so")
+    assert b"amx_mul_mat" not in library.resolve().read_bytes()
 
 
 # -- the patch series --------------------------------------------------------------------------------------------------
