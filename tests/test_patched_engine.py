@@ -307,6 +307,19 @@ def test_a_long_chat_stays_in_its_arena(tiny_model: Callable[..., Path], arch: s
         assert np.isfinite(engine.logits()).all()
 
 
+def test_the_mask_stays_as_large_as_it_was_when_a_layer_becomes_wide(tiny_model: Callable[..., Path]) -> None:
+    with patched(tiny_model("llama"), n_ubatch=256) as engine:
+        assert engine.micro_batch() == 256
+        engine.decode(TOKENS[:220])
+        engine.rewrite([np.tile(np.arange(n), (2, 1)) for n in (210, 1, 1)], 10)
+        n_cells = engine._cells.info().n_cells
+        assert n_cells > 256
+        assert 64 <= engine.micro_batch() < 256
+        assert engine.micro_batch() * n_cells <= 256 * 256
+        engine.decode(TOKENS[220:360])
+        assert engine.layout().position == 360
+
+
 def test_wrong_input_changes_nothing(llama: PatchedEngine) -> None:
     llama.decode(TOKENS[:100])
     llama.rewrite(uneven(np.random.default_rng(0), llama, 8), 8)

@@ -118,6 +118,10 @@ class LlamaEngine(ABC):
     def _composed_columns(self, layer: int) -> slice:
         """The columns of its softmax that are the composed cells of ``shape.layers[layer]``."""
 
+    def micro_batch(self) -> int:
+        """Most tokens that :meth:`decode` takes at a time."""
+        return self._context.n_ubatch
+
     @abstractmethod
     def softmax_micro_batch(self) -> int:
         """Most queries of one explicit softmax: what :meth:`decode` takes at a time while it is watched."""
@@ -170,7 +174,7 @@ class LlamaEngine(ABC):
 
     def _micro_batches(self, n: int, watch: bool) -> Iterator[tuple[int, int, bool]]:
         """(start, stop, whether it is watched) of each micro-batch of ``n`` tokens."""
-        plain = self.softmax_micro_batch() if self._context.tap else self._context.n_ubatch
+        plain = self.softmax_micro_batch() if self._context.tap else self.micro_batch()
         for start in range(0, n, WATCH_PERIOD):
             stop = min(start + WATCH_PERIOD, n)
             split = max(start, stop - WATCHED) if watch else stop

@@ -14,7 +14,7 @@ import numpy as np
 from kvcompose_local.engines.base import LlamaEngine, micro_batch
 from kvcompose_local.errors import ContextFull, InvalidInput
 from kvcompose_local.interfaces import CacheLayout, CacheSnapshot, IntArray, LayerShape, ModelShape, Sampling
-from kvcompose_local.llama_ffi import F16, Context, Model, PerLayerCells
+from kvcompose_local.llama_ffi import F16, Context, Model, PerLayerCells, give_small_blocks_back
 
 #: Tokens of a prefill micro-batch: 512 read no faster on the processors measured, and take 20 MiB more of work buffers
 #: (Qwen2.5 0.5B, 8,192 cells).
@@ -99,6 +99,12 @@ class PatchedEngine(LlamaEngine):
         live_cap = self._cells.info().n_live_cap
         return slice(live_cap, live_cap + self._composed[layer])
 
+    def micro_batch(self) -> int:
+        # The mask, of tokens × cells, is allocated for a cache with nothing composed, and the widest layer may come to
+        # have several times as many cells: fewer tokens at a time then keep it at that size.
+        fitting = self._context.n_ubatch * self._context.n_ctx // max(self._cells.info().n_cells, 1)
+        return min(self._context.n_ubatch, max(fitting // 32 * 32, 64))
+
     def softmax_micro_batch(self) -> int:
         return self._fitting_queries(self._cells.info().n_cells)
 
@@ -144,6 +150,7 @@ class PatchedEngine(LlamaEngine):
         composed = [rows.shape[1] for rows in selection]
         self._cells.rewrite(self._fitting_live_cells(composed, n_tail), live[len(live) - n_tail :], sources)
         self._composed = tuple(composed)
+        give_small_blocks_back()  # what the choice of cells took
 
     def _fitting_live_cells(self, composed: Sequence[int], n_live: int) -> int:
         """Live cells that every arena holds beside the composed ones, of which ``n_live`` are in use."""

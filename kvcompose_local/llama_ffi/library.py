@@ -22,14 +22,24 @@ _LOG_LEVEL_ERROR = 4
 _M_MMAP_THRESHOLD, _BIG_BLOCK = -3, 64 << 10
 
 
-def _give_memory_back() -> None:
+def _libc(name: str) -> Any:
+    """A function of glibc, None elsewhere."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+
+
+def _give_big_blocks_back() -> None:
     """Let glibc return big blocks when they are freed.
 
     By itself it stops doing so for anything under 32 MiB, and work buffers and attention of ever larger sizes pile up.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
+    if mallopt := _libc("mallopt"):
         mallopt(_M_MMAP_THRESHOLD, _BIG_BLOCK)
+
+
+def give_small_blocks_back() -> None:
+    """Return what freed small blocks left behind, which glibc keeps; takes milliseconds."""
+    if malloc_trim := _libc("malloc_trim"):
+        malloc_trim(0)
 
 
 def _import_library() -> Any:
@@ -49,7 +59,7 @@ def _import_library() -> Any:
     return lib
 
 
-_give_memory_back()
+_give_big_blocks_back()
 lib = _import_library()
 _native = lib._lib
 
