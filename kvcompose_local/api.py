@@ -15,7 +15,7 @@ from types import TracebackType
 
 from typing_extensions import Self
 
-from kvcompose_local import models, sessions
+from kvcompose_local import models, profiles, sessions
 from kvcompose_local.chat import Chat, TurnStats
 from kvcompose_local.compaction import CacheMemory, CompactionReport
 from kvcompose_local.engines import open_engine
@@ -25,6 +25,7 @@ from kvcompose_local.llama_ffi import CACHE_TYPES, add_workers, supports_gpu
 
 #: More than any model has.
 ALL_LAYERS = 999
+SCORINGS = ("replay", "profile")
 
 
 class LocalChat:
@@ -33,7 +34,8 @@ class LocalChat:
     model: a GGUF file or a name of ``models.txt``, which is fetched, None for the small default; budget: share in
     (0, 1] of the bytes that an uncompressed cache of ``n_ctx`` tokens takes; n_ctx: positions the chat may span
     (default 8192, or what the model was trained for); n_threads: default physical cores; gpu_layers: default all where
-    a GPU backend is built in; cache_type: ``f16``, ``q8_0``, …; workers: ``HOST:PORT`` of ``rpc-server`` processes.
+    a GPU backend is built in; cache_type: ``f16``, ``q8_0``, …; scoring: ``replay``, or ``profile``: no replay, and a
+    poorer choice; workers: ``HOST:PORT`` of ``rpc-server`` processes.
     on_compaction is told of each compaction, on_rebuild how many tokens are read again because a turn was taken back;
     on_loading, on_reading and on_compacting get (done, in all), and may raise KeyboardInterrupt; should_stop is asked
     between tokens.
@@ -50,6 +52,7 @@ class LocalChat:
         n_threads: int | None = None,
         gpu_layers: int | None = None,
         cache_type: str = "f16",
+        scoring: str = "replay",
         workers: Sequence[str] = (),
         sampling: Sampling | None = None,
         system: str | None = None,
@@ -64,6 +67,10 @@ class LocalChat:
             raise InvalidInput(f"there is no cache type {cache_type}: {', '.join(CACHE_TYPES)}")
         path = models.resolve(None if model is None else str(model), pull=True)
         models.check_gguf(path)
+        if scoring not in SCORINGS:
+            raise InvalidInput(f"there is no scoring {scoring}: {', '.join(SCORINGS)}")
+        composing = scoring == "profile" and budget < 1
+        profile = profiles.find(sessions.model_digest(path)) if composing else None
         add_workers(list(workers))
         offload = bool(workers) or supports_gpu()
         self.setup = sessions.Setup(path, cache_type, budget)
@@ -78,7 +85,12 @@ class LocalChat:
             progress=on_loading,
         )
         self.memory = CacheMemory(
-            self._engine, positions, compose=budget < 1, on_compaction=on_compaction, on_progress=on_compacting
+            self._engine,
+            positions,
+            compose=budget < 1,
+            profile=profile,
+            on_compaction=on_compaction,
+            on_progress=on_compacting,
         )
         self.chat = Chat(
             self._engine.model,

@@ -25,7 +25,7 @@ from click.shell_completion import CompletionItem
 from kvcompose_local import __version__
 from kvcompose_local.bench.command import bench_command
 from kvcompose_local.errors import InvalidInput, KVComposeError
-from kvcompose_local.evaluation.command import eval_command
+from kvcompose_local.evaluation.command import eval_command, profile_command
 
 if TYPE_CHECKING:
     from kvcompose_local.chat import Chat
@@ -102,6 +102,14 @@ def cli(context: click.Context, debug: bool) -> None:
     show_default=True,
     help="How K and V are stored; q8_0 halves the bytes, less than that hurts small models.",
 )
+@click.option(
+    "--scoring",
+    type=click.Choice(["replay", "profile"]),
+    default="replay",
+    show_default=True,
+    help="What compression goes by: a replay of the text, or the model's layer profile, which takes no time and "
+    "forgets more (docs/results.md).",
+)
 @click.option("--rpc", metavar="HOST:PORT[,…]", help="Spread layers and their cells over these workers (rpc-server).")
 @click.option(
     "--session",
@@ -130,6 +138,7 @@ def run(
     threads: int | None,
     gpu_layers: int | None,
     cache_type: str,
+    scoring: str,
     rpc: str | None,
     session: str | None,
     no_autosave: bool,
@@ -185,6 +194,7 @@ def run(
         n_threads=threads,
         gpu_layers=gpu_layers,
         cache_type=cache_type,
+        scoring=scoring,
         workers=rpc.split(",") if rpc else [],
         sampling=sampling,
         system=system,
@@ -295,6 +305,7 @@ def open_chat(
     n_threads: int | None,
     gpu_layers: int | None,
     cache_type: str,
+    scoring: str = "replay",
     workers: list[str],
     sampling: Any,
     system: str | None,
@@ -313,6 +324,7 @@ def open_chat(
             n_threads=n_threads,
             gpu_layers=gpu_layers,
             cache_type=cache_type,
+            scoring=scoring,
             workers=workers,
             sampling=sampling,
             system=system,
@@ -535,6 +547,7 @@ def doctor() -> None:
 
 cli.add_command(bench_command)
 cli.add_command(eval_command)
+cli.add_command(profile_command)
 
 
 @cli.command("inspect", short_help="What a model's cache takes at each budget.")

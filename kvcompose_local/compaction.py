@@ -9,6 +9,8 @@ Tokens are read as live cells until the next ones would not fit beside the repla
 3. all compete for the arena's bytes, less what the live region needs (:mod:`budgets`);
 4. the winners are aligned into composite tokens (:mod:`selection`) and the engine rewrites its cells.
 
+With a layer profile (:mod:`profiles`) step 1 replays the newest tokens alone, and step 3 looks the budgets up.
+
 Nothing is compressed before it must be, and nothing is changed before step 4.
 """
 
@@ -34,6 +36,7 @@ from kvcompose_local.interfaces import (
     IntArray,
     Progress,
 )
+from kvcompose_local.profiles import Profile
 from kvcompose_local.scores import token_scores
 from kvcompose_local.selection import select_composites
 
@@ -68,6 +71,9 @@ PINNED = 2.0**20
 _IDLE_CHUNK = 64
 #: A replayed chunk looks for itself among these many live tokens before it, not in the whole cache (docs/trials.md).
 N_BEFORE = 64
+#: With a layer profile these many of the newest tokens are replayed: text that was not watched while it was read, such
+#: as answers, is ranked by what they look at.
+N_LOOKING_BACK = 64
 #: Attention of a token to the ones just before it says nothing about who else needs them.
 N_NEAREST = 16
 
@@ -153,6 +159,7 @@ class CacheMemory:
 
     n_ctx: positions the chat may span; on_compaction is told of each; on_progress gets (tokens replayed, in all) and
     may raise KeyboardInterrupt, which leaves the cache as it was. ``compose`` False never compacts (budget 1).
+    ``profile`` takes the place of the replay, which costs answers and saves nearly all of a compaction's time.
     """
 
     def __init__(
@@ -162,6 +169,7 @@ class CacheMemory:
         *,
         compose: bool = True,
         policy: Policy | None = None,
+        profile: Profile | None = None,
         on_compaction: Callable[[CompactionReport], None] | None = None,
         on_progress: Progress | None = None,
     ) -> None:
@@ -169,6 +177,7 @@ class CacheMemory:
         self.n_ctx = n_ctx
         self.compose = compose
         self.policy = policy or Policy.for_cells(sum(engine.arena_bytes) // max(engine.shape.row_bytes, 1))
+        self.profile = profile
         self.on_compaction = on_compaction
         self.on_progress = on_progress
         self.reports: list[CompactionReport] = []
@@ -269,7 +278,10 @@ class CacheMemory:
         if n_scored == 0:
             return None
         started = time.perf_counter()
-        self._replay(n_scored, self.policy.n_scratch, self._replayed, self.on_progress)
+        if self.profile is None:
+            self._replay(n_scored, self.policy.n_scratch, self._replayed, self.on_progress)
+        else:
+            self._look_back()
         replayed = time.perf_counter()
         n_composable = before.position - n_tail
         pinned = self._pinned(n_composable)
@@ -306,7 +318,7 @@ class CacheMemory:
 
         Looked at for every layer of a short chunk, so that a user who is done typing waits for a moment only.
         """
-        if not self.compose:
+        if not self.compose or self.profile is not None:
             return
         with contextlib.suppress(_Stopped):
             n_scored = self.engine.layout().n_live - self.policy.n_tail
@@ -362,6 +374,15 @@ class CacheMemory:
         if progress is not None:
             progress(n_scored - first, n_scored - first)
 
+    def _look_back(self) -> None:
+        """Replay the newest tokens, which look at every live cell."""
+        n = min(N_LOOKING_BACK, self.engine.layout().n_free, self.engine.max_replay)
+        if n <= 0:
+            raise ContextFull("no free cells are left to score the text in")
+        part = self._live()[-n:]
+        self._furthest = max(self._furthest, len(self.tokens) + len(part))
+        self.engine.replay(part, self._replayed)
+
     def _budgets(self, scores: Sequence[FloatArray], n_tail: int, at_most: int | None, n_pinned: int) -> IntArray:
         """Composed cells of each layer, within ``at_most`` bytes of all cells but for what is pinned."""
         layers = self.engine.shape.layers
@@ -375,6 +396,9 @@ class CacheMemory:
             room = np.minimum(room, np.maximum(wanted, n_pinned * live_bytes))
         if (room < 0).any():
             raise ContextFull("the budget leaves no cells for composed tokens: raise --ctx or --budget")
+        if self.engine.per_layer and self.profile is not None:
+            n_tokens, available = self.position - n_tail, [s.shape[1] for s in scores]
+            return self.profile.budgets(n_tokens, available, row_bytes, room.tolist(), device, min_per_layer=n_pinned)
         if self.engine.per_layer:
             return allocate_bytes(scores, row_bytes, room.tolist(), device=device)
         fitting = int((room // np.maximum(live_bytes, 1)).min())

@@ -164,7 +164,7 @@ def model_digest(path: Path, progress: Progress | None = None) -> str:
                     progress(file.tell() >> 20, status.st_size >> 20)
     except OSError as error:
         raise SessionError(f"cannot read {path}: {error.strerror or error}") from error
-    with suppress(SessionError), _replacing(known) as file:  # a cache that cannot be written costs time, nothing else
+    with suppress(SessionError), replacing(known) as file:  # a cache that cannot be written costs time, nothing else
         file.write(sha256.hexdigest().encode())
     return sha256.hexdigest()
 
@@ -203,7 +203,7 @@ def save(path: Path, chat: Chat, setup: Setup, progress: Progress | None = None)
         checksum.update(part.data)
     at = head.index(_CHECKSUM) + len(_CHECKSUM)
     head = head[:at] + checksum.hexdigest().encode() + head[at + _DIGITS :]
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(head)
         for part in data:
             file.write(part.data)
@@ -249,11 +249,12 @@ def _header(manifest: Manifest, arrays: dict[str, Array]) -> bytes:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file that takes the place of ``path``, at once and on the disk, when the block ends well."""
     try:
         path = path.resolve()  # a link stays a link
-        if path.parent in (sessions_folder().resolve(), (cache_folder() / "digests").resolve()):
+        own = (sessions_folder(), cache_folder() / "digests", cache_folder() / "profiles")
+        if path.parent in (folder.resolve() for folder in own):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         _remove_leftovers(path)
         part = path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -102,7 +102,7 @@ class PatchedEngine(LlamaEngine):
     def micro_batch(self) -> int:
         # The mask, of tokens × cells, is allocated for a cache with nothing composed, and the widest layer may come to
         # have several times as many cells: fewer tokens at a time then keep it at that size.
-        fitting = self._context.n_ubatch * self._context.n_ctx // max(self._cells.info().n_cells, 1)
+        fitting = self._context.n_ubatch * self._context.n_ctx // max(int(self._cells.info().n_cells), 1)
         return min(self._context.n_ubatch, max(fitting // 32 * 32, 64))
 
     def softmax_micro_batch(self) -> int:

@@ -140,3 +140,47 @@ def eval_command(
     if plot is not None:
         for file in report.plot(records, plot):
             status.line(f"drew {file}")
+
+
+@click.command("profile", short_help="Measure a model's layer budgets once, for run --scoring profile.")
+@click.argument("model", required=False)
+@click.option("--texts", type=click.IntRange(1, 1000), default=8, show_default=True, help="Texts to measure on.")
+@click.option("--length", type=click.IntRange(256, 131072), default=2048, show_default=True, help="Tokens of a text.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="JSON file to write.  [default: one in the cache folder]"
+)
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: physical cores]")
+def profile_command(model: str | None, texts: int, length: int, output: Path | None, threads: int | None) -> None:
+    """How many tokens each layer of MODEL needs: nearly the same for every text, so it is measured once.
+
+    `run MODEL --scoring profile` then compresses without reading anything twice. The file is small, holds no text and
+    may be shared: it belongs to the GGUF file's sha256, and counts from the cache folder's `profiles`.
+    """
+    from kvcompose_local import models, profiles
+    from kvcompose_local.engines import open_engine
+    from kvcompose_local.engines.patched import PatchedEngine
+    from kvcompose_local.errors import InvalidInput
+    from kvcompose_local.evaluation.harness import room_for
+    from kvcompose_local.evaluation.profiling import measure_profile
+    from kvcompose_local.repl import Status
+    from kvcompose_local.sessions import model_digest, replacing
+
+    status = Status(sys.stderr)
+    path = models.resolve(model, pull=True, progress=status.fetching)
+    models.check_gguf(path)
+    digest = model_digest(path, status.checking)
+    engine, _ = open_engine(path, n_ctx=room_for(length), budget=1.0, n_threads=threads)
+    with engine:
+        if not isinstance(engine, PatchedEngine):
+            raise InvalidInput("a profile needs the patched engine: run `kvcompose-local build`")
+        profile = measure_profile(
+            engine,
+            digest,
+            n_texts=texts,
+            n_tokens=length,
+            progress=lambda done, total: status.progress("measuring:", done, total, "texts"),
+        )
+    file = output or profiles.user_path(digest)
+    with replacing(file) as stream:
+        stream.write(profile.dump().encode())
+    status.line(f"wrote {file}")

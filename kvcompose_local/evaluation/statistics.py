@@ -8,10 +8,13 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from kvcompose_local import profiles
 from kvcompose_local.attention import AttentionMax
-from kvcompose_local.compaction import N_NEAREST, near_chunk
+from kvcompose_local.compaction import N_LOOKING_BACK, N_NEAREST, near_chunk
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.interfaces import FloatArray
+from kvcompose_local.profiles import Profile
+from kvcompose_local.sessions import model_digest
 
 #: Queries of a recent-query method (SnapKV, arXiv 2404.14469, uses 32 with short contexts).
 N_RECENT = 32
@@ -49,6 +52,18 @@ class Statistics:
             part = self.tokens[max(start - self.n_lead_in, 0) : start + chunk]
             self.engine.replay(part, seen, near_chunk(start, min(start + chunk, self.n_tokens)))
         return [layer.astype(np.float32) for layer in seen.result()]
+
+    @cached_property
+    def look_back(self) -> list[FloatArray]:
+        """The most attention that any of the last 64 tokens pays when these are replayed."""
+        seen = AttentionMax.over(self.engine.shape.layers)
+        self.engine.replay(self.tokens[-N_LOOKING_BACK:], seen)
+        return [layer.astype(np.float32) for layer in seen.result()]
+
+    @cached_property
+    def profile(self) -> Profile:
+        """The layer profile of the model. Raises KVComposeError where there is none."""
+        return profiles.find(model_digest(self.engine.model.path))
 
     @cached_property
     def whole_replay(self) -> list[FloatArray]:

@@ -1,0 +1,53 @@
+"""Measures a model's layer profile: what each layer keeps, over some texts, when the whole score decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from kvcompose_local import profiles
+from kvcompose_local.budgets import allocate_layer_budgets
+from kvcompose_local.compaction import Policy
+from kvcompose_local.engines.patched import PatchedEngine
+from kvcompose_local.evaluation.statistics import Statistics
+from kvcompose_local.evaluation.tasks import make_item
+from kvcompose_local.profiles import KEEPS, Profile
+from kvcompose_local.scores import token_scores
+
+#: Kinds of text that differ: facts in prose, documents, a conversation, code-like assignments.
+TASKS = ("needles_8", "qa", "recall", "vt")
+#: Seeds of the evaluation start at 0: a profile must not have seen its texts.
+FIRST_SEED = 1_000_000
+
+
+def measure_profile(
+    engine: PatchedEngine,
+    model_sha256: str,
+    *,
+    n_texts: int = 8,
+    n_tokens: int = 2048,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Profile:
+    """The mean over ``n_texts`` texts of about ``n_tokens`` tokens.
+
+    engine: uncompressed and empty, with room for a text and its replay; progress gets (texts done, in all).
+    """
+    model, heads = engine.model, [layer.n_kv_heads for layer in engine.shape.layers]
+    budgets, lengths = [], []
+    for number in range(n_texts):
+        progress(number, n_texts)
+        task = TASKS[number % len(TASKS)]
+        item = make_item(task, FIRST_SEED + number, n_tokens, lambda text: len(model.tokenize(text)))
+        tokens = model.tokenize(item.context, add_bos=model.adds_bos)
+        policy = Policy.for_cells(len(tokens))
+        engine.clear()
+        stats = Statistics(engine, tokens, n_scratch=policy.n_scratch, n_lead_in=policy.n_lead_in)
+        scores = [
+            token_scores((a + b)[None], h, add_mean_across_heads=False)[0]
+            for a, b, h in zip(stats.replay, stats.seen, heads, strict=True)
+        ]
+        budgets.append(np.stack([allocate_layer_budgets(scores, keep) for keep in KEEPS]))
+        lengths.append(len(tokens))
+    progress(n_texts, n_texts)
+    return profiles.average(model.name, model_sha256, budgets, lengths)

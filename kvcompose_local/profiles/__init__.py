@@ -1,0 +1,151 @@
+"""Layer budgets measured once a model, so that a compaction needs no replay.
+
+Which layers need many tokens is nearly the same for every text. A *profile* holds the share of the tokens that each
+layer keeps at some keep ratios, as ``kvcompose-local profile`` measured it; it is keyed by the sha256 of the GGUF file.
+The ones beside this module come with the program, those that a user measures stand in the cache folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvcompose_local.errors import InvalidInput, KVComposeError
+from kvcompose_local.interfaces import IntArray
+from kvcompose_local.resources import cache_folder
+
+FORMAT = 1
+#: Keep ratios that are measured.
+KEEPS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
+#: Halvings that find a keep ratio to less than one token of any cache.
+_HALVINGS = 40
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The shares of its tokens that each layer keeps.
+
+    model: name, for people; model_sha256: of the GGUF; keeps: R rising ratios, the last one 1; shares: R lists of L
+    shares in [0, 1], none of which falls from one ratio to the next; n_texts, n_tokens: texts measured, and the length
+    of each.
+    """
+
+    model: str
+    model_sha256: str
+    keeps: tuple[float, ...]
+    shares: tuple[tuple[float, ...], ...]
+    n_texts: int
+    n_tokens: int
+
+    @classmethod
+    def parse(cls, text: str) -> Profile:
+        """From JSON. Raises InvalidInput for anything that is no profile."""
+        try:
+            values = json.loads(text)
+            if values.pop("format") != FORMAT:
+                raise ValueError("it has another format")
+            values["keeps"] = tuple(map(float, values["keeps"]))
+            values["shares"] = tuple(tuple(map(float, row)) for row in values["shares"])
+            profile = cls(**values)
+            keeps, shares = np.array(profile.keeps), np.array(profile.shares)
+            if shares.ndim != 2 or keeps.shape != shares.shape[:1] or not keeps.size or not shares.size:
+                raise ValueError("its shapes do not fit")
+            if not ((np.diff(keeps, prepend=0.0) > 0).all() and keeps[-1] == 1 and (shares[-1] == 1).all()):
+                raise ValueError("its keep ratios do not rise to 1")
+            if not ((np.diff(shares, axis=0, prepend=np.zeros((1, shares.shape[1]))) >= 0).all()):
+                raise ValueError("its shares fall")
+            if not (isinstance(profile.model, str) and isinstance(profile.model_sha256, str)):
+                raise ValueError("it names no model")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise InvalidInput(
+                f"this is no layer profile ({error}): measure one with `kvcompose-local profile`"
+            ) from error
+        return profile
+
+    def dump(self) -> str:
+        """As JSON, a line a keep ratio."""
+        values = {"format": FORMAT, **asdict(self)}
+        rows = ",\n  ".join(json.dumps(row) for row in values.pop("shares"))
+        return json.dumps(values, indent=1)[:-2] + f',\n "shares": [\n  {rows}\n ]\n}}\n'
+
+    def budgets(
+        self,
+        n_tokens: int,
+        available: Sequence[int] | IntArray,
+        row_bytes: Sequence[int] | IntArray,
+        byte_budgets: Sequence[int],
+        device: Sequence[int] | IntArray,
+        *,
+        min_per_layer: int = 0,
+    ) -> IntArray:
+        """Composite tokens to keep in each layer: int64 (L,).
+
+        n_tokens: that were seen, which the shares are of; available: rows that each layer has, int (L,), which bound
+        what it can keep; row_bytes: int (L,), 0 for a layer that gets nothing; byte_budgets: one a device; device: int
+        (L,). Each device takes the largest keep ratio that its bytes hold; ``min_per_layer`` rows of every layer are
+        taken whatever the shares say. Raises InvalidInput for a profile of another number of layers.
+        """
+        rows, cost, drawn_on = (np.asarray(x, np.int64) for x in (available, row_bytes, device))
+        if rows.shape != (len(self.shares[0]),):
+            raise InvalidInput(f"the profile has {len(self.shares[0])} layers, and the model composes {rows.size}")
+        least = np.where(cost > 0, np.minimum(rows, min_per_layer), 0)
+
+        def at(keep: float) -> IntArray:
+            wanted = np.floor(self._shares_at(keep) * n_tokens).astype(np.int64)
+            return np.where(cost > 0, np.clip(wanted, least, rows), 0)
+
+        budgets = least
+        for index, limit in enumerate(byte_budgets):
+            here = drawn_on == index
+
+            def fits(keep: float, here: NDArray[np.bool_] = here, limit: int = limit) -> bool:
+                return int((at(keep) * cost)[here].sum()) <= limit
+
+            low, high = 0.0, 1.0
+            for _ in range(_HALVINGS if not fits(1.0) else 0):
+                middle = (low + high) / 2
+                low, high = (middle, high) if fits(middle) else (low, middle)
+            budgets = np.where(here, at(high if fits(high) else low), budgets)
+        return budgets
+
+    def _shares_at(self, keep: float) -> NDArray[np.float64]:
+        """float64 (L,) by straight lines between what was measured, from nothing at 0."""
+        keeps = np.concatenate([[0.0], self.keeps])
+        shares = np.vstack([np.zeros(len(self.shares[0])), self.shares])
+        return np.array([np.interp(keep, keeps, column) for column in shares.T])
+
+
+def average(model: str, model_sha256: str, budgets: Sequence[NDArray[np.int64]], n_tokens: Sequence[int]) -> Profile:
+    """The profile of some texts: of each the budgets int (R, L) at :data:`KEEPS`, and its tokens."""
+    shares = np.mean([b / n for b, n in zip(budgets, n_tokens, strict=True)], axis=0)
+    shares[-1] = 1.0
+    rising = np.maximum.accumulate(np.floor(shares * 1e4) / 1e4, axis=0)
+    return Profile(model, model_sha256, KEEPS, tuple(map(tuple, rising.tolist())), len(budgets), int(np.mean(n_tokens)))
+
+
+def user_path(model_sha256: str) -> Path:
+    """Where the profile that a user measures belongs."""
+    return cache_folder() / "profiles" / f"{model_sha256}.json"
+
+
+def find(model_sha256: str) -> Profile:
+    """The profile of a model: the user's own, or one that came with the program.
+
+    Raises KVComposeError where there is none, and InvalidInput where the user's is damaged.
+    """
+    own = user_path(model_sha256)
+    if own.exists():
+        try:
+            return Profile.parse(own.read_text(encoding="utf-8", errors="replace"))
+        except InvalidInput as error:
+            raise InvalidInput(f"{own}: {error}") from error
+    for path in sorted(Path(__file__).parent.glob("*.json")):
+        profile = Profile.parse(path.read_text(encoding="utf-8"))
+        if profile.model_sha256 == model_sha256:
+            return profile
+    raise KVComposeError("this model has no layer profile yet: `kvcompose-local profile MODEL` measures one")

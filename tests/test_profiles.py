@@ -1,0 +1,145 @@
+"""Layer profiles: the file, budgets from it, and chats that need no replay."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_engine import FakeEngine
+from hypothesis import given
+from hypothesis import strategies as st
+from test_cli import program, refused
+
+from kvcompose_local import profiles
+from kvcompose_local.compaction import CacheMemory, Policy
+from kvcompose_local.errors import InvalidInput, KVComposeError
+from kvcompose_local.llama_ffi import library_path
+from kvcompose_local.profiles import Profile, average
+
+TWO = Profile("Two layers", "ab", (0.25, 0.5, 1.0), ((0.1, 0.4), (0.2, 0.8), (1.0, 1.0)), 1, 100)
+
+
+def test_a_file_gives_the_same_profile() -> None:
+    assert Profile.parse(TWO.dump()) == TWO
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"format": 2},
+        {"keeps": [0.5, 0.25, 1]},
+        {"keeps": [0.25, 1]},
+        {"shares": [[0.1], [0.2, 0.3], [1, 1]]},
+        {"shares": [[0.5, 0.5], [0.4, 0.6], [1, 1]]},
+        {"shares": [[0.1, float("nan")], [0.2, 0.3], [1, 1]]},
+        {"shares": [[-0.1, 0.2], [0.2, 0.3], [1, 1]]},
+        {"shares": [[0.1, 0.1], [0.2, 0.3], [1, 0.9]]},
+        {"shares": 3},
+        {"model": 3},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_a_damaged_file_is_refused(damage: dict[str, object]) -> None:
+    with pytest.raises(InvalidInput, match="no layer profile"):
+        Profile.parse(json.dumps(json.loads(TWO.dump()) | damage))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "\x00", "[" * 100_000])
+def test_what_is_no_profile_is_refused(text: str) -> None:
+    with pytest.raises(InvalidInput, match="no layer profile"):
+        Profile.parse(text)
+
+
+def test_shares_are_read_between_what_was_measured() -> None:
+    """By hand: keep 0.5 of 100 tokens is 20 + 80 cells of one byte; half way to keep 0.25 it is 15 + 60."""
+    ones, available = [1, 1], [100, 100]
+    assert TWO.budgets(100, available, ones, [100], [0, 0]).tolist() == [20, 80]
+    assert TWO.budgets(100, available, ones, [75], [0, 0]).tolist() == [15, 60]
+    assert TWO.budgets(100, available, ones, [200], [0, 0]).tolist() == [100, 100]
+    # What a layer has not got any more goes to the other.
+    assert TWO.budgets(100, [100, 30], ones, [100], [0, 0]).tolist() == [70, 30]
+    # Each device has a limit of its own, and a layer of no bytes gets nothing.
+    assert TWO.budgets(100, available, ones, [10, 40], [0, 1]).tolist() == [10, 40]
+    assert TWO.budgets(100, available, [1, 0], [20], [0, 0]).tolist() == [20, 0]
+    with pytest.raises(InvalidInput, match="2 layers, and the model composes 3"):
+        TWO.budgets(100, [1, 1, 1], [1, 1, 1], [1], [0, 0, 0])
+
+
+@given(
+    available=st.lists(st.integers(0, 300), min_size=2, max_size=2),
+    cost=st.lists(st.integers(0, 9), min_size=2, max_size=2),
+    limit=st.integers(0, 3000),
+    least=st.integers(0, 5),
+)
+def test_budgets_fit_and_leave_little_unused(available: list[int], cost: list[int], limit: int, least: int) -> None:
+    budgets = TWO.budgets(300, available, cost, [limit], [0, 0], min_per_layer=least)
+    floor = [min(a, least) if c else 0 for a, c in zip(available, cost, strict=True)]
+    assert all(f <= b <= a for f, b, a in zip(floor, budgets, available, strict=True))
+    used = int((budgets * cost).sum())
+    assert used <= max(limit, int((np.array(floor) * cost).sum()))
+    if used < sum(a * c for a, c in zip(available, cost, strict=True)):
+        assert used > limit - sum(cost) - 1 or used == int((np.array(floor) * cost).sum())
+
+
+def test_the_average_of_texts_is_a_profile() -> None:
+    rows = np.linspace(0, 100, len(profiles.KEEPS)).astype(np.int64)
+    profile = average("m", "ab", [np.stack([rows, rows], 1), np.stack([2 * rows, 0 * rows], 1)], [100, 200])
+    assert Profile.parse(profile.dump()) == profile
+    assert profile.shares[5] == pytest.approx((rows[5] / 100, rows[5] / 200), abs=1e-4)
+
+
+def test_a_profile_takes_the_place_of_the_replay() -> None:
+    engine = FakeEngine(200, per_layer=True)
+    memory = CacheMemory(engine, 1000, policy=Policy(4, 16, 64), profile=TWO)
+    memory.feed([50, 240, *[100] * 150])
+    assert engine.replayed == [bytes([100] * 64)], "the newest tokens alone"
+    few, many = (c.shape[1] for c in engine.composed)
+    assert few < many <= 132
+    assert few + many <= 2 * (200 - 4 - 16 - 64)
+    assert 240 in engine.composed[0][0], "the replay of the newest has looked at it"
+    memory.score(lambda: False)
+    assert len(engine.replayed) == 1, "there is nothing to do while nobody waits"
+
+
+@pytest.mark.parametrize("n", range(200, 1000, 333))
+def test_pins_stay_with_a_profile(n: int) -> None:
+    engine = FakeEngine(200, per_layer=True)
+    memory = CacheMemory(engine, 10_000, policy=Policy(4, 16, 64), profile=TWO)
+    memory.pin(2, 8)
+    memory.feed([9, 9, *range(1, 7), *[100] * n])
+    for cells in engine.composed:
+        assert set(range(1, 7)) <= set(cells[0])
+
+
+def test_every_shipped_profile_is_one() -> None:
+    files = sorted(Path(profiles.__file__).parent.glob("*.json"))
+    assert [profiles.find(Profile.parse(f.read_text()).model_sha256).model for f in files]
+    with pytest.raises(KVComposeError, match="kvcompose-local profile MODEL"):
+        profiles.find("0" * 64)
+
+
+def test_profile_and_run(
+    tiny_model: Callable[..., Path], private_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(library_path().parent))
+    model = tiny_model(n_ctx=4096)
+    text = tmp_path / "text.txt"
+    text.write_text("Allworkandnoplay." * 40)
+    chat = ["run", model, "--budget", "0.5", "--ctx", "1024", "-f", text, "-p", "Hi", "--temp", "0", "--max-tokens", 4]
+    refused(program(*chat, "--scoring", "profile"), 1, "kvcompose-local profile")
+    done = program("profile", model, "--texts", "2", "--length", "300")
+    assert (done.returncode, done.stdout) == (0, "")
+    written = Path(re.search(r"wrote (.*\.json)$", done.stderr, re.M)[1])  # type: ignore[index]
+    assert written.is_relative_to(private_cache)
+    assert Profile.parse(written.read_text()).n_texts == 2
+    done = program(*chat, "--scoring", "profile", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["compactions"]
+    written.write_text("{}")
+    refused(program(*chat, "--scoring", "profile"), 2, "no layer profile", str(written))
+    refused(program("profile", model, "--texts", "1", "--length", "300", "-o", tmp_path / "no" / "x.json"), 1, "x.json")
