@@ -21,10 +21,8 @@ from kvcompose_local.compaction import CacheMemory, CompactionReport
 from kvcompose_local.engines import open_engine
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.interfaces import CacheLayout, Progress, Sampling
-from kvcompose_local.llama_ffi import CACHE_TYPES, add_workers, supports_gpu
+from kvcompose_local.llama_ffi import CACHE_TYPES, Model, add_workers, layers_to_offload
 
-#: More than any model has.
-ALL_LAYERS = 999
 SCORINGS = ("replay", "profile")
 
 
@@ -38,7 +36,7 @@ class LocalChat:
     poorer choice; workers: ``HOST:PORT`` of ``rpc-server`` processes.
     on_compaction is told of each compaction, on_rebuild how many tokens are read again because a turn was taken back;
     on_loading, on_reading and on_compacting get (done, in all), and may raise KeyboardInterrupt; should_stop is asked
-    between tokens.
+    between tokens; load: a :class:`Loading` of the same model, begun earlier.
 
     Raises ModelError and InvalidInput, each with one line that says what to do.
     """
@@ -62,6 +60,7 @@ class LocalChat:
         on_compacting: Progress | None = None,
         on_rebuild: Callable[[int], None] = lambda _n_tokens: None,
         should_stop: Callable[[], bool] = lambda: False,
+        load: Callable[..., Model] = Model,
     ) -> None:
         if cache_type not in CACHE_TYPES:
             raise InvalidInput(f"there is no cache type {cache_type}: {', '.join(CACHE_TYPES)}")
@@ -72,17 +71,17 @@ class LocalChat:
         composing = scoring == "profile" and budget < 1
         profile = profiles.find(sessions.model_digest(path)) if composing else None
         add_workers(list(workers))
-        offload = bool(workers) or supports_gpu()
         self.setup = sessions.Setup(path, cache_type, budget)
         self._engine, positions = open_engine(
             path,
             n_ctx=n_ctx,
             budget=budget,
             n_threads=n_threads,
-            gpu_layers=gpu_layers if gpu_layers is not None else (ALL_LAYERS if offload else 0),
+            gpu_layers=layers_to_offload(gpu_layers, workers),
             cache_type=CACHE_TYPES[cache_type],
             sampling=sampling,
             progress=on_loading,
+            load=load,
         )
         self.memory = CacheMemory(
             self._engine,

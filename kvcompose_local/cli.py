@@ -30,6 +30,7 @@ from kvcompose_local.evaluation.command import eval_command, profile_command
 if TYPE_CHECKING:
     from kvcompose_local.chat import Chat
     from kvcompose_local.interfaces import Progress, Sampling
+    from kvcompose_local.llama_ffi import Loading
     from kvcompose_local.repl import Interrupts, Status
     from kvcompose_local.sessions import Setup
 
@@ -152,11 +153,13 @@ def run(
     A session brings its own MODEL, --budget, --ctx and --cache-type, where they are not given. Without --session the
     REPL saves the chat as the session "last".
     """
+    check_numbers(budget, n_ctx)
+    load = begin_loading(context, model, gpu_layers) if session is None and rpc is None else None
+    # Imported while the model is loaded.
     from kvcompose_local import models, sessions
     from kvcompose_local.interfaces import Sampling
     from kvcompose_local.repl import COMMANDS, Interrupts, Repl, Status, read_text_file
 
-    check_numbers(budget, n_ctx)
     if prompt is not None and not prompt.strip():
         raise click.BadParameter("there is no question in it", param_hint="-p")
     if prompt is None and sys.stdin is None:
@@ -200,6 +203,7 @@ def run(
         system=system,
         interrupts=interrupts,
         status=status,
+        load=load,
     ) as chat:
         repl = Repl(
             chat,
@@ -264,6 +268,22 @@ def check_numbers(budget: float, n_ctx: int | None) -> None:
         raise click.BadParameter(f"{n_ctx} is not a number of positions above 0", param_hint="--ctx")
 
 
+def begin_loading(context: click.Context, model: str | None, gpu_layers: int | None) -> Loading | None:
+    """Let a model that is there be loaded by another thread; None where what is wrong had better be told in order."""
+    from kvcompose_local import models
+
+    try:
+        path = models.resolve(model, pull=False)
+        models.check_gguf(path)
+    except KVComposeError:
+        return None
+    from kvcompose_local.llama_ffi import Loading, layers_to_offload
+
+    loading = Loading(path, gpu_layers=layers_to_offload(gpu_layers))
+    context.call_on_close(loading.close)
+    return loading
+
+
 def stdin_lines() -> Iterator[str]:
     """The lines of standard input as they arrive. Raises InvalidInput for what is not text."""
     if sys.stdin is None:
@@ -311,10 +331,12 @@ def open_chat(
     system: str | None,
     interrupts: Interrupts,
     status: Status,
+    load: Loading | None = None,
 ) -> Iterator[Chat]:
     """A chat whose progress is shown, and whose conversation outlives an abort."""
     # llama.cpp is loaded only now, so that wrong usage and --help answer at once.
     from kvcompose_local.api import LocalChat
+    from kvcompose_local.llama_ffi import Model
 
     with interrupts.caught():  # an exception would be lost in native frames
         local = LocalChat(
@@ -334,6 +356,7 @@ def open_chat(
             on_compacting=lambda done, total: status.progress("compacting:", done, total),
             on_rebuild=lambda n: status.line(f"that part is compressed already: reading {n} tokens again"),
             should_stop=interrupts,
+            load=load or Model,
         )
     with local:
         if local.memory.engine.name == "stock" and budget < 1:

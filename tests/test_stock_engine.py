@@ -18,7 +18,7 @@ from kvcompose_local.engines.base import micro_batch
 from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput, ModelError
 from kvcompose_local.interfaces import Sampling
-from kvcompose_local.llama_ffi import Context, Model
+from kvcompose_local.llama_ffi import Context, Loading, Model
 
 GREEDY = Sampling(temperature=0)
 ATTENTION_ONLY = ("llama", "qwen2", "qwen3", "phi3")
@@ -284,3 +284,22 @@ def test_the_last_of_every_period_are_watched(tiny_model: Callable[..., Path]) -
     with engine_of(tiny_model("llama"), n_cells=2048) as engine:
         engine.decode((TOKENS * 10)[:1100], seen=seen)
     assert seen.seen == {*range(448, 512), *range(960, 1024), *range(1036, 1100)}
+
+
+def test_a_model_loads_while_its_user_gets_ready(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    path = tiny_model()
+    loading = Loading(path)
+    seen: list[int] = []
+    model = loading(path, progress=lambda percent, _total: seen.append(percent))
+    assert model.n_vocab == 259
+    loading.close()  # does not touch a model that was taken
+    assert model.tokenize("a")
+    model.close()
+    with pytest.raises(EngineError, match="in use already"):
+        loading(path)
+    for other in (Loading(path), Loading(tmp_path / "none.gguf")):
+        other.close()
+    with pytest.raises(ModelError, match=r"cannot load none\.gguf"):
+        Loading(tmp_path / "none.gguf")(tmp_path / "none.gguf")
+    begun_for_another = Loading(tmp_path / "none.gguf")
+    begun_for_another(path).close()

@@ -25,9 +25,9 @@ from gguf import GGUFReader
 
 from kvcompose_local.build import library_dir
 from kvcompose_local.compaction import CacheMemory
-from kvcompose_local.engines import CELL_PADDING, physical_cores
+from kvcompose_local.engines import physical_cores
 from kvcompose_local.engines.base import LlamaEngine
-from kvcompose_local.engines.patched import PatchedEngine
+from kvcompose_local.engines.patched import CELL_PADDING, PatchedEngine
 from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import EngineError, InvalidInput, KVComposeError
 from kvcompose_local.interfaces import CacheSnapshot, LayerShape, Sampling

@@ -10,14 +10,12 @@ from pathlib import Path
 import psutil
 
 from kvcompose_local.engines.base import LlamaEngine
-from kvcompose_local.engines.patched import PatchedEngine
+from kvcompose_local.engines.patched import CELL_PADDING, PatchedEngine
 from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import InvalidInput, ModelError
 from kvcompose_local.interfaces import Sampling
 from kvcompose_local.llama_ffi import F16, Model, library_is_patched
 
-#: llama.cpp pads the cell table to this many cells.
-CELL_PADDING = 256
 #: Positions a chat may span when the user does not say.
 DEFAULT_CTX = 8192
 
@@ -57,15 +55,17 @@ def open_engine(
     sampling: Sampling | None = None,
     engine_name: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    load: Callable[..., Model] = Model,
 ) -> tuple[LlamaEngine, int]:
     """Load a model under a budget; returns the engine and the number of positions.
 
     engine_name: "patched" or "stock"; None takes the patched one when the library has it. n_ctx None takes 8192 or the
-    model's trained length, whichever is less. Raises InvalidInput for impossible numbers, before the weights are read
-    where that can be known, and ModelError for models that cannot run.
+    model's trained length, whichever is less. load: as :class:`Model`, where that has been begun
+    already. Raises InvalidInput for impossible numbers, before the weights are read where that can be known, and
+    ModelError for models that cannot run.
     """
     cells_for(DEFAULT_CTX if n_ctx is None else n_ctx, budget)
-    model = Model(path, gpu_layers=gpu_layers, progress=progress)
+    model = load(path, gpu_layers=gpu_layers, progress=progress)
     try:
         if not model.can_generate:
             raise ModelError(f"{path.name} is not a language model that can chat")

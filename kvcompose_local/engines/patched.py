@@ -19,6 +19,8 @@ from kvcompose_local.llama_ffi import F16, Context, Model, PerLayerCells, give_s
 #: Tokens of a prefill micro-batch: 512 read no faster on the processors measured, and take 20 MiB more of work buffers
 #: (Qwen2.5 0.5B, 8,192 cells).
 PREFILL_MICRO_BATCH = 256
+#: llama.cpp pads the cell table, and what attention looks at of it, to this many cells.
+CELL_PADDING = 256
 #: Rows that a replay looks at beside its neighbourhood, for the attention sinks among them.
 N_SINKS = 32
 #: The strictest alignment of a buffer type that llama.cpp has, in bytes; K and V of each layer may lose as much.
@@ -76,7 +78,7 @@ class PatchedEngine(LlamaEngine):
         sizes = [int(self._cells.arena(i).size) for i in range(info.n_arenas)]
         self.cache_bytes = sum(sizes)
         # A window cache overwrites what a replay of more than one micro-batch would have to give back.
-        self.max_replay = self.softmax_micro_batch() if self._has_window else n_cells
+        self.max_replay = self._fitting_queries(n_cells) if self._has_window else n_cells
         self.arena_bytes = tuple(size - lost for size, lost in zip(sizes, slack, strict=True))
         self._composed = (0,) * len(layers)
 
@@ -106,7 +108,11 @@ class PatchedEngine(LlamaEngine):
         return min(self._context.n_ubatch, max(fitting // 32 * 32, 64))
 
     def softmax_micro_batch(self) -> int:
-        return self._fitting_queries(self._cells.info().n_cells)
+        info = self._cells.info()
+        n_columns = info.n_cells
+        if not info.composed:  # llama.cpp looks at the cells in use, rounded up to its padding
+            n_columns = min(n_columns, info.n_live + self._context.n_ubatch + CELL_PADDING)
+        return self._fitting_queries(n_columns)
 
     def _fitting_queries(self, n_columns: int) -> int:
         n_heads = max(layer.n_heads for layer in self.shape.layers)

@@ -18,8 +18,7 @@ import numpy.typing as npt
 
 from kvcompose_local import __version__
 from kvcompose_local.compaction import CacheMemory, Policy
-from kvcompose_local.engines import CELL_PADDING
-from kvcompose_local.engines.patched import PatchedEngine
+from kvcompose_local.engines.patched import CELL_PADDING, PatchedEngine
 from kvcompose_local.errors import InvalidInput, KVComposeError
 from kvcompose_local.evaluation.methods import find_method
 from kvcompose_local.evaluation.statistics import Statistics

@@ -6,23 +6,24 @@ memory are context managers. Facts about the library are those of the pinned ver
 
 from kvcompose_local.llama_ffi.cells import PerLayerCells, library_is_patched
 from kvcompose_local.llama_ffi.context import CACHE_TYPES, F16, Context, SoftmaxTap
-from kvcompose_local.llama_ffi.library import give_small_blocks_back, library_path, on_abort, supports_gpu
-from kvcompose_local.llama_ffi.model import Model
+from kvcompose_local.llama_ffi.library import give_small_blocks_back, layers_to_offload, library_path, on_abort
+from kvcompose_local.llama_ffi.model import Loading, Model
 from kvcompose_local.llama_ffi.rpc import add_workers, is_loopback, serve
 
 __all__ = [
     "CACHE_TYPES",
     "F16",
     "Context",
+    "Loading",
     "Model",
     "PerLayerCells",
     "SoftmaxTap",
     "add_workers",
     "give_small_blocks_back",
     "is_loopback",
+    "layers_to_offload",
     "library_is_patched",
     "library_path",
     "on_abort",
     "serve",
-    "supports_gpu",
 ]

@@ -6,7 +6,7 @@ import ctypes
 import os
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,12 @@ def library_path() -> Path:
     return Path(_native._name)
 
 
-def supports_gpu() -> bool:
-    """Whether this build can offload layers."""
-    return bool(lib.llama_supports_gpu_offload())
+#: More than any model has.
+_ALL_LAYERS = 999
+
+
+def layers_to_offload(wanted: int | None, workers: Sequence[str] = ()) -> int:
+    """``wanted``, or where that is None all layers if there are workers or this build knows a GPU, and none if not."""
+    if wanted is not None:
+        return wanted
+    return _ALL_LAYERS if workers or lib.llama_supports_gpu_offload() else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -204,3 +205,55 @@ class Model:
             buffer = ctypes.create_string_buffer(-n)
             n = lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
         return buffer.raw[: max(n, 0)]
+
+
+class Loading:
+    """A model that is loaded by a thread of its own, so that its user can get ready meanwhile.
+
+    Call it once, as one would call :class:`Model`; close it, which stops the loading, where that is not to be.
+    """
+
+    def __init__(self, path: Path, *, gpu_layers: int = 0) -> None:
+        self._wanted = (path, gpu_layers)
+        self._model: Model | None = None
+        self._error: BaseException | None = None
+        self._percent = 0
+        self._closed = False
+        self._thread = threading.Thread(target=self._load, daemon=True)
+        self._thread.start()
+
+    def _load(self) -> None:
+        path, gpu_layers = self._wanted
+        try:
+            self._model = Model(path, gpu_layers=gpu_layers, progress=self._on_progress)
+        except BaseException as error:
+            self._error = error
+
+    def _on_progress(self, percent: int, _total: int) -> None:
+        self._percent = percent
+        if self._closed:
+            raise KeyboardInterrupt
+
+    def __call__(self, path: Path, *, gpu_layers: int = 0, progress: Callable[[int, int], None] | None = None) -> Model:
+        """The model, which is the caller's from now on; raises what Model does, and KeyboardInterrupt of progress."""
+        if self._wanted != (path, gpu_layers):
+            self.close()
+            return Model(path, gpu_layers=gpu_layers, progress=progress)
+        while self._thread.is_alive():
+            self._thread.join(0.05)
+            if progress is not None:
+                progress(self._percent, 100)
+        if self._error is not None:
+            raise self._error
+        model, self._model = self._model, None
+        if model is None:
+            raise EngineError("this model was closed or is in use already")
+        return model
+
+    def close(self) -> None:
+        """Stop loading, or free the model if nobody has taken it."""
+        self._closed = True
+        self._thread.join()
+        if self._model is not None:
+            self._model.close()
+            self._model = None
