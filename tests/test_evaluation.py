@@ -20,6 +20,7 @@ from kvcompose_local.evaluation.methods import find_method, method_names
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import TASKS, Question, make_item
 from kvcompose_local.llama_ffi import library_is_patched
+from kvcompose_local.profiles import Profile
 from kvcompose_local.scores import token_scores
 
 needs_patch = pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
@@ -179,6 +180,7 @@ def test_methods_keep_what_they_say(tiny_model: Callable[..., Path]) -> None:
     with engine:
         tokens = np.random.default_rng(0).integers(3, 259, 120).tolist()
         stats = Statistics(engine, tokens, n_scratch=40, n_lead_in=8)
+        stats.profile = Profile("tiny", "", (1.0,), ((1.0, 1.0, 1.0),), 1, 120)  # no file has one of this model
         layers = engine.shape.layers
         n_cells = 120 * len(layers) // 4
         for name in method_names():
