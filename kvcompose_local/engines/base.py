@@ -28,9 +28,9 @@ from kvcompose_local.llama_ffi import Context, Model, SoftmaxTap
 SOFTMAX_BYTES = 4 << 20, 32 << 20
 
 
-#: While text is read, the last WATCHED of every WATCH_PERIOD tokens show what they attend to: more of them make reading
-#: slower and the choice hardly better (docs/trials.md).
-WATCHED, WATCH_PERIOD = 64, 512
+#: While text is read, the last eighth of every WATCH_PERIOD tokens shows what it attends to: more of them make reading
+#: slower and the choice hardly better (docs/trials.md). Shorter pieces show as large a part, but no fewer than LEAST.
+WATCH_PERIOD, WATCHED_PART, LEAST_WATCHED = 512, 8, 16
 
 
 def micro_batch(n_cells: int, n_heads: int, cache_bytes: int, *, largest: int = 512) -> int:
@@ -177,7 +177,8 @@ class LlamaEngine(ABC):
         plain = self.softmax_micro_batch() if self._context.tap else self.micro_batch()
         for start in range(0, n, WATCH_PERIOD):
             stop = min(start + WATCH_PERIOD, n)
-            split = max(start, stop - WATCHED) if watch else stop
+            n_watched = max((stop - start) // WATCHED_PART, LEAST_WATCHED) if watch else 0
+            split = max(start, stop - n_watched)
             for a in range(start, split, plain):
                 yield a, min(a + plain, split), False
             step = self.softmax_micro_batch()
