@@ -108,12 +108,16 @@ class AttentionMax:
         self._n = [min(old, n) for old, n in zip(self._n, n_columns, strict=True)]
 
     def pick(self, layer: int, columns: IntArray) -> None:
-        """Go on with these columns of each head of a layer, int (Q, T), in their order; 0 for those it has not seen."""
+        """Go on with these columns of a layer, in their order; 0 for those it has not seen.
+
+        ``columns`` is int (H, T): each row is that of Q / H heads which follow each other.
+        """
         largest = self._columns(layer)
-        known = columns < largest.shape[1]
-        picked = np.take_along_axis(largest, np.where(known, columns, 0), axis=1) if known.any() else 0
-        self._room[layer] = np.where(known, picked, 0).astype(self._dtype, copy=False)
-        self._n[layer] = columns.shape[1]
+        picked = np.zeros((len(largest), columns.shape[1]), self._dtype)
+        for head, row in enumerate(np.repeat(np.arange(len(columns)), len(largest) // len(columns))):
+            known = np.flatnonzero(columns[row] < largest.shape[1])  # head by head: the indices are the larger part
+            picked[head, known] = largest[head, columns[row, known]]
+        self._room[layer], self._n[layer] = picked, columns.shape[1]
 
     def take_back(self, largest: Sequence[FloatArray]) -> None:
         """Go on from an earlier result, L float32 arrays (Q, T_l).

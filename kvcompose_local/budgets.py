@@ -136,10 +136,12 @@ def _take_best(priorities: list[FloatArray], cost: IntArray, limit: int) -> IntA
     """
     n_layers = len(priorities)
     taken = np.zeros(n_layers, np.int64)
-    keys = [
-        best_first_keys(values, np.arange(values.size) * n_layers + layer) for layer, values in enumerate(priorities)
-    ]
-    queue = key_indices(np.sort(np.concatenate(keys))) % n_layers  # the layer of each rank, best rank first
+    keys = np.concatenate(
+        [best_first_keys(values, np.arange(values.size) * n_layers + layer) for layer, values in enumerate(priorities)]
+    )
+    keys.sort()
+    queue = (key_indices(keys) % n_layers).astype(np.int32)  # the layer of each rank, best rank first
+    del keys
     left = min(limit, int(cost[queue].sum()))  # a limit may exceed int64
     while queue.size:  # once for each size of cell, at most
         queue = queue[cost[queue] <= left]

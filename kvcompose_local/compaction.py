@@ -292,6 +292,7 @@ class CacheMemory:
         at_most = None if keep is None else int(keep * bytes_before)
         budgets = self._budgets(scores, n_tail, at_most, int(pinned.sum()))
         selection = select_composites(scores, budgets)
+        del scores
         selected = time.perf_counter()
         self.engine.rewrite(selection, n_tail)
         self._follow(selection, before, n_scored)
@@ -349,9 +350,8 @@ class CacheMemory:
     def _follow(self, selection: Sequence[IntArray], before: CacheLayout, n_scored: int) -> None:
         """What was seen stays with the rows that a selection kept, and with the newest ones."""
         for i, (rows, n_composed) in enumerate(zip(selection, before.composed, strict=True)):
-            kept = np.repeat(rows, self.engine.shape.layers[i].n_heads // len(rows), axis=0)  # (Q, K_l)
             newest = np.arange(n_composed + n_scored, n_composed + before.n_live)
-            self._seen.pick(i, np.concatenate([kept, np.tile(newest, (len(kept), 1))], axis=1))
+            self._seen.pick(i, np.concatenate([rows, np.tile(newest, (len(rows), 1))], axis=1))
 
     def _replay(self, n_scored: int, n_cells: int, seen: AttentionSink, progress: Progress | None) -> None:
         """Those of the first ``n_scored`` live tokens that were not, once more, in chunks of up to ``n_cells``."""

@@ -23,8 +23,8 @@ from kvcompose_local.interfaces import (
 )
 from kvcompose_local.llama_ffi import Context, Model, SoftmaxTap
 
-#: Bytes that one layer's explicit softmax, float32 (Q, queries, n_kv), may take in the compute buffer: a twelfth of the
-#: cache, since what a small cache saves must not be spent there, within these bounds. Its work space is half as much.
+#: Bytes that one layer's explicit softmax, float32 (Q, queries, n_kv), may take in the compute buffer: a sixteenth of
+#: the cache, since what a small cache saves must not be spent there, within these bounds. Its work space is half of it.
 SOFTMAX_BYTES = 4 << 20, 32 << 20
 
 
@@ -34,10 +34,10 @@ WATCH_PERIOD, WATCHED_PART, LEAST_WATCHED = 512, 8, 16
 
 
 def micro_batch(n_cells: int, n_heads: int, cache_bytes: int, *, largest: int = 512) -> int:
-    """Queries that keep the softmax tensor of ``n_cells`` columns within its bound: a multiple of 8, at least that."""
+    """Queries that keep the softmax tensor of ``n_cells`` columns within its bound: a multiple of 4, at least that."""
     low, high = SOFTMAX_BYTES
-    fitting = min(max(cache_bytes // 12, low), high) // (4 * n_cells * n_heads)
-    return min(largest, max(fitting // 8 * 8, 8))
+    fitting = min(max(cache_bytes // 16, low), high) // (4 * n_cells * n_heads)
+    return min(largest, max(fitting // 4 * 4, 4))
 
 
 class LlamaEngine(ABC):

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
+import numpy.typing as npt
 
 from kvcompose_local.engines.base import LlamaEngine, micro_batch
 from kvcompose_local.errors import ContextFull, InvalidInput
@@ -147,9 +148,9 @@ class PatchedEngine(LlamaEngine):
             raise InvalidInput(f"{len(selection)} selections for {len(self.shape.layers)} layers")
         live = self._live_cells()
         live_cap = self._cells.info().n_live_cap
-        sources = []
+        sources: list[npt.NDArray[np.int32]] = []
         for rows, n_composed in zip(selection, layout.composed, strict=True):
-            physical = np.concatenate([live_cap + np.arange(n_composed), live])
+            physical = np.concatenate([live_cap + np.arange(n_composed), live]).astype(np.int32)
             if rows.size and not 0 <= rows.min() <= rows.max() < len(physical):
                 raise InvalidInput(f"the selection names rows outside the {len(physical)} of its layer")
             sources.append(physical[rows])

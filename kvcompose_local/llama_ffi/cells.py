@@ -116,7 +116,7 @@ class PerLayerCells:
         self._call("get_positions", positions.ctypes.data_as(_INT32_P), positions.size)
         return positions
 
-    def rewrite(self, n_live_cap: int, tail: IntArray, sources: Sequence[IntArray]) -> None:
+    def rewrite(self, n_live_cap: int, tail: IntArray, sources: Sequence[npt.NDArray[np.integer[Any]]]) -> None:
         """tail: int (n_tail,) live cells that stay; sources: a layer's int (H, K_l) physical rows."""
         self._check_layers(sources)
         counts = [s.shape[1] for s in sources]
