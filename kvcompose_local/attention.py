@@ -58,8 +58,11 @@ class AttentionMax:
         query_positions: IntArray | None = None,
         column_positions: IntArray | None = None,
         first: int = 0,
+        head: int = 0,
     ) -> None:
         """Take in the softmax weights of one micro-batch: float32 (Q, n_queries, n_kv).
+
+        They may be those of fewer query heads, from ``head`` on.
 
         They may be a strided view of foreign memory; they are never copied whole, and not kept. ``columns``
         (a slice, or int (T,)) says which of the n_kv columns to keep and in which order; column ``first`` + j of
@@ -77,9 +80,11 @@ class AttentionMax:
         if first < 0:
             raise InvalidInput(f"there is no column {first}")
         largest = self._columns(layer)
-        if weights.ndim != 3 or weights.shape[0] != largest.shape[0] or weights.dtype != np.float32:
+        n_heads = largest.shape[0]
+        if weights.ndim != 3 or weights.dtype != np.float32 or not 0 <= head <= n_heads - weights.shape[0] < n_heads:
             raise InvalidInput(
-                f"weights must be float32 ({largest.shape[0]}, queries, cells), not {weights.dtype} {weights.shape}"
+                f"weights must be float32 ({n_heads}, queries, cells), not {weights.dtype} {weights.shape} "
+                f"from head {head}"
             )
         kept = _kept_columns(columns, weights.shape[2])
         if isinstance(columns, slice):
@@ -96,11 +101,11 @@ class AttentionMax:
             if end > self._room[layer].shape[1]:
                 # Not one micro-batch at a time: freed arrays of every size would stay with the allocator.
                 spare = max(end // 4, 64) if n_known else 0
-                self._room[layer] = np.zeros((largest.shape[0], end + spare), self._dtype)
+                self._room[layer] = np.zeros((n_heads, end + spare), self._dtype)
                 self._room[layer][:, :n_known] = largest
             self._room[layer][:, n_known:end] = 0
             self._n[layer] = end
-        largest = self._room[layer][:, first:end]
+        largest = self._room[layer][head : head + len(seen), first:end]
         largest[...] = np.maximum(largest, seen)  # in float32, which NumPy compares many times faster than float16
 
     def trim(self, n_columns: Sequence[int]) -> None:

@@ -35,6 +35,7 @@ from kvcompose_local.interfaces import (
     FloatArray,
     IntArray,
     Progress,
+    even_parts,
 )
 from kvcompose_local.profiles import Profile
 from kvcompose_local.scores import token_scores
@@ -57,11 +58,17 @@ class Policy:
 
     @classmethod
     def for_cells(cls, n_cells: int) -> Policy:
-        """A sixteenth of the arena for headroom and one for scratch, both bounded: the rest is for memory."""
+        """A sixteenth of the arena for headroom and one for scratch, both bounded: the rest is for memory.
+
+        The scratch holds what the headroom does, or half of that, so that no replay is of a few tokens.
+        """
+        chunk = min(max(-(-n_cells // 16), 24), 256)
+        lead_in = min(8, chunk // 8)
         return cls(
             n_tail=min(max(n_cells // 64, 8), 32),
-            n_headroom=min(max(n_cells // 16, 32), 512),
-            n_scratch=min(max(n_cells // 16, 24), 256),
+            n_headroom=2 * chunk if n_cells >= 31 * chunk else chunk,
+            n_scratch=chunk + lead_in,
+            n_lead_in=lead_in,
         )
 
 
@@ -148,10 +155,11 @@ class _Until:
         query_positions: IntArray | None = None,
         column_positions: IntArray | None = None,
         first: int = 0,
+        head: int = 0,
     ) -> None:
         if self.stop():
             raise _Stopped
-        self.sink.update(layer, weights, columns, query_positions, column_positions, first)
+        self.sink.update(layer, weights, columns, query_positions, column_positions, first, head)
 
 
 class CacheMemory:
@@ -243,7 +251,8 @@ class CacheMemory:
             # Watching costs more than it tells where a token comes alone, as in an answer.
             watch = self.compose and len(piece) > 1
             try:
-                self.engine.decode(piece, piece_progress, self._seen if watch else None)
+                last = offset + len(piece) == len(tokens)
+                self.engine.decode(piece, piece_progress, self._seen if watch else None, logits=last)
             finally:
                 if watch:  # a micro-batch that failed was shown and taken back
                     self._seen.trim(self._rows(self.engine.layout()))
@@ -357,29 +366,33 @@ class CacheMemory:
         """Those of the first ``n_scored`` live tokens that were not, once more, in chunks of up to ``n_cells``."""
         if self._n_replayed >= n_scored:
             return
-        step = min(self.engine.layout().n_free, self.engine.max_replay, max(n_cells, 1))
-        if step <= 0:
-            raise ContextFull("no free cells are left to score the text in")
+        step = self._replay_room(max(n_cells, 1))
         lead_in = min(self.policy.n_lead_in, step // 2)
         live = self._live()
-        first = self._n_replayed
-        while self._n_replayed < n_scored:
+        first, n = self._n_replayed, n_scored - self._n_replayed
+        # The oldest live token has nothing before it to be led in by.
+        largest = step if first == 0 and n <= step else step - lead_in
+        for start, stop in even_parts(n, largest):
             if progress is not None:
-                progress(self._n_replayed - first, n_scored - first)
-            start, stop = self._n_replayed, min(self._n_replayed + step - lead_in, n_scored)
+                progress(start, n)
+            start, stop = first + start, first + stop
             part = live[max(start - lead_in, 0) : stop]
             self._furthest = max(self._furthest, len(self.tokens) + len(part))
             self.engine.replay(part, seen, near_chunk(start, stop))
             self._n_replayed = stop
         if progress is not None:
-            progress(n_scored - first, n_scored - first)
+            progress(n, n)
+
+    def _replay_room(self, n_cells: int) -> int:
+        """Cells that one replay may take, at most ``n_cells``. Raises ContextFull where there are none."""
+        room = min(self.engine.layout().n_free, self.engine.max_replay, n_cells)
+        if room <= 0:
+            raise ContextFull("no free cells are left to score the text in")
+        return room
 
     def _look_back(self) -> None:
         """Replay the newest tokens, which look at every live cell."""
-        n = min(N_LOOKING_BACK, self.engine.layout().n_free, self.engine.max_replay)
-        if n <= 0:
-            raise ContextFull("no free cells are left to score the text in")
-        part = self._live()[-n:]
+        part = self._live()[-self._replay_room(N_LOOKING_BACK) :]
         self._furthest = max(self._furthest, len(self.tokens) + len(part))
         self.engine.replay(part, self._replayed)
 

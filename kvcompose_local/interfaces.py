@@ -9,6 +9,7 @@ then ``K_l … K_l + n_live - 1`` for the live cells, which every layer has, old
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -96,6 +97,15 @@ class Sampling:
     seed: int | None = None
 
 
+def even_parts(n: int, largest: int) -> list[tuple[int, int]]:
+    """(start, stop) of as few parts of ``n`` tokens as there can be, all nearly as long.
+
+    llama.cpp reads all weights for each part, which the tokens of a short one have to pay for.
+    """
+    edges = [n * i // -(-n // largest) for i in range(-(-n // largest) + 1)] if n else [0]
+    return list(itertools.pairwise(edges))
+
+
 class AttentionSink(Protocol):
     """Takes softmax weights as they stream by (:class:`kvcompose_local.attention.AttentionMax`)."""
 
@@ -107,6 +117,7 @@ class AttentionSink(Protocol):
         query_positions: IntArray | None = None,
         column_positions: IntArray | None = None,
         first: int = 0,
+        head: int = 0,
     ) -> None: ...
 
 
@@ -129,11 +140,17 @@ class Engine(Protocol):
         ...
 
     def decode(
-        self, tokens: Sequence[int], progress: Progress | None = None, seen: AttentionSink | None = None
+        self,
+        tokens: Sequence[int],
+        progress: Progress | None = None,
+        seen: AttentionSink | None = None,
+        *,
+        logits: bool = True,
     ) -> None:
         """Append tokens as live cells. Raises ContextFull, with nothing changed, when they exceed ``n_free``.
 
-        ``seen`` is given the attention that some of these tokens pay to all rows, in their numbering above.
+        ``seen`` is given the attention that some of these tokens pay to all rows, in their numbering above. Without
+        ``logits`` none are to be had of the last token, which is faster.
         """
         ...
 

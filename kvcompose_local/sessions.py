@@ -253,8 +253,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file that takes the place of ``path``, at once and on the disk, when the block ends well."""
     try:
         path = path.resolve()  # a link stays a link
-        own = (sessions_folder(), cache_folder() / "digests", cache_folder() / "profiles")
-        if path.parent in (folder.resolve() for folder in own):
+        if any(path.is_relative_to(own.resolve()) for own in (sessions_folder(), cache_folder())):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         _remove_leftovers(path)
         part = path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -53,7 +53,12 @@ class FakeEngine:
         return CacheLayout(composed, len(self.live), free, self.position)
 
     def decode(
-        self, tokens: Sequence[int], progress: Progress | None = None, seen: AttentionSink | None = None
+        self,
+        tokens: Sequence[int],
+        progress: Progress | None = None,
+        seen: AttentionSink | None = None,
+        *,
+        logits: bool = True,
     ) -> None:
         if len(tokens) > self.layout().n_free:
             raise ContextFull("fake cache is full")

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +13,10 @@ from tiny_models import replayed
 
 from kvcompose_local.cells import parse_state, write_state
 from kvcompose_local.engines import cells_for, open_engine, physical_cores
-from kvcompose_local.engines.base import micro_batch
+from kvcompose_local.engines.base import softmax_queries
 from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput, ModelError
-from kvcompose_local.interfaces import Sampling
+from kvcompose_local.interfaces import FloatArray, IntArray, Sampling
 from kvcompose_local.llama_ffi import Context, Loading, Model
 
 GREEDY = Sampling(temperature=0)
@@ -236,8 +235,8 @@ def test_cells_are_bought_exactly() -> None:
 def test_the_softmax_tensor_stays_bounded() -> None:
     for n_cells in (256, 8192, 131072):
         for n_heads in (4, 14, 64):
-            for cache_bytes, limit in ((1 << 20, 4 << 20), (96 << 20, 6 << 20), (1 << 40, 32 << 20)):
-                n = micro_batch(n_cells, n_heads, cache_bytes)
+            for wanted, limit in ((1 << 20, 4 << 20), (6 << 20, 6 << 20), (1 << 40, 32 << 20)):
+                n = softmax_queries(n_cells, n_heads, wanted)
                 assert n == 4 or n * n_cells * n_heads * 4 <= limit
                 assert n % 4 == 0
 
@@ -270,23 +269,33 @@ def test_loading_can_be_stopped(tiny_model: Callable[..., Path]) -> None:
         Model(tiny_model("llama"), progress=stop)
 
 
-def test_the_last_of_every_period_are_watched(tiny_model: Callable[..., Path]) -> None:
+def test_every_eighth_token_is_watched(tiny_model: Callable[..., Path]) -> None:
     class Queries:
         def __init__(self) -> None:
-            self.seen: set[int] = set()
+            self.seen: list[int] = []
 
         def update(
-            self, layer: int, weights: Any, columns: Any, queries: Any = None, tokens: Any = None, first: int = 0
+            self,
+            layer: int,
+            weights: FloatArray,
+            columns: object,
+            queries: IntArray | None = None,
+            tokens: IntArray | None = None,
+            first: int = 0,
+            head: int = 0,
         ) -> None:
-            self.seen |= set(queries.tolist())
+            if layer == 0 and queries is not None:
+                assert weights.shape[1] == len(queries)
+                self.seen += queries.tolist()
 
     seen = Queries()
     with engine_of(tiny_model("llama"), n_cells=2048) as engine:
-        engine.decode((TOKENS * 10)[:1100], seen=seen)
-        engine.decode((TOKENS * 2)[:200], seen=seen)
-        engine.decode(TOKENS[:20], seen=seen)
-    whole = {*range(448, 512), *range(960, 1024)}
-    assert seen.seen == whole | {*range(1084, 1100), *range(1275, 1300), *range(1304, 1320)}
+        step = engine.micro_batch()
+        for n in (step, 200, 3):
+            engine.decode((TOKENS * 10)[:n], seen=seen)
+    assert seen.seen[: step // 8] == list(range(7, step, 8))
+    assert seen.seen[-1] == step + 202
+    assert len(seen.seen) <= (step + 200) // 8 + 3
 
 
 def test_a_model_loads_while_its_user_gets_ready(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from kvcompose_local.build import library_dir
 from kvcompose_local.compaction import CacheMemory
 from kvcompose_local.engines import physical_cores
 from kvcompose_local.engines.base import LlamaEngine
-from kvcompose_local.engines.patched import CELL_PADDING, PatchedEngine
+from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import EngineError, InvalidInput, KVComposeError
 from kvcompose_local.interfaces import CacheSnapshot, LayerShape, Sampling
@@ -191,8 +191,12 @@ def _work(path: str) -> None:
 
 
 @contextmanager
-def _patched(model: Model, n_cells: int, n_threads: int) -> Iterator[PatchedEngine]:
-    engine = PatchedEngine(model, n_cells=n_cells, n_threads=n_threads, sampling=Sampling(temperature=0))
+def _patched(
+    model: Model, n_cells: int, n_threads: int, n_ubatch: int = PREFILL_MICRO_BATCH
+) -> Iterator[PatchedEngine]:
+    engine = PatchedEngine(
+        model, n_cells=n_cells, n_threads=n_threads, n_ubatch=n_ubatch, sampling=Sampling(temperature=0)
+    )
     try:
         yield engine
     finally:
@@ -245,7 +249,8 @@ def measure(
         engines: dict[str, LlamaEngine | Worker] = {FULL: full}
         for keep in keeps:
             name = f"keep {keep:g}"
-            engines[name] = small = stack.enter_context(_patched(model, padded(int(keep * n_tokens)), threads))
+            cells = padded(int(keep * n_tokens))
+            engines[name] = small = stack.enter_context(_patched(model, cells, threads, SMALL_MICRO_BATCH))
             modes.append(_read_as_a_chat(name, small, tokens, progress))
         full.restore(whole)
         library = library_dir(patched=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 from kvcompose_local.engines.base import LlamaEngine
-from kvcompose_local.engines.patched import CELL_PADDING, PatchedEngine
+from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import InvalidInput, ModelError
 from kvcompose_local.interfaces import Sampling
@@ -97,7 +97,14 @@ def _patched(
 ) -> LlamaEngine:
     """The patched engine; at budget 1 the stock one runs what cannot be composed."""
     try:
-        return PatchedEngine(model, n_cells=n_cells, n_threads=n_threads, cache_type=cache_type, sampling=sampling)
+        return PatchedEngine(
+            model,
+            n_cells=n_cells,
+            n_threads=n_threads,
+            cache_type=cache_type,
+            n_ubatch=PREFILL_MICRO_BATCH if budget == 1 else SMALL_MICRO_BATCH,
+            sampling=sampling,
+        )
     except ModelError as error:
         if budget < 1:
             raise ModelError(f"{model.architecture} runs with --budget 1 only: {error}") from error

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 
 import numpy as np
@@ -20,24 +21,32 @@ from kvcompose_local.interfaces import (
     ModelShape,
     Progress,
     Sampling,
+    even_parts,
 )
 from kvcompose_local.llama_ffi import Context, Model, SoftmaxTap
 
-#: Bytes that one layer's explicit softmax, float32 (Q, queries, n_kv), may take in the compute buffer: a sixteenth of
-#: the cache, since what a small cache saves must not be spent there, within these bounds. Its work space is half of it.
+#: Bounds of the bytes that one explicit softmax, float32 (heads, queries, n_kv), may take in the compute buffer. What
+#: it works in is half as much.
 SOFTMAX_BYTES = 4 << 20, 32 << 20
+#: While text is read, every so many of its tokens show what they attend to: more of them make reading slower and the
+#: choice hardly better (docs/trials.md).
+WATCH_STRIDE = 8
+#: Queries that a CPU's flash attention takes together; fewer go one by one, which is slower than the whole tile.
+TILE = 64
 
 
-#: While text is read, the last eighth of every WATCH_PERIOD tokens shows what it attends to: more of them make reading
-#: slower and the choice hardly better (docs/trials.md). Shorter pieces show as large a part, but no fewer than LEAST.
-WATCH_PERIOD, WATCHED_PART, LEAST_WATCHED = 512, 8, 16
+def softmax_queries(n_cells: int, n_heads: int, wanted_bytes: int, *, largest: int = 512) -> int:
+    """Queries that keep the softmax tensor of ``n_cells`` columns within ``wanted_bytes`` and SOFTMAX_BYTES.
 
-
-def micro_batch(n_cells: int, n_heads: int, cache_bytes: int, *, largest: int = 512) -> int:
-    """Queries that keep the softmax tensor of ``n_cells`` columns within its bound: a multiple of 4, at least that."""
+    A multiple of 4, at least that.
+    """
     low, high = SOFTMAX_BYTES
-    fitting = min(max(cache_bytes // 16, low), high) // (4 * n_cells * n_heads)
+    fitting = min(max(wanted_bytes, low), high) // (4 * n_cells * n_heads)
     return min(largest, max(fitting // 4 * 4, 4))
+
+
+#: Receives (l, first query head, float32 (heads, n_watched, n_kv) weights, tokens from one watched query to the next).
+ShownTap = Callable[[int, int, FloatArray, int], None]
 
 
 class LlamaEngine(ABC):
@@ -119,12 +128,13 @@ class LlamaEngine(ABC):
         """The columns of its softmax that are the composed cells of ``shape.layers[layer]``."""
 
     def micro_batch(self) -> int:
-        """Most tokens that :meth:`decode` takes at a time."""
-        return self._context.n_ubatch
+        """Tokens that :meth:`decode` takes at a time; fewer than a tile more join them at the end."""
+        n_ubatch = self._context.n_ubatch
+        return (n_ubatch - 1) // TILE * TILE or n_ubatch
 
     @abstractmethod
-    def softmax_micro_batch(self) -> int:
-        """Most queries of one explicit softmax: what :meth:`decode` takes at a time while it is watched."""
+    def softmax_micro_batch(self, n_tokens: int) -> int:
+        """Most queries of one explicit softmax while ``n_tokens`` are decoded: what is then taken at a time."""
 
     @contextmanager
     def _visible_softmax(self) -> Iterator[None]:
@@ -150,56 +160,64 @@ class LlamaEngine(ABC):
                 self._context.tap = None
 
     def decode(
-        self, tokens: Sequence[int], progress: Progress | None = None, seen: AttentionSink | None = None
+        self,
+        tokens: Sequence[int],
+        progress: Progress | None = None,
+        seen: AttentionSink | None = None,
+        *,
+        logits: bool = True,
     ) -> None:
         layout = self.layout()
         if len(tokens) > layout.n_free:
             raise ContextFull(f"{len(tokens)} tokens do not fit in {layout.n_free} free cells")
-        tap = None if seen is None else self._shown_to(seen, layout)
-        for start, stop, watched in self._micro_batches(len(tokens), seen is not None):
-            before = self._context.next_position
-            try:
-                with self.watching(tap) if tap is not None and watched else nullcontext():
-                    self._context.decode(tokens[start:stop])
-                if progress is not None:
-                    progress(stop, len(tokens))
-            except KeyboardInterrupt:
-                # Whatever was read stays read; the caller asks layout() how much that is.
-                self._context.has_logits = False
-                raise
-            except BaseException:
-                self._context.has_logits = False
-                self._context.remove(before)
-                raise
+        parts = self._micro_batches(len(tokens))
+        with nullcontext() if seen is None else self._watched(self._shown_to(seen, layout), parts):
+            for start, stop in parts:
+                before = self._context.next_position
+                try:
+                    self._context.decode(tokens[start:stop], logits=logits and stop == len(tokens))
+                    if progress is not None:
+                        progress(stop, len(tokens))
+                except KeyboardInterrupt:
+                    # Whatever was read stays read; the caller asks layout() how much that is.
+                    self._context.has_logits = False
+                    raise
+                except BaseException:
+                    self._context.has_logits = False
+                    self._context.remove(before)
+                    raise
 
-    def _micro_batches(self, n: int, watch: bool) -> Iterator[tuple[int, int, bool]]:
-        """(start, stop, whether it is watched) of each micro-batch of ``n`` tokens."""
-        plain = self.softmax_micro_batch() if self._context.tap else self.micro_batch()
-        for start in range(0, n, WATCH_PERIOD):
-            stop = min(start + WATCH_PERIOD, n)
-            n_watched = max((stop - start) // WATCHED_PART, LEAST_WATCHED) if watch else 0
-            split = max(start, stop - n_watched)
-            for a in range(start, split, plain):
-                yield a, min(a + plain, split), False
-            step = self.softmax_micro_batch()
-            for a in range(split, stop, step):
-                yield a, min(a + step, stop), True
+    def _micro_batches(self, n: int) -> list[tuple[int, int]]:
+        """(start, stop) of the micro-batches that ``n`` tokens are decoded in."""
+        if self._context.tap:
+            return even_parts(n, self.softmax_micro_batch(n))
+        edges = [*range(0, n, self.micro_batch()), n]
+        if len(edges) > 2 and n - edges[-2] < TILE and n - edges[-3] <= self._context.n_ubatch:
+            del edges[-2]
+        return list(itertools.pairwise(edges))
 
-    def _shown_to(self, sink: AttentionSink, layout: CacheLayout) -> SoftmaxTap:
+    @abstractmethod
+    def _watched(self, tap: ShownTap, parts: Sequence[tuple[int, int]]) -> AbstractContextManager[None]:
+        """While open, ``tap`` sees what some queries of each micro-batch attend to.
+
+        parts: (start, stop) of the micro-batches to come.
+        """
+
+    def _shown_to(self, sink: AttentionSink, layout: CacheLayout) -> ShownTap:
         """A tap that hands on the columns of composed cells and those of live ones, these with positions."""
         first = layout.position - layout.n_live
         end, columns = -1, self._live_columns()  # of this micro-batch
 
-        def tap(layer: int, weights: FloatArray) -> None:
+        def tap(layer: int, head: int, weights: FloatArray, stride: int) -> None:
             nonlocal end, columns
             if end != self._context.next_position:
                 end, columns = self._context.next_position, self._live_columns()
             composed = self._composed_columns(layer)
             n_composed = composed.stop - composed.start
             if n_composed:
-                sink.update(layer, weights, composed)
-            queries = np.arange(end - weights.shape[1], end)
-            sink.update(layer, weights, columns, queries, np.arange(first, end), n_composed)
+                sink.update(layer, weights, composed, head=head)
+            queries = np.arange(end - 1 - stride * (weights.shape[1] - 1), end, stride)
+            sink.update(layer, weights, columns, queries, np.arange(first, end), n_composed, head)
 
         return tap
 
@@ -232,8 +250,8 @@ class LlamaEngine(ABC):
 
             with self.watching(show):
                 try:
-                    for start in range(0, len(tokens), step):
-                        self._context.decode(tokens[start : start + step])
+                    for start, stop in even_parts(len(tokens), step):
+                        self._context.decode(tokens[start:stop], logits=False)
                 finally:
                     self._context.has_logits = False
                     self._context.remove(layout.position)
@@ -244,7 +262,7 @@ class LlamaEngine(ABC):
 
         Gives the columns of the live cells that it sees, the number of the first of them, and its micro-batch.
         """
-        yield self._live_columns(), 0, self.softmax_micro_batch()
+        yield self._live_columns(), 0, self.softmax_micro_batch(n_tokens)
 
     def drop_tail(self, n: int) -> None:
         layout = self.layout()

@@ -12,14 +12,25 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 
-from kvcompose_local.engines.base import LlamaEngine, micro_batch
+from kvcompose_local.engines.base import TILE, WATCH_STRIDE, LlamaEngine, ShownTap, softmax_queries
 from kvcompose_local.errors import ContextFull, InvalidInput
-from kvcompose_local.interfaces import CacheLayout, CacheSnapshot, IntArray, LayerShape, ModelShape, Sampling
+from kvcompose_local.interfaces import (
+    CacheLayout,
+    CacheSnapshot,
+    FloatArray,
+    IntArray,
+    LayerShape,
+    ModelShape,
+    Sampling,
+)
 from kvcompose_local.llama_ffi import F16, Context, Model, PerLayerCells, give_small_blocks_back
 
-#: Tokens of a prefill micro-batch: 512 read no faster on the processors measured, and take 20 MiB more of work buffers
-#: (Qwen2.5 0.5B, 8,192 cells).
-PREFILL_MICRO_BATCH = 256
+#: Tokens of the largest prefill micro-batch, of which most have a tile less: 512 read no faster on the processors
+#: measured, and take 20 MiB more of work buffers (Qwen2.5 0.5B, 8,192 cells).
+PREFILL_MICRO_BATCH = 320
+#: The same under a budget: its work buffers come out of what the budget saves, and most of what is read there comes in
+#: smaller pieces (:meth:`PatchedEngine.micro_batch`).
+SMALL_MICRO_BATCH = 192
 #: llama.cpp pads the cell table, and what attention looks at of it, to this many cells.
 CELL_PADDING = 256
 #: Rows that a replay looks at beside its neighbourhood, for the attention sinks among them.
@@ -106,24 +117,43 @@ class PatchedEngine(LlamaEngine):
         # The mask, of tokens × cells, is allocated for a cache with nothing composed, and the widest layer may come to
         # have several times as many cells: fewer tokens at a time then keep it at that size.
         fitting = self._context.n_ubatch * self._context.n_ctx // max(int(self._cells.info().n_cells), 1)
-        return min(self._context.n_ubatch, max(fitting // 32 * 32, 64))
+        return min(super().micro_batch(), max(fitting // TILE * TILE, TILE))
 
-    def softmax_micro_batch(self) -> int:
+    def softmax_micro_batch(self, n_tokens: int) -> int:
+        return self._fitting_queries(self._n_columns(n_tokens))
+
+    def _n_columns(self, n_tokens: int) -> int:
+        """Cells that attention looks at while ``n_tokens`` are decoded."""
         info = self._cells.info()
-        n_columns = info.n_cells
-        if not info.composed:  # llama.cpp looks at the cells in use, rounded up to its padding
-            n_columns = min(n_columns, info.n_live + self._context.n_ubatch + CELL_PADDING)
-        return self._fitting_queries(n_columns)
+        if info.composed:
+            return int(info.n_cells)
+        # llama.cpp looks at the cells in use, rounded up to its padding
+        return int(min(info.n_cells, info.n_live + n_tokens + CELL_PADDING))
 
-    def _fitting_queries(self, n_columns: int) -> int:
-        n_heads = max(layer.n_heads for layer in self.shape.layers)
-        return micro_batch(n_columns, n_heads, self.cache_bytes, largest=self._context.n_ubatch)
+    @contextmanager
+    def _watched(self, tap: ShownTap, parts: Sequence[tuple[int, int]]) -> Iterator[None]:
+        layers = self.shape.layers
+        n_heads = max(layer.n_heads // layer.n_kv_heads for layer in layers)  # shown at a time
+        largest = max(stop - start for start, stop in parts)
+        stride = max(WATCH_STRIDE, -(-largest // self._fitting_queries(self._n_columns(parts[-1][1]), n_heads)))
+
+        def shown(layer: int, kv_head: int, weights: FloatArray) -> None:
+            if layer in self._ordinal:
+                tap(self._ordinal[layer], kv_head * len(weights), weights, stride)
+
+        with self._cells.watched(stride, shown):
+            yield
+
+    def _fitting_queries(self, n_columns: int, n_heads: int | None = None) -> int:
+        n_heads = n_heads or max(layer.n_heads for layer in self.shape.layers)
+        # What a small cache saves must not be spent on it.
+        return softmax_queries(n_columns, n_heads, self.cache_bytes // 16, largest=self._context.n_ubatch)
 
     @contextmanager
     def _looking_near(self, near: slice | None, n_tokens: int) -> Iterator[tuple[slice | IntArray, int, int]]:
         live, info = self._live_columns(), self._cells.info()
         if near is None or live != slice(0, info.n_live):  # a cache with gaps is looked at whole
-            yield live, 0, self.softmax_micro_batch()
+            yield live, 0, self.softmax_micro_batch(n_tokens)
             return
         # Composed rows stand best first, so that the sinks are among the first of them. What is replayed goes to the
         # next free cells.

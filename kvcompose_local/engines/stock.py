@@ -7,14 +7,23 @@ It is the fallback where nobody can compile, and the twin that the patched engin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
 from kvcompose_local.cells import CellBlock, Plane, parse_state, row_bytes, write_state
-from kvcompose_local.engines.base import LlamaEngine, micro_batch
+from kvcompose_local.engines.base import WATCH_STRIDE, LlamaEngine, ShownTap, softmax_queries
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput, ModelError
-from kvcompose_local.interfaces import CacheLayout, CacheSnapshot, IntArray, LayerShape, ModelShape, Sampling
+from kvcompose_local.interfaces import (
+    CacheLayout,
+    CacheSnapshot,
+    FloatArray,
+    IntArray,
+    LayerShape,
+    ModelShape,
+    Sampling,
+)
 from kvcompose_local.llama_ffi import F16, Context, Model
 
 
@@ -63,10 +72,12 @@ class StockEngine(LlamaEngine):
         if scoring and cache_type != F16:
             raise InvalidInput("the stock engine composes an F16 cache only; `kvcompose-local build` lifts that")
         shape = uniform_shape(model, cache_type)
+        # A sixth of the cache, since all reading goes through the explicit softmax here.
+        scoring_queries = softmax_queries(n_cells, model.n_heads, n_cells * shape.row_bytes // 6)
         context = Context(
             model,
             n_ctx=n_cells,
-            n_ubatch=n_ubatch or (micro_batch(n_cells, model.n_heads, n_cells * shape.row_bytes) if scoring else 512),
+            n_ubatch=n_ubatch or (scoring_queries if scoring else 512),
             n_threads=n_threads,
             flash_attention=not scoring,
             cache_type=cache_type,
@@ -97,8 +108,16 @@ class StockEngine(LlamaEngine):
     def _composed_columns(self, layer: int) -> slice:
         return slice(0, self._n_composed)
 
-    def softmax_micro_batch(self) -> int:
+    def softmax_micro_batch(self, n_tokens: int) -> int:
         return self._context.n_ubatch
+
+    @contextmanager
+    def _watched(self, tap: ShownTap, parts: Sequence[tuple[int, int]]) -> Iterator[None]:
+        def every_few(layer: int, weights: FloatArray) -> None:
+            tap(layer, 0, weights[:, (weights.shape[1] - 1) % WATCH_STRIDE :: WATCH_STRIDE], WATCH_STRIDE)
+
+        with self.watching(every_few):
+            yield
 
     def _read_cells(self) -> CellBlock:
         cells = parse_state(self._context.state())

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from kvcompose_local import __version__
 from kvcompose_local.compaction import CacheMemory, Policy
-from kvcompose_local.engines.patched import CELL_PADDING, PatchedEngine
+from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.errors import InvalidInput, KVComposeError
 from kvcompose_local.evaluation.methods import find_method
 from kvcompose_local.evaluation.statistics import Statistics
@@ -208,7 +208,7 @@ class Evaluation:
     def _streamed(self, tokens: Sequence[int], keep: float) -> _Start:
         """The context as a chat would read it, turn by turn, in a cache of ``keep`` of its size."""
         n_cells = max(int(keep * len(tokens)) // CELL_PADDING, 1) * CELL_PADDING
-        small = self._new_engine(n_cells)
+        small = self._new_engine(n_cells, n_ubatch=SMALL_MICRO_BATCH)
         try:
             memory = CacheMemory(small, len(tokens))
             size = -(-len(tokens) // _N_TURNS)
@@ -219,9 +219,16 @@ class Evaluation:
         finally:
             small.close_context()
 
-    def _new_engine(self, n_cells: int, cache_type: int = CACHE_TYPES["f16"]) -> PatchedEngine:
-        n_cells = -(-n_cells // CELL_PADDING) * CELL_PADDING
-        return PatchedEngine(self.engine.model, n_cells=n_cells, n_threads=self.n_threads, cache_type=cache_type)
+    def _new_engine(
+        self, n_cells: int, cache_type: int = CACHE_TYPES["f16"], n_ubatch: int = PREFILL_MICRO_BATCH
+    ) -> PatchedEngine:
+        return PatchedEngine(
+            self.engine.model,
+            n_cells=-(-n_cells // CELL_PADDING) * CELL_PADDING,
+            n_threads=self.n_threads,
+            cache_type=cache_type,
+            n_ubatch=n_ubatch,
+        )
 
     def close(self) -> None:
         """Free what was opened beside the engine."""

@@ -13,7 +13,6 @@ from kvcompose_local.engines.patched import PatchedEngine
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import make_item
 from kvcompose_local.profiles import KEEPS, Profile
-from kvcompose_local.scores import token_scores
 
 #: Kinds of text that differ: facts in prose, documents, a conversation, code-like assignments.
 TASKS = ("needles_8", "qa", "recall", "vt")
@@ -33,7 +32,7 @@ def measure_profile(
 
     engine: uncompressed and empty, with room for a text and its replay; progress gets (texts done, in all).
     """
-    model, heads = engine.model, [layer.n_kv_heads for layer in engine.shape.layers]
+    model = engine.model
     budgets, lengths = [], []
     for number in range(n_texts):
         progress(number, n_texts)
@@ -43,10 +42,7 @@ def measure_profile(
         policy = Policy.for_cells(len(tokens))
         engine.clear()
         stats = Statistics(engine, tokens, n_scratch=policy.n_scratch, n_lead_in=policy.n_lead_in)
-        scores = [
-            token_scores((a + b)[None], h, add_mean_across_heads=False)[0]
-            for a, b, h in zip(stats.replay, stats.seen, heads, strict=True)
-        ]
+        scores = stats.scores([a + b for a, b in zip(stats.replay, stats.seen, strict=True)])
         budgets.append(np.stack([allocate_layer_budgets(scores, keep) for keep in KEEPS]))
         lengths.append(len(tokens))
     progress(n_texts, n_texts)

@@ -14,6 +14,7 @@ from kvcompose_local.compaction import N_LOOKING_BACK, N_NEAREST, near_chunk
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.interfaces import FloatArray
 from kvcompose_local.profiles import Profile
+from kvcompose_local.scores import token_scores
 from kvcompose_local.sessions import model_digest
 
 #: Queries of a recent-query method (SnapKV, arXiv 2404.14469, uses 32 with short contexts).
@@ -38,6 +39,11 @@ class Statistics:
     @property
     def n_tokens(self) -> int:
         return len(self.tokens)
+
+    def scores(self, attention: Sequence[FloatArray], *, mean: bool = False) -> list[FloatArray]:
+        """Token scores of each layer, float32 (H, T), of attention (Q, T); ``mean`` adds that over the KV heads."""
+        heads = [layer.n_kv_heads for layer in self.engine.shape.layers]
+        return [token_scores(a[None], h, add_mean_across_heads=mean)[0] for a, h in zip(attention, heads, strict=True)]
 
     @cached_property
     def seen(self) -> list[FloatArray]:

@@ -5,7 +5,7 @@ memory are context managers. Facts about the library are those of the pinned ver
 """
 
 from kvcompose_local.llama_ffi.cells import PerLayerCells, library_is_patched
-from kvcompose_local.llama_ffi.context import CACHE_TYPES, F16, Context, SoftmaxTap
+from kvcompose_local.llama_ffi.context import CACHE_TYPES, F16, Context, SoftmaxTap, WatchTap
 from kvcompose_local.llama_ffi.library import give_small_blocks_back, layers_to_offload, library_path, on_abort
 from kvcompose_local.llama_ffi.model import Loading, Model
 from kvcompose_local.llama_ffi.rpc import add_workers, is_loopback, serve
@@ -18,6 +18,7 @@ __all__ = [
     "Model",
     "PerLayerCells",
     "SoftmaxTap",
+    "WatchTap",
     "add_workers",
     "give_small_blocks_back",
     "is_loopback",

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput, ModelError
 from kvcompose_local.interfaces import IntArray
-from kvcompose_local.llama_ffi.context import Context
+from kvcompose_local.llama_ffi.context import Context, WatchTap
 from kvcompose_local.llama_ffi.library import bind
 
 
@@ -39,7 +39,7 @@ class _Arena(ctypes.Structure):
 
 
 _INT32_P = ctypes.POINTER(ctypes.c_int32)
-_KVC_VERSION = 2
+_KVC_VERSION = 3
 _kvc_version = bind("llama_kvc_version", ctypes.c_int32)
 _KVC_FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "supported": (),
@@ -54,6 +54,7 @@ _KVC_FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "set_eval_callback": (ctypes.c_void_p, ctypes.c_void_p),
     "set_explicit_softmax": (ctypes.c_int32,),
     "set_ranges": (ctypes.c_int32, _INT32_P, _INT32_P),
+    "set_watch": (ctypes.c_int32,),
 }
 _kvc = {
     name: bind(f"llama_kvc_{name}", ctypes.c_int32, ctypes.c_void_p, *argtypes)
@@ -151,13 +152,29 @@ class PerLayerCells:
     @contextmanager
     def visible_softmax(self) -> Iterator[None]:
         """While open, attention takes the explicit softmax and the context's tap sees it."""
-        self._call("set_explicit_softmax", 1)
+        with self._shown("set_explicit_softmax", 1):
+            yield
+
+    @contextmanager
+    def watched(self, stride: int, tap: WatchTap) -> Iterator[None]:
+        """While open, ``tap`` sees what every ``stride``-th query of a micro-batch attends to, from its last back."""
+        self._context.watch = stride, tap
+        try:
+            with self._shown("set_watch", stride):
+                yield
+        finally:
+            self._context.watch = None
+
+    @contextmanager
+    def _shown(self, switch: str, value: int) -> Iterator[None]:
+        """While open, a switch is on and the context's callback is installed."""
+        self._call(switch, value)
         self._call("set_eval_callback", ctypes.cast(self._context._callback, ctypes.c_void_p), None)
         try:
             yield
         finally:
             self._call("set_eval_callback", None, None)
-            self._call("set_explicit_softmax", 0)
+            self._call(switch, 0)
 
     @contextmanager
     def visible_rows(self, ranges: Sequence[tuple[int, int]]) -> Iterator[None]:

@@ -19,11 +19,14 @@ from kvcompose_local.llama_ffi.model import Model
 CACHE_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
 F16 = CACHE_TYPES["f16"]
 _SOFTMAX_PREFIX = b"kq_soft_max-"
+_WATCH_PREFIX = b"kq_watch-"
 _WINDOW_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 
 #: Receives (model layer, float32 (Q, n_queries, n_kv) softmax weights of one micro-batch); the array is native memory
 #: and dies with the call.
 SoftmaxTap = Callable[[int, FloatArray], None]
+#: Receives (model layer, KV head, float32 (G, n_watched, n_kv) softmax weights of its query heads), likewise.
+WatchTap = Callable[[int, int, FloatArray], None]
 
 
 # Accessors only: the layout of ggml_tensor is not part of ggml's interface and has changed before.
@@ -60,6 +63,7 @@ class Context:
         self.n_ubatch = n_ubatch
         self.tap: SoftmaxTap | None = None
         self.tap_prefix = _SOFTMAX_PREFIX
+        self.watch: tuple[int, WatchTap] | None = None  # of every so many queries (a patched llama.cpp)
         self.has_logits = False
         self._n_queries = 0
         # Tensors of offloaded layers stand in device memory and must be fetched.
@@ -106,28 +110,31 @@ class Context:
 
     def _on_tensor(self, tensor: int, ask: bool, _user_data: object) -> bool:
         """llama.cpp asks for each node whether we want it (True), then shows it (False stops the graph)."""
-        if self.tap is None:
-            return not ask
+        prefix = self.tap_prefix if self.tap is not None else _WATCH_PREFIX
         try:
             name = _ggml_get_name(tensor)
-            if not name.startswith(self.tap_prefix):
+            if not name.startswith(prefix):
                 return not ask
             if ask:
                 return True
-            layer = int(name[len(self.tap_prefix) :])
-            self.tap(layer, self._softmax(tensor))
+            if self.tap is not None:
+                self.tap(int(name[len(prefix) :]), self._softmax(tensor, self._n_queries))
+            elif self.watch is not None:
+                stride, tap = self.watch
+                layer, head = name[len(prefix) :].split(b"-")
+                tap(int(layer), int(head), self._softmax(tensor, (self._n_queries - 1) // stride + 1))
         except BaseException as error:
             # An exception cannot cross the native frames: stop the graph and let decode() raise it.
             self._callback_error = error
             return False
         return True
 
-    def _softmax(self, tensor: int) -> FloatArray:
-        """float32 (Q, n_queries, n_kv): ggml lays the softmax out as ne = (n_kv, n_queries, Q, 1), contiguous."""
+    def _softmax(self, tensor: int, n_queries: int) -> FloatArray:
+        """float32 (heads, n_queries, n_kv): ggml lays it out as ne = (n_kv, n_queries, heads, 1), contiguous."""
         n, rows = _ggml_nelements(tensor), _ggml_nrows(tensor)
-        if rows % self._n_queries or n % rows:
-            raise EngineError(f"a softmax of {rows} rows does not divide into {self._n_queries} queries")
-        shape = (rows // self._n_queries, self._n_queries, n // rows)
+        if rows % n_queries or n % rows:
+            raise EngineError(f"a softmax of {rows} rows does not divide into {n_queries} queries")
+        shape = (rows // n_queries, n_queries, n // rows)
         if self._host_tensors:
             pointer = ctypes.cast(_ggml_get_data(tensor), ctypes.POINTER(ctypes.c_float))
             return np.ctypeslib.as_array(pointer, shape=shape)
@@ -135,15 +142,15 @@ class Context:
         _ggml_tensor_get(tensor, weights.ctypes.data, 0, weights.nbytes)
         return weights
 
-    def decode(self, tokens: Sequence[int], *, all_logits: bool = False) -> None:
-        """Run one micro-batch at the next positions; logits are kept of its last token, or of all."""
+    def decode(self, tokens: Sequence[int], *, logits: bool = True, all_logits: bool = False) -> None:
+        """Run one micro-batch at the next positions; logits are kept of its last token, of all, or of none."""
         if not 0 < len(tokens) <= self.n_ubatch:
             raise InvalidInput(f"a micro-batch holds 1 to {self.n_ubatch} tokens, not {len(tokens)}")
         # The batch holds only a pointer: the array must outlive the call.
         array = (lib.llama_token * len(tokens))(*tokens)
         batch = lib.llama_batch_get_one(array, len(tokens))
-        if all_logits:
-            wanted = (ctypes.c_int8 * len(tokens))(*[1] * len(tokens))
+        if all_logits or not logits:  # the last layer's second half and the output are left out for the others
+            wanted = (ctypes.c_int8 * len(tokens))(*[int(all_logits)] * len(tokens))
             batch.logits = wanted
         self._callback_error = None
         self._n_queries = len(tokens)
@@ -157,7 +164,7 @@ class Context:
         if code != 0:
             reason = {1: "no free cells", 2: "stopped"}.get(code, f"code {code}")
             raise EngineError(f"llama_decode failed: {reason}{last_log()}")
-        self.has_logits = True
+        self.has_logits = logits or all_logits
 
     def logits(self) -> FloatArray:
         """float32 (n_vocab,): a copy of the last token's logits."""

@@ -22,8 +22,8 @@ from kvcompose_local.resources import cache_folder
 FORMAT = 1
 #: Keep ratios that are measured.
 KEEPS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
-#: Halvings that find a keep ratio to less than one token of any cache.
-_HALVINGS = 40
+#: Of a keep ratio: less than one token of any cache.
+_PRECISION = 2.0**-40
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,11 @@ class Profile:
             def fits(keep: float, here: NDArray[np.bool_] = here, limit: int = limit) -> bool:
                 return int((at(keep) * cost)[here].sum()) <= limit
 
-            low, high = 0.0, 1.0
-            for _ in range(_HALVINGS if not fits(1.0) else 0):
+            low, high = (1.0, 1.0) if fits(1.0) else (0.0, 1.0)
+            while high - low > _PRECISION:
                 middle = (low + high) / 2
                 low, high = (middle, high) if fits(middle) else (low, middle)
-            budgets = np.where(here, at(high if fits(high) else low), budgets)
+            budgets = np.where(here, at(low), budgets)
         return budgets
 
     def _shares_at(self, keep: float) -> NDArray[np.float64]:

@@ -10,7 +10,6 @@ from kvcompose_local.budgets import allocate_bytes
 from kvcompose_local.evaluation.methods import by_kv_head, method
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.interfaces import FloatArray, IntArray
-from kvcompose_local.scores import token_scores
 from kvcompose_local.selection import select_composites
 
 
@@ -24,11 +23,6 @@ def compose(stats: Statistics, scores: Sequence[FloatArray], n_cells: int, *, un
     return select_composites(scores, budgets)
 
 
-def _scores(stats: Statistics, attention: Sequence[FloatArray], *, mean: bool) -> list[FloatArray]:
-    heads = [layer.n_kv_heads for layer in stats.engine.shape.layers]
-    return [token_scores(a[None], h, add_mean_across_heads=mean)[0] for a, h in zip(attention, heads, strict=True)]
-
-
 def _both(stats: Statistics, weight: float = 1.0) -> list[FloatArray]:
     return [a + weight * b for a, b in zip(stats.replay, stats.seen, strict=True)]
 
@@ -36,19 +30,19 @@ def _both(stats: Statistics, weight: float = 1.0) -> list[FloatArray]:
 @method("published")
 def published(stats: Statistics, n_cells: int) -> list[IntArray]:
     """One replay of the whole text, mean over the group, plus the mean over KV heads."""
-    return compose(stats, _scores(stats, stats.whole_replay, mean=True), n_cells)
+    return compose(stats, stats.scores(stats.whole_replay, mean=True), n_cells)
 
 
 @method("replay")
 def replay(stats: Statistics, n_cells: int) -> list[IntArray]:
     """Chunked replay, plus the mean over KV heads."""
-    return compose(stats, _scores(stats, stats.replay, mean=True), n_cells)
+    return compose(stats, stats.scores(stats.replay, mean=True), n_cells)
 
 
 @method("replay-own")
 def replay_own(stats: Statistics, n_cells: int) -> list[IntArray]:
     """Chunked replay; no mean over KV heads."""
-    return compose(stats, _scores(stats, stats.replay, mean=False), n_cells)
+    return compose(stats, stats.scores(stats.replay), n_cells)
 
 
 @method("replay-max")
@@ -61,31 +55,31 @@ def replay_max(stats: Statistics, n_cells: int) -> list[IntArray]:
 @method("seen")
 def seen(stats: Statistics, n_cells: int) -> list[IntArray]:
     """Attention seen during prefill, without a replay."""
-    return compose(stats, _scores(stats, stats.seen, mean=False), n_cells)
+    return compose(stats, stats.scores(stats.seen), n_cells)
 
 
 @method("replay+seen")
 def replay_and_seen(stats: Statistics, n_cells: int) -> list[IntArray]:
     """The sum of both attentions; no mean over KV heads."""
-    return compose(stats, _scores(stats, _both(stats), mean=False), n_cells)
+    return compose(stats, stats.scores(_both(stats)), n_cells)
 
 
 @method("replay+seen-mean")
 def replay_and_seen_mean(stats: Statistics, n_cells: int) -> list[IntArray]:
     """The sum of both attentions, plus the mean over KV heads."""
-    return compose(stats, _scores(stats, _both(stats), mean=True), n_cells)
+    return compose(stats, stats.scores(_both(stats), mean=True), n_cells)
 
 
 @method("replay+seen-half")
 def replay_and_half_seen(stats: Statistics, n_cells: int) -> list[IntArray]:
     """Attention seen counts half."""
-    return compose(stats, _scores(stats, _both(stats, 0.5), mean=False), n_cells)
+    return compose(stats, stats.scores(_both(stats, 0.5)), n_cells)
 
 
 @method("replay+seen-double")
 def replay_and_double_seen(stats: Statistics, n_cells: int) -> list[IntArray]:
     """Attention seen counts twice."""
-    return compose(stats, _scores(stats, _both(stats, 2.0), mean=False), n_cells)
+    return compose(stats, stats.scores(_both(stats, 2.0)), n_cells)
 
 
 @method("replay+seen-max")
@@ -98,7 +92,7 @@ def replay_and_seen_max(stats: Statistics, n_cells: int) -> list[IntArray]:
 @method("replay+seen-value")
 def replay_and_seen_value(stats: Statistics, n_cells: int) -> list[IntArray]:
     """The sum of both, times the norm of the value relative to its head's mean norm."""
-    scores = _scores(stats, _both(stats), mean=False)
+    scores = stats.scores(_both(stats))
     weights = [v / v.mean(axis=1, keepdims=True) for v in stats.value_norms]
     return compose(stats, [s * w for s, w in zip(scores, weights, strict=True)], n_cells)
 
@@ -106,7 +100,7 @@ def replay_and_seen_value(stats: Statistics, n_cells: int) -> list[IntArray]:
 @method("replay+seen-sinks")
 def replay_and_seen_sinks(stats: Statistics, n_cells: int) -> list[IntArray]:
     """The first four tokens are pinned in every layer."""
-    scores = [s.copy() for s in _scores(stats, _both(stats), mean=False)]
+    scores = [s.copy() for s in stats.scores(_both(stats))]
     for layer in scores:
         layer[:, :4] = 3  # the sum of two softmax weights is at most 2
     return compose(stats, scores, n_cells)
@@ -115,7 +109,7 @@ def replay_and_seen_sinks(stats: Statistics, n_cells: int) -> list[IntArray]:
 @method("replay+seen-recent")
 def replay_and_seen_recent(stats: Statistics, n_cells: int) -> list[IntArray]:
     """The last 32 tokens are pinned in every layer."""
-    scores = [s.copy() for s in _scores(stats, _both(stats), mean=False)]
+    scores = [s.copy() for s in stats.scores(_both(stats))]
     for layer in scores:
         layer[:, -32:] = 3
     return compose(stats, scores, n_cells)
@@ -124,7 +118,7 @@ def replay_and_seen_recent(stats: Statistics, n_cells: int) -> list[IntArray]:
 @method("replay+seen-tempered")
 def replay_and_seen_tempered(stats: Statistics, n_cells: int) -> list[IntArray]:
     """A tenth of the cells is shared out evenly before layers compete for the rest."""
-    scores = _scores(stats, _both(stats), mean=False)
+    scores = stats.scores(_both(stats))
     return select_composites(
         scores, allocate_bytes(scores, [1] * len(scores), n_cells, min_per_layer=n_cells // 10 // len(scores))
     )
@@ -134,10 +128,10 @@ def replay_and_seen_tempered(stats: Statistics, n_cells: int) -> list[IntArray]:
 def replay_and_seen_root(stats: Statistics, n_cells: int) -> list[IntArray]:
     """The sum of the square roots: weak attention from both sources beats strong attention from one."""
     roots = [np.sqrt(a) + np.sqrt(b) for a, b in zip(stats.replay, stats.seen, strict=True)]
-    return compose(stats, _scores(stats, roots, mean=False), n_cells)
+    return compose(stats, stats.scores(roots), n_cells)
 
 
 @method("uniform")
 def uniform(stats: Statistics, n_cells: int) -> list[IntArray]:
     """The same scores, equally many cells in every layer: what stock llama.cpp can hold."""
-    return compose(stats, _scores(stats, _both(stats), mean=False), n_cells, uniform=True)
+    return compose(stats, stats.scores(_both(stats)), n_cells, uniform=True)

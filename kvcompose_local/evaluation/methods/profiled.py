@@ -7,18 +7,13 @@ import numpy as np
 from kvcompose_local.evaluation.methods import method
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.interfaces import IntArray
-from kvcompose_local.scores import token_scores
 from kvcompose_local.selection import select_composites
 
 
 @method("profile")
 def profile(stats: Statistics, n_cells: int) -> list[IntArray]:
     """As ``run --scoring profile`` does it."""
-    heads = [layer.n_kv_heads for layer in stats.engine.shape.layers]
-    scores = [
-        token_scores((a + b)[None], h, add_mean_across_heads=False)[0]
-        for a, b, h in zip(stats.look_back, stats.seen, heads, strict=True)
-    ]
-    ones = np.ones(len(heads), np.int64)
+    scores = stats.scores([a + b for a, b in zip(stats.look_back, stats.seen, strict=True)])
+    ones = np.ones(len(scores), np.int64)
     budgets = stats.profile.budgets(stats.n_tokens, ones * stats.n_tokens, ones, [n_cells], 0 * ones)
     return select_composites(scores, budgets)
