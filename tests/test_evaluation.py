@@ -139,7 +139,7 @@ def test_a_run_on_a_tiny_model_goes_on_where_it_stopped(tiny_model: Callable[...
     assert len(records) == len(trials) * 8 == len(read_records(output))
     by_trial = {trial: [r for r in records if (r["method"], r["keep"]) == trial] for trial in trials}
     for r in by_trial["replay+seen", 1.0]:
-        assert r["kl"] < 1e-3  # everything is kept, in another order
+        assert max(r["kl"], r["first_kl"]) < 1e-3  # everything is kept, in another order
     for trial in trials[2:]:
         assert all(0.29 < r["kept"] <= 0.3 for r in by_trial[trial])
         assert np.mean([r["kl"] for r in by_trial[trial]]) > 1e-5

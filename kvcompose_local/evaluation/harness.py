@@ -129,7 +129,8 @@ class Evaluation:
         """Run what is missing of an item's trials, and write a record for each question and trial.
 
         n_tokens: the length that was asked for, which names the item. A record holds the score in [0, 1], ``kl`` in
-        nats a token, ``log_likelihood`` of the full cache's answer in nats a token, and ``kept``, the share of bytes.
+        nats a token, ``first_kl`` of the answer's first token, ``log_likelihood`` of the full cache's answer in nats a
+        token, and ``kept``, the share of bytes.
         """
         trials = self.missing(item, n_tokens, trials)
         if not trials:
@@ -258,7 +259,7 @@ class Evaluation:
             if len(asked) > 1:
                 engine.decode(asked[:-1])
             rows = log_softmax(engine.decode_all([asked[-1], *expected[:-1]]))
-        kl = (np.exp(reference.log_probs) * (reference.log_probs - rows)).sum(axis=1).mean()
+        kl = (np.exp(reference.log_probs) * (reference.log_probs - rows)).sum(axis=1)
         likelihood = rows[np.arange(len(expected)), expected].mean()
         best = rows.argmax(axis=1)
         n_same = int(np.cumprod(best == expected).sum())
@@ -276,7 +277,8 @@ class Evaluation:
         answer = text.decode("utf-8", "replace")
         return {
             "score": round(question.score(answer), 4),
-            "kl": round(float(kl), 5),
+            "kl": round(float(kl.mean()), 5),
+            "first_kl": round(float(kl[0]), 5),
             "log_likelihood": round(float(likelihood), 5),
             "answer": answer,
         }

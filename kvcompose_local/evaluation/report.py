@@ -28,7 +28,7 @@ class Result:
 
     kept: share of the full cache's bytes, which for a quantized cache is less than the keep ratio; share: score as a
     share of the full cache's, each task weighing the same; low, high: its 95% bootstrap interval over items; kl: nats a
-    token; n: questions.
+    token; first_kl: of the answers' first tokens, where the records have it; n: questions.
     """
 
     method: str
@@ -39,6 +39,7 @@ class Result:
     low: float
     high: float
     kl: float
+    first_kl: float | None
     n: int
 
 
@@ -73,7 +74,9 @@ def results(records: Sequence[Record], *, seed: int = 0) -> list[Result]:
         kl = float(np.mean([r["kl"] for r in group]))
         kept = float(np.mean([r["kept"] for r in group]))
         share = float(score / whole)
-        found.append(Result(method, keep, kept, float(score), share, float(low), float(high), kl, len(group)))
+        firsts = [r["first_kl"] for r in group if "first_kl" in r]
+        first_kl = float(np.mean(firsts)) if firsts else None
+        found.append(Result(method, keep, kept, float(score), share, float(low), float(high), kl, first_kl, len(group)))
     return sorted(found, key=lambda r: (r.method != FULL, r.method, -r.keep))
 
 
