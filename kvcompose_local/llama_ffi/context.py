@@ -110,6 +110,8 @@ class Context:
 
     def _on_tensor(self, tensor: int, ask: bool, _user_data: object) -> bool:
         """llama.cpp asks for each node whether we want it (True), then shows it (False stops the graph)."""
+        if self.tap is None and self.watch is None:
+            return not ask
         prefix = self.tap_prefix if self.tap is not None else _WATCH_PREFIX
         try:
             name = _ggml_get_name(tensor)
