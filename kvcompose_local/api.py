@@ -21,7 +21,10 @@ from kvcompose_local.compaction import CacheMemory, CompactionReport
 from kvcompose_local.engines import open_engine
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.interfaces import CacheLayout, Progress, Sampling
-from kvcompose_local.llama_ffi import CACHE_TYPES, Model, add_workers, layers_to_offload
+from kvcompose_local.llama_ffi.context import CACHE_TYPES
+from kvcompose_local.llama_ffi.library import layers_to_offload
+from kvcompose_local.llama_ffi.model import Model
+from kvcompose_local.llama_ffi.rpc import add_workers
 
 SCORINGS = ("replay", "profile")
 

@@ -30,7 +30,7 @@ from kvcompose_local.evaluation.command import eval_command, profile_command
 if TYPE_CHECKING:
     from kvcompose_local.chat import Chat
     from kvcompose_local.interfaces import Progress, Sampling
-    from kvcompose_local.llama_ffi import Loading
+    from kvcompose_local.llama_ffi.model import Loading
     from kvcompose_local.repl import Interrupts, Status
     from kvcompose_local.sessions import Setup
 
@@ -155,7 +155,10 @@ def run(
     """
     check_numbers(budget, n_ctx)
     load = begin_loading(context, model, gpu_layers) if session is None and rpc is None else None
-    # Imported while the model is loaded.
+    # Imported while the model is loaded, some of it for what comes later.
+    import jinja2  # noqa: F401
+
+    import kvcompose_local.api  # noqa: F401
     from kvcompose_local import models, sessions
     from kvcompose_local.interfaces import Sampling
     from kvcompose_local.repl import COMMANDS, Interrupts, Repl, Status, read_text_file
@@ -277,7 +280,8 @@ def begin_loading(context: click.Context, model: str | None, gpu_layers: int | N
         models.check_gguf(path)
     except KVComposeError:
         return None
-    from kvcompose_local.llama_ffi import Loading, layers_to_offload
+    from kvcompose_local.llama_ffi.library import layers_to_offload
+    from kvcompose_local.llama_ffi.model import Loading
 
     loading = Loading(path, gpu_layers=layers_to_offload(gpu_layers))
     context.call_on_close(loading.close)
@@ -336,7 +340,7 @@ def open_chat(
     """A chat whose progress is shown, and whose conversation outlives an abort."""
     # llama.cpp is loaded only now, so that wrong usage and --help answer at once.
     from kvcompose_local.api import LocalChat
-    from kvcompose_local.llama_ffi import Model
+    from kvcompose_local.llama_ffi.model import Model
 
     with interrupts.caught():  # an exception would be lost in native frames
         local = LocalChat(
@@ -381,7 +385,7 @@ def drawn_at(engine: Any, sampling: Sampling, temperature: float) -> Iterator[No
 @contextlib.contextmanager
 def saved_on_abort(chat: Chat) -> Iterator[None]:
     """Write the transcript down if llama.cpp aborts meanwhile, as it does when a worker is lost."""
-    from kvcompose_local.llama_ffi import on_abort
+    from kvcompose_local.llama_ffi.library import on_abort
 
     def save(_reason: str) -> None:
         messages = chat.messages + ([{"role": "assistant", "content": chat.answering}] if chat.answering else [])
@@ -481,15 +485,15 @@ def compress(
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: physical cores]")
 def rpc_server(host: str, port: int, threads: int | None) -> None:
     """Be a worker for `run --rpc HOST:PORT` on another machine, until Ctrl-C."""
-    from kvcompose_local import llama_ffi
     from kvcompose_local.engines import physical_cores
+    from kvcompose_local.llama_ffi.rpc import is_loopback, serve
 
-    if not llama_ffi.is_loopback(host):
+    if not is_loopback(host):
         click.echo(
             f"warning: the RPC protocol has no authentication: whoever reaches {host}:{port} can use this machine",
             err=True,
         )
-    llama_ffi.serve(host, port, threads or physical_cores())
+    serve(host, port, threads or physical_cores())
 
 
 @cli.group("models", invoke_without_command=True, short_help="List, fetch and locate the models known by name.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import errno
 import http.client
 import json
 import os
@@ -13,38 +12,19 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from kvcompose_local.errors import DownloadError
-from kvcompose_local.resources import CACHE_VARIABLE
+from kvcompose_local.resources import ByteProgress, clear_disk_errors
 
-#: Called with (bytes done, bytes in all, 0 where unknown). May raise to stop; what was fetched stays.
-ByteProgress = Callable[[int, int], None]
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CHUNK = 1 << 18
 _TRIES = 3
 _TIMEOUT_SECONDS = 30
 _WORTH_ANOTHER_TRY = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
 _PERMANENT = (ssl.SSLCertVerificationError, FileNotFoundError, IsADirectoryError, PermissionError)
-
-
-@contextmanager
-def clear_disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the file system refuses about ``path`` into one line that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in DISK_FULL:
-            raise DownloadError(f"the disk is full: make room in {path.parent}, then try again") from error
-        raise DownloadError(
-            f"cannot write {path} ({error.strerror or error}): "
-            f"make the folder writable, or set {CACHE_VARIABLE} to another"
-        ) from error
 
 
 def fetch(url: str, target: Path, *, progress: ByteProgress | None = None, cafile: str | None = None) -> None:

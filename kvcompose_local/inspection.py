@@ -10,7 +10,8 @@ import psutil
 from kvcompose_local.cells import row_bytes
 from kvcompose_local.engines import DEFAULT_CTX
 from kvcompose_local.errors import InvalidInput, ModelError
-from kvcompose_local.llama_ffi import CACHE_TYPES, Model
+from kvcompose_local.llama_ffi.context import CACHE_TYPES
+from kvcompose_local.llama_ffi.model import Model
 
 BUDGETS = (1.0, 0.5, 0.25, 0.1)
 MIB = 2**20

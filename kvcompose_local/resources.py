@@ -1,13 +1,19 @@
-"""Where things are: data files of the package, and the user's cache folder."""
+"""Where things are: data files of the package, and the user's cache folder; what a disk may refuse."""
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from kvcompose_local.errors import KVComposeError
+from kvcompose_local.errors import DownloadError, KVComposeError
 
 CACHE_VARIABLE = "KVCOMPOSE_CACHE"
+#: Called with (bytes done, bytes in all, 0 where unknown). May raise to stop; what was fetched stays.
+ByteProgress = Callable[[int, int], None]
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def data_file(name: str) -> Path:
@@ -26,3 +32,17 @@ def cache_folder() -> Path:
     from platformdirs import user_cache_path  # late: the build needs this module before anything is installed
 
     return user_cache_path("kvcompose-local")
+
+
+@contextmanager
+def clear_disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the file system refuses about ``path`` into one line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise DownloadError(f"the disk is full: make room in {path.parent}, then try again") from error
+        raise DownloadError(
+            f"cannot write {path} ({error.strerror or error}): "
+            f"make the folder writable, or set {CACHE_VARIABLE} to another"
+        ) from error

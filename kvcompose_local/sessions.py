@@ -36,10 +36,9 @@ from kvcompose_local import __version__
 from kvcompose_local.build import read_pin
 from kvcompose_local.chat import Chat, ChatState, Place, Step
 from kvcompose_local.compaction import MemoryState
-from kvcompose_local.download import DISK_FULL
 from kvcompose_local.errors import InvalidInput, KVComposeError, SessionError
 from kvcompose_local.interfaces import CacheSnapshot, ModelShape, Progress
-from kvcompose_local.resources import cache_folder, data_file
+from kvcompose_local.resources import DISK_FULL, cache_folder, data_file
 
 FORMAT = 2
 SUFFIX = ".kvc"

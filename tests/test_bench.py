@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from kvcompose_local.bench import measure
 from kvcompose_local.build import library_dir
 from kvcompose_local.cli import cli
-from kvcompose_local.llama_ffi import library_is_patched, library_path
+from kvcompose_local.llama_ffi.cells import library_is_patched
+from kvcompose_local.llama_ffi.library import library_path
 
 pytestmark = pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
 

@@ -18,7 +18,7 @@ import pytest
 
 from kvcompose_local import build
 from kvcompose_local.errors import BuildError, DownloadError, InvalidInput
-from kvcompose_local.llama_ffi import library_path
+from kvcompose_local.llama_ffi.library import library_path
 from kvcompose_local.resources import data_file
 
 CMAKE = """\

@@ -19,8 +19,9 @@ import pytest
 from local_server import Serving, Site
 
 from kvcompose_local import download
-from kvcompose_local.download import clear_disk_errors, fetch, find_wheel
+from kvcompose_local.download import fetch, find_wheel
 from kvcompose_local.errors import DownloadError
+from kvcompose_local.resources import clear_disk_errors
 
 CONTENT = random.Random(7).randbytes(1_500_000)
 

@@ -19,7 +19,7 @@ from kvcompose_local.evaluation.harness import FULL, Evaluation, read_records, r
 from kvcompose_local.evaluation.methods import find_method, method_names
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import TASKS, Question, make_item
-from kvcompose_local.llama_ffi import library_is_patched
+from kvcompose_local.llama_ffi.cells import library_is_patched
 from kvcompose_local.profiles import Profile
 from kvcompose_local.scores import token_scores
 

@@ -14,7 +14,9 @@ from kvcompose_local.compaction import CacheMemory, CompactionReport
 from kvcompose_local.engines import open_engine
 from kvcompose_local.engines.patched import PatchedEngine
 from kvcompose_local.interfaces import FloatArray, IntArray
-from kvcompose_local.llama_ffi import Context, Model, library_is_patched
+from kvcompose_local.llama_ffi.cells import library_is_patched
+from kvcompose_local.llama_ffi.context import Context
+from kvcompose_local.llama_ffi.model import Model
 
 pytestmark = pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
 

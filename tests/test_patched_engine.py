@@ -20,7 +20,9 @@ from kvcompose_local.engines.patched import N_SINKS, PatchedEngine
 from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput, ModelError
 from kvcompose_local.interfaces import IntArray, Sampling
-from kvcompose_local.llama_ffi import Model, PerLayerCells, add_workers, library_is_patched
+from kvcompose_local.llama_ffi.cells import PerLayerCells, library_is_patched
+from kvcompose_local.llama_ffi.model import Model
+from kvcompose_local.llama_ffi.rpc import add_workers
 
 pytestmark = pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
 

@@ -17,7 +17,7 @@ from test_cli import program, refused
 from kvcompose_local import profiles
 from kvcompose_local.compaction import CacheMemory, Policy
 from kvcompose_local.errors import InvalidInput, KVComposeError
-from kvcompose_local.llama_ffi import library_path
+from kvcompose_local.llama_ffi.library import library_path
 from kvcompose_local.profiles import Profile, average
 
 TWO = Profile("Two layers", "ab", (0.25, 0.5, 1.0), ((0.1, 0.4), (0.2, 0.8), (1.0, 1.0)), 1, 100)

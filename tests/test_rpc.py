@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from kvcompose_local.errors import EngineError, InvalidInput
-from kvcompose_local.llama_ffi import add_workers, is_loopback, library_is_patched
-from kvcompose_local.llama_ffi.rpc import parse_endpoint
+from kvcompose_local.llama_ffi.cells import library_is_patched
+from kvcompose_local.llama_ffi.rpc import add_workers, is_loopback, parse_endpoint
 
 pytestmark = pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
 PROGRAM = [sys.executable, "-m", "kvcompose_local.cli"]

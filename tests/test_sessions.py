@@ -32,7 +32,9 @@ from kvcompose_local.engines import open_engine
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.errors import EngineError, InvalidInput, SessionError
 from kvcompose_local.interfaces import CacheSnapshot, FloatArray, Sampling
-from kvcompose_local.llama_ffi import CACHE_TYPES, library_is_patched, library_path
+from kvcompose_local.llama_ffi.cells import library_is_patched
+from kvcompose_local.llama_ffi.context import CACHE_TYPES
+from kvcompose_local.llama_ffi.library import library_path
 from kvcompose_local.sessions import Setup
 
 TinyModel = Callable[..., Path]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +18,8 @@ from kvcompose_local.engines.base import softmax_queries
 from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput, ModelError
 from kvcompose_local.interfaces import FloatArray, IntArray, Sampling
-from kvcompose_local.llama_ffi import Context, Loading, Model
+from kvcompose_local.llama_ffi.context import Context
+from kvcompose_local.llama_ffi.model import Loading, Model
 
 GREEDY = Sampling(temperature=0)
 ATTENTION_ONLY = ("llama", "qwen2", "qwen3", "phi3")
@@ -250,10 +252,32 @@ def test_a_file_llama_cpp_refuses_gets_its_reason(tmp_path: Path) -> None:
         Model(path)
 
 
+def test_the_log_stays_ours_when_llama_cpp_python_is_imported_late(tmp_path: Path) -> None:
+    from tiny_models import write_tiny_model
+
+    whole = write_tiny_model(tmp_path / "whole.gguf")
+    (tmp_path / "cut.gguf").write_bytes(whole.read_bytes()[:-2000])
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "from kvcompose_local.errors import ModelError\n"
+        "from kvcompose_local.llama_ffi.model import Model\n"
+        "assert not {'llama_cpp', 'numpy'} & set(sys.modules)\n"
+        "whole, cut = map(Path, sys.argv[1:])\n"
+        "Model(whole).render_chat([{'role': 'user', 'content': 'x'}], add_generation_prompt=True)\n"
+        "assert 'llama_cpp.llama' in sys.modules\n"
+        "try: Model(cut)\n"
+        "except ModelError as error: print(error)\n"
+    )
+    command = [sys.executable, "-c", code, str(whole), str(tmp_path / "cut.gguf")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert re.fullmatch(r"llama.cpp cannot load cut.gguf \(.+\)\n", done.stdout)
+    assert done.stderr == ""
+
+
 def test_a_native_abort_ends_in_one_line() -> None:
     code = (
-        "from kvcompose_local.llama_ffi import library, on_abort\n"
-        "on_abort.append(lambda reason: print('saved', flush=True))\n"
+        "from kvcompose_local.llama_ffi import library\n"
+        "library.on_abort.append(lambda reason: print('saved', flush=True))\n"
         "library._native.ggml_abort(b'x.c', 7, b'tensor\\nboom')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from test_cli import endless
 
-from kvcompose_local.llama_ffi import library_path
+from kvcompose_local.llama_ffi.library import library_path
 from kvcompose_local.repl import COMMANDS
 
 pexpect = pytest.importorskip("pexpect")

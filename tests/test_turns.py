@@ -14,7 +14,7 @@ from kvcompose_local.compaction import CacheMemory
 from kvcompose_local.engines import open_engine
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.interfaces import ByteArray, FloatArray, Sampling
-from kvcompose_local.llama_ffi import library_is_patched
+from kvcompose_local.llama_ffi.cells import library_is_patched
 
 pytestmark = pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
 

@@ -57,7 +57,7 @@ def bench_command(
     from kvcompose_local.bench import measure
     from kvcompose_local.errors import InvalidInput
     from kvcompose_local.evaluation.tasks import prose
-    from kvcompose_local.llama_ffi import library_is_patched
+    from kvcompose_local.llama_ffi.cells import library_is_patched
     from kvcompose_local.repl import Status
 
     status = Status(sys.stderr)

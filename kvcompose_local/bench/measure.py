@@ -31,7 +31,8 @@ from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, S
 from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import EngineError, InvalidInput, KVComposeError
 from kvcompose_local.interfaces import CacheSnapshot, LayerShape, Sampling
-from kvcompose_local.llama_ffi import Model, library_path
+from kvcompose_local.llama_ffi.library import library_path
+from kvcompose_local.llama_ffi.model import Model
 
 UNPATCHED = "unpatched llama.cpp"
 TWIN = "the same, patched"

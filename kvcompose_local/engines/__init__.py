@@ -14,7 +14,9 @@ from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, S
 from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import InvalidInput, ModelError
 from kvcompose_local.interfaces import Sampling
-from kvcompose_local.llama_ffi import F16, Model, library_is_patched
+from kvcompose_local.llama_ffi.cells import library_is_patched
+from kvcompose_local.llama_ffi.context import F16
+from kvcompose_local.llama_ffi.model import Model
 
 #: Positions a chat may span when the user does not say.
 DEFAULT_CTX = 8192

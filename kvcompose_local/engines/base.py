@@ -23,7 +23,8 @@ from kvcompose_local.interfaces import (
     Sampling,
     even_parts,
 )
-from kvcompose_local.llama_ffi import Context, Model, SoftmaxTap
+from kvcompose_local.llama_ffi.context import Context, SoftmaxTap
+from kvcompose_local.llama_ffi.model import Model
 
 #: Bounds of the bytes that one explicit softmax, float32 (heads, queries, n_kv), may take in the compute buffer. What
 #: it works in is half as much.

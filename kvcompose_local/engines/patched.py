@@ -23,7 +23,10 @@ from kvcompose_local.interfaces import (
     ModelShape,
     Sampling,
 )
-from kvcompose_local.llama_ffi import F16, Context, Model, PerLayerCells, give_small_blocks_back
+from kvcompose_local.llama_ffi.cells import PerLayerCells
+from kvcompose_local.llama_ffi.context import F16, Context
+from kvcompose_local.llama_ffi.library import give_small_blocks_back
+from kvcompose_local.llama_ffi.model import Model
 
 #: Tokens of the largest prefill micro-batch, of which most have a tile less: 512 read no faster on the processors
 #: measured, and take 20 MiB more of work buffers (Qwen2.5 0.5B, 8,192 cells).

@@ -24,7 +24,8 @@ from kvcompose_local.interfaces import (
     ModelShape,
     Sampling,
 )
-from kvcompose_local.llama_ffi import F16, Context, Model
+from kvcompose_local.llama_ffi.context import F16, Context
+from kvcompose_local.llama_ffi.model import Model
 
 
 def uniform_shape(model: Model, cache_type: int) -> ModelShape:

@@ -24,7 +24,7 @@ from kvcompose_local.evaluation.methods import find_method
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import Item, Question
 from kvcompose_local.interfaces import CacheSnapshot, FloatArray, IntArray
-from kvcompose_local.llama_ffi import CACHE_TYPES
+from kvcompose_local.llama_ffi.context import CACHE_TYPES
 
 #: The name of the uncompressed cache among the methods.
 FULL = "full"

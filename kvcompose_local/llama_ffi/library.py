@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.machinery
+import importlib.util
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,25 @@ def give_small_blocks_back() -> None:
         malloc_trim(0)
 
 
+@contextmanager
+def _without_high_level() -> Iterator[None]:
+    """Import modules of llama_cpp without what its ``__init__`` imports, which takes longer than loading llama.cpp.
+
+    Whoever imports the package later gets all of it, on the same library.
+    """
+    found = None if "llama_cpp" in sys.modules else importlib.util.find_spec("llama_cpp")
+    if found is None:
+        yield
+        return
+    bare = importlib.util.module_from_spec(importlib.machinery.ModuleSpec("llama_cpp", None, is_package=True))
+    bare.__path__ = list(found.submodule_search_locations or [])
+    sys.modules["llama_cpp"] = bare
+    try:
+        yield
+    finally:
+        del sys.modules["llama_cpp"]
+
+
 def _import_library() -> Any:
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # a backtrace starts gdb, which may hang
     if _LIBRARY_VARIABLE not in os.environ:
@@ -49,7 +71,8 @@ def _import_library() -> Any:
         if built is not None:
             os.environ[_LIBRARY_VARIABLE] = str(built)
     try:
-        import llama_cpp.llama_cpp as lib
+        with _without_high_level():
+            import llama_cpp.llama_cpp as lib
     except ImportError as error:
         raise EngineError(
             "llama-cpp-python is not installed: run scripts/setup, or pip install llama-cpp-python"
@@ -85,6 +108,14 @@ def _on_log(level: int, text: bytes, _user_data: object) -> None:
         _log_lines.append(line)
     if os.environ.get("KVCOMPOSE_LOG"):
         print(line, file=sys.stderr)
+
+
+def chat_formatter() -> Any:
+    """llama-cpp-python's ``Jinja2ChatFormatter``, whose package takes the log for itself when it is imported."""
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    lib.llama_log_set(_on_log, ctypes.c_void_p(0))
+    return Jinja2ChatFormatter
 
 
 def clear_log() -> None:

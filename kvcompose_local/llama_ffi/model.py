@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from kvcompose_local.errors import EngineError, ModelError
-from kvcompose_local.llama_ffi.library import clear_log, last_log, lib
+from kvcompose_local.llama_ffi.library import chat_formatter, clear_log, last_log, lib
 
 #: For models that bring none. Roles on lines of their own are what base models have seen most.
 PLAIN_TEMPLATE = (
@@ -155,15 +156,13 @@ class Model:
         A model without a template (a base model) gets :data:`PLAIN_TEMPLATE`. Raises ModelError when the template
         fails or refuses the messages.
         """
-        # Importing the formatter costs 0.2 s, which a one-shot completion without a template need not pay.
-        import jinja2
-        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+        import jinja2  # late: a model is loaded meanwhile
 
         template = self.chat_template() or PLAIN_TEMPLATE
         try:
             if self._formatter is None or self._formatter.add_generation_prompt != add_generation_prompt:
                 bos, eos = self.special_text("bos"), self.special_text("eos")
-                self._formatter = Jinja2ChatFormatter(template, eos, bos, add_generation_prompt)
+                self._formatter = chat_formatter()(template, eos, bos, add_generation_prompt)
             return str(self._formatter(messages=list(messages)).prompt)
         except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
             raise ModelError(f"the model's chat template failed: {error}") from error
@@ -219,6 +218,9 @@ class Loading:
         self._error: BaseException | None = None
         self._percent = 0
         self._closed = False
+        self._switch_interval = sys.getswitchinterval()
+        # llama.cpp logs some thousand lines meanwhile, and each waits for whoever runs Python.
+        sys.setswitchinterval(1e-4)
         self._thread = threading.Thread(target=self._load, daemon=True)
         self._thread.start()
 
@@ -228,6 +230,8 @@ class Loading:
             self._model = Model(path, gpu_layers=gpu_layers, progress=self._on_progress)
         except BaseException as error:
             self._error = error
+        finally:
+            sys.setswitchinterval(self._switch_interval)
 
     def _on_progress(self, percent: int, _total: int) -> None:
         self._percent = percent

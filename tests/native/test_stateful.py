@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 from kvcompose_local.errors import KVComposeError
-from kvcompose_local.llama_ffi import Context, Model, PerLayerCells, library_is_patched
+from kvcompose_local.llama_ffi.cells import PerLayerCells, library_is_patched
+from kvcompose_local.llama_ffi.context import Context
+from kvcompose_local.llama_ffi.model import Model
 
 STEPS = 150
 RUNS = [
