@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import math
@@ -156,9 +157,8 @@ def run(
     check_numbers(budget, n_ctx)
     load = begin_loading(context, model, gpu_layers) if session is None and rpc is None else None
     # Imported while the model is loaded, some of it for what comes later.
-    import jinja2  # noqa: F401
-
-    import kvcompose_local.api  # noqa: F401
+    for name in ("jinja2", "kvcompose_local.api"):
+        importlib.import_module(name)
     from kvcompose_local import models, sessions
     from kvcompose_local.interfaces import Sampling
     from kvcompose_local.repl import COMMANDS, Interrupts, Repl, Status, read_text_file

@@ -47,7 +47,7 @@ def give_small_blocks_back() -> None:
 
 @contextmanager
 def _without_high_level() -> Iterator[None]:
-    """Import modules of llama_cpp without what its ``__init__`` imports, which takes longer than loading llama.cpp.
+    """Import modules of llama_cpp without what its ``__init__`` imports, several times the bindings.
 
     Whoever imports the package later gets all of it, on the same library.
     """

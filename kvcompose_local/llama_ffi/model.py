@@ -19,6 +19,9 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
+#: Seconds that a thread may keep Python's lock. Read once: of two loadings neither may restore the other's.
+_USUAL_SWITCH, _SHORT_SWITCH = sys.getswitchinterval(), 1e-4
+
 
 class Model:
     """A loaded GGUF model and its vocabulary.
@@ -156,7 +159,7 @@ class Model:
         A model without a template (a base model) gets :data:`PLAIN_TEMPLATE`. Raises ModelError when the template
         fails or refuses the messages.
         """
-        import jinja2  # late: a model is loaded meanwhile
+        import jinja2  # late: loading a model need not wait for it
 
         template = self.chat_template() or PLAIN_TEMPLATE
         try:
@@ -218,9 +221,8 @@ class Loading:
         self._error: BaseException | None = None
         self._percent = 0
         self._closed = False
-        self._switch_interval = sys.getswitchinterval()
         # llama.cpp logs some thousand lines meanwhile, and each waits for whoever runs Python.
-        sys.setswitchinterval(1e-4)
+        sys.setswitchinterval(_SHORT_SWITCH)
         self._thread = threading.Thread(target=self._load, daemon=True)
         self._thread.start()
 
@@ -231,7 +233,7 @@ class Loading:
         except BaseException as error:
             self._error = error
         finally:
-            sys.setswitchinterval(self._switch_interval)
+            sys.setswitchinterval(_USUAL_SWITCH)
 
     def _on_progress(self, percent: int, _total: int) -> None:
         self._percent = percent
