@@ -9,7 +9,7 @@ Tokens are read as live cells until the next ones would not fit beside the repla
 3. all compete for the arena's bytes, less what the live region needs (:mod:`budgets`);
 4. the winners are aligned into composite tokens (:mod:`selection`) and the engine rewrites its cells.
 
-With a layer profile (:mod:`profiles`) step 1 replays the newest tokens alone, and step 3 looks the budgets up.
+With a layer profile (:mod:`profiles`) step 1 replays only what nothing was seen of, and step 3 looks the budgets up.
 
 Nothing is compressed before it must be, and nothing is changed before step 4.
 """
@@ -78,11 +78,10 @@ PINNED = 2.0**20
 _IDLE_CHUNK = 64
 #: A replayed chunk looks for itself among these many live tokens before it, not in the whole cache (docs/trials.md).
 N_BEFORE = 64
-#: With a layer profile these many of the newest tokens are replayed: text that was not watched while it was read, such
-#: as answers, is ranked by what they look at.
-N_LOOKING_BACK = 64
 #: Attention of a token to the ones just before it says nothing about who else needs them.
 N_NEAREST = 16
+#: The newest tokens of watched text: too few looked at them for what was seen to say anything.
+N_UNSEEN = 2 * N_NEAREST
 
 
 def near_chunk(start: int, stop: int) -> slice:
@@ -287,10 +286,7 @@ class CacheMemory:
         if n_scored == 0:
             return None
         started = time.perf_counter()
-        if self.profile is None:
-            self._replay(n_scored, self.policy.n_scratch, self._replayed, self.on_progress)
-        else:
-            self._look_back()
+        self._replay(n_scored, self.policy.n_scratch, self._replayed, self.on_progress)
         replayed = time.perf_counter()
         n_composable = before.position - n_tail
         pinned = self._pinned(n_composable)
@@ -328,7 +324,7 @@ class CacheMemory:
 
         Looked at for every layer of a short chunk, so that a user who is done typing waits for a moment only.
         """
-        if not self.compose or self.profile is not None:
+        if not self.compose:
             return
         with contextlib.suppress(_Stopped):
             n_scored = self.engine.layout().n_live - self.policy.n_tail
@@ -342,7 +338,9 @@ class CacheMemory:
         """Of each layer's rows but the newest, float32 (H, K_l + n_scored): what they got in their replay."""
         scores = []
         for old, attention in zip(self._scores, self._replayed.result(), strict=True):
-            new = token_scores(attention[None, :, :n_scored], len(old), add_mean_across_heads=False)[0]
+            new = np.zeros((len(old), n_scored), np.float32)
+            replayed = attention[:, :n_scored]  # none of them where a profile left nothing to replay
+            new[:, : replayed.shape[1]] = token_scores(replayed[None], len(old), add_mean_across_heads=False)[0]
             new[:, pinned] = PINNED
             scores.append(np.concatenate([old, new], axis=1))
         return scores
@@ -364,6 +362,8 @@ class CacheMemory:
 
     def _replay(self, n_scored: int, n_cells: int, seen: AttentionSink, progress: Progress | None) -> None:
         """Those of the first ``n_scored`` live tokens that were not, once more, in chunks of up to ``n_cells``."""
+        if self.profile is not None:
+            self._n_replayed = max(self._n_replayed, self._n_seen())
         if self._n_replayed >= n_scored:
             return
         step = self._replay_room(max(n_cells, 1))
@@ -390,11 +390,11 @@ class CacheMemory:
             raise ContextFull("no free cells are left to score the text in")
         return room
 
-    def _look_back(self) -> None:
-        """Replay the newest tokens, which look at every live cell."""
-        part = self._live()[-self._replay_room(N_LOOKING_BACK) :]
-        self._furthest = max(self._furthest, len(self.tokens) + len(part))
-        self.engine.replay(part, self._replayed)
+    def _n_seen(self) -> int:
+        """Live tokens that later ones were seen to look at; the newest, and answers until text follows, are not."""
+        layers = zip(self._seen.result(), self.engine.layout().composed, strict=True)
+        n_shown = max(int(attention.shape[1]) - n_composed for attention, n_composed in layers)
+        return max(0, n_shown - N_UNSEEN)
 
     def _budgets(self, scores: Sequence[FloatArray], n_tail: int, at_most: int | None, n_pinned: int) -> IntArray:
         """Composed cells of each layer, within ``at_most`` bytes of all cells but for what is pinned."""

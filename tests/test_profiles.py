@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_cli import program, refused
 
 from kvcompose_local import profiles
-from kvcompose_local.compaction import CacheMemory, Policy
+from kvcompose_local.compaction import N_UNSEEN, CacheMemory, Policy
 from kvcompose_local.errors import InvalidInput, KVComposeError
 from kvcompose_local.llama_ffi.library import library_path
 from kvcompose_local.profiles import Profile, average
@@ -97,13 +97,24 @@ def test_a_profile_takes_the_place_of_the_replay() -> None:
     engine = FakeEngine(200, per_layer=True)
     memory = CacheMemory(engine, 1000, policy=Policy(4, 16, 64), profile=TWO)
     memory.feed([50, 240, *[100] * 150])
-    assert engine.replayed == [bytes([100] * 64)], "the newest tokens alone"
+    assert engine.replayed == [bytes([100] * (8 + N_UNSEEN - 4))], "what too few looked at, with its lead-in"
     few, many = (c.shape[1] for c in engine.composed)
     assert few < many <= 132
     assert few + many <= 2 * (200 - 4 - 16 - 64)
-    assert 240 in engine.composed[0][0], "the replay of the newest has looked at it"
-    memory.score(lambda: False)
-    assert len(engine.replayed) == 1, "there is nothing to do while nobody waits"
+    assert 240 in engine.composed[0][0], "what was seen while reading tells"
+
+
+def test_with_a_profile_only_what_nobody_saw_is_replayed() -> None:
+    engine = FakeEngine(200, per_layer=True)
+    memory = CacheMemory(engine, 1000, policy=Policy(N_UNSEEN, 16, 64), profile=TWO)
+    memory.feed([50, 240, *[100] * 98])
+    memory.compact()
+    assert engine.replayed == []
+    assert 240 in engine.composed[0][0]
+    for token in range(1, 11):  # an answer, which comes token by token
+        memory.feed([token])
+    memory.compact()
+    assert engine.replayed == [bytes([100] * 10)], "the oldest live tokens, which the answer moved out of the tail"
 
 
 @pytest.mark.parametrize("n", range(200, 1000, 333))

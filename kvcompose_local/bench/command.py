@@ -51,7 +51,8 @@ def bench_command(
     """Reading, compaction and decoding on MODEL, in one run; the last line is JSON.
 
     Every mode holds the same text in a context of its own, the modes take turns, and medians are shown. llama.cpp
-    without the patches takes part where `kvcompose-local build --stock` has built it.
+    without the patches takes part where `kvcompose-local build --stock` has built it, and reading by the layer profile
+    where MODEL has one.
     """
     from kvcompose_local import models
     from kvcompose_local.bench import measure

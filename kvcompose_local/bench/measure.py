@@ -23,6 +23,7 @@ import numpy as np
 import psutil
 from gguf import GGUFReader
 
+from kvcompose_local import profiles
 from kvcompose_local.build import library_dir
 from kvcompose_local.compaction import CacheMemory
 from kvcompose_local.engines import physical_cores
@@ -33,6 +34,8 @@ from kvcompose_local.errors import EngineError, InvalidInput, KVComposeError
 from kvcompose_local.interfaces import CacheSnapshot, LayerShape, Sampling
 from kvcompose_local.llama_ffi.library import library_path
 from kvcompose_local.llama_ffi.model import Model
+from kvcompose_local.profiles import Profile
+from kvcompose_local.sessions import model_digest
 
 UNPATCHED = "unpatched llama.cpp"
 TWIN = "the same, patched"
@@ -248,10 +251,15 @@ def measure(
         whole = full.snapshot()
         rewrite_seconds = _rewrite_seconds(full, whole)
         engines: dict[str, LlamaEngine | Worker] = {FULL: full}
+        profile = _profile(path)
         for keep in keeps:
             name = f"keep {keep:g}"
             cells = padded(int(keep * n_tokens))
             engines[name] = small = stack.enter_context(_patched(model, cells, threads, SMALL_MICRO_BATCH))
+            if profile is not None:
+                by_profile = _read_as_a_chat(f"{name}, profile", small, tokens, progress, profile)
+                modes.append(by_profile)  # which decodes as the other does
+                small.clear()
             modes.append(_read_as_a_chat(name, small, tokens, progress))
         full.restore(whole)
         library = library_dir(patched=False)
@@ -263,9 +271,10 @@ def measure(
                 engines[name] = worker
                 modes.append(Mode(name, n_tokens * full.shape.row_bytes))
 
+        decoding = [mode for mode in modes if mode.name in engines]
         for number in range(rounds + 1):
-            for place, mode in enumerate(modes):
-                progress("decoding:", number * len(modes) + place, (rounds + 1) * len(modes))
+            for place, mode in enumerate(decoding):
+                progress("decoding:", number * len(decoding) + place, (rounds + 1) * len(decoding))
                 engine = engines[mode.name]
                 rate = engine.decode_rate(n_decode) if isinstance(engine, Worker) else decode_rate(engine, n_decode)
                 if number:  # the first round warms up
@@ -284,11 +293,22 @@ def measure(
         )
 
 
+def _profile(path: Path) -> Profile | None:
+    """The model's layer profile, if it has one."""
+    with suppress(KVComposeError):
+        return profiles.find(model_digest(path))
+    return None
+
+
 def _read_as_a_chat(
-    name: str, engine: PatchedEngine, tokens: Sequence[int], progress: Callable[[str, int, int], None]
+    name: str,
+    engine: PatchedEngine,
+    tokens: Sequence[int],
+    progress: Callable[[str, int, int], None],
+    profile: Profile | None = None,
 ) -> Mode:
     """Read tokens into a cache that is too small for them, and leave it compacted."""
-    memory = CacheMemory(engine, len(tokens) + _ANSWER_CELLS)
+    memory = CacheMemory(engine, len(tokens) + _ANSWER_CELLS, profile=profile)
     started = time.perf_counter()
     memory.feed(tokens, lambda done, total: progress(f"reading, {name}:", done, total))
     memory.compact()
@@ -331,7 +351,7 @@ def tables(results: Sequence[LengthResult], model_bytes: int, bandwidth: float, 
     ]
     for result in results:
         base = result.mode(FULL).median
-        for mode in result.modes:
+        for mode in filter(lambda mode: mode.rates, result.modes):
             floor = bandwidth / (model_bytes + mode.kv_bytes)
             lines.append(
                 f"| {result.n_tokens} | {mode.name} | {mode.median:.1f} ({min(mode.rates):.1f}–{max(mode.rates):.1f}) "
@@ -376,6 +396,8 @@ def plot(results: Sequence[LengthResult], file: Path) -> None:
     figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
     for mode in results[0].modes:
         rates = [r.mode(mode.name).median for r in results]
+        if not any(rates):
+            continue
         axis.plot([r.n_tokens for r in results], rates, marker="o", label=mode.name)
     axis.set(xlabel="context, tokens", ylabel="decode, tokens/s", ylim=(0, None))
     axis.legend()

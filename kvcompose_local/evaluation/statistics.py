@@ -10,13 +10,15 @@ import numpy.typing as npt
 
 from kvcompose_local import profiles
 from kvcompose_local.attention import AttentionMax
-from kvcompose_local.compaction import N_LOOKING_BACK, N_NEAREST, near_chunk
+from kvcompose_local.compaction import N_NEAREST, near_chunk
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.interfaces import FloatArray
 from kvcompose_local.profiles import Profile
 from kvcompose_local.scores import token_scores
 from kvcompose_local.sessions import model_digest
 
+#: Tokens of :attr:`Statistics.look_back`.
+N_LOOKING_BACK = 64
 #: Queries of a recent-query method (SnapKV, arXiv 2404.14469, uses 32 with short contexts).
 N_RECENT = 32
 

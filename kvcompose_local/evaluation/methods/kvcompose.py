@@ -124,6 +124,31 @@ def replay_and_seen_tempered(stats: Statistics, n_cells: int) -> list[IntArray]:
     )
 
 
+@method("replay+seen-power")
+def replay_and_seen_power(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """Layer budgets by the square roots of the scores: the differences between layers are halved."""
+    scores = stats.scores(_both(stats))
+    return select_composites(scores, allocate_bytes([np.sqrt(s) for s in scores], [1] * len(scores), n_cells))
+
+
+@method("replay+seen-separators")
+def replay_and_seen_separators(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """Tokens without a letter or digit count half."""
+    model = stats.engine.model
+    bare = [not any(map(str.isalnum, model.token_bytes(t).decode("utf-8", "replace"))) for t in stats.tokens]
+    weight = np.where(bare, 0.5, 1.0).astype(np.float32)
+    return compose(stats, [s * weight for s in stats.scores(_both(stats))], n_cells)
+
+
+@method("replay+seen-smooth")
+def replay_and_seen_smooth(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """A token counts with a quarter of each neighbour: what belongs together is kept together."""
+    scores = stats.scores(_both(stats))
+    padded = [np.pad(s, ((0, 0), (1, 1))) for s in scores]
+    smooth = [s + np.float32(0.25) * (p[:, :-2] + p[:, 2:]) for s, p in zip(scores, padded, strict=True)]
+    return compose(stats, smooth, n_cells)
+
+
 @method("replay+seen-root")
 def replay_and_seen_root(stats: Statistics, n_cells: int) -> list[IntArray]:
     """The sum of the square roots: weak attention from both sources beats strong attention from one."""

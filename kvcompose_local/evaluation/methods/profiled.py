@@ -1,19 +1,48 @@
-"""Layer budgets from the model's profile, tokens by attention seen and a short look back: no replay of the text."""
+"""Layer budgets from the model's profile, tokens by attention seen: no replay of the text."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from kvcompose_local.compaction import N_UNSEEN
 from kvcompose_local.evaluation.methods import method
 from kvcompose_local.evaluation.statistics import Statistics
-from kvcompose_local.interfaces import IntArray
+from kvcompose_local.interfaces import FloatArray, IntArray
 from kvcompose_local.selection import select_composites
+
+
+def _by_profile(stats: Statistics, attention: list[FloatArray], n_cells: int) -> list[IntArray]:
+    scores = stats.scores(attention)
+    ones = np.ones(len(scores), np.int64)
+    budgets = stats.profile.budgets(stats.n_tokens, ones * stats.n_tokens, ones, [n_cells], 0 * ones)
+    return select_composites(scores, budgets)
 
 
 @method("profile")
 def profile(stats: Statistics, n_cells: int) -> list[IntArray]:
-    """As ``run --scoring profile`` does it."""
-    scores = stats.scores([a + b for a, b in zip(stats.look_back, stats.seen, strict=True)])
-    ones = np.ones(len(scores), np.int64)
-    budgets = stats.profile.budgets(stats.n_tokens, ones * stats.n_tokens, ones, [n_cells], 0 * ones)
-    return select_composites(scores, budgets)
+    """As ``run --scoring profile`` does it: only what nothing was seen of is replayed."""
+    attention = [layer.copy() for layer in stats.seen]
+    for layer, replayed in zip(attention, stats.replay, strict=True):
+        layer[:, -N_UNSEEN:] += replayed[:, -N_UNSEEN:]
+    return _by_profile(stats, attention, n_cells)
+
+
+@method("profile-look-back")
+def profile_look_back(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """The last 64 tokens are replayed and look at everything."""
+    return _by_profile(stats, [a + b for a, b in zip(stats.look_back, stats.seen, strict=True)], n_cells)
+
+
+@method("profile-replay")
+def profile_replay(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """The whole score with the profile's layer budgets: what the budgets alone cost."""
+    return _by_profile(stats, [a + b for a, b in zip(stats.replay, stats.seen, strict=True)], n_cells)
+
+
+@method("seen-budgets")
+def seen_with_whole_budgets(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """Attention seen with the layer budgets of the whole score: what the ranking alone costs."""
+    from kvcompose_local.budgets import allocate_bytes
+
+    whole = stats.scores([a + b for a, b in zip(stats.replay, stats.seen, strict=True)])
+    return select_composites(stats.scores(stats.seen), allocate_bytes(whole, [1] * len(whole), n_cells))
