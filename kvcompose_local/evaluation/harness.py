@@ -23,7 +23,7 @@ from kvcompose_local.errors import InvalidInput, KVComposeError
 from kvcompose_local.evaluation.methods import find_method
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import Item, Question
-from kvcompose_local.interfaces import CacheSnapshot, FloatArray, IntArray
+from kvcompose_local.interfaces import CacheSnapshot, IntArray
 from kvcompose_local.llama_ffi.context import CACHE_TYPES
 
 #: The name of the uncompressed cache among the methods.
@@ -56,10 +56,6 @@ class _Start:
     selection: list[IntArray] | None
     kept: float
     seconds: float
-
-
-def _ignore(_layer: int, _weights: FloatArray) -> None:
-    """Looks at no attention."""
 
 
 def check_method(name: str) -> None:
@@ -238,8 +234,7 @@ class Evaluation:
         self._others.clear()
 
     def _full_answer(self, asked: Sequence[int], max_tokens: int) -> Answer:
-        with self.engine.watching(_ignore):  # the explicit softmax is the faster one for a few tokens
-            self.engine.decode(asked)
+        self.engine.decode(asked)
         tokens: list[int] = []
         rows = []
         while len(tokens) < max_tokens:
@@ -255,10 +250,9 @@ class Evaluation:
         self, engine: PatchedEngine, asked: Sequence[int], question: Question, reference: Answer
     ) -> dict[str, Any]:
         expected = reference.tokens
-        with engine.watching(_ignore):
-            if len(asked) > 1:
-                engine.decode(asked[:-1])
-            rows = log_softmax(engine.decode_all([asked[-1], *expected[:-1]]))
+        if len(asked) > 1:
+            engine.decode(asked[:-1])
+        rows = log_softmax(engine.decode_all([asked[-1], *expected[:-1]]))
         kl = (np.exp(reference.log_probs) * (reference.log_probs - rows)).sum(axis=1)
         likelihood = rows[np.arange(len(expected)), expected].mean()
         best = rows.argmax(axis=1)
