@@ -3,7 +3,7 @@
 Source: arXiv 2509.05165, steps 6 to 9 of the method. A *composite token* of rank ``r`` joins the ``r``-th
 best token of every head of a layer; its score is the mean of theirs. All layers' composite tokens compete in
 one ranking, so a layer gets as many as it has among the best. Of equal scores the lower rank wins, then the
-lower layer.
+lower layer. :func:`allocate_tempered` is what the program uses.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.interfaces import FloatArray, IntArray
 from kvcompose_local.scores import Scores, as_layers, best_first_keys, key_indices
+
+#: The share of the cells that layers do not compete for.
+SHARED_EVENLY = 0.1
 
 
 def allocate_layer_budgets(
@@ -97,6 +100,36 @@ def allocate_bytes(
             ]
         budgets[layers] += _take_best(priorities, cost[layers], left)
     return budgets
+
+
+def allocate_tempered(
+    scores: Scores,
+    row_bytes: Sequence[int] | NDArray[Any],
+    byte_budget: int | Sequence[int] | NDArray[Any],
+    device: Sequence[int] | NDArray[Any] | None = None,
+) -> IntArray:
+    """As :func:`allocate_bytes`, but layers need the cells of their composite tokens in more than one head: int64 (L,).
+
+    A composite token is worth the power mean of exponent 1/2 of its heads' scores, not their arithmetic mean, and
+    :data:`SHARED_EVENLY` of each limit is shared out evenly before layers compete. Both are this project's own, and
+    halve the KL divergence at a tenth of the cells (docs/trials.md). Raises InvalidInput as :func:`allocate_bytes`
+    does, and for negative scores.
+    """
+    layers = as_layers(scores)
+    if any(layer.size and layer.min() < 0 for layer in layers):
+        raise InvalidInput("scores must not be negative")
+    cost = layer_counts("row_bytes", row_bytes, len(layers))
+    drawn_on = layer_counts("device", [0] * len(layers) if device is None else device, len(layers))
+    given = byte_budget if isinstance(byte_budget, Sequence | np.ndarray) else [byte_budget]
+    limits = [_count("byte_budget", limit) for limit in given]
+    floors = [
+        int(limit * SHARED_EVENLY) // needed
+        for index, limit in enumerate(limits)
+        if (needed := int(cost[drawn_on == index].sum()))
+    ]
+    # The rank by the mean of the roots is that by its square, which is the power mean.
+    roots = [np.sqrt(layer) for layer in layers]
+    return allocate_bytes(roots, row_bytes, byte_budget, device, min_per_layer=min(floors, default=0))
 
 
 def layer_counts(name: str, values: Sequence[int] | NDArray[Any], n_layers: int) -> IntArray:

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcompose_local.attention import AttentionMax
-from kvcompose_local.budgets import allocate_bytes
+from kvcompose_local.budgets import allocate_tempered
 from kvcompose_local.errors import ContextFull, InvalidInput
 from kvcompose_local.interfaces import (
     AttentionSink,
@@ -413,7 +413,7 @@ class CacheMemory:
             n_tokens, available = self.position - n_tail, [s.shape[1] for s in scores]
             return self.profile.budgets(n_tokens, available, row_bytes, room.tolist(), device, min_per_layer=n_pinned)
         if self.engine.per_layer:
-            return allocate_bytes(scores, row_bytes, room.tolist(), device=device)
+            return allocate_tempered(scores, row_bytes, room.tolist(), device=device)
         fitting = int((room // np.maximum(live_bytes, 1)).min())
         return np.array([min(fitting, s.shape[1]) for s in scores], np.int64)
 

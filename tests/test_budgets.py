@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from kvcompose_local.budgets import allocate_bytes, allocate_layer_budgets
+from kvcompose_local.budgets import allocate_bytes, allocate_layer_budgets, allocate_tempered
 from kvcompose_local.errors import InvalidInput
 
 # L=2, H=2, T=3; composite scores by rank: layer 0 has 6, 4, 1, layer 1 has 5, 2, 1
@@ -209,3 +209,38 @@ def test_bytes_equal_the_naive_greedy_choice(data, scores, n_devices, min_per_la
 def test_refuses_wrong_sizes_and_limits(arguments):
     with pytest.raises(InvalidInput):
         allocate_bytes(**{"scores": SCORES, "row_bytes": [8, 8], "byte_budget": 16, **arguments})
+
+
+# tempered
+
+
+def test_tempered_hand_worked():
+    # one head alone wants layer 0's tokens, (9 + 0) / 2 = 4.5; both want layer 1's, 4: the power mean is 2.25 against 4
+    scores = np.array([[[9.0, 9.0], [0.0, 0.0]], [[4.0, 4.0], [4.0, 4.0]]], np.float32)
+    assert allocate_bytes(scores, [8, 8], 16).tolist() == [2, 0]
+    assert allocate_tempered(scores, [8, 8], 16).tolist() == [0, 2]
+
+
+def test_a_tenth_of_the_cells_is_shared_out_evenly():
+    scores = [np.full((2, 100), 0.001, np.float32), np.full((2, 100), 1.0, np.float32)]
+    assert allocate_bytes(scores, [8, 8], 800).tolist() == [0, 100]
+    assert allocate_tempered(scores, [8, 8], 800).tolist() == [5, 95]
+    # each device's own limit counts, and what a layer lacks goes to the others
+    assert allocate_tempered(scores, [8, 8], [80, 800], device=[0, 1]).tolist() == [10, 100]
+    assert allocate_tempered([scores[0][:, :2], scores[1]], [8, 8], 800).tolist() == [2, 98]
+    assert allocate_tempered(scores, [0, 8], 400).tolist() == [0, 50]
+
+
+@given(ragged_scores(st.floats(0, 1, width=16)), st.integers(0, 400), st.integers(1, 9))
+def test_tempered_budgets_fill_their_limit(scores, byte_budget, row_bytes):
+    budgets = allocate_tempered(scores, [row_bytes] * len(scores), byte_budget)
+    available = [layer.shape[1] for layer in scores]
+    assert budgets.sum() == min(byte_budget // row_bytes, sum(available))
+    floor = byte_budget // 10 // (row_bytes * len(scores))
+    assert all(min(floor, n) <= budget <= n for budget, n in zip(budgets, available, strict=True))
+
+
+@pytest.mark.parametrize("arguments", [{"byte_budget": -1}, {"byte_budget": float("nan")}, {"scores": -SCORES}])
+def test_tempered_refuses(arguments):
+    with pytest.raises(InvalidInput):
+        allocate_tempered(**{"scores": SCORES, "row_bytes": [8, 8], "byte_budget": 16, **arguments})

@@ -120,7 +120,7 @@ def test_plots_are_drawn(table: list[dict[str, Any]], tmp_path: Path) -> None:
 def test_a_run_on_a_tiny_model_goes_on_where_it_stopped(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     item = make_item("needles_8", 0, 256, words)
-    trials = [(FULL, 1.0), ("replay+seen", 1.0), ("replay+seen", 0.3), ("published", 0.3), ("random", 0.3)]
+    trials = [(FULL, 1.0), ("kvcompose-local", 1.0), ("kvcompose-local", 0.3), ("published", 0.3), ("random", 0.3)]
 
     def run(wanted: list[tuple[str, float]]) -> list[dict[str, Any]]:
         engine, _ = open_engine(
@@ -138,12 +138,12 @@ def test_a_run_on_a_tiny_model_goes_on_where_it_stopped(tiny_model: Callable[...
     assert records[: len(first)] == first
     assert len(records) == len(trials) * 8 == len(read_records(output))
     by_trial = {trial: [r for r in records if (r["method"], r["keep"]) == trial] for trial in trials}
-    for r in by_trial["replay+seen", 1.0]:
+    for r in by_trial["kvcompose-local", 1.0]:
         assert max(r["kl"], r["first_kl"]) < 1e-3  # everything is kept, in another order
     for trial in trials[2:]:
         assert all(0.29 < r["kept"] <= 0.3 for r in by_trial[trial])
         assert np.mean([r["kl"] for r in by_trial[trial]]) > 1e-5
-    assert sum(by_trial["replay+seen", 0.3][0]["layer_cells"]) <= 0.3 * 3 * 3500
+    assert sum(by_trial["kvcompose-local", 0.3][0]["layer_cells"]) <= 0.3 * 3 * 3500
     output.write_text("not json\n" + output.read_text())
     with pytest.raises(InvalidInput, match="line 1"):
         read_records(output)
@@ -155,8 +155,8 @@ def test_quantized_and_streaming_trials(tiny_model: Callable[..., Path], tmp_pat
     trials = [
         ("full+q8_0", 1.0),
         ("full+q4_0", 1.0),
-        ("replay+seen+q8_0", 0.5),
-        ("replay+seen", 0.5),
+        ("kvcompose-local+q8_0", 0.5),
+        ("kvcompose-local", 0.5),
         ("streaming", 0.5),
     ]
     engine, _ = open_engine(tiny_model("llama", n_ctx=16384), n_ctx=room_for(3000), budget=1.0, n_threads=1)
@@ -167,11 +167,11 @@ def test_quantized_and_streaming_trials(tiny_model: Callable[..., Path], tmp_pat
     first = {r["method"]: r for r in evaluation.records if r["question"] == 0}
     kl = {name: np.mean([r["kl"] for r in evaluation.records if r["method"] == name]) for name, _ in trials}
     assert first["full+q8_0"]["kept"] == pytest.approx(34 / 64, abs=1e-3)
-    assert first["replay+seen+q8_0"]["kept"] == pytest.approx(17 / 64, abs=1e-3)
+    assert first["kvcompose-local+q8_0"]["kept"] == pytest.approx(17 / 64, abs=1e-3)
     assert first["streaming"]["kept"] <= 0.5
     assert max(first["streaming"]["layer_cells"]) > min(first["streaming"]["layer_cells"]) > 0
     assert 0 < kl["full+q8_0"] < kl["full+q4_0"]
-    assert kl["full+q8_0"] < kl["replay+seen"]
+    assert kl["full+q8_0"] < kl["kvcompose-local"]
 
 
 @needs_patch
@@ -192,7 +192,7 @@ def test_methods_keep_what_they_say(tiny_model: Callable[..., Path]) -> None:
                 assert all(len(set(row)) == len(row) for row in rows.tolist())
         expected = [a + b for a, b in zip(stats.replay, stats.seen, strict=True)]
         scores = [token_scores(a[None], 2, add_mean_across_heads=False)[0] for a in expected]
-        best = find_method("replay+seen")(stats, n_cells)
+        best = find_method("kvcompose-local")(stats, n_cells)
         for rows, score in zip(best, scores, strict=True):
             if rows.shape[1]:
                 assert (rows[:, 0] == score.argmax(axis=1)).all()
@@ -231,9 +231,9 @@ def test_ours_beats_the_window_on_a_real_model(real_model: Callable[[str], Path]
         "--keep",
         "0.3",
     ]
-    command += ["--methods", "replay+seen,sinks+recent", "-o", str(tmp_path / "o.jsonl"), "--json"]
+    command += ["--methods", "kvcompose-local,sinks+recent", "-o", str(tmp_path / "o.jsonl"), "--json"]
     done = CliRunner().invoke(cli, command)
     assert done.exit_code == 0, done.output
     shares = {r["method"]: r["share"] for r in json.loads(done.stdout)["results"]}
     assert shares[FULL] == 1
-    assert shares["replay+seen"] > 0.6 > shares["sinks+recent"]
+    assert shares["kvcompose-local"] > 0.6 > shares["sinks+recent"]

@@ -11,7 +11,7 @@ import click
 
 KEEPS = (0.75, 0.5, 0.25, 0.15, 0.1, 0.05)
 #: What the chat does, in the registry of methods.
-OURS = "replay+seen"
+OURS = "kvcompose-local"
 QUICK_TASKS = ("niah_multikey_1", "needles_8", "qa")
 QUICK_KEEPS = (0.5, 0.25, 0.1)
 

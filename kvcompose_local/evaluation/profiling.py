@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kvcompose_local import profiles
-from kvcompose_local.budgets import allocate_layer_budgets
+from kvcompose_local.budgets import allocate_tempered
 from kvcompose_local.compaction import Policy
 from kvcompose_local.engines.patched import PatchedEngine
 from kvcompose_local.evaluation.statistics import Statistics
@@ -43,7 +43,8 @@ def measure_profile(
         engine.clear()
         stats = Statistics(engine, tokens, n_scratch=policy.n_scratch, n_lead_in=policy.n_lead_in)
         scores = stats.scores([a + b for a, b in zip(stats.replay, stats.seen, strict=True)])
-        budgets.append(np.stack([allocate_layer_budgets(scores, keep) for keep in KEEPS]))
+        ones, n_cells = [1] * len(scores), len(tokens) * len(scores)
+        budgets.append(np.stack([allocate_tempered(scores, ones, int(keep * n_cells)) for keep in KEEPS]))
         lengths.append(len(tokens))
     progress(n_texts, n_texts)
     return profiles.average(model.name, model_sha256, budgets, lengths)

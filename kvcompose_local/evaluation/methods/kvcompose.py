@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvcompose_local.budgets import allocate_bytes
+from kvcompose_local.budgets import allocate_bytes, allocate_tempered
 from kvcompose_local.evaluation.methods import Method, by_kv_head, method
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.interfaces import FloatArray, IntArray
@@ -56,6 +56,13 @@ def replay_max(stats: Statistics, n_cells: int) -> list[IntArray]:
 def seen(stats: Statistics, n_cells: int) -> list[IntArray]:
     """Attention seen during prefill, without a replay."""
     return compose(stats, stats.scores(stats.seen), n_cells)
+
+
+@method("kvcompose-local")
+def as_the_chat(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """What the program does: the sum of both attentions, no mean over KV heads, tempered layer budgets."""
+    scores = stats.scores(_both(stats))
+    return select_composites(scores, allocate_tempered(scores, [1] * len(scores), n_cells))
 
 
 @method("replay+seen")
@@ -169,7 +176,6 @@ def _layer_power(exponent: float, between: float) -> Method:
 
 for _name, _method in {
     "power0.5": _power_mean(0.5),
-    "power0.5-floor0.1": _power_mean(0.5, floor=0.1),
     "power0.5-floor0.2": _power_mean(0.5, floor=0.2),
     "power0.5-floor0.4": _power_mean(0.5, floor=0.4),
     "power0.5-layers0.7": _layer_power(0.5, 0.7),
