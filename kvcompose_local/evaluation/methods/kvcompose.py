@@ -122,81 +122,46 @@ def replay_and_seen_recent(stats: Statistics, n_cells: int) -> list[IntArray]:
     return compose(stats, scores, n_cells)
 
 
-@method("replay+seen-tempered")
-def replay_and_seen_tempered(stats: Statistics, n_cells: int) -> list[IntArray]:
-    """A tenth of the cells is shared out evenly before layers compete for the rest."""
-    scores = stats.scores(_both(stats))
-    return select_composites(
-        scores, allocate_bytes(scores, [1] * len(scores), n_cells, min_per_layer=n_cells // 10 // len(scores))
-    )
-
-
-def by_power_mean(
-    stats: Statistics, scores: Sequence[FloatArray], n_cells: int, exponent: float, floor: float = 0.0
-) -> list[IntArray]:
+def _power_mean(exponent: float, *, floor: float = 0.0, smooth: bool = False) -> Method:
     """A composite token is worth the power mean of its heads' scores: geometric at 0, below it nearer the least.
 
-    floor: the share of the cells that is shared out evenly before layers compete.
+    floor: the share of the cells that is shared out evenly before layers compete; smooth: a token counts with a quarter
+    of each neighbour.
     """
-    ranked = [np.sort(np.maximum(s, 1e-9), axis=1)[:, ::-1].astype(np.float64) for s in scores]
-    if exponent == 0:
-        worth = [np.exp(np.log(r).mean(axis=0)) for r in ranked]
-    else:
-        worth = [(r**exponent).mean(axis=0) ** (1 / exponent) for r in ranked]
-    as_one_head = [w[None].astype(np.float32) for w in worth]
-    least = int(floor * n_cells) // len(scores)
-    return select_composites(scores, allocate_bytes(as_one_head, [1] * len(scores), n_cells, min_per_layer=least))
-
-
-def _power_mean(exponent: float, floor: float = 0.0, smooth: bool = False) -> Method:
-    def chosen(stats: Statistics, n_cells: int) -> list[IntArray]:
-        scores = stats.scores(_both(stats))
-        return by_power_mean(stats, _smooth(scores) if smooth else scores, n_cells, exponent, floor)
-
-    return chosen
-
-
-def _layer_power(exponent: float, between: float) -> Method:
-    """Of the budgets a power, so that large layers give to small ones."""
 
     def chosen(stats: Statistics, n_cells: int) -> list[IntArray]:
         scores = stats.scores(_both(stats))
-        worth = [s**exponent for s in scores]
-        budgets = allocate_bytes(worth, [1] * len(scores), n_cells).astype(np.float64)
-        shape = (budgets / stats.n_tokens) ** between
-        low, high = 0.0, 100.0
-        for _ in range(50):
-            middle = (low + high) / 2
-            fits = np.minimum(shape * middle, 1).sum() * stats.n_tokens <= n_cells
-            low, high = (middle, high) if fits else (low, middle)
-        return select_composites(scores, np.floor(np.minimum(shape * low, 1) * stats.n_tokens).astype(np.int64))
+        if smooth:
+            padded = [np.pad(s, ((0, 0), (1, 1))) for s in scores]
+            scores = [s + np.float32(0.25) * (p[:, :-2] + p[:, 2:]) for s, p in zip(scores, padded, strict=True)]
+        ranked = [np.sort(np.maximum(s, 1e-9), axis=1)[:, ::-1].astype(np.float64) for s in scores]
+        worth = [np.log(r) if exponent == 0 else r**exponent for r in ranked]
+        means = [w.mean(axis=0) for w in worth]
+        means = [np.exp(m) if exponent == 0 else m ** (1 / exponent) for m in means]
+        least = int(floor * n_cells) // len(scores)
+        as_one_head = [m[None].astype(np.float32) for m in means]
+        return select_composites(scores, allocate_bytes(as_one_head, [1] * len(scores), n_cells, min_per_layer=least))
 
     return chosen
 
 
 for _name, _method in {
+    "power0.25": _power_mean(0.25),
+    "power0.35": _power_mean(0.35),
     "power0.5": _power_mean(0.5),
+    "power0.7": _power_mean(0.7),
     "power0.5-floor0.2": _power_mean(0.5, floor=0.2),
     "power0.5-floor0.4": _power_mean(0.5, floor=0.4),
-    "power0.5-layers0.7": _layer_power(0.5, 0.7),
+    "power0.5-smooth": _power_mean(0.5, smooth=True),
     "geometric": _power_mean(0),
-    "harmonic": _power_mean(-1),
-    "least": _power_mean(-8),
     "geometric-floor": _power_mean(0, floor=0.1),
     "geometric-smooth": _power_mean(0, smooth=True),
+    "harmonic": _power_mean(-1),
+    "least": _power_mean(-8),
+    "smooth": _power_mean(1, smooth=True),
+    "tempered": _power_mean(1, floor=0.1),
 }.items():
     method(f"replay+seen-{_name}")(_method)
-
-
-@method("published-geometric")
-def published_geometric(stats: Statistics, n_cells: int) -> list[IntArray]:
-    """The published scores; a composite token is worth the geometric mean of its heads' scores."""
-    return by_power_mean(stats, stats.scores(stats.whole_replay, mean=True), n_cells, 0.0)
-
-
-def _smooth(scores: Sequence[FloatArray]) -> list[FloatArray]:
-    padded = [np.pad(s, ((0, 0), (1, 1))) for s in scores]
-    return [s + np.float32(0.25) * (p[:, :-2] + p[:, 2:]) for s, p in zip(scores, padded, strict=True)]
 
 
 @method("replay+seen-separators")
@@ -206,12 +171,6 @@ def replay_and_seen_separators(stats: Statistics, n_cells: int) -> list[IntArray
     bare = [not any(map(str.isalnum, model.token_bytes(t).decode("utf-8", "replace"))) for t in stats.tokens]
     weight = np.where(bare, 0.5, 1.0).astype(np.float32)
     return compose(stats, [s * weight for s in stats.scores(_both(stats))], n_cells)
-
-
-@method("replay+seen-smooth")
-def replay_and_seen_smooth(stats: Statistics, n_cells: int) -> list[IntArray]:
-    """A token counts with a quarter of each neighbour: what belongs together is kept together."""
-    return compose(stats, _smooth(stats.scores(_both(stats))), n_cells)
 
 
 @method("replay+seen-root")
