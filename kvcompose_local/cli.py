@@ -110,7 +110,7 @@ def cli(context: click.Context, debug: bool) -> None:
     default="replay",
     show_default=True,
     help="What compression goes by: a replay of the text, or the model's layer profile, which takes no time and "
-    "forgets more (docs/results.md).",
+    "forgets more (docs/trials.md).",
 )
 @click.option("--rpc", metavar="HOST:PORT[,…]", help="Spread layers and their cells over these workers (rpc-server).")
 @click.option(

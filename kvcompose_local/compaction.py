@@ -80,8 +80,8 @@ _IDLE_CHUNK = 64
 N_BEFORE = 64
 #: Attention of a token to the ones just before it says nothing about who else needs them.
 N_NEAREST = 16
-#: The newest tokens of watched text: too few looked at them for what was seen to say anything.
-N_UNSEEN = 2 * N_NEAREST
+#: The newest tokens of watched text, at which at most the last watched token looked: every eighth is watched.
+N_UNSEEN = N_NEAREST + 8
 
 
 def near_chunk(start: int, stop: int) -> slice:
