@@ -281,7 +281,7 @@ class CacheMemory:
         if not self.compose:
             raise InvalidInput("this chat runs at budget 1: start it with --budget below 1 to compress")
         before = self.engine.layout()
-        n_tail = min(self.policy.n_tail, before.n_live)
+        n_tail = self._n_tail(before.n_live) if keep is None else min(self.policy.n_tail, before.n_live)
         n_scored = before.n_live - n_tail
         if n_scored == 0:
             return None
@@ -318,6 +318,21 @@ class CacheMemory:
         if self.on_compaction is not None:
             self.on_compaction(report)
         return report
+
+    def _n_tail(self, n_live: int) -> int:
+        """Newest live tokens that a compaction leaves alone.
+
+        Where the others were scored while nobody waited, those that came since stay live, up to half of the headroom:
+        then there is nothing to wait for.
+        """
+        n_new, n_tail = n_live - self._n_replayed, self.policy.n_tail
+        if self._n_replayed and n_tail < n_new <= self.policy.n_headroom // 2 and self.n_pinned <= self._fitting(n_new):
+            n_tail = n_new
+        return min(n_tail, n_live)
+
+    def _fitting(self, n_tail: int) -> int:
+        """Composed cells that every layer may have beside a tail."""
+        return int((self._composed_room(n_tail) // np.maximum(self._live_bytes(), 1)).min())
 
     def score(self, stop: Callable[[], bool]) -> None:
         """Replay now what the next compaction would have to, until ``stop()`` says that there is no time left.
@@ -441,7 +456,7 @@ class CacheMemory:
             raise InvalidInput(f"there are no positions {start} to {stop}")
         before = self.pins
         self.pins = [*before, (start, stop)]
-        n_fitting = int((self._composed_room(self.policy.n_tail) // np.maximum(self._live_bytes(), 1)).min())
+        n_fitting = self._fitting(self.policy.n_tail)
         if self.n_pinned > n_fitting:
             n_pinned, self.pins = self.n_pinned, before
             raise ContextFull(

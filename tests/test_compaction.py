@@ -308,6 +308,32 @@ def test_scoring_stops_when_told_and_goes_on_later() -> None:
     assert memory.compact(0.9) is None, "only the tail is live"
 
 
+@pytest.mark.parametrize(("n_new", "spared"), [(16, True), (40, False)])
+def test_what_came_after_scoring_stays_live_where_it_is_little(n_new: int, spared: bool) -> None:
+    engine = FakeEngine(400)
+    memory = CacheMemory(engine, 1000, policy=Policy(4, 64, 32))
+    memory.feed([7] * 200)
+    memory.score(lambda: False)
+    n_before = len(engine.replayed)
+    memory.feed([8] * n_new)
+    report = memory.compact()
+    assert report is not None
+    assert (len(engine.replayed) == n_before) == spared
+    assert report.n_live == (n_new + 4 if spared else 4)
+
+
+def test_what_is_pinned_needs_no_less_room_for_that() -> None:
+    engine = FakeEngine(200)
+    memory = CacheMemory(engine, 1000, policy=Policy(4, 64, 32))
+    memory.pin(0, 96)  # all that a compaction can keep beside its usual tail
+    memory.feed([7] * 100)
+    memory.score(lambda: False)
+    memory.feed([8] * 20)
+    report = memory.compact()
+    assert report is not None
+    assert (report.composed, report.n_live) == ((100, 100), 4)
+
+
 def test_what_was_scored_is_forgotten_with_its_token() -> None:
     engine = FakeEngine(400)
     memory = CacheMemory(engine, 1000, policy=POLICY)
