@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvcompose_local.budgets import allocate_tempered
 from kvcompose_local.compaction import N_UNSEEN
 from kvcompose_local.evaluation.methods import method
 from kvcompose_local.evaluation.statistics import Statistics
@@ -42,7 +43,5 @@ def profile_replay(stats: Statistics, n_cells: int) -> list[IntArray]:
 @method("seen-budgets")
 def seen_with_whole_budgets(stats: Statistics, n_cells: int) -> list[IntArray]:
     """Attention seen with the layer budgets of the whole score: what the ranking alone costs."""
-    from kvcompose_local.budgets import allocate_bytes
-
     whole = stats.scores([a + b for a, b in zip(stats.replay, stats.seen, strict=True)])
-    return select_composites(stats.scores(stats.seen), allocate_bytes(whole, [1] * len(whole), n_cells))
+    return select_composites(stats.scores(stats.seen), allocate_tempered(whole, [1] * len(whole), n_cells))
