@@ -9,7 +9,7 @@ lower layer. :func:`allocate_tempered` is what the program uses.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -127,9 +127,9 @@ def allocate_tempered(
         for index, limit in enumerate(limits)
         if (needed := int(cost[drawn_on == index].sum()))
     ]
-    # The rank by the mean of the roots is that by its square, which is the power mean.
-    roots = [np.sqrt(layer) for layer in layers]
-    return allocate_bytes(roots, row_bytes, byte_budget, device, min_per_layer=min(floors, default=0))
+    # The rank by the mean of the roots is that by its square, which is the power mean. One layer's roots at a time.
+    composites = [values[None] for values in _composite_scores(np.sqrt(layer) for layer in layers)]
+    return allocate_bytes(composites, row_bytes, byte_budget, device, min_per_layer=min(floors, default=0))
 
 
 def layer_counts(name: str, values: Sequence[int] | NDArray[Any], n_layers: int) -> IntArray:
@@ -140,7 +140,7 @@ def layer_counts(name: str, values: Sequence[int] | NDArray[Any], n_layers: int)
     return counts.astype(np.int64)
 
 
-def _composite_scores(layers: list[FloatArray]) -> list[FloatArray]:
+def _composite_scores(layers: Iterable[FloatArray]) -> list[FloatArray]:
     """Score of each rank, best first: L float32 arrays (T_l,), each non-increasing.
 
     Sums are taken head by head in float64: rounding is monotone, so a better rank never ends up below a worse
