@@ -61,6 +61,11 @@ class Statistics:
             self.engine.replay(part, seen, near_chunk(start, min(start + chunk, self.n_tokens)))
         return [layer.astype(np.float32) for layer in seen.result()]
 
+    @property
+    def both(self) -> list[FloatArray]:
+        """Their sum, which is what the chat ranks tokens by."""
+        return [a + b for a, b in zip(self.replay, self.seen, strict=True)]
+
     @cached_property
     def look_back(self) -> list[FloatArray]:
         """The most attention that any of the last 64 tokens pays when these are replayed."""

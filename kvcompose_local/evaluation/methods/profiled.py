@@ -37,11 +37,11 @@ def profile_look_back(stats: Statistics, n_cells: int) -> list[IntArray]:
 @method("profile-replay")
 def profile_replay(stats: Statistics, n_cells: int) -> list[IntArray]:
     """The whole score with the profile's layer budgets: what the budgets alone cost."""
-    return _by_profile(stats, [a + b for a, b in zip(stats.replay, stats.seen, strict=True)], n_cells)
+    return _by_profile(stats, stats.both, n_cells)
 
 
 @method("seen-budgets")
 def seen_with_whole_budgets(stats: Statistics, n_cells: int) -> list[IntArray]:
     """Attention seen with the layer budgets of the whole score: what the ranking alone costs."""
-    whole = stats.scores([a + b for a, b in zip(stats.replay, stats.seen, strict=True)])
+    whole = stats.scores(stats.both)
     return select_composites(stats.scores(stats.seen), allocate_tempered(whole, [1] * len(whole), n_cells))
