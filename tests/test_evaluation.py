@@ -10,16 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
 
 from kvcompose_local.cli import cli
 from kvcompose_local.engines import open_engine
+from kvcompose_local.engines.patched import PatchedEngine
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.evaluation import report
 from kvcompose_local.evaluation.harness import FULL, Evaluation, read_records, room_for
 from kvcompose_local.evaluation.methods import find_method, method_names
+from kvcompose_local.evaluation.quantized import quantized
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import TASKS, Question, make_item
 from kvcompose_local.llama_ffi.cells import library_is_patched
+from kvcompose_local.llama_ffi.context import CACHE_TYPES
 from kvcompose_local.profiles import Profile
 from kvcompose_local.scores import token_scores
 
@@ -172,6 +177,27 @@ def test_quantized_and_streaming_trials(tiny_model: Callable[..., Path], tmp_pat
     assert max(first["streaming"]["layer_cells"]) > min(first["streaming"]["layer_cells"]) > 0
     assert 0 < kl["full+q8_0"] < kl["full+q4_0"]
     assert kl["full+q8_0"] < kl["kvcompose-local"]
+
+
+@needs_patch
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+def test_quantized_cells_are_llama_cpps_own(real_model: Callable[[str], Path], kind: str) -> None:
+    """What llama.cpp stores itself is the oracle, in the first layer: those above see the errors of reading."""
+    path, stored = real_model("smollm2-135m"), {}
+    for name in ("f16", kind):
+        engine, _ = open_engine(path, n_ctx=256, budget=1.0, n_threads=1, cache_type=CACHE_TYPES[name])
+        with engine:
+            assert isinstance(engine, PatchedEngine)
+            engine.decode(engine.model.tokenize("The quick brown fox jumps over the lazy dog. " * 8))
+            stored[name] = engine.snapshot()
+            shape = engine.shape
+    made, own = quantized(stored["f16"], shape, kind), stored[kind]
+    for ours, theirs in ((made.keys[0], own.keys[0]), (made.values[0], own.values[0])):
+        a, b = (dequantize(rows, GGMLQuantizationType[kind.upper()]) for rows in (ours, theirs))
+        assert ours.shape == theirs.shape
+        assert np.abs(a).max() > 0.1
+        # a number that F16 rounded across an edge is one step off
+        assert np.linalg.norm(a - b) < 0.005 * np.linalg.norm(b) * (1 if kind == "q8_0" else 8)
 
 
 @needs_patch

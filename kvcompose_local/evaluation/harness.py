@@ -21,6 +21,7 @@ from kvcompose_local.compaction import CacheMemory, Policy
 from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.errors import InvalidInput, KVComposeError
 from kvcompose_local.evaluation.methods import find_method
+from kvcompose_local.evaluation.quantized import quantized
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import Item, Question
 from kvcompose_local.interfaces import CacheSnapshot, IntArray
@@ -185,22 +186,19 @@ class Evaluation:
             selection = None if base == FULL else find_method(base)(stats, int(keep * n_full))
             seconds = time.perf_counter() - started
             if kind not in full:
-                full[kind] = self._read(tokens, kind)
+                full[kind] = self._quantized(full[""][1], kind)
             other, cells = full[kind]
             kept = 1.0 if selection is None else sum(rows.shape[1] for rows in selection) / n_full
             kept *= other.shape.row_bytes / engine.shape.row_bytes
             starts[name, keep] = _Start(other, cells, selection, kept, seconds)
         return starts
 
-    def _read(self, tokens: Sequence[int], kind: str) -> tuple[PatchedEngine, CacheSnapshot]:
+    def _quantized(self, cells: CacheSnapshot, kind: str) -> tuple[PatchedEngine, CacheSnapshot]:
         """The context in a cache of another type."""
         if kind not in self._others:
-            n_cells = -(-self.engine.layout().n_free // CELL_PADDING) * CELL_PADDING + len(tokens)
+            n_cells = self.engine.layout().n_free + cells.n_live
             self._others[kind] = self._new_engine(n_cells, CACHE_TYPES[kind])
-        other = self._others[kind]
-        other.clear()
-        other.decode(tokens)
-        return other, other.snapshot()
+        return self._others[kind], quantized(cells, self.engine.shape, kind)
 
     def _streamed(self, tokens: Sequence[int], keep: float) -> _Start:
         """The context as a chat would read it, turn by turn, in a cache of ``keep`` of its size."""
