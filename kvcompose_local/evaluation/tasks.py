@@ -131,7 +131,8 @@ def _niah(hay: str, n_keys: int, n_values: int, n_asked: int, kind: str) -> Call
         draw = w.uuid if kind == "uuid" else w.number
         n_needles = n_keys
         if hay == "needles":  # as many as fit
-            n_needles = max(8, w.n_tokens // w.count(_needle("silver-otter", draw(), kind) + " "))
+            name = w.uuid() if kind == "uuid" else "silver-otter"
+            n_needles = max(8, w.n_tokens // w.count(_needle(name, draw(), kind) + " "))
         names = [w.uuid() for _ in range(n_needles)] if (hay, kind) == ("needles", "uuid") else w.keys(n_needles)
         facts = {name: [draw() for _ in range(n_values)] for name in names}
         needles = [_needle(name, value, kind) for name, values in facts.items() for value in values]
