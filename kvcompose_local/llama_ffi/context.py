@@ -39,6 +39,21 @@ _ggml_tensor_get = bind(
 )
 
 
+class _Floats:
+    """float32 numbers of llama.cpp's, for NumPy to look at where they are.
+
+    ``np.ctypeslib.as_array`` makes a ctypes type of each shape that it meets, and none of them is ever freed: 3 KB for
+    each token of a chat, since every micro-batch is wider than the last.
+    """
+
+    def __init__(self, address: int, shape: tuple[int, ...]) -> None:
+        self.__array_interface__ = {"data": (address, False), "shape": shape, "typestr": "<f4", "version": 3}
+
+    @classmethod
+    def at(cls, pointer: Any, shape: tuple[int, ...]) -> _Floats:
+        return cls(ctypes.cast(pointer, ctypes.c_void_p).value or 0, shape)
+
+
 class Context:
     """A llama.cpp context with one sequence.
 
@@ -138,8 +153,7 @@ class Context:
             raise EngineError(f"a softmax of {rows} rows does not divide into {n_queries} queries")
         shape = (rows // n_queries, n_queries, n // rows)
         if self._host_tensors:
-            pointer = ctypes.cast(_ggml_get_data(tensor), ctypes.POINTER(ctypes.c_float))
-            return np.ctypeslib.as_array(pointer, shape=shape)
+            return np.asarray(_Floats(_ggml_get_data(tensor), shape))
         weights = np.empty(shape, np.float32)
         _ggml_tensor_get(tensor, weights.ctypes.data, 0, weights.nbytes)
         return weights
@@ -173,12 +187,12 @@ class Context:
         if not self.has_logits:
             raise EngineError("there are no logits: decode a token first")
         pointer = lib.llama_get_logits_ith(self._ctx, -1)
-        return np.array(np.ctypeslib.as_array(pointer, shape=(self.model.n_vocab,)), np.float32)
+        return np.array(_Floats.at(pointer, (self.model.n_vocab,)))
 
     def all_logits(self, n: int) -> FloatArray:
         """float32 (n, n_vocab): a copy of the logits of the last batch, which was decoded with ``all_logits``."""
         pointer = lib.llama_get_logits(self._ctx)
-        return np.array(np.ctypeslib.as_array(pointer, shape=(n, self.model.n_vocab)), np.float32)
+        return np.array(_Floats.at(pointer, (n, self.model.n_vocab)))
 
     def set_sampling(self, sampling: Sampling) -> None:
         """Replace the sampler chain."""
