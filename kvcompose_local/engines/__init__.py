@@ -11,7 +11,6 @@ import psutil
 
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
-from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import InvalidInput, ModelError
 from kvcompose_local.interfaces import Sampling
 from kvcompose_local.llama_ffi.cells import library_is_patched
@@ -80,14 +79,7 @@ def open_engine(
         if engine_name == "patched" or (engine_name is None and library_is_patched()):
             engine = _patched(model, n_cells, threads, cache_type, sampling, budget)
         else:
-            engine = StockEngine(
-                model,
-                n_cells=n_cells,
-                n_threads=threads,
-                scoring=budget < 1,
-                cache_type=cache_type,
-                sampling=sampling,
-            )
+            engine = _stock(model, n_cells, threads, cache_type, sampling, budget)
     except BaseException:
         model.close()
         raise
@@ -110,6 +102,19 @@ def _patched(
     except ModelError as error:
         if budget < 1:
             raise ModelError(f"{model.architecture} runs with --budget 1 only: {error}") from error
-        return StockEngine(
-            model, n_cells=n_cells, n_threads=n_threads, scoring=False, cache_type=cache_type, sampling=sampling
-        )
+        return _stock(model, n_cells, n_threads, cache_type, sampling, budget)
+
+
+def _stock(
+    model: Model, n_cells: int, n_threads: int, cache_type: int, sampling: Sampling | None, budget: float
+) -> LlamaEngine:
+    from kvcompose_local.engines.stock import StockEngine  # late: it reads GGML's tables, which take time to import
+
+    return StockEngine(
+        model,
+        n_cells=n_cells,
+        n_threads=n_threads,
+        scoring=budget < 1,
+        cache_type=cache_type,
+        sampling=sampling,
+    )
