@@ -45,6 +45,8 @@ ORDER = (
     "evaluation.methods.baselines",
     "evaluation.methods.kvcompose",
     "evaluation.methods.profiled",
+    "evaluation.methods.trials",
+    "evaluation.quantized",
     "evaluation.harness",
     "evaluation.report",
     "evaluation",

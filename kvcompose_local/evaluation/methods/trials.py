@@ -1,0 +1,150 @@
+"""Variants of the program's own method, one change at a time: what docs/trials.md reports."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvcompose_local.budgets import allocate_bytes
+from kvcompose_local.evaluation.methods import Method, by_kv_head, method
+from kvcompose_local.evaluation.methods.kvcompose import compose
+from kvcompose_local.evaluation.statistics import Statistics
+from kvcompose_local.interfaces import FloatArray, IntArray
+from kvcompose_local.selection import select_composites
+
+
+def _both(stats: Statistics, weight: float) -> list[FloatArray]:
+    return [a + weight * b for a, b in zip(stats.replay, stats.seen, strict=True)]
+
+
+@method("replay-own")
+def replay_own(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """Chunked replay; no mean over KV heads."""
+    return compose(stats, stats.scores(stats.replay), n_cells)
+
+
+@method("replay-max")
+def replay_max(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """Chunked replay; the maximum over the group, no mean over KV heads (as KVzip, arXiv 2505.23416)."""
+    heads = [layer.n_kv_heads for layer in stats.engine.shape.layers]
+    return compose(stats, [by_kv_head(a, h).max(axis=1) for a, h in zip(stats.replay, heads, strict=True)], n_cells)
+
+
+@method("seen")
+def seen(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """Attention seen during prefill, without a replay."""
+    return compose(stats, stats.scores(stats.seen), n_cells)
+
+
+@method("replay+seen")
+def replay_and_seen(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """The sum of both attentions; no mean over KV heads."""
+    return compose(stats, stats.scores(stats.both), n_cells)
+
+
+@method("replay+seen-mean")
+def replay_and_seen_mean(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """The sum of both attentions, plus the mean over KV heads."""
+    return compose(stats, stats.scores(stats.both, mean=True), n_cells)
+
+
+@method("replay+seen-half")
+def replay_and_half_seen(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """Attention seen counts half."""
+    return compose(stats, stats.scores(_both(stats, 0.5)), n_cells)
+
+
+@method("replay+seen-double")
+def replay_and_double_seen(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """Attention seen counts twice."""
+    return compose(stats, stats.scores(_both(stats, 2.0)), n_cells)
+
+
+@method("replay+seen-max")
+def replay_and_seen_max(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """The sum of both attentions; the maximum over the group."""
+    heads = [layer.n_kv_heads for layer in stats.engine.shape.layers]
+    return compose(stats, [by_kv_head(a, h).max(axis=1) for a, h in zip(stats.both, heads, strict=True)], n_cells)
+
+
+@method("replay+seen-value")
+def replay_and_seen_value(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """The sum of both, times the norm of the value relative to its head's mean norm."""
+    scores = stats.scores(stats.both)
+    weights = [v / v.mean(axis=1, keepdims=True) for v in stats.value_norms]
+    return compose(stats, [s * w for s, w in zip(scores, weights, strict=True)], n_cells)
+
+
+@method("replay+seen-sinks")
+def replay_and_seen_sinks(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """The first four tokens are pinned in every layer."""
+    scores = [s.copy() for s in stats.scores(stats.both)]
+    for layer in scores:
+        layer[:, :4] = 3  # the sum of two softmax weights is at most 2
+    return compose(stats, scores, n_cells)
+
+
+@method("replay+seen-recent")
+def replay_and_seen_recent(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """The last 32 tokens are pinned in every layer."""
+    scores = [s.copy() for s in stats.scores(stats.both)]
+    for layer in scores:
+        layer[:, -32:] = 3
+    return compose(stats, scores, n_cells)
+
+
+def _power_mean(exponent: float, *, floor: float = 0.0, smooth: bool = False) -> Method:
+    """A composite token is worth the power mean of its heads' scores: geometric at 0, below it nearer the least.
+
+    floor: the share of the cells that is shared out evenly before layers compete; smooth: a token counts with a quarter
+    of each neighbour.
+    """
+
+    def chosen(stats: Statistics, n_cells: int) -> list[IntArray]:
+        scores = stats.scores(stats.both)
+        if smooth:
+            padded = [np.pad(s, ((0, 0), (1, 1))) for s in scores]
+            scores = [s + np.float32(0.25) * (p[:, :-2] + p[:, 2:]) for s, p in zip(scores, padded, strict=True)]
+        ranked = [np.sort(np.maximum(s, 1e-9), axis=1)[:, ::-1].astype(np.float64) for s in scores]
+        worth = [np.log(r) if exponent == 0 else r**exponent for r in ranked]
+        means = [w.mean(axis=0) for w in worth]
+        means = [np.exp(m) if exponent == 0 else m ** (1 / exponent) for m in means]
+        least = int(floor * n_cells) // len(scores)
+        as_one_head = [m[None].astype(np.float32) for m in means]
+        return select_composites(scores, allocate_bytes(as_one_head, [1] * len(scores), n_cells, min_per_layer=least))
+
+    return chosen
+
+
+for _name, _method in {
+    "power0.25": _power_mean(0.25),
+    "power0.35": _power_mean(0.35),
+    "power0.5": _power_mean(0.5),
+    "power0.7": _power_mean(0.7),
+    "power0.5-floor0.2": _power_mean(0.5, floor=0.2),
+    "power0.5-floor0.4": _power_mean(0.5, floor=0.4),
+    "power0.5-smooth": _power_mean(0.5, smooth=True),
+    "geometric": _power_mean(0),
+    "geometric-floor": _power_mean(0, floor=0.1),
+    "geometric-smooth": _power_mean(0, smooth=True),
+    "harmonic": _power_mean(-1),
+    "least": _power_mean(-8),
+    "smooth": _power_mean(1, smooth=True),
+    "tempered": _power_mean(1, floor=0.1),
+}.items():
+    method(f"replay+seen-{_name}")(_method)
+
+
+@method("replay+seen-separators")
+def replay_and_seen_separators(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """Tokens without a letter or digit count half."""
+    model = stats.engine.model
+    bare = [not any(map(str.isalnum, model.token_bytes(t).decode("utf-8", "replace"))) for t in stats.tokens]
+    weight = np.where(bare, 0.5, 1.0).astype(np.float32)
+    return compose(stats, [s * weight for s in stats.scores(stats.both)], n_cells)
+
+
+@method("replay+seen-root")
+def replay_and_seen_root(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """The sum of the square roots: weak attention from both sources beats strong attention from one."""
+    roots = [np.sqrt(a) + np.sqrt(b) for a, b in zip(stats.replay, stats.seen, strict=True)]
+    return compose(stats, stats.scores(roots), n_cells)
