@@ -23,8 +23,8 @@ class AttentionMax:
     ``n_heads`` is the number of query heads, one for all layers or one each. With ``exclude_nearest`` = n > 0
     a query at position p counts for a token at position c only when ``p - c >= n``: every token looks at its
     neighbours, which says nothing about who else needs them. Memory is that of the result, at most a sixteenth
-    more for columns to come, and one layer's while it is updated. ``dtype`` is what it is kept in: weights are at most 1, so
-    that float16 halves the memory and loses nothing that ranks tokens.
+    more for columns to come, and one layer's while it is updated. ``dtype`` is what it is kept in: weights are at
+    most 1, so that float16 halves the memory and loses nothing that ranks tokens.
 
     >>> seen = AttentionMax(n_layers=24, n_heads=14)
     >>> seen.update(0, weights, slice(0, n_context))  # for every layer and micro-batch
