@@ -117,8 +117,10 @@ def test_intervals_widen_where_items_differ(table: list[dict[str, Any]]) -> None
 
 
 def test_plots_are_drawn(table: list[dict[str, Any]], tmp_path: Path) -> None:
-    for file in report.plot(table, tmp_path / "new"):
-        assert file.read_bytes().startswith(b"\x89PNG")
+    table += [record("a", 2, "m", keep, 1.0) | {"layer_cells": [40, 10]} for keep in (0.5, 0.25)]
+    files = report.plot(table, tmp_path / "new", "m")
+    assert [file.name for file in files] == ["quality.png", "layers.png"]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
 
 
 @needs_patch

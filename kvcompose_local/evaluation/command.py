@@ -138,7 +138,7 @@ def eval_command(
         click.echo(report.tables(records))
         click.echo(f"\n{report.recommendation(records, OURS)}")
     if plot is not None:
-        for file in report.plot(records, plot):
+        for file in report.plot(records, plot, OURS):
             status.line(f"drew {file}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -131,14 +132,17 @@ def tables(records: Sequence[Record]) -> str:
     lines += ["", "Share of the full-cache score (95% interval) / KL in nats a token:", ""]
     lines += ["| method | " + " | ".join(heads) + " | area | removed within 20% | within 1% |"]
     lines += ["|---" * (len(heads) + 4) + "|"]
-    best_first = sorted({r.method for r in found} - {FULL}, key=lambda m: -area(found, m))
+    areas = {method: area(found, method) for method in {r.method for r in found} - {FULL}}
+    best_first = sorted(areas, key=lambda method: (math.isnan(areas[method]), -areas[method], method))
     for method in best_first:
         by_keep = {r.keep: r for r in found if r.method == method}
         cells = [
             f"{r.share:.2f} ({r.low:.2f}–{r.high:.2f}) / {r.kl:.3f}{_bytes(r)}" if (r := by_keep.get(keep)) else ""
             for keep in keeps
         ]
-        ends = [f"{area(found, method):.2f}", *(f"{most_removed(found, method, x):.0%}" for x in (0.2, 0.01))]
+        ends = ["", "", ""]  # a quantized cache that keeps all cells has no curve
+        if not math.isnan(areas[method]):
+            ends = [f"{areas[method]:.2f}", *(f"{most_removed(found, method, x):.0%}" for x in (0.2, 0.01))]
         lines.append(f"| {method} | " + " | ".join(cells + ends) + " |")
     lines += ["", "Score of each task:", "", "| task | method | " + " | ".join(heads) + " |"]
     lines += ["|---" * (len(heads) + 2) + "|"]
@@ -167,8 +171,8 @@ def recommendation(records: Sequence[Record], method: str, within: float = 0.05)
     return f"--budget {best.keep:g} keeps {best.share:.0%} of the full cache's score on these {best.n} questions"
 
 
-def plot(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Score and KL against bytes, and the layer budgets as a heat map; returns the files.
+def plot(records: Sequence[Record], folder: Path, method: str) -> list[Path]:
+    """Score and KL against bytes, and the layer budgets of one method as a heat map; returns the files.
 
     Raises KVComposeError without matplotlib.
     """
@@ -182,30 +186,34 @@ def plot(records: Sequence[Record], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     found = results(records)
     methods = [m for m in dict.fromkeys(r.method for r in found) if m != FULL]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for method in methods:
-        points = sorted((r for r in found if r.method == method), key=lambda r: r.kept)
+    figure, axes = plt.subplots(1, 2, figsize=(13, 4.4), layout="constrained")
+    for axis in axes:
+        axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)
+    for name in methods:
+        points = sorted((r for r in found if r.method == name), key=lambda r: r.kept)
         kept = [100 * r.kept for r in points]
-        axes[0].plot(kept, [r.share for r in points], marker="o", markersize=3, label=method)
-        axes[1].plot(kept, [max(r.kl, 1e-5) for r in points], marker="o", markersize=3, label=method)
+        axes[0].plot(kept, [r.share for r in points], marker="o", markersize=3, label=name)
+        axes[1].plot(kept, [max(r.kl, 1e-5) for r in points], marker="o", markersize=3, label=name)
     axes[0].set(xlabel="bytes kept, %", ylabel="share of the full-cache score", ylim=(0, 1.05))
     axes[1].set(xlabel="bytes kept, %", ylabel="KL to the full cache, nats a token", yscale="log")
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     files = [folder / "quality.png"]
     figure.savefig(files[0], dpi=120)
     plt.close(figure)
 
-    cells: dict[tuple[str, float], list[list[float]]] = defaultdict(list)
+    cells: dict[float, list[list[float]]] = defaultdict(list)
     for record in records:
         layers = record.get("layer_cells", [])
-        if record["method"] == methods[0] and sum(layers):
-            cells[record["method"], record["keep"]].append([n / max(layers) for n in layers])
+        if record["method"] == method and sum(layers):
+            cells[record["keep"]].append([n / max(layers) for n in layers])
     if cells:
-        keeps = sorted((keep for _, keep in cells), reverse=True)
-        rows = [np.mean(cells[methods[0], keep], axis=0) for keep in keeps]
+        keeps = sorted(cells, reverse=True)
+        rows = [np.mean(cells[keep], axis=0) for keep in keeps]
         figure, axis = plt.subplots(figsize=(9, 0.45 * len(rows) + 1.4), layout="constrained")
         shown = axis.imshow(rows, aspect="auto", vmin=0, vmax=1, cmap="viridis")
-        axis.set(xlabel="layer", yticks=range(len(keeps)), yticklabels=[f"keep {keep:g}" for keep in keeps])
+        axis.set(
+            title=method, xlabel="layer", yticks=range(len(keeps)), yticklabels=[f"keep {keep:g}" for keep in keeps]
+        )
         figure.colorbar(shown, label="cells ÷ largest layer")
         files.append(folder / "layers.png")
         figure.savefig(files[1], dpi=120)
