@@ -22,7 +22,7 @@ class AttentionMax:
 
     ``n_heads`` is the number of query heads, one for all layers or one each. With ``exclude_nearest`` = n > 0
     a query at position p counts for a token at position c only when ``p - c >= n``: every token looks at its
-    neighbours, which says nothing about who else needs them. Memory is that of the result, at most a sixteenth
+    neighbours, which says nothing about who else needs them. Memory is that of the result, at most a quarter
     more for columns to come, and one layer's while it is updated. ``dtype`` is what it is kept in: weights are at
     most 1, so that float16 halves the memory and loses nothing that ranks tokens.
 
@@ -100,7 +100,7 @@ class AttentionMax:
         if end > n_known:
             if end > self._room[layer].shape[1]:
                 # Not one micro-batch at a time: freed arrays of every size would stay with the allocator.
-                spare = max(end // 16, 64) if n_known else 0
+                spare = max(end // 4, 64) if n_known else 0
                 self._room[layer] = np.zeros((n_heads, end + spare), self._dtype)
                 self._room[layer][:, :n_known] = largest
             self._room[layer][:, n_known:end] = 0

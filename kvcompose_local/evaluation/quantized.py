@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,10 +22,9 @@ def quantized(snapshot: CacheSnapshot, shape: ModelShape, kind: str) -> CacheSna
     errors of those below. Here all methods start from the same keys and values, which favours the quantized ones.
     """
     heads = [layer.n_kv_heads for layer in shape.layers]
-    k_rotation = _rotation([rows.shape[1] // 2 // h for rows, h in zip(snapshot.keys, heads, strict=True)])
-    v_rotation = _rotation([rows.shape[1] // 2 // h for rows, h in zip(snapshot.values, heads, strict=True)])
-    if v_rotation is not None:
-        v_rotation = _hadamard(_ROTATED)
+    k_size, v_size = (_rotated_size(planes, heads) for planes in (snapshot.keys, snapshot.values))
+    k_rotation = _hadamard(k_size & -k_size) if k_size else None  # the largest power of two that divides it
+    v_rotation = _hadamard(_ROTATED) if v_size else None
     return replace(
         snapshot,
         keys=tuple(_stored(rows, k_rotation, kind) for rows in snapshot.keys),
@@ -32,12 +32,11 @@ def quantized(snapshot: CacheSnapshot, shape: ModelShape, kind: str) -> CacheSna
     )
 
 
-def _rotation(head_sizes: list[int]) -> FloatArray | None:
-    """What llama.cpp rotates keys of these sizes by: the largest power of two that divides them; None for others."""
-    size = head_sizes[0]
-    if len(set(head_sizes)) > 1 or size % _ROTATED:
-        return None
-    return _hadamard(size & -size)
+def _rotated_size(planes: Sequence[ByteArray], n_kv_heads: Sequence[int]) -> int:
+    """Numbers of a head in F16 rows, 0 where llama.cpp rotates none: they differ, or are no multiple of 64."""
+    sizes = {rows.shape[1] // 2 // n for rows, n in zip(planes, n_kv_heads, strict=True)}
+    size = sizes.pop()
+    return 0 if sizes or size % _ROTATED else size
 
 
 def _hadamard(n: int) -> FloatArray:

@@ -16,6 +16,11 @@ def _both(stats: Statistics, weight: float) -> list[FloatArray]:
     return [a + weight * b for a, b in zip(stats.replay, stats.seen, strict=True)]
 
 
+def _group_max(stats: Statistics, attention: list[FloatArray]) -> list[FloatArray]:
+    heads = [layer.n_kv_heads for layer in stats.engine.shape.layers]
+    return [by_kv_head(a, h).max(axis=1) for a, h in zip(attention, heads, strict=True)]
+
+
 @method("replay-own")
 def replay_own(stats: Statistics, n_cells: int) -> list[IntArray]:
     """Chunked replay; no mean over KV heads."""
@@ -25,8 +30,7 @@ def replay_own(stats: Statistics, n_cells: int) -> list[IntArray]:
 @method("replay-max")
 def replay_max(stats: Statistics, n_cells: int) -> list[IntArray]:
     """Chunked replay; the maximum over the group, no mean over KV heads (as KVzip, arXiv 2505.23416)."""
-    heads = [layer.n_kv_heads for layer in stats.engine.shape.layers]
-    return compose(stats, [by_kv_head(a, h).max(axis=1) for a, h in zip(stats.replay, heads, strict=True)], n_cells)
+    return compose(stats, _group_max(stats, stats.replay), n_cells)
 
 
 @method("seen")
@@ -62,8 +66,7 @@ def replay_and_double_seen(stats: Statistics, n_cells: int) -> list[IntArray]:
 @method("replay+seen-max")
 def replay_and_seen_max(stats: Statistics, n_cells: int) -> list[IntArray]:
     """The sum of both attentions; the maximum over the group."""
-    heads = [layer.n_kv_heads for layer in stats.engine.shape.layers]
-    return compose(stats, [by_kv_head(a, h).max(axis=1) for a, h in zip(stats.both, heads, strict=True)], n_cells)
+    return compose(stats, _group_max(stats, stats.both), n_cells)
 
 
 @method("replay+seen-value")
