@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.interfaces import FloatArray, IntArray, LayerShape
 
+#: A float16 of at most 1 has two upper bits of 0; of its ten bits of fraction these are dropped.
+_LOST_BITS = 6
+
 
 class AttentionMax:
     """Running maximum over queries of the softmax weight on each token, by layer and query head.
@@ -23,8 +26,9 @@ class AttentionMax:
     ``n_heads`` is the number of query heads, one for all layers or one each. With ``exclude_nearest`` = n > 0
     a query at position p counts for a token at position c only when ``p - c >= n``: every token looks at its
     neighbours, which says nothing about who else needs them. Memory is that of the result, at most a quarter
-    more for columns to come, and one layer's while it is updated. ``dtype`` is what it is kept in: weights are at
-    most 1, so that float16 halves the memory and loses nothing that ranks tokens.
+    more for columns to come (``reserve`` of :meth:`pick` says how many), and one layer's while it is updated. ``dtype``
+    is what it is kept in: float32, float16, or uint8, which is the middle of a float16: steps of a sixteenth of a power
+    of two, in which weights above 1 count as 1.
 
     >>> seen = AttentionMax(n_layers=24, n_heads=14)
     >>> seen.update(0, weights, slice(0, n_context))  # for every layer and micro-batch
@@ -41,14 +45,16 @@ class AttentionMax:
         if exclude_nearest < 0:
             raise InvalidInput(f"exclude_nearest must be 0 or more tokens, not {exclude_nearest}")
         self._exclude_nearest = exclude_nearest
-        self._dtype = dtype
+        self._dtype = np.dtype(dtype)
         self._room = [np.zeros((n, 0), dtype) for n in heads]  # the first _n columns are in use
         self._n = [0] * n_layers
 
     @classmethod
-    def over(cls, layers: Sequence[LayerShape], exclude_nearest: int = 0) -> AttentionMax:
-        """For the layers of an engine, kept in float16."""
-        return cls(len(layers), [layer.n_heads for layer in layers], exclude_nearest, np.float16)
+    def over(
+        cls, layers: Sequence[LayerShape], exclude_nearest: int = 0, dtype: type[Any] = np.float16
+    ) -> AttentionMax:
+        """For the layers of an engine."""
+        return cls(len(layers), [layer.n_heads for layer in layers], exclude_nearest, dtype)
 
     def update(
         self,
@@ -106,19 +112,23 @@ class AttentionMax:
             self._room[layer][:, n_known:end] = 0
             self._n[layer] = end
         largest = self._room[layer][head : head + len(seen), first:end]
-        largest[...] = np.maximum(largest, seen)  # in float32, which NumPy compares many times faster than float16
+        if self._dtype == np.float16:
+            largest[...] = np.maximum(largest, seen)  # in float32, which NumPy compares many times faster
+        else:
+            np.maximum(largest, self._stored(seen), out=largest)
 
     def trim(self, n_columns: Sequence[int]) -> None:
         """Forget the columns of each layer from this number on."""
         self._n = [min(old, n) for old, n in zip(self._n, n_columns, strict=True)]
 
-    def pick(self, layer: int, columns: IntArray) -> None:
+    def pick(self, layer: int, columns: NDArray[np.integer[Any]], reserve: int = 0) -> None:
         """Go on with these columns of a layer, in their order; 0 for those it has not seen.
 
-        ``columns`` is int (H, T): each row is that of Q / H heads which follow each other.
+        ``columns`` is int (H, T): each row is that of Q / H heads which follow each other. There is room for
+        ``reserve`` more.
         """
         largest = self._columns(layer)
-        picked = np.zeros((len(largest), columns.shape[1]), self._dtype)
+        picked = np.zeros((len(largest), columns.shape[1] + reserve), self._dtype)
         for head, row in enumerate(np.repeat(np.arange(len(columns)), len(largest) // len(columns))):
             known = np.flatnonzero(columns[row] < largest.shape[1])  # head by head: the indices are the larger part
             picked[head, known] = largest[head, columns[row, known]]
@@ -136,12 +146,24 @@ class AttentionMax:
         )
         if not fits:
             raise InvalidInput(f"this is not the attention of {len(heads)} layers of {heads[0]} heads")
-        self._room = [new.astype(self._dtype) for new in largest]
+        self._room = [self._stored(new) for new in largest]
         self._n = [new.shape[1] for new in largest]
 
+    @property
+    def n_columns(self) -> tuple[int, ...]:
+        """The T_l."""
+        return tuple(self._n)
+
+    def of_layer(self, layer: int) -> FloatArray:
+        """Float (Q, T_l), (Q, 0) where never updated; later updates may change it."""
+        columns = self._columns(layer)
+        if self._dtype == np.uint8:
+            return np.asarray((columns.astype(np.uint16) << _LOST_BITS).view(np.float16), np.float32)
+        return columns
+
     def result(self) -> list[FloatArray]:
-        """L arrays (Q, T_l), (Q, 0) where never updated; later updates may change them."""
-        return [self._columns(layer) for layer in range(len(self._room))]
+        """:meth:`of_layer` of all layers."""
+        return [self.of_layer(layer) for layer in range(len(self._room))]
 
     def stacked(self) -> FloatArray:
         """The result as one array (L, Q, T). Raises InvalidInput when the layers differ in shape."""
@@ -150,7 +172,13 @@ class AttentionMax:
             raise InvalidInput("layers saw different numbers of tokens or heads; take result() layer by layer")
         return np.stack(self.result())
 
-    def _columns(self, layer: int) -> FloatArray:
+    def _stored(self, weights: FloatArray) -> NDArray[Any]:
+        """Non-negative weights as they are kept: of these, rising codes rise as the floats do."""
+        if self._dtype != np.uint8:
+            return weights.astype(self._dtype)
+        return (np.minimum(weights, 1).astype(np.float16).view(np.uint16) >> _LOST_BITS).astype(np.uint8)
+
+    def _columns(self, layer: int) -> NDArray[Any]:
         return self._room[layer][:, : self._n[layer]]
 
     def _redo_nearest(

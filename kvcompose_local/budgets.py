@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.interfaces import FloatArray, IntArray
-from kvcompose_local.scores import Scores, as_layers, best_first_keys, key_indices
+from kvcompose_local.scores import Scores, as_layers, best_first_keys, each_layer, key_indices
 
 #: The share of the cells that layers do not compete for.
 SHARED_EVENLY = 0.1
@@ -72,21 +73,45 @@ def allocate_bytes(
     Raises InvalidInput for scores :func:`~kvcompose_local.scores.as_layers` refuses, negative or non-integer
     sizes, limits or minimum, a device without a limit, or a limit too small for the minimum.
     """
-    composites = _composite_scores(as_layers(scores))
-    n_tokens = _n_tokens(composites)
-    cost = layer_counts("row_bytes", row_bytes, len(composites))
-    given = byte_budget if isinstance(byte_budget, Sequence | np.ndarray) else [byte_budget]
-    limits = [_count("byte_budget", limit) for limit in given]
-    if device is None and len(limits) != 1:
-        raise InvalidInput(f"{len(limits)} byte budgets need a device for each layer")
-    drawn_on = layer_counts("device", [0] * cost.size if device is None else device, cost.size)
-    if drawn_on.max() >= len(limits):
-        raise InvalidInput(f"device {drawn_on.max()} has no byte budget; there are {len(limits)}")
+    composites = _composite_scores(each_layer(scores))
+    limits = _Limits.checked(len(composites), row_bytes, byte_budget, device)
+    return _allocate(composites, limits, _count("min_per_layer", min_per_layer))
 
-    budgets = np.where(cost > 0, np.minimum(n_tokens, _count("min_per_layer", min_per_layer)), 0)
+
+@dataclass(frozen=True)
+class _Limits:
+    """Bytes there are: cost and device int64 (L,) of a layer's cells, and one limit a device."""
+
+    cost: IntArray
+    device: IntArray
+    limits: tuple[int, ...]
+
+    @classmethod
+    def checked(
+        cls,
+        n_layers: int,
+        row_bytes: Sequence[int] | NDArray[Any],
+        byte_budget: int | Sequence[int] | NDArray[Any],
+        device: Sequence[int] | NDArray[Any] | None,
+    ) -> _Limits:
+        cost = layer_counts("row_bytes", row_bytes, n_layers)
+        given = byte_budget if isinstance(byte_budget, Sequence | np.ndarray) else [byte_budget]
+        limits = tuple(_count("byte_budget", limit) for limit in given)
+        if device is None and len(limits) != 1:
+            raise InvalidInput(f"{len(limits)} byte budgets need a device for each layer")
+        drawn_on = layer_counts("device", [0] * n_layers if device is None else device, n_layers)
+        if drawn_on.max() >= len(limits):
+            raise InvalidInput(f"device {drawn_on.max()} has no byte budget; there are {len(limits)}")
+        return cls(cost, drawn_on, limits)
+
+
+def _allocate(composites: list[FloatArray], limits: _Limits, min_per_layer: int) -> IntArray:
+    """Of composite scores, each layer's best first, as :func:`allocate_bytes`."""
+    cost = limits.cost
+    budgets = np.where(cost > 0, np.minimum(_n_tokens(composites), min_per_layer), 0)
     mean_cost = cost.sum() / max(np.count_nonzero(cost), 1)
-    for index, limit in enumerate(limits):
-        layers = np.flatnonzero((drawn_on == index) & (cost > 0))
+    for index, limit in enumerate(limits.limits):
+        layers = np.flatnonzero((limits.device == index) & (cost > 0))
         if not layers.size:
             continue
         left = limit - int((budgets * cost)[layers].sum())
@@ -103,7 +128,7 @@ def allocate_bytes(
 
 
 def allocate_tempered(
-    scores: Scores,
+    scores: Scores | Iterable[NDArray[Any]],
     row_bytes: Sequence[int] | NDArray[Any],
     byte_budget: int | Sequence[int] | NDArray[Any],
     device: Sequence[int] | NDArray[Any] | None = None,
@@ -112,24 +137,24 @@ def allocate_tempered(
 
     A composite token is worth the power mean of exponent 1/2 of its heads' scores, not their arithmetic mean, and
     :data:`SHARED_EVENLY` of each limit is shared out evenly before layers compete. Both are this project's own, and
-    halve the KL divergence at a tenth of the cells (docs/trials.md). Raises InvalidInput as :func:`allocate_bytes`
-    does, and for negative scores.
+    halve the KL divergence at a tenth of the cells (docs/trials.md). Each layer's scores are looked at
+    once. Raises InvalidInput as :func:`allocate_bytes` does, and for negative scores.
     """
-    layers = as_layers(scores)
-    if any(layer.size and layer.min() < 0 for layer in layers):
-        raise InvalidInput("scores must not be negative")
-    cost = layer_counts("row_bytes", row_bytes, len(layers))
-    drawn_on = layer_counts("device", [0] * len(layers) if device is None else device, len(layers))
-    given = byte_budget if isinstance(byte_budget, Sequence | np.ndarray) else [byte_budget]
-    limits = [_count("byte_budget", limit) for limit in given]
+    # The rank by the mean of the roots is that by its square, which is the power mean. One layer's roots at a time.
+    composites = _composite_scores(_roots(layer) for layer in each_layer(scores))
+    limits = _Limits.checked(len(composites), row_bytes, byte_budget, device)
     floors = [
         int(limit * SHARED_EVENLY) // needed
-        for index, limit in enumerate(limits)
-        if (needed := int(cost[drawn_on == index].sum()))
+        for index, limit in enumerate(limits.limits)
+        if (needed := int(limits.cost[limits.device == index].sum()))
     ]
-    # The rank by the mean of the roots is that by its square, which is the power mean. One layer's roots at a time.
-    composites = [values[None] for values in _composite_scores(np.sqrt(layer) for layer in layers)]
-    return allocate_bytes(composites, row_bytes, byte_budget, device, min_per_layer=min(floors, default=0))
+    return _allocate(composites, limits, min(floors, default=0))
+
+
+def _roots(scores: FloatArray) -> FloatArray:
+    if scores.size and scores.min() < 0:
+        raise InvalidInput("scores must not be negative")
+    return np.asarray(np.sqrt(scores), np.float32)
 
 
 def layer_counts(name: str, values: Sequence[int] | NDArray[Any], n_layers: int) -> IntArray:
@@ -169,9 +194,11 @@ def _take_best(priorities: list[FloatArray], cost: IntArray, limit: int) -> IntA
     """
     n_layers = len(priorities)
     taken = np.zeros(n_layers, np.int64)
-    keys = np.concatenate(
-        [best_first_keys(values, np.arange(values.size) * n_layers + layer) for layer, values in enumerate(priorities)]
-    )
+    keys = np.empty(sum(values.size for values in priorities), np.int64)
+    start = 0
+    for layer, values in enumerate(priorities):
+        keys[start : start + values.size] = best_first_keys(values, np.arange(values.size) * n_layers + layer)
+        start += values.size
     keys.sort()
     queue = (key_indices(keys) % n_layers).astype(np.int32)  # the layer of each rank, best rank first
     del keys

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from kvcompose_local.errors import StateFormatError
-from kvcompose_local.interfaces import ByteArray, IntArray
+from kvcompose_local.interfaces import ByteArray, Selection
 
 STATE_MAGIC = 0xAF143CD8
 
@@ -72,7 +72,7 @@ class Plane:
         size = type_sizes(ggml_type)[1]
         return cls(ggml_type, rows.reshape(len(rows), -1, size).transpose(1, 0, 2), True)
 
-    def gather(self, selection: IntArray, n_tail: int) -> Plane:
+    def gather(self, selection: Selection, n_tail: int) -> Plane:
         """Composed rows by head, then the last ``n_tail`` rows as they are.
 
         selection: int64 (H, K), source row of each head of each composed row. Raises StateFormatError when a head is
@@ -108,7 +108,7 @@ class CellBlock:
     values: tuple[Plane, ...]
     sequence: int = 0
 
-    def gather(self, selection: Sequence[IntArray], n_tail: int) -> CellBlock:
+    def gather(self, selection: Sequence[Selection], n_tail: int) -> CellBlock:
         """Composite tokens, then the last ``n_tail`` cells.
 
         selection: one int64 (H, K) array a layer, K equal in all. Composed cells take the positions before the first

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +35,7 @@ from kvcompose_local.interfaces import (
     FloatArray,
     IntArray,
     Progress,
+    Selection,
     even_parts,
 )
 from kvcompose_local.profiles import Profile
@@ -80,6 +81,8 @@ _IDLE_CHUNK = 64
 N_BEFORE = 64
 #: Attention of a token to the ones just before it says nothing about who else needs them.
 N_NEAREST = 16
+#: What was seen of each row counts in every later compaction, so it is always in memory: a byte each will do.
+SEEN_DTYPE = np.uint8
 #: The newest tokens of watched text, at which at most the last watched token looked: every eighth is watched.
 N_UNSEEN = N_NEAREST + 8
 
@@ -196,7 +199,7 @@ class CacheMemory:
     def _forget_scores(self) -> None:
         layers = self.engine.shape.layers
         self._scores: list[FloatArray] = [np.zeros((layer.n_kv_heads, 0), np.float32) for layer in layers]
-        self._seen = AttentionMax.over(layers, exclude_nearest=N_NEAREST)
+        self._seen = AttentionMax.over(layers, exclude_nearest=N_NEAREST, dtype=SEEN_DTYPE)
         self._forget_replay()
 
     def _forget_replay(self) -> None:
@@ -290,18 +293,25 @@ class CacheMemory:
         replayed = time.perf_counter()
         n_composable = before.position - n_tail
         pinned = self._pinned(n_composable)
-        replay_scores = self._replay_scores(n_scored, pinned[n_composable - n_scored :])
-        self._forget_replay()  # before the arrays of the choice need room
-        scores = [a + b for a, b in zip(replay_scores, self._seen_scores(replay_scores), strict=True)]
+        new_pinned = pinned[n_composable - n_scored :]
+        # Scores are made a layer at a time, once to budget and once to choose: all of them would need more memory than
+        # a hundredth of the arena.
+        layers = range(len(before.composed))
+        scores = (self._replay_score(i, n_scored, new_pinned) for i in layers)
         bytes_before = self._bytes_of(before)
         at_most = None if keep is None else int(keep * bytes_before)
-        budgets = self._budgets(scores, n_tail, at_most, int(pinned.sum()))
-        selection = select_composites(scores, budgets)
-        del scores
+        n_rows = [n + n_scored for n in before.composed]
+        budgets = self._budgets(
+            (self._score(i, n_scored, new_pinned) for i in layers), n_rows, n_tail, at_most, int(pinned.sum())
+        )
+        selection = [
+            select_composites([self._score(i, n_scored, new_pinned)], budgets[[i]])[0].astype(np.int32) for i in layers
+        ]
         selected = time.perf_counter()
         self.engine.rewrite(selection, n_tail)
+        self._scores = [np.take_along_axis(s, rows, axis=1) for s, rows in zip(scores, selection, strict=True)]
         self._follow(selection, before, n_scored)
-        self._scores = [np.take_along_axis(s, rows, axis=1) for s, rows in zip(replay_scores, selection, strict=True)]
+        self._forget_replay()
         after = self.engine.layout()
         report = CompactionReport(
             tokens_seen=after.position,
@@ -349,31 +359,28 @@ class CacheMemory:
         """Rows of each layer."""
         return [n + layout.n_live for n in layout.composed]
 
-    def _replay_scores(self, n_scored: int, pinned: npt.NDArray[np.bool_]) -> list[FloatArray]:
-        """Of each layer's rows but the newest, float32 (H, K_l + n_scored): what they got in their replay."""
-        scores = []
-        for old, attention in zip(self._scores, self._replayed.result(), strict=True):
-            new = np.zeros((len(old), n_scored), np.float32)
-            replayed = attention[:, :n_scored]  # none of them where a profile left nothing to replay
-            new[:, : replayed.shape[1]] = token_scores(replayed[None], len(old), add_mean_across_heads=False)[0]
-            new[:, pinned] = PINNED
-            scores.append(np.concatenate([old, new], axis=1))
+    def _replay_score(self, layer: int, n_scored: int, pinned: npt.NDArray[np.bool_]) -> FloatArray:
+        """Of a layer's rows but the newest, float32 (H, K_l + n_scored): what they got in their replay."""
+        old = self._scores[layer]
+        new = np.zeros((len(old), n_scored), np.float32)
+        replayed = self._replayed.of_layer(layer)[:, :n_scored]  # none of them where a profile left nothing to replay
+        new[:, : replayed.shape[1]] = token_scores(replayed[None], len(old), add_mean_across_heads=False)[0]
+        new[:, pinned] = PINNED
+        return np.concatenate([old, new], axis=1)
+
+    def _score(self, layer: int, n_scored: int, pinned: npt.NDArray[np.bool_]) -> FloatArray:
+        """The same, with what they got while later text was read."""
+        scores = self._replay_score(layer, n_scored, pinned)
+        seen = self._seen.of_layer(layer)[:, : scores.shape[1]]
+        scores[:, : seen.shape[1]] += token_scores(seen[None], len(scores), add_mean_across_heads=False)[0]
         return scores
 
-    def _seen_scores(self, like: Sequence[FloatArray]) -> Iterator[FloatArray]:
-        """Of the same rows, what they got while later text was read."""
-        for attention, rows in zip(self._seen.result(), like, strict=True):
-            scores = np.zeros_like(rows)
-            n = min(attention.shape[1], rows.shape[1])
-            if n:
-                scores[:, :n] = token_scores(attention[None, :, :n], len(rows), add_mean_across_heads=False)[0]
-            yield scores
-
-    def _follow(self, selection: Sequence[IntArray], before: CacheLayout, n_scored: int) -> None:
+    def _follow(self, selection: Sequence[Selection], before: CacheLayout, n_scored: int) -> None:
         """What was seen stays with the rows that a selection kept, and with the newest ones."""
+        room = self.policy.n_headroom + self.policy.n_tail
         for i, (rows, n_composed) in enumerate(zip(selection, before.composed, strict=True)):
-            newest = np.arange(n_composed + n_scored, n_composed + before.n_live)
-            self._seen.pick(i, np.concatenate([rows, np.tile(newest, (len(rows), 1))], axis=1))
+            newest = np.arange(n_composed + n_scored, n_composed + before.n_live, dtype=np.int32)
+            self._seen.pick(i, np.concatenate([rows, np.tile(newest, (len(rows), 1))], axis=1), room)
 
     def _replay(self, n_scored: int, n_cells: int, seen: AttentionSink, progress: Progress | None) -> None:
         """Those of the first ``n_scored`` live tokens that were not, once more, in chunks of up to ``n_cells``."""
@@ -407,12 +414,14 @@ class CacheMemory:
 
     def _n_seen(self) -> int:
         """Live tokens that later ones were seen to look at; the newest, and answers until text follows, are not."""
-        layers = zip(self._seen.result(), self.engine.layout().composed, strict=True)
-        n_shown = max(int(attention.shape[1]) - n_composed for attention, n_composed in layers)
+        layers = zip(self._seen.n_columns, self.engine.layout().composed, strict=True)
+        n_shown = max(n - n_composed for n, n_composed in layers)
         return max(0, n_shown - N_UNSEEN)
 
-    def _budgets(self, scores: Sequence[FloatArray], n_tail: int, at_most: int | None, n_pinned: int) -> IntArray:
-        """Composed cells of each layer, within ``at_most`` bytes of all cells but for what is pinned."""
+    def _budgets(
+        self, scores: Iterable[FloatArray], n_rows: Sequence[int], n_tail: int, at_most: int | None, n_pinned: int
+    ) -> IntArray:
+        """How many of its ``n_rows`` each layer keeps, within ``at_most`` bytes of all cells but for what is pinned."""
         layers = self.engine.shape.layers
         device = np.array([layer.device for layer in layers])
         row_bytes = np.array([layer.row_bytes for layer in layers])
@@ -425,12 +434,12 @@ class CacheMemory:
         if (room < 0).any():
             raise ContextFull("the budget leaves no cells for composed tokens: raise --ctx or --budget")
         if self.engine.per_layer and self.profile is not None:
-            n_tokens, available = self.position - n_tail, [s.shape[1] for s in scores]
-            return self.profile.budgets(n_tokens, available, row_bytes, room.tolist(), device, min_per_layer=n_pinned)
+            n_tokens = self.position - n_tail
+            return self.profile.budgets(n_tokens, n_rows, row_bytes, room.tolist(), device, min_per_layer=n_pinned)
         if self.engine.per_layer:
             return allocate_tempered(scores, row_bytes, room.tolist(), device=device)
         fitting = int((room // np.maximum(live_bytes, 1)).min())
-        return np.array([min(fitting, s.shape[1]) for s in scores], np.int64)
+        return np.minimum(fitting, np.array(n_rows, np.int64))
 
     def _live_bytes(self) -> IntArray:
         """Bytes that one live token takes in each arena: int64 (devices,)."""
@@ -511,7 +520,7 @@ class CacheMemory:
         if any(not 0 <= start <= stop <= self.n_ctx for start, stop in state.pins):
             raise InvalidInput("the pins are not those of these tokens")
         self._check_room(cells)
-        seen = AttentionMax.over(layers, exclude_nearest=N_NEAREST)
+        seen = AttentionMax.over(layers, exclude_nearest=N_NEAREST, dtype=SEEN_DTYPE)
         seen.take_back(state.seen)
         self.engine.restore(cells)
         self.tokens = [*state.tokens]

@@ -12,13 +12,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
+#: Rows by head, (H, K).
+Selection = npt.NDArray[np.integer[Any]]
 ByteArray = npt.NDArray[np.uint8]
 
 #: Called with (tokens done, tokens in all); may raise KeyboardInterrupt to stop between micro-batches.
@@ -168,7 +170,7 @@ class Engine(Protocol):
         """
         ...
 
-    def rewrite(self, selection: Sequence[IntArray], n_tail: int) -> None:
+    def rewrite(self, selection: Sequence[Selection], n_tail: int) -> None:
         """Replace all cells but the newest ``n_tail`` live ones by composed cells.
 
         selection: for each composable layer int64 (H, K_l): head ``h`` of the layer's new composed cell ``r`` is head

@@ -5,7 +5,7 @@ Source: arXiv 2509.05165, steps 4 and 5 of the method. Axes: layer L, query head
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,9 +56,14 @@ def as_layers(scores: Scores) -> list[FloatArray]:
     be 0). Scores are compared as float32. Raises InvalidInput for any other shape or dtype, and for NaN or
     infinite scores.
     """
+    return list(each_layer(scores))
+
+
+def each_layer(scores: Scores | Iterable[NDArray[Any]]) -> Iterator[FloatArray]:
+    """As :func:`as_layers`, one after another, so that scores which are made as they are asked for need little room."""
     if isinstance(scores, np.ndarray) and scores.ndim != 3:
         raise InvalidInput(f"scores must have shape (layers, heads, tokens), not {scores.shape}")
-    layers = []
+    index = -1
     for index, values in enumerate(scores):
         try:
             layer = np.asarray(values)
@@ -72,10 +77,9 @@ def as_layers(scores: Scores) -> list[FloatArray]:
             layer = layer.astype(np.float32, copy=False)
         if not np.isfinite(layer).all():
             raise InvalidInput(f"scores of layer {index} hold NaN or infinite values")
-        layers.append(layer)
-    if not layers:
+        yield layer
+    if index < 0:
         raise InvalidInput("scores hold no layer")
-    return layers
 
 
 def best_first_keys(scores: FloatArray, indices: IntArray) -> IntArray:

@@ -182,3 +182,32 @@ def test_half_precision_ranks_the_same():
         seen.update(0, weights, slice(None))
     assert half.result()[0].dtype == np.float16
     np.testing.assert_allclose(half.result()[0], whole.result()[0], rtol=1e-3)
+
+
+def test_a_byte_keeps_the_order_and_what_was_taken_back():
+    weights = softmax_like(4, 3, 5, 40)
+    weights[0, :, 0], weights[1, :, 1] = 1.0, 0.0
+    whole, coarse = AttentionMax(1, 3), AttentionMax(1, 3, dtype=np.uint8)
+    for part in (slice(0, 2), slice(2, 5)):
+        for seen in (whole, coarse):
+            seen.update(0, weights[:, part], slice(None))
+    exact, kept = whole.result()[0], coarse.result()[0]
+    assert kept.dtype == np.float32
+    assert (kept[0, 0], kept[1, 1]) == (1, 0)
+    np.testing.assert_allclose(kept, exact, rtol=1 / 16, atol=2.0**-17)
+    assert (np.diff(kept.ravel()[np.argsort(exact, axis=None)]) >= 0).all()
+    again = AttentionMax(1, 3, dtype=np.uint8)
+    again.take_back([kept])
+    np.testing.assert_array_equal(again.result()[0], kept)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.uint8])
+def test_picked_columns_leave_room_for_as_many_as_are_asked_for(dtype: type):
+    seen = AttentionMax(1, 2, dtype=dtype)
+    seen.update(0, np.full((2, 1, 6), 0.5, np.float32), slice(None))
+    seen.pick(0, np.array([[0, 1, 2]]), 4)
+    room = seen._room[0]
+    seen.update(0, np.full((2, 1, 4), 0.25, np.float32), slice(None), first=3)
+    assert seen._room[0] is room
+    assert seen.n_columns == (7,)
+    assert seen.result()[0].tolist() == [[0.5] * 3 + [0.25] * 4] * 2

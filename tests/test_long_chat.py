@@ -14,7 +14,7 @@ from kvcompose_local import LocalChat, Sampling
 from kvcompose_local.compaction import CacheMemory, CompactionReport
 from kvcompose_local.engines import open_engine
 from kvcompose_local.engines.patched import PatchedEngine
-from kvcompose_local.interfaces import FloatArray, IntArray
+from kvcompose_local.interfaces import FloatArray, IntArray, Selection
 from kvcompose_local.llama_ffi.cells import library_is_patched
 from kvcompose_local.llama_ffi.context import Context
 from kvcompose_local.llama_ffi.model import Model
@@ -95,7 +95,7 @@ def follow(engine: PatchedEngine) -> list[IntArray]:
     origin = [np.zeros((layer.n_kv_heads, 0), np.int64) for layer in engine.shape.layers]
     rewrite = engine.rewrite
 
-    def tracked(selection: Sequence[IntArray], n_tail: int) -> None:
+    def tracked(selection: Sequence[Selection], n_tail: int) -> None:
         layout = engine.layout()
         live = np.arange(layout.position - layout.n_live, layout.position)
         for i, rows in enumerate(selection):

@@ -21,6 +21,7 @@ from kvcompose_local.interfaces import (
     ModelShape,
     Progress,
     Sampling,
+    Selection,
     even_parts,
 )
 from kvcompose_local.llama_ffi.context import Context, SoftmaxTap
@@ -88,7 +89,7 @@ class LlamaEngine(ABC):
         """What stands in the cache now."""
 
     @abstractmethod
-    def rewrite(self, selection: Sequence[IntArray], n_tail: int) -> None:
+    def rewrite(self, selection: Sequence[Selection], n_tail: int) -> None:
         """See :meth:`Engine.rewrite`."""
 
     @abstractmethod

@@ -22,6 +22,7 @@ from kvcompose_local.interfaces import (
     LayerShape,
     ModelShape,
     Sampling,
+    Selection,
 )
 from kvcompose_local.llama_ffi.cells import PerLayerCells
 from kvcompose_local.llama_ffi.context import F16, Context
@@ -173,7 +174,7 @@ class PatchedEngine(LlamaEngine):
         with self._cells.visible_softmax():
             yield
 
-    def rewrite(self, selection: Sequence[IntArray], n_tail: int) -> None:
+    def rewrite(self, selection: Sequence[Selection], n_tail: int) -> None:
         layout = self.layout()
         if not 0 <= n_tail <= layout.n_live:
             raise InvalidInput(f"cannot keep {n_tail} of {layout.n_live} live cells")

@@ -19,10 +19,10 @@ from kvcompose_local.interfaces import (
     CacheLayout,
     CacheSnapshot,
     FloatArray,
-    IntArray,
     LayerShape,
     ModelShape,
     Sampling,
+    Selection,
 )
 from kvcompose_local.llama_ffi.context import F16, Context
 from kvcompose_local.llama_ffi.model import Model
@@ -134,7 +134,7 @@ class StockEngine(LlamaEngine):
         self._n_composed = len(cells.positions) - n_live
         self._first_live = position - n_live
 
-    def rewrite(self, selection: Sequence[IntArray], n_tail: int) -> None:
+    def rewrite(self, selection: Sequence[Selection], n_tail: int) -> None:
         before = self._read_cells()
         layout = self.layout()
         if not 0 <= n_tail <= layout.n_live:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from kvcompose_local import profiles
 from kvcompose_local.attention import AttentionMax
-from kvcompose_local.compaction import N_NEAREST, near_chunk
+from kvcompose_local.compaction import N_NEAREST, SEEN_DTYPE, near_chunk
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.interfaces import FloatArray
 from kvcompose_local.profiles import Profile
@@ -35,7 +35,7 @@ class Statistics:
         self.tokens = list(tokens)
         self.n_scratch = n_scratch
         self.n_lead_in = n_lead_in
-        self._seen = AttentionMax.over(engine.shape.layers, exclude_nearest=N_NEAREST)
+        self._seen = AttentionMax.over(engine.shape.layers, exclude_nearest=N_NEAREST, dtype=SEEN_DTYPE)
         engine.decode(self.tokens, seen=self._seen)
 
     @property
