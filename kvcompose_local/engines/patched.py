@@ -161,7 +161,7 @@ class PatchedEngine(LlamaEngine):
             return
         # Composed rows stand best first, so that the sinks are among the first of them. What is replayed goes to the
         # next free cells.
-        sinks = (info.n_live_cap, info.n_live_cap + N_SINKS) if info.composed else (0, min(N_SINKS, near.start))
+        sinks = (info.n_live_cap, info.n_live_cap + N_SINKS) if any(self._composed) else (0, min(N_SINKS, near.start))
         ranges = [sinks, (near.start, near.stop), (info.n_live, info.n_live + n_tokens)]
         ranges = sorted((start, min(stop, info.n_cells)) for start, stop in ranges if start < stop)
         first = sum(stop - start for start, stop in ranges if start < near.start)
