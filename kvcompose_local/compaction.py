@@ -308,7 +308,7 @@ class CacheMemory:
             select_composites([self._score(i, n_scored, new_pinned)], budgets[[i]])[0].astype(np.int32) for i in layers
         ]
         selected = time.perf_counter()
-        self.engine.rewrite(selection, n_tail)
+        self.engine.rewrite(selection, n_tail, (self._score(i, n_scored, new_pinned) for i in layers))
         self._scores = [np.take_along_axis(s, rows, axis=1) for s, rows in zip(scores, selection, strict=True)]
         self._follow(selection, before, n_scored)
         self._forget_replay()

@@ -6,7 +6,7 @@ otherwise. The arena is the KV buffer that llama.cpp allocates for ``n_cells`` c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from kvcompose_local.engines.base import TILE, WATCH_STRIDE, LlamaEngine, ShownTap, softmax_queries
 from kvcompose_local.errors import ContextFull, InvalidInput
+from kvcompose_local.folding import fold_dropped
 from kvcompose_local.interfaces import (
     CacheLayout,
     CacheSnapshot,
@@ -174,7 +175,7 @@ class PatchedEngine(LlamaEngine):
         with self._cells.visible_softmax():
             yield
 
-    def rewrite(self, selection: Sequence[Selection], n_tail: int) -> None:
+    def rewrite(self, selection: Sequence[Selection], n_tail: int, scores: Iterable[FloatArray] | None = None) -> None:
         layout = self.layout()
         if not 0 <= n_tail <= layout.n_live:
             raise InvalidInput(f"cannot keep {n_tail} of {layout.n_live} live cells")
@@ -189,9 +190,19 @@ class PatchedEngine(LlamaEngine):
                 raise InvalidInput(f"the selection names rows outside the {len(physical)} of its layer")
             sources.append(physical[rows])
         composed = [rows.shape[1] for rows in selection]
-        self._cells.rewrite(self._fitting_live_cells(composed, n_tail), live[len(live) - n_tail :], sources)
+        n_fitting = self._fitting_live_cells(composed, n_tail)
+        for i, (rows, of_rows) in enumerate(zip(sources, scores or (), strict=False)):
+            self._fold(i, rows, of_rows, np.concatenate([live_cap + np.arange(layout.composed[i]), live]))
+        self._cells.rewrite(n_fitting, live[len(live) - n_tail :], sources)
         self._composed = tuple(composed)
         give_small_blocks_back()  # what the choice of cells took
+
+    def _fold(self, layer: int, kept: Selection, scores: FloatArray, physical: IntArray) -> None:
+        """Before a rewrite that keeps these physical rows; scores are of the first of all ``physical`` ones."""
+        keys, values = self._cells.plane(layer, values=False), self._cells.plane(layer, values=True)
+        of_rows = np.zeros((len(scores), keys.n_rows), np.float32)
+        of_rows[:, physical[: scores.shape[1]]] = scores
+        fold_dropped(keys, values, kept, of_rows)
 
     def _fitting_live_cells(self, composed: Sequence[int], n_live: int) -> int:
         """Live cells that every arena holds beside the composed ones, of which ``n_live`` are in use."""

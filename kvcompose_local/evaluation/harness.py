@@ -20,10 +20,11 @@ from kvcompose_local import __version__
 from kvcompose_local.compaction import CacheMemory, Policy
 from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.errors import InvalidInput, KVComposeError
-from kvcompose_local.evaluation.methods import find_method
+from kvcompose_local.evaluation.methods import find_method, folds
 from kvcompose_local.evaluation.quantized import quantized
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import Item, Question
+from kvcompose_local.folding import folded
 from kvcompose_local.interfaces import CacheSnapshot, IntArray
 from kvcompose_local.llama_ffi.context import CACHE_TYPES
 
@@ -174,7 +175,7 @@ class Evaluation:
         policy = Policy.for_cells(len(tokens))
         stats = Statistics(engine, tokens, n_scratch=policy.n_scratch, n_lead_in=policy.n_lead_in)
         n_full = len(tokens) * len(engine.shape.layers)
-        full = {"": (engine, engine.snapshot())}
+        full = engine.snapshot()
         starts = {}
         progress("scoring")
         for name, keep in [(FULL, 1.0), *trials]:
@@ -184,21 +185,26 @@ class Evaluation:
                 continue
             started = time.perf_counter()
             selection = None if base == FULL else find_method(base)(stats, int(keep * n_full))
+            kept, cells = 1.0, full
+            if selection is not None:
+                kept = sum(rows.shape[1] for rows in selection) / n_full
+                if folds(base):
+                    cells = folded(full, selection, stats.scores(stats.both))
             seconds = time.perf_counter() - started
-            if kind not in full:
-                full[kind] = self._quantized(full[""][1], kind)
-            other, cells = full[kind]
-            kept = 1.0 if selection is None else sum(rows.shape[1] for rows in selection) / n_full
-            kept *= other.shape.row_bytes / engine.shape.row_bytes
-            starts[name, keep] = _Start(other, cells, selection, kept, seconds)
+            other = self._engine_of(kind, full) if kind else engine
+            if kind:
+                cells = quantized(cells, engine.shape, kind)
+            starts[name, keep] = _Start(
+                other, cells, selection, kept * other.shape.row_bytes / engine.shape.row_bytes, seconds
+            )
         return starts
 
-    def _quantized(self, cells: CacheSnapshot, kind: str) -> tuple[PatchedEngine, CacheSnapshot]:
-        """The context in a cache of another type."""
+    def _engine_of(self, kind: str, cells: CacheSnapshot) -> PatchedEngine:
+        """One whose cache is of another type, with as much room."""
         if kind not in self._others:
             n_cells = self.engine.layout().n_free + cells.n_live
             self._others[kind] = self._new_engine(n_cells, CACHE_TYPES[kind])
-        return self._others[kind], quantized(cells, self.engine.shape, kind)
+        return self._others[kind]
 
     def _streamed(self, tokens: Sequence[int], keep: float) -> _Start:
         """The context as a chat would read it, turn by turn, in a cache of ``keep`` of its size."""

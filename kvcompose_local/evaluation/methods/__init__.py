@@ -17,13 +17,16 @@ from kvcompose_local.interfaces import FloatArray, IntArray
 Method = Callable[[Statistics, int], list[IntArray]]
 
 _METHODS: dict[str, Method] = {}
+_FOLDING: set[str] = set()
 
 
-def method(name: str) -> Callable[[Method], Method]:
-    """Register a method under a name."""
+def method(name: str, *, folds: bool = False) -> Callable[[Method], Method]:
+    """Register a method under a name; ``folds`` says that dropped values go into kept ones (:mod:`folding`)."""
 
     def register(function: Method) -> Method:
         _METHODS[name] = function
+        if folds:
+            _FOLDING.add(name)
         return function
 
     return register
@@ -34,6 +37,11 @@ def find_method(name: str) -> Method:
     if name not in _METHODS:
         raise InvalidInput(f"there is no method {name}: {', '.join(method_names())}")
     return _METHODS[name]
+
+
+def folds(name: str) -> bool:
+    """Whether a method folds what it drops."""
+    return name in _FOLDING
 
 
 def method_names() -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvcompose_local.budgets import allocate_bytes
+from kvcompose_local.budgets import allocate_bytes, allocate_tempered
 from kvcompose_local.evaluation.methods import Method, by_kv_head, method
 from kvcompose_local.evaluation.methods.kvcompose import compose
 from kvcompose_local.evaluation.statistics import Statistics
@@ -43,6 +43,13 @@ def seen(stats: Statistics, n_cells: int) -> list[IntArray]:
 def replay_and_seen(stats: Statistics, n_cells: int) -> list[IntArray]:
     """The sum of both attentions; no mean over KV heads."""
     return compose(stats, stats.scores(stats.both), n_cells)
+
+
+@method("kvcompose-local-unfolded")
+def unfolded(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """What the program does, but dropped values are lost."""
+    scores = stats.scores(stats.both)
+    return select_composites(scores, allocate_tempered(scores, [1] * len(scores), n_cells))
 
 
 @method("replay+seen-mean")
