@@ -20,7 +20,7 @@ from kvcompose_local import __version__
 from kvcompose_local.compaction import CacheMemory, Policy
 from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.errors import InvalidInput, KVComposeError
-from kvcompose_local.evaluation.methods import find_method, folds
+from kvcompose_local.evaluation.methods import find_method, folding_scores
 from kvcompose_local.evaluation.quantized import quantized
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import Item, Question
@@ -188,8 +188,8 @@ class Evaluation:
             kept, cells = 1.0, full
             if selection is not None:
                 kept = sum(rows.shape[1] for rows in selection) / n_full
-                if folds(base):
-                    cells = folded(full, selection, stats.scores(stats.both))
+                if (scoring := folding_scores(base)) is not None:
+                    cells = folded(full, selection, scoring(stats))
             seconds = time.perf_counter() - started
             other = self._engine_of(kind, full) if kind else engine
             if kind:

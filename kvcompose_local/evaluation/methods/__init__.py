@@ -17,16 +17,18 @@ from kvcompose_local.interfaces import FloatArray, IntArray
 Method = Callable[[Statistics, int], list[IntArray]]
 
 _METHODS: dict[str, Method] = {}
-_FOLDING: set[str] = set()
+#: Scores float32 (H, T) of each layer.
+Scoring = Callable[[Statistics], list[FloatArray]]
+_FOLDING: dict[str, Scoring] = {}
 
 
-def method(name: str, *, folds: bool = False) -> Callable[[Method], Method]:
-    """Register a method under a name; ``folds`` says that dropped values go into kept ones (:mod:`folding`)."""
+def method(name: str, *, folds_by: Scoring | None = None) -> Callable[[Method], Method]:
+    """Register a method under a name; it folds what it drops (:mod:`folding`) by scores, if there are any."""
 
     def register(function: Method) -> Method:
         _METHODS[name] = function
-        if folds:
-            _FOLDING.add(name)
+        if folds_by is not None:
+            _FOLDING[name] = folds_by
         return function
 
     return register
@@ -39,9 +41,9 @@ def find_method(name: str) -> Method:
     return _METHODS[name]
 
 
-def folds(name: str) -> bool:
-    """Whether a method folds what it drops."""
-    return name in _FOLDING
+def folding_scores(name: str) -> Scoring | None:
+    """What a method folds by; None where dropped values are lost."""
+    return _FOLDING.get(name)
 
 
 def method_names() -> list[str]:

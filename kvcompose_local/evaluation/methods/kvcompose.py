@@ -30,7 +30,7 @@ def replay(stats: Statistics, n_cells: int) -> list[IntArray]:
     return compose(stats, stats.scores(stats.replay, mean=True), n_cells)
 
 
-@method("kvcompose-local", folds=True)
+@method("kvcompose-local", folds_by=lambda stats: stats.scores(stats.both))
 def ours(stats: Statistics, n_cells: int) -> list[IntArray]:
     """What the program does: the sum of both attentions, no mean over KV heads, tempered budgets, folded values."""
     scores = stats.scores(stats.both)

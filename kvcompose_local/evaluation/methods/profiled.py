@@ -12,32 +12,37 @@ from kvcompose_local.interfaces import FloatArray, IntArray
 from kvcompose_local.selection import select_composites
 
 
-def _by_profile(stats: Statistics, attention: list[FloatArray], n_cells: int) -> list[IntArray]:
-    scores = stats.scores(attention)
+def _seen_or_replayed(stats: Statistics) -> list[FloatArray]:
+    """Scores by attention seen; only what nothing was seen of is replayed."""
+    attention = [layer.copy() for layer in stats.seen]
+    for layer, replayed in zip(attention, stats.replay, strict=True):
+        layer[:, -N_UNSEEN:] += replayed[:, -N_UNSEEN:]
+    return stats.scores(attention)
+
+
+def _by_profile(stats: Statistics, scores: list[FloatArray], n_cells: int) -> list[IntArray]:
     ones = np.ones(len(scores), np.int64)
     budgets = stats.profile.budgets(stats.n_tokens, ones * stats.n_tokens, ones, [n_cells], 0 * ones)
     return select_composites(scores, budgets)
 
 
-@method("profile")
+@method("profile", folds_by=_seen_or_replayed)
 def profile(stats: Statistics, n_cells: int) -> list[IntArray]:
-    """As ``run --scoring profile`` does it: only what nothing was seen of is replayed."""
-    attention = [layer.copy() for layer in stats.seen]
-    for layer, replayed in zip(attention, stats.replay, strict=True):
-        layer[:, -N_UNSEEN:] += replayed[:, -N_UNSEEN:]
-    return _by_profile(stats, attention, n_cells)
+    """As ``run --scoring profile`` does it."""
+    return _by_profile(stats, _seen_or_replayed(stats), n_cells)
 
 
 @method("profile-look-back")
 def profile_look_back(stats: Statistics, n_cells: int) -> list[IntArray]:
     """The last 64 tokens are replayed and look at everything."""
-    return _by_profile(stats, [a + b for a, b in zip(stats.look_back, stats.seen, strict=True)], n_cells)
+    attention = [a + b for a, b in zip(stats.look_back, stats.seen, strict=True)]
+    return _by_profile(stats, stats.scores(attention), n_cells)
 
 
 @method("profile-replay")
 def profile_replay(stats: Statistics, n_cells: int) -> list[IntArray]:
     """The whole score with the profile's layer budgets: what the budgets alone cost."""
-    return _by_profile(stats, stats.both, n_cells)
+    return _by_profile(stats, stats.scores(stats.both), n_cells)
 
 
 @method("seen-budgets")
