@@ -158,7 +158,9 @@ class AttentionMax:
         """Float (Q, T_l), (Q, 0) where never updated; later updates may change it."""
         columns = self._columns(layer)
         if self._dtype == np.uint8:
-            return np.asarray((columns.astype(np.uint16) << _LOST_BITS).view(np.float16), np.float32)
+            halves = columns.astype(np.uint16)
+            halves <<= _LOST_BITS
+            return halves.view(np.float16)
         return columns
 
     def result(self) -> list[FloatArray]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.interfaces import FloatArray, IntArray
-from kvcompose_local.scores import Scores, as_layers, best_first_keys, each_layer, key_indices
+from kvcompose_local.scores import INDEX_MASK, Scores, as_layers, best_first_keys, each_layer
 
 #: The share of the cells that layers do not compete for.
 SHARED_EVENLY = 0.1
@@ -121,7 +121,10 @@ def _allocate(composites: list[FloatArray], limits: _Limits, min_per_layer: int)
             )
         with np.errstate(over="ignore"):  # beyond float32 all are equally best
             priorities = [
-                (composites[layer][budgets[layer] :] * (mean_cost / cost[layer])).astype(np.float32) for layer in layers
+                composites[layer][budgets[layer] :]
+                if cost[layer] == mean_cost
+                else (composites[layer][budgets[layer] :] * (mean_cost / cost[layer])).astype(np.float32)
+                for layer in layers.tolist()
             ]
         budgets[layers] += _take_best(priorities, cost[layers], left)
     return budgets
@@ -200,8 +203,12 @@ def _take_best(priorities: list[FloatArray], cost: IntArray, limit: int) -> IntA
         keys[start : start + values.size] = best_first_keys(values, np.arange(values.size) * n_layers + layer)
         start += values.size
     keys.sort()
-    queue = (key_indices(keys) % n_layers).astype(np.int32)  # the layer of each rank, best rank first
+    keys &= INDEX_MASK  # in place: these arrays are the largest that a compaction makes
+    keys %= n_layers
+    queue = keys.astype(np.min_scalar_type(n_layers))  # the layer of each rank, best rank first
     del keys
+    if (cost == cost[0]).all():
+        return np.bincount(queue[: min(limit // max(int(cost[0]), 1), queue.size)], minlength=n_layers)
     left = min(limit, int(cost[queue].sum()))  # a limit may exceed int64
     while queue.size:  # once for each size of cell, at most
         queue = queue[cost[queue] <= left]

@@ -305,7 +305,8 @@ class CacheMemory:
             (self._score(i, n_scored, new_pinned) for i in layers), n_rows, n_tail, at_most, int(pinned.sum())
         )
         selection = [
-            select_composites([self._score(i, n_scored, new_pinned)], budgets[[i]])[0].astype(np.int32) for i in layers
+            select_composites([self._score(i, n_scored, new_pinned)], budgets[[i]])[0].astype(np.min_scalar_type(n))
+            for i, n in enumerate(n_rows)
         ]
         selected = time.perf_counter()
         self.engine.rewrite(selection, n_tail, (self._score(i, n_scored, new_pinned) for i in layers))

@@ -17,7 +17,8 @@ from kvcompose_local.interfaces import FloatArray, IntArray
 Scores = NDArray[Any] | Sequence[NDArray[Any]]
 
 _INDEX_BITS = 32
-_INDEX_MASK = (1 << _INDEX_BITS) - 1
+#: The bits of a key that hold its index.
+INDEX_MASK = (1 << _INDEX_BITS) - 1
 
 
 def token_scores(attention_max: NDArray[Any], n_kv_heads: int, *, add_mean_across_heads: bool = True) -> FloatArray:
@@ -97,4 +98,4 @@ def best_first_keys(scores: FloatArray, indices: IntArray) -> IntArray:
 
 def key_indices(keys: IntArray) -> IntArray:
     """The indices that :func:`best_first_keys` put into ``keys``."""
-    return keys & _INDEX_MASK
+    return keys & INDEX_MASK

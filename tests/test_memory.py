@@ -1,0 +1,69 @@
+"""What a compaction needs beside the cells, for a chat of Qwen2.5-0.5B's shape: Python's own count, to the byte."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from kvcompose_local.attention import AttentionMax
+from kvcompose_local.compaction import N_NEAREST, SEEN_DTYPE, CacheMemory, Policy
+from kvcompose_local.folding import ArrayPlane, fold_dropped
+from kvcompose_local.interfaces import AttentionSink, CacheLayout, FloatArray, LayerShape, ModelShape, Selection
+
+N_LAYERS, N_QUERY_HEADS, N_KV_HEADS, HEAD_BYTES, N_CELLS = 24, 14, 2, 128, 8192
+ROW_BYTES = 2 * N_KV_HEADS * HEAD_BYTES
+POLICY = Policy.for_cells(N_CELLS)
+
+
+class FullEngine:
+    """An arena as a long chat leaves it before a compaction, one layer with most of the cells; its cells are real."""
+
+    per_layer = True
+    max_replay = 10**6
+
+    def __init__(self) -> None:
+        layers = tuple(LayerShape(i, N_QUERY_HEADS, N_KV_HEADS, ROW_BYTES) for i in range(N_LAYERS))
+        self.shape = ModelShape("Qwen", "qwen2", 32768, 1000, layers)
+        self.arena_bytes = (N_CELLS * N_LAYERS * ROW_BYTES,)
+        n_composed = (N_CELLS - POLICY.n_headroom - POLICY.n_scratch - POLICY.n_tail) * N_LAYERS
+        self.composed = tuple([20_000] + [(n_composed - 20_000) // (N_LAYERS - 1)] * (N_LAYERS - 1))
+        self.n_live = POLICY.n_tail + POLICY.n_headroom
+        self.rng = np.random.default_rng(0)
+        self.planes = [np.full((k + self.n_live, ROW_BYTES // 2), 0x3B, np.uint8) for k in self.composed]
+
+    def layout(self) -> CacheLayout:
+        return CacheLayout(self.composed, self.n_live, 300, 24_000)
+
+    def replay(self, tokens: Sequence[int], seen: AttentionSink, near: slice) -> None:
+        for i in range(N_LAYERS):
+            weights = self.rng.random((N_QUERY_HEADS, 1, near.stop - near.start)).astype(np.float32) ** 6
+            seen.update(i, weights, slice(None), first=near.start)
+
+    def rewrite(self, selection: Sequence[Selection], n_tail: int, scores: Iterable[FloatArray]) -> None:
+        physical = [rows.astype(np.int32) for rows in selection]  # as the real one hands them to llama.cpp
+        for rows, of_rows, plane in zip(physical, scores, self.planes, strict=True):
+            fold_dropped(ArrayPlane(plane), ArrayPlane(plane), rows, of_rows)
+        self.composed, self.n_live = tuple(rows.shape[1] for rows in selection), n_tail
+
+
+def test_a_compaction_needs_little_beside_the_cells() -> None:
+    engine = FullEngine()
+    memory = CacheMemory(engine, 10**6, policy=POLICY)  # type: ignore[arg-type]
+    memory.tokens = list(range(24_000))
+    tracemalloc.start()
+    try:
+        memory._scores = [(engine.rng.random((N_KV_HEADS, k)) ** 6).astype(np.float32) for k in engine.composed]
+        memory._seen = AttentionMax.over(engine.shape.layers, N_NEAREST, SEEN_DTYPE)
+        for i, k in enumerate(engine.composed):
+            weights = engine.rng.random((N_QUERY_HEADS, 1, k + engine.n_live)).astype(np.float32) ** 8
+            memory._seen.update(i, weights, slice(None))
+        del weights
+        tracemalloc.reset_peak()
+        memory.compact()
+        lasting, peak = (n / engine.arena_bytes[0] for n in tracemalloc.get_traced_memory())
+    finally:
+        tracemalloc.stop()
+    assert lasting < 0.05  # a byte for each query head, and a score for each KV head, of every row
+    assert peak < 0.09  # 0.2 when the scores of all layers were made at once and rows were 64 bits wide
