@@ -102,7 +102,7 @@ def test_results_by_hand(table: list[dict[str, Any]]) -> None:
     assert report.area(list(found.values()), "m") == pytest.approx((0.625 * 0.25 + 0.875 * 0.5) / 0.75)
     # 0.8 is crossed four fifths of the way from keep 1 (share 1) to keep 0.5 (share 0.75)
     assert report.most_removed(list(found.values()), "m", 0.2) == pytest.approx(0.4)
-    assert "| m | 0.75 (0.75–0.75) / 0.200 | 0.50 (0.50–0.50) / 0.400 | 0.79 | 40% | 2% |" in report.tables(table)
+    assert "| m | 4 | 0.75 (0.75–0.75) / 0.200 | 0.50 (0.50–0.50) / 0.400 | 0.79 | 40% | 2% |" in report.tables(table)
     assert "left out: hard" in report.tables(table)
     assert report.recommendation(table, "m", within=0.3) == (
         "--budget 0.5 keeps 75% of the full cache's score on these 4 questions"

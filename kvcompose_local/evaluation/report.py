@@ -130,8 +130,8 @@ def tables(records: Sequence[Record]) -> str:
         lines += [f"Under {GATE:g} with the full cache, left out: {', '.join(missing)}."]
     heads = [f"keep {keep:g}" for keep in keeps]
     lines += ["", "Share of the full-cache score (95% interval) / KL in nats a token:", ""]
-    lines += ["| method | " + " | ".join(heads) + " | area | removed within 20% | within 1% |"]
-    lines += ["|---" * (len(heads) + 4) + "|"]
+    lines += ["| method | questions | " + " | ".join(heads) + " | area | removed within 20% | within 1% |"]
+    lines += ["|---" * (len(heads) + 5) + "|"]
     areas = {method: area(found, method) for method in {r.method for r in found} - {FULL}}
     best_first = sorted(areas, key=lambda method: (math.isnan(areas[method]), -areas[method], method))
     for method in best_first:
@@ -143,7 +143,8 @@ def tables(records: Sequence[Record]) -> str:
         ends = ["", "", ""]  # a quantized cache that keeps all cells has no curve
         if not math.isnan(areas[method]):
             ends = [f"{areas[method]:.2f}", *(f"{most_removed(found, method, x):.0%}" for x in (0.2, 0.01))]
-        lines.append(f"| {method} | " + " | ".join(cells + ends) + " |")
+        n = max(r.n for r in by_keep.values())
+        lines.append(f"| {method} | {n} | " + " | ".join(cells + ends) + " |")
     lines += ["", "Score of each task:", "", "| task | method | " + " | ".join(heads) + " |"]
     lines += ["|---" * (len(heads) + 2) + "|"]
     for task, full in counted.items():
