@@ -25,10 +25,10 @@ class AttentionMax:
 
     ``n_heads`` is the number of query heads, one for all layers or one each. With ``exclude_nearest`` = n > 0
     a query at position p counts for a token at position c only when ``p - c >= n``: every token looks at its
-    neighbours, which says nothing about who else needs them. Memory is that of the result, at most a quarter
-    more for columns to come (``reserve`` of :meth:`pick` says how many), and one layer's while it is updated. ``dtype``
-    is what it is kept in: float32, float16, or uint8, which is the middle of a float16: steps of a sixteenth of a power
-    of two, in which weights above 1 count as 1.
+    neighbours, which says nothing about who else needs them. Memory is that of the weights in ``dtype``, a quarter
+    or what :meth:`pick` reserves for columns to come, and one layer's while it is updated. ``dtype`` is float32,
+    float16, or uint8, which holds the middle bits of a float16: weights rounded down by a sixteenth at most, those
+    above 1 to 1.
 
     >>> seen = AttentionMax(n_layers=24, n_heads=14)
     >>> seen.update(0, weights, slice(0, n_context))  # for every layer and micro-batch
@@ -141,7 +141,11 @@ class AttentionMax:
         """
         heads = [old.shape[0] for old in self._room]
         fits = len(largest) == len(heads) and all(
-            new.ndim == 2 and new.shape[0] == n and new.dtype == np.float32 and np.isfinite(new).all()
+            new.ndim == 2
+            and new.shape[0] == n
+            and new.dtype == np.float32
+            and np.isfinite(new).all()
+            and (new >= 0).all()
             for new, n in zip(largest, heads, strict=True)
         )
         if not fits:
@@ -169,10 +173,11 @@ class AttentionMax:
 
     def stacked(self) -> FloatArray:
         """The result as one array (L, Q, T). Raises InvalidInput when the layers differ in shape."""
-        shapes = {largest.shape for largest in self.result()}
+        layers = self.result()
+        shapes = {largest.shape for largest in layers}
         if len(shapes) > 1:
             raise InvalidInput("layers saw different numbers of tokens or heads; take result() layer by layer")
-        return np.stack(self.result())
+        return np.stack(layers)
 
     def _stored(self, weights: FloatArray) -> NDArray[Any]:
         """Non-negative weights as they are kept: of these, rising codes rise as the floats do."""

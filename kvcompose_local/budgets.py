@@ -196,7 +196,6 @@ def _take_best(priorities: list[FloatArray], cost: IntArray, limit: int) -> IntA
     what is taken of it is its first ranks.
     """
     n_layers = len(priorities)
-    taken = np.zeros(n_layers, np.int64)
     keys = np.empty(sum(values.size for values in priorities), np.int64)
     start = 0
     for layer, values in enumerate(priorities):
@@ -208,7 +207,8 @@ def _take_best(priorities: list[FloatArray], cost: IntArray, limit: int) -> IntA
     queue = keys.astype(np.min_scalar_type(n_layers))  # the layer of each rank, best rank first
     del keys
     if (cost == cost[0]).all():
-        return np.bincount(queue[: min(limit // max(int(cost[0]), 1), queue.size)], minlength=n_layers)
+        return np.bincount(queue[: min(limit // int(cost[0]), queue.size)], minlength=n_layers)
+    taken = np.zeros(n_layers, np.int64)
     left = min(limit, int(cost[queue].sum()))  # a limit may exceed int64
     while queue.size:  # once for each size of cell, at most
         queue = queue[cost[queue] <= left]

@@ -75,7 +75,7 @@ class Plane:
     def gather(self, selection: Selection, n_tail: int) -> Plane:
         """Composed rows by head, then the last ``n_tail`` rows as they are.
 
-        selection: int64 (H, K), source row of each head of each composed row. Raises StateFormatError when a head is
+        selection: int (H, K), source row of each head of each composed row. Raises StateFormatError when a head is
         not a whole number of quantization blocks.
         """
         n_kv_heads, n_composed = selection.shape
@@ -111,7 +111,7 @@ class CellBlock:
     def gather(self, selection: Sequence[Selection], n_tail: int) -> CellBlock:
         """Composite tokens, then the last ``n_tail`` cells.
 
-        selection: one int64 (H, K) array a layer, K equal in all. Composed cells take the positions before the first
+        selection: one int (H, K) array a layer, K equal in all. Composed cells take the positions before the first
         kept one (a position only feeds the causal mask; keys keep the rotation of their own token), so that the next
         token goes on at the true position. Raises StateFormatError for unequal or out-of-range selections.
         """

@@ -75,15 +75,15 @@ class Policy:
 
 
 #: The score of a pinned token: above any other, since those are sums of a few attention weights, which are at most 1.
-PINNED = 2.0**20
+PINNED = 2.0**15
 #: Cells of a replay that is done while nobody waits: what is lost when it is stopped.
 _IDLE_CHUNK = 64
 #: A replayed chunk looks for itself among these many live tokens before it, not in the whole cache (docs/trials.md).
 N_BEFORE = 64
 #: Attention of a token to the ones just before it says nothing about who else needs them.
 N_NEAREST = 16
-#: What was seen of each row counts in every later compaction, so it is always in memory: a byte each will do.
-SEEN_DTYPE = np.uint8
+#: What was seen of each row and its replay's score count in every later compaction, so they are always in memory.
+SEEN_DTYPE, SCORE_DTYPE = np.uint8, np.float16
 #: The newest tokens of watched text, at which at most the last watched token looked: every eighth is watched.
 N_UNSEEN = N_NEAREST + 8
 
@@ -199,7 +199,7 @@ class CacheMemory:
 
     def _forget_scores(self) -> None:
         layers = self.engine.shape.layers
-        self._scores: list[FloatArray] = [np.zeros((layer.n_kv_heads, 0), np.float32) for layer in layers]
+        self._scores = [np.zeros((layer.n_kv_heads, 0), SCORE_DTYPE) for layer in layers]
         self._seen = AttentionMax.over(layers, exclude_nearest=N_NEAREST, dtype=SEEN_DTYPE)
         self._forget_replay()
 
@@ -295,10 +295,8 @@ class CacheMemory:
         n_composable = before.position - n_tail
         pinned = self._pinned(n_composable)
         new_pinned = pinned[n_composable - n_scored :]
-        # Scores are made a layer at a time, once to budget and once to choose: all of them would need more memory than
-        # a hundredth of the arena.
+        # Scores are made a layer at a time, whenever they are needed: of all layers they take a sixtieth of the arena.
         layers = range(len(before.composed))
-        scores = (self._replay_score(i, n_scored, new_pinned) for i in layers)
         bytes_before = self._bytes_of(before)
         at_most = None if keep is None else int(keep * bytes_before)
         n_rows = [n + n_scored for n in before.composed]
@@ -309,9 +307,13 @@ class CacheMemory:
             select_composites([self._score(i, n_scored, new_pinned)], budgets[[i]])[0].astype(np.min_scalar_type(n))
             for i, n in enumerate(n_rows)
         ]
+        kept = [
+            np.take_along_axis(self._replay_score(i, n_scored, new_pinned), rows, axis=1).astype(SCORE_DTYPE)
+            for i, rows in enumerate(selection)
+        ]
         selected = time.perf_counter()
         self.engine.rewrite(selection, n_tail, (self._score(i, n_scored, new_pinned) for i in layers))
-        self._scores = [np.take_along_axis(s, rows, axis=1) for s, rows in zip(scores, selection, strict=True)]
+        self._scores = kept
         self._follow(selection, before, n_scored)
         self._forget_replay()
         after = self.engine.layout()
@@ -379,10 +381,9 @@ class CacheMemory:
 
     def _follow(self, selection: Sequence[Selection], before: CacheLayout, n_scored: int) -> None:
         """What was seen stays with the rows that a selection kept, and with the newest ones."""
-        room = self.policy.n_headroom + self.policy.n_tail
         for i, (rows, n_composed) in enumerate(zip(selection, before.composed, strict=True)):
             newest = np.arange(n_composed + n_scored, n_composed + before.n_live, dtype=np.int32)
-            self._seen.pick(i, np.concatenate([rows, np.tile(newest, (len(rows), 1))], axis=1), room)
+            self._seen.pick(i, np.concatenate([rows, np.tile(newest, (len(rows), 1))], axis=1), self.policy.n_headroom)
 
     def _replay(self, n_scored: int, n_cells: int, seen: AttentionSink, progress: Progress | None) -> None:
         """Those of the first ``n_scored`` live tokens that were not, once more, in chunks of up to ``n_cells``."""
@@ -495,8 +496,9 @@ class CacheMemory:
 
     def state(self) -> MemoryState:
         """A copy of everything, for :meth:`restore`."""
-        seen = tuple(layer.astype(np.float32) for layer in self._seen.result())
-        return MemoryState(tuple(self.tokens), tuple(self._scores), seen, self.engine.snapshot(), tuple(self.pins))
+        seen = tuple(self._seen.of_layer(i).astype(np.float32) for i in range(len(self._scores)))
+        scores = tuple(layer.astype(np.float32) for layer in self._scores)
+        return MemoryState(tuple(self.tokens), scores, seen, self.engine.snapshot(), tuple(self.pins))
 
     def restore(self, state: MemoryState) -> None:
         """Go on from a state, perhaps of another size of cache; the logits are gone.
@@ -528,7 +530,7 @@ class CacheMemory:
         self.tokens = [*state.tokens]
         self.pins = [*state.pins]
         self._furthest = cells.position + (self.engine.max_replay if cells.window.size else 0)
-        self._scores = [*state.scores]
+        self._scores = [np.minimum(scores, PINNED).astype(SCORE_DTYPE) for scores in state.scores]
         self._seen = seen
         self._forget_replay()
 

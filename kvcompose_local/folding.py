@@ -2,20 +2,20 @@
 
 A query that would have looked at a dropped token looks at the kept ones whose keys are most like its key, and finds
 their values there. So before a selection drops a token for a head, its value is mixed into that of the kept token
-nearest by cosine, each counting by its score. Keys stay as they are. On top of a replay's scores it takes a fifth off
+nearest by cosine, each counting by its score. Keys stay as they are. On top of a replay's scores it takes a seventh off
 the KL divergence (docs/trials.md). Axes: KV head H, row n.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcompose_local.interfaces import ByteArray, CacheSnapshot, FloatArray, IntArray, Selection
+from kvcompose_local.interfaces import ByteArray, FloatArray, IntArray, Selection
 
 #: A token with a lower score is dropped as it is: the others take the same share of the loss back (docs/trials.md).
 LEAST_SCORE = 0.02
@@ -60,14 +60,6 @@ class ArrayPlane:
         self.rows[start : start + len(rows)] = rows
 
 
-def folded(snapshot: CacheSnapshot, selection: Sequence[Selection], scores: Sequence[FloatArray]) -> CacheSnapshot:
-    """The live F16 cells of a snapshot as :func:`fold_dropped` leaves them before a rewrite by ``selection``."""
-    values = tuple(rows.copy() for rows in snapshot.values)
-    for i, (kept, of_rows) in enumerate(zip(selection, scores, strict=True)):
-        fold_dropped(ArrayPlane(snapshot.keys[i]), ArrayPlane(values[i]), kept, of_rows)
-    return replace(snapshot, values=values)
-
-
 def fold_dropped(keys: Plane, values: Plane, kept: Selection, scores: FloatArray) -> int:
     """Mix the values of what ``kept`` drops into those of what it keeps, in place; returns how many were.
 
@@ -92,21 +84,17 @@ def fold_dropped(keys: Plane, values: Plane, kept: Selection, scores: FloatArray
         sums[h] = mixed
         totals.append(total)
         targets.append(into)
-    for start, raw in _chunks(values):
-        changed = False
+    for start, raw, parts in _chunks(values, targets):
         raw = raw.copy()
-        for h in range(n_heads):
-            first, last = np.searchsorted(targets[h], (start, start + len(raw)))
-            if first == last:
+        for h, part in enumerate(parts):
+            rows = targets[h][part]
+            if not rows.size:
                 continue
-            rows = targets[h][first:last]
             own = np.maximum(scores[h, rows], LEAST_SCORE).astype(np.float32)
-            part = _head(raw, h, n_heads)
-            value = _floats(part[rows - start], values.ggml_type) * own[:, None] + sums[h][first:last]
-            part[rows - start] = _stored(value / (own + totals[h][first:last])[:, None], values.ggml_type)
-            changed = True
-        if changed:
-            values.write(start, raw)
+            head = _head(raw, h, n_heads)
+            value = _floats(head[rows - start], values.ggml_type) * own[:, None] + sums[h][part]
+            head[rows - start] = _stored(value / (own + totals[h][part])[:, None], values.ggml_type)
+        values.write(start, raw)
     return sum(rows.size for rows in dropped)
 
 
@@ -116,12 +104,13 @@ def _nearest(keys: Plane, stays: NDArray[np.bool_], dropped: list[IntArray]) -> 
     wanted = [_unit(rows) for rows in _gathered(keys, dropped)]
     best = [np.full(rows.size, -np.inf, np.float32) for rows in dropped]
     found = [np.zeros(rows.size, np.int64) for rows in dropped]
-    for start, raw in _chunks(keys):
-        for h in range(n_heads):
-            rows = np.flatnonzero(stays[h, start : start + len(raw)])
-            if not rows.size or not dropped[h].size:
+    kept = [np.flatnonzero(row) if rows.size else rows for row, rows in zip(stays, dropped, strict=True)]
+    for start, raw, parts in _chunks(keys, kept):
+        for h, here in enumerate(parts):
+            rows = kept[h][here]
+            if not rows.size:
                 continue
-            unit = _unit(_floats(_head(raw, h, n_heads)[rows], keys.ggml_type))
+            unit = _unit(_floats(_head(raw, h, n_heads)[rows - start], keys.ggml_type))
             for at in range(0, dropped[h].size, _CHUNK):
                 part = slice(at, at + _CHUNK)
                 alike = wanted[h][part] @ unit.T
@@ -129,23 +118,28 @@ def _nearest(keys: Plane, stays: NDArray[np.bool_], dropped: list[IntArray]) -> 
                 alike = alike[np.arange(len(place)), place]
                 better = alike > best[h][part]
                 best[h][part][better] = alike[better]
-                found[h][part][better] = start + rows[place[better]]
+                found[h][part][better] = rows[place[better]]
     return found
 
 
 def _gathered(plane: Plane, wanted: list[IntArray]) -> list[FloatArray]:
     """Of each head the rows that it wants, which rise: float32 (g, D)."""
-    parts: list[list[FloatArray]] = [[] for _ in wanted]
-    for start, raw in _chunks(plane):
-        for h, rows in enumerate(wanted):
-            here = rows[slice(*np.searchsorted(rows, (start, start + len(raw))))] - start
-            parts[h].append(_floats(_head(raw, h, len(wanted))[here], plane.ggml_type))
-    return [np.concatenate(part) for part in parts]
+    found: list[list[FloatArray]] = [[] for _ in wanted]
+    for start, raw, parts in _chunks(plane, wanted):
+        for h, part in enumerate(parts):
+            rows = wanted[h][part]
+            if rows.size:  # of no rows, not every type can be read
+                found[h].append(_floats(_head(raw, h, len(wanted))[rows - start], plane.ggml_type))
+    return [np.concatenate(rows) if rows else np.zeros((0, 0), np.float32) for rows in found]
 
 
-def _chunks(plane: Plane) -> Iterator[tuple[int, ByteArray]]:
+def _chunks(plane: Plane, wanted: list[IntArray]) -> Iterator[tuple[int, ByteArray, list[slice]]]:
+    """The parts of a plane with rows that some head wants: (start, rows, of each head's wanted ones the slice)."""
     for start in range(0, plane.n_rows, _CHUNK):
-        yield start, plane.read(start, min(start + _CHUNK, plane.n_rows))
+        stop = min(start + _CHUNK, plane.n_rows)
+        parts = [slice(*np.searchsorted(rows, (start, stop)).tolist()) for rows in wanted]
+        if any(part.start < part.stop for part in parts):
+            yield start, plane.read(start, stop), parts
 
 
 def _head(raw: ByteArray, head: int, n_heads: int) -> ByteArray:
@@ -173,4 +167,4 @@ def _stored(rows: FloatArray, ggml_type: int) -> ByteArray:
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
-    return np.asarray(quantize(rows, GGMLQuantizationType(ggml_type)), np.uint8)
+    return np.ascontiguousarray(quantize(rows, GGMLQuantizationType(ggml_type))).view(np.uint8)

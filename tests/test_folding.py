@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
 from kvcompose_local.engines.patched import PatchedEngine
-from kvcompose_local.folding import LEAST_SCORE, ArrayPlane, fold_dropped, folded
+from kvcompose_local.folding import LEAST_SCORE, ArrayPlane, fold_dropped
 from kvcompose_local.interfaces import FloatArray, IntArray
 from kvcompose_local.llama_ffi.cells import library_is_patched
 from kvcompose_local.llama_ffi.context import CACHE_TYPES
@@ -75,6 +76,19 @@ def test_what_is_not_wanted_stays_to_the_byte():
     np.testing.assert_allclose(got, values[kept[0]], rtol=2e-3)  # but for a rounding
 
 
+@pytest.mark.parametrize("kind", [k for k in CACHE_TYPES if k != "f16"])
+def test_a_head_that_drops_nothing_stays(kind: str):
+    keys, values, scores, kept = drawn(5, 600)
+    scores[1] = 0
+    quant = GGMLQuantizationType[kind.upper()]
+    stored = [np.ascontiguousarray(quantize(x.reshape(600, -1), quant)).view(np.uint8) for x in (keys, values)]
+    plane = ArrayPlane(stored[1].copy(), int(quant))
+    assert fold_dropped(ArrayPlane(stored[0], int(quant)), plane, kept, scores) > 0
+    width = plane.rows.shape[1] // H
+    assert np.array_equal(plane.rows[:, width:], stored[1][:, width:])
+    assert not np.array_equal(plane.rows[:, :width], stored[1][:, :width])
+
+
 def test_a_quantized_cache_changes_only_what_was_mixed():
     keys, values, scores, kept = drawn(3, 90)
     kind = GGMLQuantizationType.Q8_0
@@ -91,7 +105,7 @@ def test_a_quantized_cache_changes_only_what_was_mixed():
 
 
 @pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
-@pytest.mark.parametrize("cache_type", ["f16", "q8_0"])
+@pytest.mark.parametrize("cache_type", CACHE_TYPES)
 def test_the_engine_folds_where_its_cells_stand(tiny_model: Callable[..., Path], cache_type: str):
     """Twice, so that composed cells are folded, too; then the bytes are those of a snapshot folded outside."""
     rng = np.random.default_rng(4)
@@ -109,11 +123,20 @@ def test_the_engine_folds_where_its_cells_stand(tiny_model: Callable[..., Path],
             before = engine.snapshot()
             engine.rewrite(selection, 8, iter(scores))
             after = engine.snapshot()
-            engine.restore(before if cache_type == "q8_0" else folded(before, selection, scores))
+            values = tuple(rows.copy() for rows in before.values)
+            for i, (rows, of_rows) in enumerate(zip(selection, scores, strict=True)):
+                key_type, value_type = (engine._cells.plane(i, values=v).ggml_type for v in (False, True))
+                planes = ArrayPlane(before.keys[i], key_type), ArrayPlane(values[i], value_type)
+                assert fold_dropped(*planes, rows, of_rows) > 0
+            engine.restore(replace(before, values=values))
             engine.rewrite(selection, 8)
             outside = engine.snapshot()
             for ours, theirs in zip(after.keys, outside.keys, strict=True):
                 np.testing.assert_array_equal(ours, theirs)
             for ours, theirs in zip(after.values, outside.values, strict=True):
-                assert np.array_equal(ours, theirs) == (cache_type == "f16")
+                if cache_type == "f32":  # where rows stand decides in which order products are summed
+                    np.testing.assert_allclose(ours.view(np.float32), theirs.view(np.float32), atol=1e-5)
+                else:
+                    np.testing.assert_array_equal(ours, theirs)
+            assert not all(map(np.array_equal, before.values, values))
             engine.restore(after)

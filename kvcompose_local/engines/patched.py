@@ -183,21 +183,24 @@ class PatchedEngine(LlamaEngine):
             raise InvalidInput(f"{len(selection)} selections for {len(self.shape.layers)} layers")
         live = self._live_cells()
         live_cap = self._cells.info().n_live_cap
+        physical = [
+            np.concatenate([live_cap + np.arange(n_composed), live]).astype(np.int32) for n_composed in layout.composed
+        ]
         sources: list[npt.NDArray[np.int32]] = []
-        for rows, n_composed in zip(selection, layout.composed, strict=True):
-            physical = np.concatenate([live_cap + np.arange(n_composed), live]).astype(np.int32)
-            if rows.size and not 0 <= rows.min() <= rows.max() < len(physical):
-                raise InvalidInput(f"the selection names rows outside the {len(physical)} of its layer")
-            sources.append(physical[rows])
+        for rows, of_all in zip(selection, physical, strict=True):
+            if rows.size and not 0 <= rows.min() <= rows.max() < len(of_all):
+                raise InvalidInput(f"the selection names rows outside the {len(of_all)} of its layer")
+            sources.append(of_all[rows])
         composed = [rows.shape[1] for rows in selection]
         n_fitting = self._fitting_live_cells(composed, n_tail)
-        for i, (rows, of_rows) in enumerate(zip(sources, scores or (), strict=False)):
-            self._fold(i, rows, of_rows, np.concatenate([live_cap + np.arange(layout.composed[i]), live]))
+        if scores is not None:  # a head that names a row twice is refused below only, and has its values mixed then
+            for i, of_rows in enumerate(scores):
+                self._fold(i, sources[i], of_rows, physical[i])
         self._cells.rewrite(n_fitting, live[len(live) - n_tail :], sources)
         self._composed = tuple(composed)
         give_small_blocks_back()  # what the choice of cells took
 
-    def _fold(self, layer: int, kept: Selection, scores: FloatArray, physical: IntArray) -> None:
+    def _fold(self, layer: int, kept: Selection, scores: FloatArray, physical: npt.NDArray[np.int32]) -> None:
         """Before a rewrite that keeps these physical rows; scores are of the first of all ``physical`` ones."""
         keys, values = self._cells.plane(layer, values=False), self._cells.plane(layer, values=True)
         of_rows = np.zeros((len(scores), keys.n_rows), np.float32)

@@ -24,8 +24,7 @@ from kvcompose_local.evaluation.methods import find_method, folding_scores
 from kvcompose_local.evaluation.quantized import quantized
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import Item, Question
-from kvcompose_local.folding import folded
-from kvcompose_local.interfaces import CacheSnapshot, IntArray
+from kvcompose_local.interfaces import CacheSnapshot, FloatArray, IntArray
 from kvcompose_local.llama_ffi.context import CACHE_TYPES
 
 #: The name of the uncompressed cache among the methods.
@@ -50,12 +49,13 @@ class Answer:
 class _Start:
     """What a trial's questions start from: these cells of an engine, rewritten if there is a selection.
 
-    kept: share of the full F16 cache's bytes; seconds: what the choice took.
+    scores: what the rewrite folds by, if it does; kept: share of the full F16 cache's bytes; seconds: of the choice.
     """
 
     engine: PatchedEngine
     cells: CacheSnapshot
     selection: list[IntArray] | None
+    scores: list[FloatArray] | None
     kept: float
     seconds: float
 
@@ -144,7 +144,7 @@ class Evaluation:
                 start = starts[name, keep]
                 start.engine.restore(start.cells)
                 if start.selection is not None:
-                    start.engine.rewrite(start.selection, 0)
+                    start.engine.rewrite(start.selection, 0, start.scores)
                 if number == 0:
                     layout = start.engine.layout()
                     cells_of_all[name, keep] = [n + layout.n_live for n in layout.composed]
@@ -175,7 +175,8 @@ class Evaluation:
         policy = Policy.for_cells(len(tokens))
         stats = Statistics(engine, tokens, n_scratch=policy.n_scratch, n_lead_in=policy.n_lead_in)
         n_full = len(tokens) * len(engine.shape.layers)
-        full = engine.snapshot()
+        full = {"": (engine, engine.snapshot())}
+        scores: dict[str, list[FloatArray]] = {}
         starts = {}
         progress("scoring")
         for name, keep in [(FULL, 1.0), *trials]:
@@ -185,26 +186,24 @@ class Evaluation:
                 continue
             started = time.perf_counter()
             selection = None if base == FULL else find_method(base)(stats, int(keep * n_full))
-            kept, cells = 1.0, full
-            if selection is not None:
-                kept = sum(rows.shape[1] for rows in selection) / n_full
-                if (scoring := folding_scores(base)) is not None:
-                    cells = folded(full, selection, scoring(stats))
             seconds = time.perf_counter() - started
-            other = self._engine_of(kind, full) if kind else engine
-            if kind:
-                cells = quantized(cells, engine.shape, kind)
-            starts[name, keep] = _Start(
-                other, cells, selection, kept * other.shape.row_bytes / engine.shape.row_bytes, seconds
-            )
+            scoring = folding_scores(base)
+            if scoring is not None and base not in scores:
+                scores[base] = scoring(stats)
+            if kind not in full:
+                full[kind] = self._quantized(full[""][1], kind)
+            other, cells = full[kind]
+            kept = 1.0 if selection is None else sum(rows.shape[1] for rows in selection) / n_full
+            kept *= other.shape.row_bytes / engine.shape.row_bytes
+            starts[name, keep] = _Start(other, cells, selection, scores.get(base), kept, seconds)
         return starts
 
-    def _engine_of(self, kind: str, cells: CacheSnapshot) -> PatchedEngine:
-        """One whose cache is of another type, with as much room."""
+    def _quantized(self, cells: CacheSnapshot, kind: str) -> tuple[PatchedEngine, CacheSnapshot]:
+        """The context in a cache of another type."""
         if kind not in self._others:
             n_cells = self.engine.layout().n_free + cells.n_live
             self._others[kind] = self._new_engine(n_cells, CACHE_TYPES[kind])
-        return self._others[kind]
+        return self._others[kind], quantized(cells, self.engine.shape, kind)
 
     def _streamed(self, tokens: Sequence[int], keep: float) -> _Start:
         """The context as a chat would read it, turn by turn, in a cache of ``keep`` of its size."""
@@ -216,7 +215,7 @@ class Evaluation:
             for start in range(0, len(tokens), size):
                 memory.feed(tokens[start : start + size])
             seconds = sum(report.seconds for report in memory.reports)
-            return _Start(self.engine, small.snapshot(), None, n_cells / len(tokens), seconds)
+            return _Start(self.engine, small.snapshot(), None, None, n_cells / len(tokens), seconds)
         finally:
             small.close_context()
 

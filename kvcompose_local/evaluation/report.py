@@ -143,8 +143,9 @@ def tables(records: Sequence[Record]) -> str:
         ends = ["", "", ""]  # a quantized cache that keeps all cells has no curve
         if not math.isnan(areas[method]):
             ends = [f"{areas[method]:.2f}", *(f"{most_removed(found, method, x):.0%}" for x in (0.2, 0.01))]
-        n = max(r.n for r in by_keep.values())
-        lines.append(f"| {method} | {n} | " + " | ".join(cells + ends) + " |")
+        fewest, most = min(r.n for r in by_keep.values()), max(r.n for r in by_keep.values())
+        asked = f"{most}" if fewest == most else f"{fewest}–{most}"
+        lines.append(f"| {method} | {asked} | " + " | ".join(cells + ends) + " |")
     lines += ["", "Score of each task:", "", "| task | method | " + " | ".join(heads) + " |"]
     lines += ["|---" * (len(heads) + 2) + "|"]
     for task, full in counted.items():

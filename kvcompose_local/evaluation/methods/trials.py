@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvcompose_local.budgets import allocate_bytes, allocate_tempered
+from kvcompose_local.budgets import allocate_bytes
 from kvcompose_local.evaluation.methods import Method, by_kv_head, method
-from kvcompose_local.evaluation.methods.kvcompose import compose
+from kvcompose_local.evaluation.methods.kvcompose import compose, ours
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.interfaces import FloatArray, IntArray
 from kvcompose_local.selection import select_composites
@@ -45,11 +45,8 @@ def replay_and_seen(stats: Statistics, n_cells: int) -> list[IntArray]:
     return compose(stats, stats.scores(stats.both), n_cells)
 
 
-@method("kvcompose-local-unfolded")
-def unfolded(stats: Statistics, n_cells: int) -> list[IntArray]:
-    """What the program does, but dropped values are lost."""
-    scores = stats.scores(stats.both)
-    return select_composites(scores, allocate_tempered(scores, [1] * len(scores), n_cells))
+#: What the program does, but dropped values are lost.
+method("kvcompose-local-unfolded")(ours)
 
 
 @method("replay+seen-mean")
