@@ -7,8 +7,7 @@ Tokens are read as live cells until the next ones would not fit beside the repla
    read is added, which costs nothing and halves the loss (docs/trials.md);
 2. attention becomes token scores (:mod:`scores`); composed cells bring the scores they were kept with;
 3. all compete for the arena's bytes, less what the live region needs (:mod:`budgets`);
-4. the winners are aligned into composite tokens (:mod:`selection`), the values of the others are mixed into theirs
-   (:mod:`folding`), and the engine rewrites its cells.
+4. the winners are aligned into composite tokens (:mod:`selection`) and the engine rewrites its cells.
 
 With a layer profile (:mod:`profiles`) step 1 replays only what nothing was seen of, and step 3 looks the budgets up.
 
@@ -312,7 +311,7 @@ class CacheMemory:
             for i, rows in enumerate(selection)
         ]
         selected = time.perf_counter()
-        self.engine.rewrite(selection, n_tail, (self._score(i, n_scored, new_pinned) for i in layers))
+        self.engine.rewrite(selection, n_tail)
         self._scores = kept
         self._follow(selection, before, n_scored)
         self._forget_replay()

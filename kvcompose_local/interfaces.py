@@ -10,7 +10,7 @@ then ``K_l … K_l + n_live - 1`` for the live cells, which every layer has, old
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -170,13 +170,11 @@ class Engine(Protocol):
         """
         ...
 
-    def rewrite(self, selection: Sequence[Selection], n_tail: int, scores: Iterable[FloatArray] | None = None) -> None:
+    def rewrite(self, selection: Sequence[Selection], n_tail: int) -> None:
         """Replace all cells but the newest ``n_tail`` live ones by composed cells.
 
         selection: for each composable layer int (H, K_l): head ``h`` of the layer's new composed cell ``r`` is head
-        ``h`` of old row ``selection[l][h, r]``; scores: of each layer float (H, rows but for the tail), by which the
-        values of dropped rows are mixed into kept ones (:mod:`folding`) where the engine can reach its cells. Raises
-        before anything is changed when the layout does not fit.
+        ``h`` of old row ``selection[l][h, r]``. Raises before anything is changed when the layout does not fit.
         """
         ...
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -11,7 +11,6 @@ from kvcompose_local.interfaces import (
     AttentionSink,
     CacheLayout,
     CacheSnapshot,
-    FloatArray,
     LayerShape,
     ModelShape,
     Progress,
@@ -95,7 +94,7 @@ class FakeEngine:
             weights = (heads * (values if i % 2 == 0 else 1 - values))[:, None]
             seen.update(i, weights, near or slice(None), first=near.start if near else 0)
 
-    def rewrite(self, selection: Sequence[Selection], n_tail: int, scores: Iterable[FloatArray] | None = None) -> None:
+    def rewrite(self, selection: Sequence[Selection], n_tail: int) -> None:
         rows = [np.concatenate([c, np.tile(self.live, (2, 1))], axis=1) for c in self.composed]
         self.composed = [np.take_along_axis(r, s, axis=1) for r, s in zip(rows, selection, strict=True)]
         self.live = self.live[len(self.live) - n_tail :]

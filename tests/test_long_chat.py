@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -117,13 +117,13 @@ def follow(engine: PatchedEngine) -> list[IntArray]:
     origin = [np.zeros((layer.n_kv_heads, 0), np.int64) for layer in engine.shape.layers]
     rewrite = engine.rewrite
 
-    def tracked(selection: Sequence[Selection], n_tail: int, scores: Iterable[FloatArray] | None = None) -> None:
+    def tracked(selection: Sequence[Selection], n_tail: int) -> None:
         layout = engine.layout()
         live = np.arange(layout.position - layout.n_live, layout.position)
         for i, rows in enumerate(selection):
             whole = np.concatenate([origin[i], np.tile(live, (len(rows), 1))], axis=1)
             origin[i] = np.take_along_axis(whole, rows, axis=1)
-        rewrite(selection, n_tail, scores)
+        rewrite(selection, n_tail)
 
     engine.rewrite = tracked  # type: ignore[method-assign]
     return origin

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from kvcompose_local.attention import AttentionMax
 from kvcompose_local.compaction import N_NEAREST, SCORE_DTYPE, SEEN_DTYPE, CacheMemory, Policy
-from kvcompose_local.folding import ArrayPlane, fold_dropped
-from kvcompose_local.interfaces import AttentionSink, CacheLayout, FloatArray, LayerShape, ModelShape, Selection
+from kvcompose_local.interfaces import AttentionSink, CacheLayout, LayerShape, ModelShape, Selection
 
 N_LAYERS, N_QUERY_HEADS, N_KV_HEADS, HEAD_BYTES, N_CELLS = 24, 14, 2, 128, 8192
 ROW_BYTES = 2 * N_KV_HEADS * HEAD_BYTES
@@ -18,7 +17,7 @@ POLICY = Policy.for_cells(N_CELLS)
 
 
 class FullEngine:
-    """An arena as a long chat leaves it before a compaction, one layer with most of the cells; its cells are real."""
+    """An arena as a long chat leaves it before a compaction, one layer with most of the cells."""
 
     per_layer = True
     max_replay = 10**6
@@ -31,7 +30,6 @@ class FullEngine:
         self.composed = tuple([20_000] + [(n_composed - 20_000) // (N_LAYERS - 1)] * (N_LAYERS - 1))
         self.n_live = POLICY.n_tail + POLICY.n_headroom
         self.rng = np.random.default_rng(0)
-        self.planes = [np.full((k + self.n_live, ROW_BYTES // 2), 0x3B, np.uint8) for k in self.composed]
 
     def layout(self) -> CacheLayout:
         return CacheLayout(self.composed, self.n_live, 300, 24_000)
@@ -41,11 +39,9 @@ class FullEngine:
             weights = self.rng.random((N_QUERY_HEADS, 1, near.stop - near.start)).astype(np.float32) ** 6
             seen.update(i, weights, slice(None), first=near.start)
 
-    def rewrite(self, selection: Sequence[Selection], n_tail: int, scores: Iterable[FloatArray]) -> None:
+    def rewrite(self, selection: Sequence[Selection], n_tail: int) -> None:
         physical = [rows.astype(np.int32) for rows in selection]  # as the real one hands them to llama.cpp
-        for rows, of_rows, plane in zip(physical, scores, self.planes, strict=True):
-            fold_dropped(ArrayPlane(plane), ArrayPlane(plane), rows, of_rows)
-        self.composed, self.n_live = tuple(rows.shape[1] for rows in selection), n_tail
+        self.composed, self.n_live = tuple(rows.shape[1] for rows in physical), n_tail
 
 
 def test_a_compaction_needs_little_beside_the_cells() -> None:

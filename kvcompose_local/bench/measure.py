@@ -326,7 +326,7 @@ def _read_as_a_chat(
 
 
 def _rewrite_seconds(engine: PatchedEngine, whole: CacheSnapshot) -> float:
-    """The median of three rewrites that keep every fourth cell, another one in each head, without folding."""
+    """The median of three rewrites that keep every fourth cell, another one in each head."""
     selection = [
         np.stack([np.arange(head % 4, whole.n_live, 4)[: whole.n_live // 4] for head in range(layer.n_kv_heads)])
         for layer in engine.shape.layers

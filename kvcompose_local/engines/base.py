@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 
@@ -89,7 +89,7 @@ class LlamaEngine(ABC):
         """What stands in the cache now."""
 
     @abstractmethod
-    def rewrite(self, selection: Sequence[Selection], n_tail: int, scores: Iterable[FloatArray] | None = None) -> None:
+    def rewrite(self, selection: Sequence[Selection], n_tail: int) -> None:
         """See :meth:`Engine.rewrite`."""
 
     @abstractmethod

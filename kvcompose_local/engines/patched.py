@@ -6,7 +6,7 @@ otherwise. The arena is the KV buffer that llama.cpp allocates for ``n_cells`` c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -14,7 +14,6 @@ import numpy.typing as npt
 
 from kvcompose_local.engines.base import TILE, WATCH_STRIDE, LlamaEngine, ShownTap, softmax_queries
 from kvcompose_local.errors import ContextFull, InvalidInput
-from kvcompose_local.folding import fold_dropped
 from kvcompose_local.interfaces import (
     CacheLayout,
     CacheSnapshot,
@@ -175,7 +174,7 @@ class PatchedEngine(LlamaEngine):
         with self._cells.visible_softmax():
             yield
 
-    def rewrite(self, selection: Sequence[Selection], n_tail: int, scores: Iterable[FloatArray] | None = None) -> None:
+    def rewrite(self, selection: Sequence[Selection], n_tail: int) -> None:
         layout = self.layout()
         if not 0 <= n_tail <= layout.n_live:
             raise InvalidInput(f"cannot keep {n_tail} of {layout.n_live} live cells")
@@ -183,29 +182,16 @@ class PatchedEngine(LlamaEngine):
             raise InvalidInput(f"{len(selection)} selections for {len(self.shape.layers)} layers")
         live = self._live_cells()
         live_cap = self._cells.info().n_live_cap
-        physical = [
-            np.concatenate([live_cap + np.arange(n_composed), live]).astype(np.int32) for n_composed in layout.composed
-        ]
         sources: list[npt.NDArray[np.int32]] = []
-        for rows, of_all in zip(selection, physical, strict=True):
-            if rows.size and not 0 <= rows.min() <= rows.max() < len(of_all):
-                raise InvalidInput(f"the selection names rows outside the {len(of_all)} of its layer")
-            sources.append(of_all[rows])
+        for rows, n_composed in zip(selection, layout.composed, strict=True):
+            physical = np.concatenate([live_cap + np.arange(n_composed), live]).astype(np.int32)
+            if rows.size and not 0 <= rows.min() <= rows.max() < len(physical):
+                raise InvalidInput(f"the selection names rows outside the {len(physical)} of its layer")
+            sources.append(physical[rows])
         composed = [rows.shape[1] for rows in selection]
-        n_fitting = self._fitting_live_cells(composed, n_tail)
-        if scores is not None:  # a head that names a row twice is refused below only, and has its values mixed then
-            for i, of_rows in enumerate(scores):
-                self._fold(i, sources[i], of_rows, physical[i])
-        self._cells.rewrite(n_fitting, live[len(live) - n_tail :], sources)
+        self._cells.rewrite(self._fitting_live_cells(composed, n_tail), live[len(live) - n_tail :], sources)
         self._composed = tuple(composed)
         give_small_blocks_back()  # what the choice of cells took
-
-    def _fold(self, layer: int, kept: Selection, scores: FloatArray, physical: npt.NDArray[np.int32]) -> None:
-        """Before a rewrite that keeps these physical rows; scores are of the first of all ``physical`` ones."""
-        keys, values = self._cells.plane(layer, values=False), self._cells.plane(layer, values=True)
-        of_rows = np.zeros((len(scores), keys.n_rows), np.float32)
-        of_rows[:, physical[: scores.shape[1]]] = scores
-        fold_dropped(keys, values, kept, of_rows)
 
     def _fitting_live_cells(self, composed: Sequence[int], n_live: int) -> int:
         """Live cells that every arena holds beside the composed ones, of which ``n_live`` are in use."""

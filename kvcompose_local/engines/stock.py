@@ -7,7 +7,7 @@ It is the fallback where nobody can compile, and the twin that the patched engin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -134,7 +134,7 @@ class StockEngine(LlamaEngine):
         self._n_composed = len(cells.positions) - n_live
         self._first_live = position - n_live
 
-    def rewrite(self, selection: Sequence[Selection], n_tail: int, scores: Iterable[FloatArray] | None = None) -> None:
+    def rewrite(self, selection: Sequence[Selection], n_tail: int) -> None:
         before = self._read_cells()
         layout = self.layout()
         if not 0 <= n_tail <= layout.n_live:

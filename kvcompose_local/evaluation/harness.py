@@ -20,11 +20,11 @@ from kvcompose_local import __version__
 from kvcompose_local.compaction import CacheMemory, Policy
 from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.errors import InvalidInput, KVComposeError
-from kvcompose_local.evaluation.methods import find_method, folding_scores
+from kvcompose_local.evaluation.methods import find_method
 from kvcompose_local.evaluation.quantized import quantized
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import Item, Question
-from kvcompose_local.interfaces import CacheSnapshot, FloatArray, IntArray
+from kvcompose_local.interfaces import CacheSnapshot, IntArray
 from kvcompose_local.llama_ffi.context import CACHE_TYPES
 
 #: The name of the uncompressed cache among the methods.
@@ -49,13 +49,12 @@ class Answer:
 class _Start:
     """What a trial's questions start from: these cells of an engine, rewritten if there is a selection.
 
-    scores: what the rewrite folds by, if it does; kept: share of the full F16 cache's bytes; seconds: of the choice.
+    kept: share of the full F16 cache's bytes; seconds: what the choice took.
     """
 
     engine: PatchedEngine
     cells: CacheSnapshot
     selection: list[IntArray] | None
-    scores: list[FloatArray] | None
     kept: float
     seconds: float
 
@@ -144,7 +143,7 @@ class Evaluation:
                 start = starts[name, keep]
                 start.engine.restore(start.cells)
                 if start.selection is not None:
-                    start.engine.rewrite(start.selection, 0, start.scores)
+                    start.engine.rewrite(start.selection, 0)
                 if number == 0:
                     layout = start.engine.layout()
                     cells_of_all[name, keep] = [n + layout.n_live for n in layout.composed]
@@ -176,7 +175,6 @@ class Evaluation:
         stats = Statistics(engine, tokens, n_scratch=policy.n_scratch, n_lead_in=policy.n_lead_in)
         n_full = len(tokens) * len(engine.shape.layers)
         full = {"": (engine, engine.snapshot())}
-        scores: dict[str, list[FloatArray]] = {}
         starts = {}
         progress("scoring")
         for name, keep in [(FULL, 1.0), *trials]:
@@ -187,15 +185,12 @@ class Evaluation:
             started = time.perf_counter()
             selection = None if base == FULL else find_method(base)(stats, int(keep * n_full))
             seconds = time.perf_counter() - started
-            scoring = folding_scores(base)
-            if scoring is not None and base not in scores:
-                scores[base] = scoring(stats)
             if kind not in full:
                 full[kind] = self._quantized(full[""][1], kind)
             other, cells = full[kind]
             kept = 1.0 if selection is None else sum(rows.shape[1] for rows in selection) / n_full
             kept *= other.shape.row_bytes / engine.shape.row_bytes
-            starts[name, keep] = _Start(other, cells, selection, scores.get(base), kept, seconds)
+            starts[name, keep] = _Start(other, cells, selection, kept, seconds)
         return starts
 
     def _quantized(self, cells: CacheSnapshot, kind: str) -> tuple[PatchedEngine, CacheSnapshot]:
@@ -215,7 +210,7 @@ class Evaluation:
             for start in range(0, len(tokens), size):
                 memory.feed(tokens[start : start + size])
             seconds = sum(report.seconds for report in memory.reports)
-            return _Start(self.engine, small.snapshot(), None, None, n_cells / len(tokens), seconds)
+            return _Start(self.engine, small.snapshot(), None, n_cells / len(tokens), seconds)
         finally:
             small.close_context()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -137,18 +136,13 @@ class PerLayerCells:
         if len(values) != self.n_layers:
             raise InvalidInput(f"{len(values)} layers are given, the cache has {self.n_layers}")
 
-    def rows(self, i: int, *, values: bool, first: int = 0, last: int | None = None) -> npt.NDArray[np.uint8]:
-        """uint8 (n, row bytes): the K or V rows of a layer from ``first`` to before ``last``, which defaults to all."""
+    def rows(self, i: int, *, values: bool) -> npt.NDArray[np.uint8]:
+        """uint8 (n_rows, row bytes): all K, or all V rows of a layer."""
         layer = self.layer(i)
         width = layer.v_row_bytes if values else layer.k_row_bytes
-        data = np.empty((max((layer.n_rows if last is None else last) - first, 0), width), np.uint8)
-        self._call("get_rows", i, int(values), first, len(data), data.ctypes.data, data.nbytes)
+        data = np.empty((layer.n_rows, width), np.uint8)
+        self._call("get_rows", i, int(values), 0, layer.n_rows, data.ctypes.data, data.nbytes)
         return data
-
-    def plane(self, i: int, *, values: bool) -> CellPlane:
-        """All K or V rows of a layer, to be read and written in parts."""
-        layer = self.layer(i)
-        return CellPlane(self, i, values, layer.type_v if values else layer.type_k, layer.n_rows)
 
     def set_rows(self, i: int, data: npt.NDArray[np.uint8], *, values: bool, first: int = 0) -> None:
         """Write K or V rows of a layer from row ``first`` on."""
@@ -191,20 +185,3 @@ class PerLayerCells:
             yield
         finally:
             self._call("set_ranges", 0, None, None)
-
-
-@dataclass(frozen=True)
-class CellPlane:
-    """The K or V rows of a layer where they stand (:class:`kvcompose_local.folding.Plane`)."""
-
-    cells: PerLayerCells
-    layer: int
-    values: bool
-    ggml_type: int
-    n_rows: int
-
-    def read(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
-        return self.cells.rows(self.layer, values=self.values, first=start, last=stop)
-
-    def write(self, start: int, rows: npt.NDArray[np.uint8]) -> None:
-        self.cells.set_rows(self.layer, rows, values=self.values, first=start)

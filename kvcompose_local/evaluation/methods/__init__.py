@@ -17,18 +17,13 @@ from kvcompose_local.interfaces import FloatArray, IntArray
 Method = Callable[[Statistics, int], list[IntArray]]
 
 _METHODS: dict[str, Method] = {}
-#: Scores float32 (H, T) of each layer.
-Scoring = Callable[[Statistics], list[FloatArray]]
-_FOLDING: dict[str, Scoring] = {}
 
 
-def method(name: str, *, folds_by: Scoring | None = None) -> Callable[[Method], Method]:
-    """Register a method under a name; it folds what it drops (:mod:`folding`) by scores, if there are any."""
+def method(name: str) -> Callable[[Method], Method]:
+    """Register a method under a name."""
 
     def register(function: Method) -> Method:
         _METHODS[name] = function
-        if folds_by is not None:
-            _FOLDING[name] = folds_by
         return function
 
     return register
@@ -39,11 +34,6 @@ def find_method(name: str) -> Method:
     if name not in _METHODS:
         raise InvalidInput(f"there is no method {name}: {', '.join(method_names())}")
     return _METHODS[name]
-
-
-def folding_scores(name: str) -> Scoring | None:
-    """What a method folds by; None where dropped values are lost."""
-    return _FOLDING.get(name)
 
 
 def method_names() -> list[str]:

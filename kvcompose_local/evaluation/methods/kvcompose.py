@@ -30,9 +30,9 @@ def replay(stats: Statistics, n_cells: int) -> list[IntArray]:
     return compose(stats, stats.scores(stats.replay, mean=True), n_cells)
 
 
-@method("kvcompose-local", folds_by=lambda stats: stats.scores(stats.both))
+@method("kvcompose-local")
 def ours(stats: Statistics, n_cells: int) -> list[IntArray]:
-    """What the program does: the sum of both attentions, no mean over KV heads, tempered budgets, folded values."""
+    """What the program does: the sum of both attentions, no mean over KV heads, tempered budgets."""
     scores = stats.scores(stats.both)
     return select_composites(scores, allocate_tempered(scores, [1] * len(scores), n_cells))
 

@@ -26,7 +26,7 @@ def _by_profile(stats: Statistics, scores: list[FloatArray], n_cells: int) -> li
     return select_composites(scores, budgets)
 
 
-@method("profile", folds_by=_seen_or_replayed)
+@method("profile")
 def profile(stats: Statistics, n_cells: int) -> list[IntArray]:
     """As ``run --scoring profile`` does it."""
     return _by_profile(stats, _seen_or_replayed(stats), n_cells)

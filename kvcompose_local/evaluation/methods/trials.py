@@ -6,7 +6,7 @@ import numpy as np
 
 from kvcompose_local.budgets import allocate_bytes
 from kvcompose_local.evaluation.methods import Method, by_kv_head, method
-from kvcompose_local.evaluation.methods.kvcompose import compose, ours
+from kvcompose_local.evaluation.methods.kvcompose import compose
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.interfaces import FloatArray, IntArray
 from kvcompose_local.selection import select_composites
@@ -43,10 +43,6 @@ def seen(stats: Statistics, n_cells: int) -> list[IntArray]:
 def replay_and_seen(stats: Statistics, n_cells: int) -> list[IntArray]:
     """The sum of both attentions; no mean over KV heads."""
     return compose(stats, stats.scores(stats.both), n_cells)
-
-
-#: What the program does, but dropped values are lost.
-method("kvcompose-local-unfolded")(ours)
 
 
 @method("replay+seen-mean")
