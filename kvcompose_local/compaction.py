@@ -59,14 +59,15 @@ class Policy:
 
     @classmethod
     def for_cells(cls, n_cells: int) -> Policy:
-        """A sixteenth of the arena for headroom and one for scratch, both bounded: the rest is for memory.
+        """A sixteenth of the cells for headroom, one for scratch and a sixth for the tail, all of them bounded.
 
-        The scratch holds what the headroom does, or half of that, so that no replay is of a few tokens.
+        The scratch holds what the headroom does, or half of that, so that no replay is of a few tokens. The tail is for
+        reading well, not for answering: a text whose last sentence is half gone is misread (docs/trials.md).
         """
         chunk = min(max(-(-n_cells // 16), 24), 256)
         lead_in = min(8, chunk // 8)
         return cls(
-            n_tail=min(max(n_cells // 64, 8), 32),
+            n_tail=min(max(n_cells // 6, 8), 128),
             n_headroom=2 * chunk if n_cells >= 31 * chunk else chunk,
             n_scratch=chunk + lead_in,
             n_lead_in=lead_in,
@@ -75,6 +76,8 @@ class Policy:
 
 #: The score of a pinned token: above any other, since those are sums of a few attention weights, which are at most 1.
 PINNED = 2.0**15
+#: Tokens of the tail that stay where pinned ones need its room, or the user asks for a compaction.
+LEAST_TAIL = 8
 #: Cells of a replay that is done while nobody waits: what is lost when it is stopped.
 _IDLE_CHUNK = 64
 #: A replayed chunk looks for itself among these many live tokens before it, not in the whole cache (docs/trials.md).
@@ -284,7 +287,7 @@ class CacheMemory:
         if not self.compose:
             raise InvalidInput("this chat runs at budget 1: start it with --budget below 1 to compress")
         before = self.engine.layout()
-        n_tail = self._n_tail(before.n_live) if keep is None else min(self.policy.n_tail, before.n_live)
+        n_tail = self._n_tail(before.n_live) if keep is None else min(self._least_tail, before.n_live)
         n_scored = before.n_live - n_tail
         if n_scored == 0:
             return None
@@ -339,9 +342,14 @@ class CacheMemory:
         then there is nothing to wait for.
         """
         n_new, n_tail = n_live - self._n_replayed, self.policy.n_tail
+        n_tail = max(n_tail - max(self.n_pinned - self._fitting(n_tail), 0), self._least_tail)
         if self._n_replayed and n_tail < n_new <= self.policy.n_headroom // 2 and self.n_pinned <= self._fitting(n_new):
             n_tail = n_new
         return min(n_tail, n_live)
+
+    @property
+    def _least_tail(self) -> int:
+        return min(self.policy.n_tail, LEAST_TAIL)
 
     def _fitting(self, n_tail: int) -> int:
         """Composed cells that every layer may have beside a tail."""
@@ -467,7 +475,7 @@ class CacheMemory:
             raise InvalidInput(f"there are no positions {start} to {stop}")
         before = self.pins
         self.pins = [*before, (start, stop)]
-        n_fitting = self._fitting(self.policy.n_tail)
+        n_fitting = self._fitting(self._least_tail)
         if self.n_pinned > n_fitting:
             n_pinned, self.pins = self.n_pinned, before
             raise ContextFull(

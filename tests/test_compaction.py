@@ -8,7 +8,7 @@ from fake_engine import FakeEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcompose_local.compaction import CacheMemory, CompactionReport, Policy
+from kvcompose_local.compaction import LEAST_TAIL, CacheMemory, CompactionReport, Policy
 from kvcompose_local.errors import ContextFull, InvalidInput
 
 POLICY = Policy(n_tail=4, n_headroom=8, n_scratch=8, n_lead_in=2)
@@ -270,6 +270,24 @@ def test_policies_fit_their_arena() -> None:
     for n_cells in (256, 512, 2048, 32768):
         policy = Policy.for_cells(n_cells)
         assert policy.n_tail + policy.n_headroom + policy.n_scratch < n_cells / 2
+    assert [Policy.for_cells(n).n_tail for n in (32, 256, 768, 8192)] == [8, 42, 128, 128]
+
+
+def test_the_tail_gives_way_to_pins_and_to_those_who_ask() -> None:
+    engine = FakeEngine(400)
+    memory = CacheMemory(engine, 4000)
+    policy = memory.policy
+    assert policy.n_tail == 66
+    n_pinned = 400 - policy.n_headroom - policy.n_scratch - LEAST_TAIL - 10
+    memory.pin(0, n_pinned)
+    memory.feed([65] * n_pinned)
+    memory.feed([66] * 1000)
+    assert {r.n_live for r in memory.reports} == {LEAST_TAIL + 10}
+    assert all((layer[:, :n_pinned] == 65).all() for layer in engine.composed)
+    memory.clear()
+    memory.feed([67] * 60)
+    assert memory.compact(0.5) is not None
+    assert engine.layout().n_live == LEAST_TAIL
 
 
 def test_scoring_ahead_of_a_compaction_changes_when_and_not_what() -> None:

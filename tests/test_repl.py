@@ -341,7 +341,7 @@ def test_text_is_scored_while_the_user_types() -> None:
             time.sleep(0.001)
         raise InvalidInput("which nobody hears of")
 
-    script = iter(["A message of some length.", None])
+    script = iter(["A message longer than the tail that stays live. " * 2, None])
 
     def read_line() -> str | None:
         line = next(script)

@@ -241,7 +241,7 @@ def test_sessions_cross_engines_where_the_cells_can(tmp_path: Path, tiny_model: 
     setup = Setup(model, "f16", 0.25)
     with real_chat(model, engine_name="stock") as stock, real_chat(model) as patched:
         stock.read(WORDS)
-        stock.memory.compact()  # so that what comes next fits: the engines' own choices differ
+        stock.memory.compact(0.5)  # so that what comes next fits: the engines' own choices differ
         assert stock.memory.reports
         sessions.save(path, stock, setup)
         sessions.load(path, patched, setup)

@@ -202,7 +202,7 @@ class Evaluation:
 
     def _streamed(self, tokens: Sequence[int], keep: float) -> _Start:
         """The context as a chat would read it, turn by turn, in a cache of ``keep`` of its size."""
-        n_cells = max(int(keep * len(tokens)) // CELL_PADDING, 1) * CELL_PADDING
+        n_cells = max(round(keep * len(tokens) / CELL_PADDING), 1) * CELL_PADDING  # the record says how many they are
         small = self._new_engine(n_cells, n_ubatch=SMALL_MICRO_BATCH)
         try:
             memory = CacheMemory(small, len(tokens))
