@@ -175,7 +175,7 @@ def test_quantized_and_streaming_trials(tiny_model: Callable[..., Path], tmp_pat
     kl = {name: np.mean([r["kl"] for r in evaluation.records if r["method"] == name]) for name, _ in trials}
     assert first["full+q8_0"]["kept"] == pytest.approx(34 / 64, abs=1e-3)
     assert first["kvcompose-local+q8_0"]["kept"] == pytest.approx(17 / 64, abs=1e-3)
-    assert first["streaming"]["kept"] <= 0.5
+    assert first["streaming"]["kept"] == pytest.approx(0.5, abs=0.07)  # whole blocks of 256 cells
     assert max(first["streaming"]["layer_cells"]) > min(first["streaming"]["layer_cells"]) > 0
     assert 0 < kl["full+q8_0"] < kl["full+q4_0"]
     assert kl["full+q8_0"] < kl["kvcompose-local"]
