@@ -32,7 +32,7 @@ def replay(stats: Statistics, n_cells: int) -> list[IntArray]:
 
 @method("kvcompose-local")
 def ours(stats: Statistics, n_cells: int) -> list[IntArray]:
-    """What the program does: the sum of both attentions, no mean over KV heads, tempered budgets."""
+    """What the program does: the sum of both attentions, no mean over KV heads, tempered layer budgets."""
     scores = stats.scores(stats.both)
     return select_composites(scores, allocate_tempered(scores, [1] * len(scores), n_cells))
 
