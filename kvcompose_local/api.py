@@ -36,7 +36,8 @@ class LocalChat:
     (0, 1] of the bytes that an uncompressed cache of ``n_ctx`` tokens takes; n_ctx: positions the chat may span
     (default 8192, or what the model was trained for); n_threads: default physical cores; gpu_layers: default all where
     a GPU backend is built in; cache_type: ``f16``, ``q8_0``, …; scoring: ``replay``, or ``profile``: no replay, and a
-    poorer choice; workers: ``HOST:PORT`` of ``rpc-server`` processes.
+    poorer choice; workers: ``HOST:PORT`` of ``rpc-server`` processes; system: default what ``models.txt`` says, or the
+    template.
     on_compaction is told of each compaction, on_rebuild how many tokens are read again because a turn was taken back;
     on_loading, on_reading and on_compacting get (done, in all), and may raise KeyboardInterrupt; should_stop is asked
     between tokens; load: a :class:`Loading` of the same model, begun earlier.
@@ -97,7 +98,7 @@ class LocalChat:
         self.chat = Chat(
             self._engine.model,
             self.memory,
-            system=system,
+            system=models.system_prompt(path) if system is None else system,
             should_stop=should_stop,
             on_read=on_reading,
             on_rebuild=on_rebuild,

@@ -82,7 +82,7 @@ def cli(context: click.Context, debug: bool) -> None:
 @click.option("-p", "--prompt", help="Ask this, print the answer and leave.")
 @click.option("-f", "--file", "files", multiple=True, type=click.Path(path_type=Path), help="Read this text first.")
 @click.option("--pin", is_flag=True, help="Keep every token of the -f texts when the cache is compressed.")
-@click.option("--system", help="System prompt.")
+@click.option("--system", help="System prompt.  [default: what models.txt or the model's template says]")
 @click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Longest answer.")
 @click.option("--temp", type=Real(0, 10), default=0.7, show_default=True, help="Temperature; 0 is greedy.")
 @click.option(
@@ -617,6 +617,7 @@ def result(chat: Chat) -> dict[str, Any]:
         "kv_bytes": engine.cache_bytes,
         "kv_bytes_used": memory.used_bytes,
         "kv_bytes_full": memory.n_ctx * engine.shape.row_bytes,
+        "compute_bytes": engine.compute_bytes,
         "layer_cells": [composed + layout.n_live for composed in layout.composed],
         "compactions": len(memory.reports),
         "prefill_tokens_per_second": round(prompt_tokens / prefill, 2) if prefill else 0.0,
@@ -655,13 +656,15 @@ def describe(chat: Chat) -> str:
     if layout.position:
         low, high = min(layout.composed), max(layout.composed)
         composed = f"{low}" if low == high else f"{low}–{high}"
+        n_bytes = engine.compute_bytes
+        buffers = "" if n_bytes is None else f"; beside the cache, {n_bytes / MIB:.1f} MiB of buffers to compute in"
         lines += [
             f"cells a layer: {composed} composed, {layout.n_live} live, {layout.n_free} free",
             f"speed: prefill {numbers['prefill_tokens_per_second']} tokens/s, "
             f"decode {numbers['decode_tokens_per_second']} tokens/s",
             f"compactions: {numbers['compactions']}, {numbers['compaction_seconds']:.1f} s in all; "
             f"{memory.n_pinned} tokens pinned",
-            f"memory of this process: {peak_rss_bytes() / MIB:.0f} MiB at its peak",
+            f"memory of this process: {peak_rss_bytes() / MIB:.0f} MiB at its peak{buffers}",
         ]
     return "\n".join(lines)
 

@@ -137,6 +137,11 @@ class Engine(Protocol):
     #: Most tokens that one ``replay`` takes.
     max_replay: int
 
+    @property
+    def compute_bytes(self) -> int | None:
+        """Bytes of the buffers that graphs, the explicit softmax included, are computed in; None where not known."""
+        ...
+
     def layout(self) -> CacheLayout:
         """What stands in the cache now."""
         ...

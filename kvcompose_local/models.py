@@ -23,6 +23,7 @@ from kvcompose_local.resources import DISK_FULL, ByteProgress, cache_folder, cle
 DEFAULT_MODEL = "smollm2-135m"
 _CHUNK = 1 << 20
 _KEYS = frozenset({"source", "file", "size", "sha256", "licence", "note"})
+_OPTIONAL_KEYS = frozenset({"system"})
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.gguf")
 # Names begin with a letter or digit: one that begins with a dash would be an option of pip.
@@ -43,6 +44,7 @@ class ModelEntry:
     sha256: str | None
     licence: str
     note: str
+    system: str | None = None
 
     @property
     def path(self) -> Path:
@@ -88,9 +90,9 @@ def _entry(name: str, section: configparser.SectionProxy) -> ModelEntry:
 
     if not _NAME.fullmatch(name):
         raise wrong("a name is made of a-z, 0-9, dot, dash and underscore")
-    if set(section) != _KEYS:
-        raise wrong(f"needs exactly {', '.join(sorted(_KEYS))}")
-    for key in sorted(_KEYS - {"source"}):
+    if not _KEYS <= set(section) <= _KEYS | _OPTIONAL_KEYS:
+        raise wrong(f"needs exactly {', '.join(sorted(_KEYS))}, and may have {', '.join(_OPTIONAL_KEYS)}")
+    for key in sorted(set(section) - {"source"}):
         if not section[key] or not section[key].isprintable():
             raise wrong(f"{key} is not one line of text")
     file, size, sha256 = section["file"], section["size"], section["sha256"]
@@ -120,6 +122,7 @@ def _entry(name: str, section: configparser.SectionProxy) -> ModelEntry:
         sha256=None if sha256 == "-" else sha256,
         licence=section["licence"],
         note=section["note"],
+        system=section.get("system"),
     )
 
 
@@ -154,6 +157,11 @@ def resolve(model: str | None, *, pull: bool, progress: ByteProgress | None = No
     if not pull:
         raise ModelError(f"{entry.name} is not here yet: kvcompose-local models pull {entry.name}")
     return fetch_model(entry, progress=progress)
+
+
+def system_prompt(path: Path) -> str | None:
+    """What the catalogue has a chat begin with whose model is one of its files, unless the user says otherwise."""
+    return next((entry.system for entry in load_catalogue().values() if entry.path == path), None)
 
 
 # -- fetching ---------------------------------------------------------------------------------------------------------

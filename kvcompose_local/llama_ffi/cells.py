@@ -39,7 +39,7 @@ class _Arena(ctypes.Structure):
 
 
 _INT32_P = ctypes.POINTER(ctypes.c_int32)
-_KVC_VERSION = 3
+_KVC_VERSION = 4
 _kvc_version = bind("llama_kvc_version", ctypes.c_int32)
 _KVC_FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "supported": (),
@@ -55,6 +55,7 @@ _KVC_FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "set_explicit_softmax": (ctypes.c_int32,),
     "set_ranges": (ctypes.c_int32, _INT32_P, _INT32_P),
     "set_watch": (ctypes.c_int32,),
+    "get_compute_bytes": (ctypes.POINTER(ctypes.c_uint64),),
 }
 _kvc = {
     name: bind(f"llama_kvc_{name}", ctypes.c_int32, ctypes.c_void_p, *argtypes)
@@ -110,6 +111,12 @@ class PerLayerCells:
         arena = _Arena()
         self._call("get_arena", i, ctypes.byref(arena))
         return arena
+
+    def compute_bytes(self) -> int:
+        """Bytes of the buffers that graphs are computed in, on all devices."""
+        n_bytes = ctypes.c_uint64()
+        self._call("get_compute_bytes", ctypes.byref(n_bytes))
+        return n_bytes.value
 
     def positions(self) -> npt.NDArray[np.int32]:
         """int32 (n_cells,): position of each cell, -1 where it is empty."""
