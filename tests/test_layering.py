@@ -55,6 +55,7 @@ ORDER = (
     "api",
     "doctor",
     "memory_chart",
+    "figures",
     "repl",
     "prompt",
     "bench.command",

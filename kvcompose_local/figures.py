@@ -1,0 +1,89 @@
+"""What a chat tells of itself: figures for programs (``--json``) and for people (``/stats``, the greeting)."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvcompose_local.chat import Chat
+
+MIB = 2**20
+
+
+def peak_rss_bytes() -> int:
+    """The most resident memory this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def result(chat: Chat) -> dict[str, Any]:
+    """What ``--json`` prints: the last answer, counts over all turns, and the cache's measured size."""
+    memory, turns = chat.memory, chat.turns
+    engine = memory.engine
+    layout = engine.layout()
+    prefill = sum(turn.prefill_seconds for turn in turns)
+    decode = sum(turn.decode_seconds for turn in turns)
+    prompt_tokens = sum(turn.prompt_tokens for turn in turns)
+    generated = sum(turn.generated_tokens for turn in turns)
+    answers = [message["content"] for message in chat.messages if message["role"] == "assistant"]
+    return {
+        "text": answers[-1] if answers else "",
+        "answers": answers,
+        "prompt_tokens": prompt_tokens,
+        "generated_tokens": generated,
+        "positions": layout.position,
+        "kv_bytes": engine.cache_bytes,
+        "kv_bytes_used": memory.used_bytes,
+        "kv_bytes_full": memory.n_ctx * engine.shape.row_bytes,
+        "compute_bytes": engine.compute_bytes,
+        "layer_cells": [composed + layout.n_live for composed in layout.composed],
+        "compactions": len(memory.reports),
+        "prefill_tokens_per_second": round(prompt_tokens / prefill, 2) if prefill else 0.0,
+        "decode_tokens_per_second": round(generated / decode, 2) if decode else 0.0,
+        "compaction_seconds": round(sum(report.seconds for report in memory.reports), 3),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "engine": engine.name,
+        "model": engine.shape.name,
+    }
+
+
+def greeting(chat: Chat) -> str:
+    """What the REPL says first."""
+    memory = chat.memory
+    engine = memory.engine
+    return (
+        f"{engine.shape.name}: {memory.n_ctx} positions in {engine.cache_bytes / MIB:.1f} MiB of cache "
+        f"(uncompressed: {memory.n_ctx * engine.shape.row_bytes / MIB:.1f} MiB), {engine.name} engine\n"
+        "/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves."
+    )
+
+
+def describe(chat: Chat) -> str:
+    """The chat's numbers for people."""
+    memory = chat.memory
+    engine = memory.engine
+    layout = engine.layout()
+    full = memory.n_ctx * engine.shape.row_bytes
+    numbers = result(chat)
+    lines = [
+        f"{engine.shape.name} ({engine.shape.architecture}), engine {engine.name}",
+        f"positions: {layout.position} of {memory.n_ctx} used",
+        f"cache: {memory.used_bytes / MIB:.1f} MiB in use of {engine.cache_bytes / MIB:.1f} MiB; "
+        f"uncompressed it would take {full / MIB:.1f} MiB",
+    ]
+    if layout.position:
+        low, high = min(layout.composed), max(layout.composed)
+        composed = f"{low}" if low == high else f"{low}–{high}"
+        n_bytes = engine.compute_bytes
+        buffers = "" if n_bytes is None else f"; beside the cache, {n_bytes / MIB:.1f} MiB of buffers to compute in"
+        lines += [
+            f"cells a layer: {composed} composed, {layout.n_live} live, {layout.n_free} free",
+            f"speed: prefill {numbers['prefill_tokens_per_second']} tokens/s, "
+            f"decode {numbers['decode_tokens_per_second']} tokens/s",
+            f"compactions: {numbers['compactions']}, {numbers['compaction_seconds']:.1f} s in all; "
+            f"{memory.n_pinned} tokens pinned",
+            f"memory of this process: {peak_rss_bytes() / MIB:.0f} MiB at its peak{buffers}",
+        ]
+    return "\n".join(lines)
