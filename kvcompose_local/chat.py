@@ -12,7 +12,7 @@ from itertools import pairwise, zip_longest
 from typing import Any, NamedTuple, Protocol
 
 from kvcompose_local.compaction import CacheMemory, MemoryState
-from kvcompose_local.errors import ContextFull, InvalidInput
+from kvcompose_local.errors import ContextFull, InvalidInput, KVComposeError
 from kvcompose_local.interfaces import Progress
 
 #: Stands for what the user has yet to type when a document is read ahead of the question.
@@ -181,13 +181,15 @@ class Chat:
         self.messages = [dict(message) for message in state.messages]
         self._draft, self._fed, self._steps = state.draft, state.fed, [*state.steps]
         self._tokens = [*state.memory.tokens, *state.pending]
+        if not self.memory.pins and not any(state.memory.cells.composed):  # as where it was saved at budget 1
+            self._pin_system(self._fed, self.model.adds_bos)
 
     def set_system(self, text: str) -> None:
         """Give the chat another system prompt and read the whole conversation again under it.
 
         Raises ContextFull, with nothing changed, when it does not fit the positions there are.
         """
-        with self._taken_back_when_full():
+        with self._taken_back_on_failure():
             self.system = text or None
             self._retell()
             self._read(TurnStats())
@@ -201,7 +203,7 @@ class Chat:
         if not document.strip():
             raise InvalidInput("there is no text to read")
         stats = TurnStats()
-        with self._taken_back_when_full():
+        with self._taken_back_on_failure():
             self._follow_template()
             begin = self._begin()
             self._draft += document.rstrip() + "\n\n"
@@ -222,7 +224,7 @@ class Chat:
         if not text.strip() and not (replaced.draft if replaced else self._draft):
             raise InvalidInput("the message is empty")
         stats = TurnStats()
-        with self._taken_back_when_full():
+        with self._taken_back_on_failure():
             if replaced:
                 self._take_back(replaced)
             self._follow_template()
@@ -244,7 +246,7 @@ class Chat:
         if step.answer is None:
             yield from self.ask(self.last_message, max_tokens=max_tokens, instead=True)
             return
-        stats, before = TurnStats(), self._copy()
+        stats, before = TurnStats(), self.conversation
         self._cut(step.answer)
         self._read(stats, for_logits=True)
         self.turns.append(stats)
@@ -304,7 +306,7 @@ class Chat:
             raise InvalidInput("there is nothing to pin yet")
         step = self._steps[-1]
         begin, end = step.begin.n_tokens, (step.answer or self._end()).n_tokens
-        with self._taken_back_when_full():
+        with self._taken_back_on_failure():
             if not self.memory.pin(begin, end):
                 self._read(TurnStats(), n_kept=begin)
         return end - begin
@@ -337,7 +339,9 @@ class Chat:
         del self.messages[step.n_messages :]
         self._draft = step.draft
 
-    def _copy(self) -> tuple[Any, ...]:
+    @property
+    def conversation(self) -> tuple[Any, ...]:
+        """All that was said and done so far, to be compared with what it was before."""
         lists = [*self.messages], [*self._tokens], [*self._steps], [*self.memory.pins]
         return self.system, self._draft, self._fed, *lists
 
@@ -345,13 +349,13 @@ class Chat:
         self.system, self._draft, self._fed, self.messages, self._tokens, self._steps, self.memory.pins = copy
 
     @contextlib.contextmanager
-    def _taken_back_when_full(self) -> Iterator[None]:
-        before = self._copy()
+    def _taken_back_on_failure(self) -> Iterator[None]:
+        before = self.conversation
         try:
             yield
-        except ContextFull:
+        except KVComposeError:  # the cache is full, or the template refuses a message
             self._put_back(before)
-            self._read(TurnStats(), go_on=False)  # only where the cache ran out on the way
+            self._read(TurnStats(), go_on=False)  # only where that came on the way
             raise
 
     def _retell(self) -> None:
@@ -433,9 +437,13 @@ class Chat:
         add_bos = first and self.model.adds_bos and not (bos and text.startswith(bos))
         self._fed += text
         self._tokens += self.model.tokenize(text, add_bos=add_bos)
+        if first:
+            self._pin_system(text, add_bos)
+
+    def _pin_system(self, text: str, add_bos: bool) -> None:
+        """Instructions must outlast the text they are about (docs/trials.md), which ``text`` begins with."""
         system = (self.system or "").strip()
-        if first and self.memory.compose and system and system in text:
-            # Instructions must outlast the text they are about (docs/trials.md).
+        if self.memory.compose and system and system in text:
             until = text[: text.index(system) + len(system)]
             with contextlib.suppress(ContextFull):  # too long to be kept whole: it competes like everything else
                 self.memory.pin(0, len(self.model.tokenize(until, add_bos=add_bos)))
@@ -505,7 +513,7 @@ class Chat:
         # Tokens are bytes, not characters: one character may span several tokens.
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         started, reports = time.perf_counter(), len(self.memory.reports)
-        held = ""
+        held, n_said = "", len(self._tokens)  # what may begin the stop text; tokens of what was said
         stats.stopped = "interrupt"  # unless the loop says otherwise: the consumer may close this generator
         try:
             while not self.should_stop():
@@ -520,6 +528,8 @@ class Chat:
                 held += decoder.decode(self.model.token_bytes(token))
                 if self._stop_text and self._stop_text in held:
                     held = held.partition(self._stop_text)[0]
+                    if not held:
+                        del self._tokens[n_said:]  # the next prompt begins with the stop text itself
                     stats.stopped = "end"
                     break
                 self._tokens.append(token)
@@ -527,6 +537,7 @@ class Chat:
                 piece, held = held[: len(held) - keep], held[len(held) - keep :]
                 if piece:
                     self._fed += piece
+                    n_said = len(self._tokens)
                     yield piece
                 self.memory.feed([token])
         except ContextFull:

@@ -31,8 +31,9 @@ from kvcompose_local.figures import describe, greeting, result
 if TYPE_CHECKING:
     from kvcompose_local.chat import Chat
     from kvcompose_local.interfaces import Progress, Sampling
+    from kvcompose_local.interrupts import Interrupts
     from kvcompose_local.llama_ffi.model import Loading
-    from kvcompose_local.repl import Interrupts, Status
+    from kvcompose_local.repl import Status
     from kvcompose_local.sessions import Setup
 
 MIB = 2**20
@@ -161,7 +162,8 @@ def run(
         importlib.import_module(name)
     from kvcompose_local import models, sessions
     from kvcompose_local.interfaces import Sampling
-    from kvcompose_local.repl import COMMANDS, Interrupts, Repl, Status, read_text_file
+    from kvcompose_local.interrupts import Interrupts
+    from kvcompose_local.repl import COMMANDS, Repl, Status, read_text_file
 
     if prompt is not None and not prompt.strip():
         raise click.BadParameter("there is no question in it", param_hint="-p")
@@ -208,6 +210,14 @@ def run(
         status=status,
         load=load,
     ) as chat:
+        autosave, begun = session or sessions.LAST, chat.conversation
+
+        def load_another(name: str) -> str:
+            nonlocal autosave, begun
+            told = load_session(name, chat, setup, status.checking)
+            autosave, begun = sessions.LAST, chat.conversation  # not over the session that this chat began as
+            return told
+
         repl = Repl(
             chat,
             read_line=lambda: None,
@@ -217,7 +227,7 @@ def run(
             max_tokens=max_tokens,
             describe=lambda: describe(chat),
             save=lambda name: save_session(name, chat, setup, status.checking),
-            load=lambda name: load_session(name, chat, setup, status.checking),
+            load=load_another,
             at_temperature=partial(drawn_at, chat.memory.engine, sampling),
         )
         if session is not None and saved is not None:
@@ -225,6 +235,7 @@ def run(
             if system is not None and system != chat.system:
                 raise KVComposeError("the session has a system prompt of its own: in the chat, /system sets another")
             status.line(loaded)
+            begun = chat.conversation
         with interrupts.caught():
             for path, text in zip(files, documents, strict=True):
                 stats = chat.read(text, pin=pin and budget < 1)
@@ -238,15 +249,11 @@ def run(
             repl.edit = line_reader(COMMANDS, sessions.names)
             repl.read_line = partial(repl.edit, "")
             with interrupts.leaving_in_order():
-                repl.run()
-            if chat.turns and chat.memory.position and not no_autosave:
                 try:
-                    with interrupts.caught():
-                        status.line(save_session(session or sessions.LAST, chat, setup, status.checking))
-                except (KVComposeError, KeyboardInterrupt) as error:
-                    if session is not None:
-                        raise
-                    status.line(f"the chat is not saved: {str(error) or 'stopped'}")
+                    repl.run()
+                finally:  # a terminal that is gone ends it by an error
+                    if chat.conversation != begun and chat.memory.position and not no_autosave:
+                        save_at_the_end(autosave, session is not None, chat, setup, interrupts, status)
             if interrupts.leaving:
                 context.exit(128 + interrupts.leaving)
             return
@@ -307,6 +314,20 @@ def save_session(name: str, chat: Chat, setup: Setup, progress: Progress | None 
         raise InvalidInput("/save takes a name")
     n_bytes = sessions.save(sessions.path_of(name), chat, setup, progress)
     return f"saved ({n_bytes / MIB:.1f} MiB): kvcompose-local run --session {shlex.quote(name)} goes on from here"
+
+
+def save_at_the_end(
+    name: str, is_wanted: bool, chat: Chat, setup: Setup, interrupts: Interrupts, status: Status
+) -> None:
+    """Save a chat that ends. Where the user did not ask for it, ``is_wanted`` False, a failure is only told."""
+    try:
+        with interrupts.caught():
+            told = save_session(name, chat, setup, status.checking)
+    except (KVComposeError, KeyboardInterrupt) as error:
+        if is_wanted:
+            raise
+        told = f"the chat is not saved: {str(error) or 'stopped'}"
+    status.line(told)
 
 
 def load_session(name: str, chat: Chat, setup: Setup, progress: Progress | None = None) -> str:
@@ -432,7 +453,8 @@ def compress(
     """
     from kvcompose_local import models, sessions
     from kvcompose_local.interfaces import Sampling
-    from kvcompose_local.repl import Interrupts, Status, read_text_file
+    from kvcompose_local.interrupts import Interrupts
+    from kvcompose_local.repl import Status, read_text_file
 
     check_numbers(budget, n_ctx)
     if budget == 1:

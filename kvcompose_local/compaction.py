@@ -38,6 +38,7 @@ from kvcompose_local.interfaces import (
     Selection,
     even_parts,
 )
+from kvcompose_local.interrupts import uninterrupted
 from kvcompose_local.profiles import Profile
 from kvcompose_local.scores import token_scores
 from kvcompose_local.selection import select_composites
@@ -268,9 +269,11 @@ class CacheMemory:
     def check_positions(self, position: int, n_more: int) -> None:
         """Raises ContextFull unless ``n_more`` tokens fit behind the first ``position`` ones."""
         if position + n_more > self.n_ctx:
+            known = self.engine.shape.n_ctx_train
+            more = f"start again with --ctx up to {known}" if known > self.n_ctx else "the model knows no more: send less"
             raise ContextFull(
                 f"{n_more} more tokens do not fit: {position} of --ctx {self.n_ctx} positions are used; "
-                "start again with a larger --ctx, or /clear"
+                f"{more}, or /clear"
             )
 
     def _room(self) -> int:
@@ -289,7 +292,7 @@ class CacheMemory:
         before = self.engine.layout()
         n_tail = self._n_tail(before.n_live) if keep is None else min(self._least_tail, before.n_live)
         n_scored = before.n_live - n_tail
-        if n_scored == 0:
+        if n_scored == 0 and (keep is None or not any(before.composed)):
             return None
         started = time.perf_counter()
         self._replay(n_scored, self.policy.n_scratch, self._replayed, self.on_progress)
@@ -314,10 +317,11 @@ class CacheMemory:
             for i, rows in enumerate(selection)
         ]
         selected = time.perf_counter()
-        self.engine.rewrite(selection, n_tail)
-        self._scores = kept
-        self._follow(selection, before, n_scored)
-        self._forget_replay()
+        with uninterrupted():
+            self.engine.rewrite(selection, n_tail)
+            self._scores = kept
+            self._follow(selection, before, n_scored)
+            self._forget_replay()
         after = self.engine.layout()
         report = CompactionReport(
             tokens_seen=after.position,

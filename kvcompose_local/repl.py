@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import FrameType
-from typing import Any, TextIO
+from typing import TextIO
 
 from kvcompose_local.chat import Chat, TurnStats
 from kvcompose_local.compaction import CompactionReport
 from kvcompose_local.errors import InvalidInput, KVComposeError
+from kvcompose_local.interrupts import Interrupts, uninterrupted
 from kvcompose_local.memory_chart import ASCII_MARKS, UNICODE_MARKS, can_show, draw
 
 HELP = """\
@@ -41,59 +40,17 @@ COMMANDS = tuple(line.split()[0] for line in HELP.splitlines() if line.startswit
 _FENCE = '"""'
 #: How often progress is shown, on a terminal and elsewhere; work of under a second shows none.
 _REDRAW_SECONDS, _LINE_SECONDS = 0.2, 10.0
+_BAR_WIDTH = 20
+#: Commands that take no text; the others say themselves what they take.
+_ALONE = frozenset("/help /undo /forget /pin /stats /memory /clear /quit".split())
 
 
-class Interrupts:
-    """Turns Ctrl-C into a flag while native code runs: an exception could not cross its frames.
-
-    A second Ctrl-C before anyone looked at the flag raises KeyboardInterrupt as usual.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self.leaving = 0  # the number of the signal that ends the program
-        self._catching = False
-
-    def __call__(self) -> bool:
-        """Whether Ctrl-C was pressed."""
-        return self.requested
-
-    @contextlib.contextmanager
-    def caught(self) -> Iterator[None]:
-        """Catch Ctrl-C in this block; only works in the main thread."""
-        self.requested = False
-        before: Any = signal.getsignal(signal.SIGINT)
-
-        def on_interrupt(number: int, frame: FrameType | None) -> None:
-            if self.requested:
-                signal.default_int_handler(number, frame)
-            self.requested = True
-
-        signal.signal(signal.SIGINT, on_interrupt)
-        self._catching = True
-        try:
-            yield
-        finally:
-            self._catching = False
-            signal.signal(signal.SIGINT, before)
-
-    @contextlib.contextmanager
-    def leaving_in_order(self) -> Iterator[None]:
-        """In this block a closed window or ``kill`` is a Ctrl-C that sets ``leaving``: the chat can still be saved."""
-
-        def on_signal(number: int, _frame: FrameType | None) -> None:
-            self.leaving = number
-            self.requested = True
-            if not self._catching:
-                raise KeyboardInterrupt
-
-        numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-        before: list[Any] = [signal.signal(number, on_signal) for number in numbers]
-        try:
-            yield
-        finally:
-            for number, handler in zip(numbers, before, strict=True):
-                signal.signal(number, handler)
+def _bar(done: int, total: int, n_before: int) -> str:
+    """How far something is as a bar behind ``n_before`` characters, where the terminal has room for it."""
+    if not total or shutil.get_terminal_size().columns <= n_before + _BAR_WIDTH + 3:
+        return ""
+    full = _BAR_WIDTH * min(done, total) // total
+    return f" [{'#' * full}{'.' * (_BAR_WIDTH - full)}]"
 
 
 class Status:
@@ -104,28 +61,31 @@ class Status:
         self.should_stop = should_stop
         self._terminal = stream.isatty()
         self._shown = False
-        self._work = ""
-        self._started = 0.0
+        self._works: dict[str, tuple[float, int]] = {}  # when each began, and how far it is: one may stop another
         self._last = 0.0
 
     def progress(self, what: str, done: int, total: int, unit: str = "tokens") -> None:
         """Show ``what done/total unit`` once the work lasts; raises KeyboardInterrupt when Ctrl-C was pressed."""
         now = time.monotonic()
-        if self._work != what or done == 0:
-            self._work, self._started, self._last = what, now, now
-        elapsed = now - self._started
+        started, before = self._works.get(what, (now, done))
+        if done == 0 or done < before:
+            started = now
+        if not self._works:
+            self._last = now
+        self._works[what] = started, done
+        elapsed = now - started
         if done >= total > 0:
-            self._work = ""
+            del self._works[what]
             self._erase()
         elif now - self._last >= (_REDRAW_SECONDS if self._terminal else _LINE_SECONDS) and elapsed >= 1:
             left = f", {elapsed / done * (total - done):.0f} s left" if done and total else ""
             text = f"{what} {done}/{total} {unit}{left}" if total else f"{what} {done} {unit}"
-            self.stream.write(f"\r\x1b[K{text}" if self._terminal else f"{text}\n")
+            self.stream.write(f"\r\x1b[K{text}{_bar(done, total, len(text))}" if self._terminal else f"{text}\n")
             self.stream.flush()
             self._shown = self._terminal
             self._last = now
         if self.should_stop():
-            self._work = ""
+            self._works.clear()
             self._erase()
             raise KeyboardInterrupt
 
@@ -167,7 +127,8 @@ def meanwhile(work: Callable[[Callable[[], bool]], None]) -> Iterator[None]:
         yield
     finally:
         over.set()
-        thread.join()
+        with uninterrupted():  # two threads must never have the cache
+            thread.join()
 
 
 def read_text_file(path: Path) -> str:
@@ -182,6 +143,12 @@ def read_text_file(path: Path) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InvalidInput(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error
+
+
+class _Fenced(str):
+    """A message between fences, which is never a command."""
+
+    __slots__ = ()
 
 
 class Repl:
@@ -241,7 +208,7 @@ class Repl:
                 continue
             try:
                 with self.interrupts.caught():
-                    if message.startswith("/"):
+                    if not isinstance(message, _Fenced) and self._is_command(message):
                         if self._command(message) == "quit":
                             return
                     else:
@@ -259,9 +226,13 @@ class Repl:
         while not text.rstrip().endswith(_FENCE):
             more = self.read_line()
             if more is None:
-                return text
+                return _Fenced(text)
             text += "\n" + more
-        return text.rstrip()[: -len(_FENCE)].strip("\n")
+        return _Fenced(text.rstrip()[: -len(_FENCE)].strip("\n"))
+
+    def _is_command(self, message: str) -> bool:
+        """What begins with a slash is one, but for pasted lines that begin with no name of one (a path, a comment)."""
+        return message.startswith("/") and ("\n" not in message or message.split()[0] in COMMANDS)
 
     def answer(self, message: str) -> TurnStats:
         """Ask and stream; returns the turn's statistics."""
@@ -270,8 +241,8 @@ class Repl:
     def _stream(self, pieces: Iterator[str]) -> TurnStats:
         line_begins = True
         for piece in pieces:
-            if line_begins:
-                self._warn_of_the_end()
+            if line_begins or not piece.startswith("\n"):
+                self._warn_of_the_end(line_begins)
             self.out.write(piece)
             self.out.flush()
             line_begins = piece.endswith("\n")
@@ -280,23 +251,36 @@ class Repl:
         self._warn_of_the_end()
         return self.chat.turns[-1]
 
-    def _warn_of_the_end(self) -> None:
-        """Say once that few positions are left, and once that very few are."""
+    def _warn_of_the_end(self, line_begins: bool = True) -> None:
+        """Say once that few positions are left, perhaps too few for an answer, and once that very few are.
+
+        The first of these waits for a line to begin.
+        """
         memory = self.chat.memory
-        n_ctx, known = memory.n_ctx, memory.engine.shape.n_ctx_train
-        left = n_ctx - memory.position
-        few = min(max(n_ctx // 10, 256), n_ctx // 2)
+        n_ctx, left = memory.n_ctx, memory.n_ctx - memory.position
+        few = min(max(n_ctx // 10, 256, self.max_tokens), n_ctx // 2)
         level = 2 if left < n_ctx // 50 else 1 if left < few else 0
-        if left > 0 and level > self._warned:
-            more = f"start again with --ctx up to {known}" if known > n_ctx else "the model knows no more than that"
-            self.status.line(f"{left} of {n_ctx} positions are left: /undo or /clear make room, or {more}")
-        self._warned = level
+        if left > 0 and level > self._warned and (line_begins or level == 2):
+            self.status.line(
+                ("" if line_begins else "\n")
+                + f"{left} of {n_ctx} positions are left: /undo or /clear make room, or {self._more_positions()}"
+            )
+            self._warned = level
+        self._warned = min(self._warned, level)
+
+    def _more_positions(self) -> str:
+        """What can be done about positions."""
+        n_ctx, known = self.chat.memory.n_ctx, self.chat.memory.engine.shape.n_ctx_train
+        if known <= n_ctx:
+            return "another model: this one knows no more than that"
+        return f"/save NAME, then `kvcompose-local run --session NAME --ctx N` goes on with up to {known}"
 
     def explain_end(self, stats: TurnStats) -> None:
         """Say why an answer ended where the model did not end it."""
         if stats.stopped == "context":
             self.status.line(
-                f"the chat has used all {self.chat.memory.n_ctx} positions: /clear, or start again with a larger --ctx"
+                f"the chat has used all {self.chat.memory.n_ctx} positions: /undo or /clear make room, or "
+                f"{self._more_positions()}"
             )
         elif stats.stopped == "length":
             self.status.line(f"(stopped after {self.max_tokens} tokens: --max-tokens allows more)")
@@ -313,6 +297,8 @@ class Repl:
     def _command(self, line: str) -> str | None:
         name, _, argument = line.strip().partition(" ")
         argument = argument.strip()
+        if name in _ALONE and argument:
+            raise InvalidInput(f"{name} takes nothing after it; a space before it sends the line as a message")
         if name == "/quit":
             return "quit"
         if name == "/help":
@@ -347,7 +333,9 @@ class Repl:
         elif name == "/load":
             self.status.line(self.load(argument))
         else:
-            self.status.line(f"there is no {name}: /help lists the commands")
+            self.status.line(
+                f"there is no {name}: /help lists the commands, and a space before it sends the line as a message"
+            )
         return None
 
     def _unread(self) -> str:
@@ -405,7 +393,7 @@ class Repl:
     def _system(self, argument: str) -> None:
         if argument:
             self.chat.set_system(argument)
-            self.status.line("the system prompt is set")
+            self.status.line(f"the system prompt is set{self._unread()}")
         else:
             self.status.line(self.chat.system or "there is no system prompt; /system TEXT sets one")
 

@@ -9,7 +9,7 @@ from fake_engine import FakeEngine, FakeModel
 
 from kvcompose_local.chat import Chat, Place
 from kvcompose_local.compaction import CacheMemory
-from kvcompose_local.errors import ContextFull, InvalidInput
+from kvcompose_local.errors import ContextFull, InvalidInput, ModelError
 
 
 def make(answers: list[str], *, n_cells: int = 500, n_ctx: int = 500, **options: object) -> tuple[Chat, FakeEngine]:
@@ -139,6 +139,33 @@ def test_a_model_without_a_template_stops_at_the_next_speaker() -> None:
     assert "".join(chat.ask("Colour?", max_tokens=99)) == " Blue."
     engine._answer = []
     assert "".join(chat.ask("Other?", max_tokens=99)) == " Red\nUs"
+    assert stands(chat).count(b"User:") == 0, "the fake model's template has other words"
+    assert b" Blue.[/]" in stands(chat), "of the stop text nothing stays"
+
+
+def test_a_template_that_refuses_leaves_the_chat_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    chat, _ = make(["one", "two"])
+    list(chat.ask("Hi", max_tokens=9))
+    before, stood = chat.conversation, stands(chat)
+
+    def refuse(*_: object, **__: object) -> str:
+        raise ModelError("the template refuses that")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chat.model, "render_chat", refuse)
+        for call in (lambda: chat.set_system("Be brief."), lambda: list(chat.ask("More", max_tokens=9))):
+            with pytest.raises(ModelError):
+                call()
+            assert (chat.conversation, stands(chat)) == (before, stood)
+    assert "".join(chat.ask("More", max_tokens=9)) == "two"
+
+
+def test_a_system_prompt_of_a_chat_that_dropped_nothing_is_pinned_where_it_is_loaded() -> None:
+    chat, _ = make(["one"], system="mnp")
+    list(chat.ask("Hi", max_tokens=9))
+    other, _ = make([], n_cells=400)
+    other.restore(chat.state())
+    assert other.memory.pins == [(0, len("[s]mnp"))]
 
 
 def test_empty_messages_are_refused() -> None:

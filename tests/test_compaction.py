@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from fake_engine import FakeEngine
@@ -10,6 +13,7 @@ from hypothesis import strategies as st
 
 from kvcompose_local.compaction import LEAST_TAIL, CacheMemory, CompactionReport, Policy
 from kvcompose_local.errors import ContextFull, InvalidInput
+from kvcompose_local.interfaces import Selection
 
 POLICY = Policy(n_tail=4, n_headroom=8, n_scratch=8, n_lead_in=2)
 
@@ -128,6 +132,31 @@ def test_compress_on_demand_halves_what_is_in_use() -> None:
         memory.compact(0.0)
     with pytest.raises(InvalidInput):
         memory.compact(float("nan"))
+
+
+def test_compressing_twice_compresses_what_is_composed() -> None:
+    memory = CacheMemory(FakeEngine(600, per_layer=True), 2000)
+    memory.feed([*range(100)] * 3)
+    first, second = memory.compact(0.5), memory.compact(0.5)
+    assert first is not None
+    assert second is not None
+    assert second.bytes_after <= 0.5 * second.bytes_before == 0.5 * first.bytes_after
+    assert second.tokens_scored == 0
+    memory.feed([*range(100)] * 10)
+
+
+def test_ctrl_c_while_cells_are_rewritten_waits_for_their_scores() -> None:
+    class PressesCtrlC(FakeEngine):
+        def rewrite(self, selection: Sequence[Selection], n_tail: int) -> None:
+            super().rewrite(selection, n_tail)
+            signal.raise_signal(signal.SIGINT)
+
+    memory = CacheMemory(PressesCtrlC(200), 1000)
+    with pytest.raises(KeyboardInterrupt):
+        memory.feed([*range(100)] * 3)
+    composed = memory.engine.layout().composed
+    assert composed[0] > 0
+    assert [layer.shape[1] for layer in memory.state().scores] == list(composed)
 
 
 def test_an_arena_too_small_is_told() -> None:
@@ -323,7 +352,9 @@ def test_scoring_stops_when_told_and_goes_on_later() -> None:
     memory.feed([9] * 5)
     memory.rewind(memory.position - 5)
     memory.score(lambda: False)
-    assert memory.compact(0.9) is None, "only the tail is live"
+    engine.replayed.clear()
+    assert memory.compact(0.9).tokens_scored == 0, "only the tail is live"
+    assert engine.replayed == []
 
 
 @pytest.mark.parametrize(("n_new", "spared"), [(16, True), (40, False)])

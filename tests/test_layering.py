@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "kvcompose_local"
 ORDER = (
     "errors",
     "interfaces",
+    "interrupts",
     "resources",
     "attention",
     "scores",

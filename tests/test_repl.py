@@ -19,8 +19,9 @@ from kvcompose_local.chat import Chat
 from kvcompose_local.compaction import CacheMemory
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.interfaces import CacheLayout, LayerShape, ModelShape
+from kvcompose_local.interrupts import Interrupts, uninterrupted
 from kvcompose_local.memory_chart import UNICODE_MARKS, can_show, draw
-from kvcompose_local.repl import HELP, Interrupts, Repl, Status, read_text_file
+from kvcompose_local.repl import HELP, Repl, Status, meanwhile, read_text_file
 
 
 class Tty(io.StringIO):
@@ -118,7 +119,8 @@ def test_a_conversation_with_every_command(tmp_path: Path) -> None:
         "> /clear\n! forgotten: the conversation is empty\n"
         "> /stats\n! 0 positions\n"
         f"> /help\n{shown_help}"
-        "> /nonsense\n! there is no /nonsense: /help lists the commands\n"
+        "> /nonsense\n! there is no /nonsense: /help lists the commands, and a space before it sends the line as a "
+        "message\n"
         "> /read\n! error: /read takes a file name\n"
         "> /read /no/such/file\n! error: cannot read /no/such/file: No such file or directory\n"
         "> /quit\n"
@@ -129,12 +131,14 @@ def test_ends_of_answers_are_explained() -> None:
     assert talk(["Hi", "x" * 500, KeyboardInterrupt], ["a long answer that goes on"]) == (
         "> Hi\na long answe\n! (stopped after 12 tokens: --max-tokens allows more)\n"
         f"> {'x' * 500}\n! error: 512 more tokens do not fit: 23 of --ctx 400 positions are used; "
-        "start again with a larger --ctx, or /clear\n"
+        "start again with --ctx up to 1000000, or /clear\n"
         "> ^C\n! (Ctrl-D or /quit leaves)\n"
     )
     assert talk(["Hi"], ["abcdef"], n_cells=14, n_ctx=14) == (
-        "> Hi\n! 3 of 14 positions are left: /undo or /clear make room, or start again with --ctx up to 1000000\n"
-        "abcd\n! the chat has used all 14 positions: /clear, or start again with a larger --ctx\n"
+        "> Hi\n! 3 of 14 positions are left: /undo or /clear make room, or "
+        "/save NAME, then `kvcompose-local run --session NAME --ctx N` goes on with up to 1000000\n"
+        "abcd\n! the chat has used all 14 positions: /undo or /clear make room, or "
+        "/save NAME, then `kvcompose-local run --session NAME --ctx N` goes on with up to 1000000\n"
     )
 
 
@@ -205,7 +209,10 @@ def test_thinking_is_forgotten_at_once_or_with_the_next_message() -> None:
 def test_the_end_of_the_positions_is_told_before_it_comes() -> None:
     x, y, z = "x" * 180, "y" * 170, "z" * 181
     taken_back = "> /undo\n! taken back: your message and its answer\n"
-    can_do = "of 400 positions are left: /undo or /clear make room, or start again with --ctx up to 1000000\n"
+    can_do = (
+        "of 400 positions are left: /undo or /clear make room, or "
+        "/save NAME, then `kvcompose-local run --session NAME --ctx N` goes on with up to 1000000\n"
+    )
     assert talk([x, y, "/undo", "/undo", z, "Hi", "y" * 163], ["one", "two", "a\n" + "b" * 9, "ok", "c\nd"]) == (
         f"> {x}\none\n> {y}\n! 26 {can_do}two\n{taken_back}{taken_back}"
         f"> {z}\na\nbbbbbbbbb\n! 199 {can_do}> Hi\nok\n> {'y' * 163}\nc\n! 6 {can_do}d\n"
@@ -302,7 +309,11 @@ def test_progress_is_drawn_for_long_work(monkeypatch: pytest.MonkeyPatch) -> Non
     clock = [0.0]
     monkeypatch.setattr("kvcompose_local.repl.time.monotonic", lambda: clock[0])
     for stream, expected in (
-        (Tty(), "\r\x1b[Kreading: 50/100 tokens, 2 s left\r\x1b[Kreading: 75/100 tokens, 5 s left\r\x1b[Kdone\n"),
+        (
+            Tty(),
+            f"\r\x1b[Kreading: 50/100 tokens, 2 s left [{'#' * 10}{'.' * 10}]"
+            f"\r\x1b[Kreading: 75/100 tokens, 5 s left [{'#' * 15}{'.' * 5}]\r\x1b[Kdone\n",
+        ),
         (io.StringIO(), "reading: 75/100 tokens, 5 s left\ndone\n"),
     ):
         status = Status(stream)
@@ -311,6 +322,71 @@ def test_progress_is_drawn_for_long_work(monkeypatch: pytest.MonkeyPatch) -> Non
             status.progress("reading:", done, 100)
         status.line("done")
         assert stream.getvalue() == expected
+
+
+def test_work_that_is_held_up_by_other_work_knows_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("kvcompose_local.repl.time.monotonic", lambda: clock[0])
+    monkeypatch.setenv("COLUMNS", "40")  # too few for a bar
+    status = Status(Tty())
+    for seconds, what, done in (
+        (0.0, "reading:", 0),
+        (8.0, "reading:", 40),
+        (8.0, "compacting:", 0),
+        (11.0, "compacting:", 50),
+        (12.0, "compacting:", 100),
+        (15.0, "reading:", 50),
+        (30.0, "reading:", 100),
+        (40.0, "reading:", 10),  # another text
+        (45.0, "reading:", 50),
+    ):
+        clock[0] = seconds
+        status.progress(what, done, 100)
+    assert [line.partition("\x1b[K")[2] for line in status.stream.getvalue().split("\r")] == [
+        "",
+        "reading: 40/100 tokens, 12 s left",
+        "compacting: 50/100 tokens, 3 s left",
+        "",
+        "reading: 50/100 tokens, 15 s left",
+        "",
+        "reading: 50/100 tokens, 5 s left",
+    ]
+
+
+def test_ctrl_c_waits_for_what_must_not_be_cut_short() -> None:
+    ended = []
+
+    def work(stop: Callable[[], bool]) -> None:
+        while not stop():
+            time.sleep(0.001)
+        signal.raise_signal(signal.SIGINT)  # the main thread is waiting for this one
+        time.sleep(0.1)
+        ended.append(True)
+
+    with pytest.raises(KeyboardInterrupt), meanwhile(work):
+        pass
+    assert ended, "the thread has ended before anything else goes on"
+
+    def presses_twice() -> None:
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            ended.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        presses_twice()
+    assert len(ended) == 2
+
+
+def test_slashes_that_are_no_commands() -> None:
+    n_read = len("[u]/clear it[/][a]a[/][u]/etc/fstab is this[/][a]b[/][u] /clear[/][a]c")
+    assert talk(
+        ['"""/clear', 'it"""', "/etc/fstab\nis this", "/clear the table", " /clear", "/stats"], ["a", "b", "c"]
+    ) == (
+        '> """/clear\n> it"""\na\n> /etc/fstab\nis this\nb\n'
+        "> /clear the table\n! error: /clear takes nothing after it; a space before it sends the line as a message\n"
+        f">  /clear\nc\n> /stats\n! {n_read} positions\n"
+    )
 
 
 def test_files_that_are_not_text_get_one_line(tmp_path: Path) -> None:

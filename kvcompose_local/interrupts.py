@@ -1,0 +1,89 @@
+"""Ctrl-C and signals that end the program, as flags where an exception would do harm."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+#: Ctrl-C, ``kill``, a closed window; the last is not known everywhere.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """In this block, which must be short, signals wait for its end: what changes together stays together."""
+    if threading.current_thread() is not threading.main_thread():  # where no signal is ever handled
+        yield
+        return
+    waiting: list[int] = []
+    # None is a handler that Python did not set, and could not put back.
+    handlers: dict[signal.Signals, Any] = {n: signal.getsignal(n) for n in _SIGNALS}
+    handlers = {number: handler for number, handler in handlers.items() if handler is not None}
+    for known in handlers:
+        signal.signal(known, lambda number, _frame: waiting.append(number))
+    try:
+        yield
+    finally:
+        for known, handler in handlers.items():
+            signal.signal(known, handler)
+        for number in dict.fromkeys(waiting):
+            signal.raise_signal(number)
+
+
+class Interrupts:
+    """Turns Ctrl-C into a flag while native code runs: an exception could not cross its frames.
+
+    A second Ctrl-C before anyone looked at the flag raises KeyboardInterrupt as usual.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.leaving = 0  # the number of the signal that ends the program
+        self._catching = False
+
+    def __call__(self) -> bool:
+        """Whether Ctrl-C was pressed."""
+        return self.requested
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        """Catch Ctrl-C in this block; only works in the main thread."""
+        self.requested = False
+        before: Any = signal.getsignal(signal.SIGINT)
+
+        def on_interrupt(number: int, frame: FrameType | None) -> None:
+            if self.requested:
+                signal.default_int_handler(number, frame)
+            self.requested = True
+
+        signal.signal(signal.SIGINT, on_interrupt)
+        self._catching = True
+        try:
+            yield
+        finally:
+            self._catching = False
+            signal.signal(signal.SIGINT, before)
+
+    @contextlib.contextmanager
+    def leaving_in_order(self) -> Iterator[None]:
+        """In this block a closed window or ``kill`` is a Ctrl-C that sets ``leaving``: the chat can still be saved."""
+
+        def on_signal(number: int, _frame: FrameType | None) -> None:
+            if self.leaving:  # a terminal that closes may say so twice, and the chat is being saved
+                return
+            self.leaving = number
+            self.requested = True
+            if not self._catching:
+                raise KeyboardInterrupt
+
+        numbers = _SIGNALS[1:]
+        before: list[Any] = [signal.signal(number, on_signal) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
