@@ -270,7 +270,9 @@ class CacheMemory:
         """Raises ContextFull unless ``n_more`` tokens fit behind the first ``position`` ones."""
         if position + n_more > self.n_ctx:
             known = self.engine.shape.n_ctx_train
-            more = f"start again with --ctx up to {known}" if known > self.n_ctx else "the model knows no more: send less"
+            more = (
+                f"start again with --ctx up to {known}" if known > self.n_ctx else "the model knows no more: send less"
+            )
             raise ContextFull(
                 f"{n_more} more tokens do not fit: {position} of --ctx {self.n_ctx} positions are used; "
                 f"{more}, or /clear"

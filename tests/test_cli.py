@@ -203,8 +203,10 @@ def test_wrong_numbers_are_refused_before_a_model_is_looked_for(private_cache: P
 
 
 def test_a_prompt_longer_than_the_context(tiny_model: TinyModel) -> None:
-    refused(program("run", tiny_model(), *FAST, "-p", "x" * 3000), 1, "of --ctx 1024 positions are used", "--ctx up to 4096")
-    refused(program("run", tiny_model(), *FAST, "--budget", "1", "-p", "x" * 3000), 1, "larger --ctx")
+    refused(
+        program("run", tiny_model(), *FAST, "-p", "x" * 3000), 1, "of --ctx 1024 positions are used", "--ctx up to 4096"
+    )
+    refused(program("run", tiny_model(), *FAST, "--budget", "1", "-p", "x" * 3000), 1, "--ctx up to 4096")
 
 
 def test_a_prompt_longer_than_the_allocation_is_compacted(tiny_model: TinyModel) -> None:
