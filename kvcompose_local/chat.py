@@ -150,9 +150,13 @@ class Chat:
 
     def state(self) -> ChatState:
         """A copy of everything, for :meth:`restore`."""
+        return replace(self.view(), memory=self.memory.state())
+
+    def view(self) -> ChatState:
+        """The same, but cells and scores are copied when they are looked at: good until anything changes."""
         messages = tuple(dict(message) for message in self.messages)
         pending = tuple(self._tokens[self.memory.position :])
-        memory, steps = self.memory.state(), tuple(self._steps)
+        memory, steps = self.memory.view(), tuple(self._steps)
         return ChatState(self.system, messages, self._draft, self._fed, pending, memory, steps)
 
     def restore(self, state: ChatState) -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,7 @@ from kvcompose_local.interfaces import (
     Engine,
     FloatArray,
     IntArray,
+    Lazy,
     Progress,
     Selection,
     even_parts,
@@ -136,8 +137,8 @@ class MemoryState:
     """
 
     tokens: tuple[int, ...]
-    scores: tuple[FloatArray, ...]
-    seen: tuple[FloatArray, ...]
+    scores: Sequence[FloatArray]
+    seen: Sequence[FloatArray]
     cells: CacheSnapshot
     pins: tuple[tuple[int, int], ...] = ()
 
@@ -509,9 +510,15 @@ class CacheMemory:
 
     def state(self) -> MemoryState:
         """A copy of everything, for :meth:`restore`."""
-        seen = tuple(self._seen.of_layer(i).astype(np.float32) for i in range(len(self._scores)))
-        scores = tuple(layer.astype(np.float32) for layer in self._scores)
-        return MemoryState(tuple(self.tokens), scores, seen, self.engine.snapshot(), tuple(self.pins))
+        view = self.view()
+        return replace(view, scores=tuple(view.scores), seen=tuple(view.seen), cells=self.engine.snapshot())
+
+    def view(self) -> MemoryState:
+        """The same, but what is large is copied when it is looked at, layer by layer: good until anything changes."""
+        n = len(self._scores)
+        scores = Lazy(n, lambda i: self._scores[i].astype(np.float32))
+        seen = Lazy(n, lambda i: self._seen.of_layer(i).astype(np.float32))
+        return MemoryState(tuple(self.tokens), scores, seen, self.engine.view(), tuple(self.pins))
 
     def restore(self, state: MemoryState) -> None:
         """Go on from a state, perhaps of another size of cache; the logits are gone.

@@ -72,6 +72,21 @@ class CacheLayout:
     position: int
 
 
+class Lazy(Sequence[Any]):
+    """Arrays that are made each time they are looked at, so that a whole cache need not be in memory twice."""
+
+    def __init__(self, n: int, make: Callable[[int], Any]) -> None:
+        self._n, self._make = n, make
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < self._n:
+            raise IndexError(index)
+        return self._make(index)
+
+
 @dataclass(frozen=True)
 class CacheSnapshot:
     """All cells of a cache, to be put back later, by either engine.
@@ -83,8 +98,8 @@ class CacheSnapshot:
     composed: tuple[int, ...]
     n_live: int
     position: int
-    keys: tuple[ByteArray, ...]
-    values: tuple[ByteArray, ...]
+    keys: Sequence[ByteArray]
+    values: Sequence[ByteArray]
     window: ByteArray
 
 
@@ -185,6 +200,10 @@ class Engine(Protocol):
 
     def snapshot(self) -> CacheSnapshot:
         """A copy of all cells."""
+        ...
+
+    def view(self) -> CacheSnapshot:
+        """As a snapshot, but a layer may be read only when it is looked at: good until anything changes."""
         ...
 
     def restore(self, snapshot: CacheSnapshot) -> None:

@@ -20,9 +20,10 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,7 +38,7 @@ from kvcompose_local.build import read_pin
 from kvcompose_local.chat import Chat, ChatState, Place, Step
 from kvcompose_local.compaction import MemoryState
 from kvcompose_local.errors import InvalidInput, KVComposeError, SessionError
-from kvcompose_local.interfaces import CacheSnapshot, ModelShape, Progress
+from kvcompose_local.interfaces import CacheSnapshot, Lazy, ModelShape, Progress
 from kvcompose_local.resources import DISK_FULL, cache_folder, data_file
 
 FORMAT = 2
@@ -177,7 +178,7 @@ def save(path: Path, chat: Chat, setup: Setup, progress: Progress | None = None)
     Raises SessionError, with nothing left behind, where it cannot be written.
     """
     digest = model_digest(setup.model, progress)
-    state = chat.state()
+    state = chat.view()  # all cells must not be in memory a second time
     cells = state.memory.cells
     manifest = Manifest(
         format=FORMAT,
@@ -194,23 +195,23 @@ def save(path: Path, chat: Chat, setup: Setup, progress: Progress | None = None)
         position=cells.position,
     )
     arrays = _arrays_of(state)
-    # Not the package's writer, which holds all cells in memory a second time and tells a full disk as text only.
+    # Not the package's writer, which holds all cells in memory and tells a full disk as text only.
     head = _header(manifest, arrays)
-    data = [np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays.values()]
     checksum = hashlib.blake2b(head, digest_size=_DIGITS // 2)
-    for part in data:
-        checksum.update(part.data)
-    at = head.index(_CHECKSUM) + len(_CHECKSUM)
-    head = head[:at] + checksum.hexdigest().encode() + head[at + _DIGITS :]
     with replacing(path) as file:
         file.write(head)
-        for part in data:
-            file.write(part.data)
-    return len(head) + sum(part.nbytes for part in data)
+        for make in arrays.values():
+            part = np.ascontiguousarray(make()).reshape(-1).view(np.uint8).data
+            checksum.update(part)
+            file.write(part)
+        n_bytes = file.tell()
+        file.seek(head.index(_CHECKSUM) + len(_CHECKSUM))
+        file.write(checksum.hexdigest().encode())
+    return n_bytes
 
 
-def _arrays_of(state: ChatState) -> dict[str, Array]:
-    """The tensors of a session, those of four bytes first, so that all of them are aligned."""
+def _arrays_of(state: ChatState) -> dict[str, Callable[[], Array]]:
+    """What makes the tensors of a session, those of four bytes first, so that all of them are aligned."""
     memory, cells = state.memory, state.memory.cells
     text = {
         "system": state.system,
@@ -220,26 +221,36 @@ def _arrays_of(state: ChatState) -> dict[str, Array]:
         "steps": [[step.begin, step.n_messages, step.draft, step.answer] for step in state.steps],
         "pins": memory.pins,
     }
-    arrays: dict[str, Array] = {
-        "tokens": np.array(memory.tokens, "<i4"),
-        "pending": np.array(state.pending, "<i4"),
+    arrays: dict[str, Callable[[], Array]] = {
+        "tokens": lambda: np.array(memory.tokens, "<i4"),
+        "pending": lambda: np.array(state.pending, "<i4"),
     }
-    layers = range(len(cells.composed))
-    arrays |= {f"scores.{i}": memory.scores[i].astype("<f4") for i in layers}
-    arrays |= {f"seen.{i}": memory.seen[i].astype("<f4") for i in layers}
-    arrays |= {f"keys.{i}": cells.keys[i] for i in layers}
-    arrays |= {f"values.{i}": cells.values[i] for i in layers}
-    return arrays | {"window": cells.window, "text": np.frombuffer(json.dumps(text).encode(), np.uint8)}
+    kinds: dict[str, Sequence[Array]] = {
+        "scores": memory.scores,
+        "seen": memory.seen,
+        "keys": cells.keys,
+        "values": cells.values,
+    }
+    for kind, planes in kinds.items():
+        arrays |= {f"{kind}.{i}": partial(_plane, planes, i) for i in range(len(cells.composed))}
+    raw = np.frombuffer(json.dumps(text).encode(), np.uint8)
+    return arrays | {"window": lambda: cells.window, "text": lambda: raw}
 
 
-def _header(manifest: Manifest, arrays: dict[str, Array]) -> bytes:
+def _plane(planes: Sequence[Array], i: int) -> Array:
+    array = planes[i]
+    return array if array.dtype == np.uint8 else array.astype("<f4")
+
+
+def _header(manifest: Manifest, arrays: dict[str, Callable[[], Array]]) -> bytes:
     """The head of a safetensors file (its README, "Format"), with zeros for the checksum."""
     # No text inside can look like the checksum: quotes within JSON strings are escaped.
     metadata = {"checksum": "0" * _DIGITS, "manifest": json.dumps(asdict(manifest))}
     entries: dict[str, Any] = {"__metadata__": metadata}
     dtypes = {dtype: name for name, dtype in _DTYPES.items()}
     end = 0
-    for name, array in arrays.items():
+    for name, make in arrays.items():
+        array = make()
         begin, end = end, end + array.nbytes
         entries[name] = {"dtype": dtypes[array.dtype], "shape": array.shape, "data_offsets": [begin, end]}
     raw = json.dumps(entries).encode()
@@ -335,10 +346,12 @@ def load(path: Path, chat: Chat, setup: Setup, progress: Progress | None = None)
         state = _state_of(manifest, tensors, chat.memory.engine.shape)
         if state.memory.cells.window.size and manifest.llama_cpp != _pin():
             raise SessionError(f"the session's sliding windows are those of {manifest.llama_cpp}, and this is {_pin()}")
-    try:
-        chat.restore(state)
-    except KVComposeError as error:
-        raise SessionError(f"{path.name} cannot be loaded: {error}") from error
+        before = chat.memory.position
+        try:
+            chat.restore(state)
+        except KVComposeError as error:
+            lost = "; the chat that was here is lost" if chat.memory.position < before else ""
+            raise SessionError(f"it cannot be loaded: {error}{lost}") from error
     return manifest
 
 
@@ -389,39 +402,50 @@ def _checksum_of(file: BinaryIO) -> str:
 
 
 def _state_of(manifest: Manifest, tensors: Any, shape: ModelShape) -> ChatState:
-    """The state that the tensors hold. Raises ValueError unless there are just the tensors that belong there."""
+    """The state that the tensors hold, of which what is large is read when it is looked at.
+
+    Raises ValueError unless there are just the tensors that belong there.
+    """
     n_live, position = manifest.n_live, manifest.position
     if len(manifest.composed) != len(shape.layers) or max(manifest.composed) + n_live > position:
         raise ValueError("its cells are not those of this model")
 
-    def tensor(name: str, dtype: str, *sizes: range) -> Array:
-        """A tensor whose dtype and sizes are looked at before it is read."""
+    def check(name: str, dtype: str, *sizes: range) -> list[int]:
+        """The shape of a tensor, which is not read yet."""
         view = tensors.get_slice(name)
         found = view.get_shape()
         if view.get_dtype() != dtype or len(found) != len(sizes):
             raise ValueError(f"tensor {name} is {view.get_dtype()} {found}")
         if not all(n in allowed for n, allowed in zip(found, sizes, strict=True)):
             raise ValueError(f"tensor {name} has shape {found}")
+        return [*found]
+
+    def tensor(name: str, dtype: str, *sizes: range) -> Array:
+        check(name, dtype, *sizes)
         return tensors.get_tensor(name)  # type: ignore[no-any-return]
 
     kinds = ("scores", "seen", "keys", "values")
     expected = {"tokens", "pending", "window", "text"} | {f"{k}.{i}" for k in kinds for i in range(len(shape.layers))}
     if set(tensors.keys()) != expected:
         raise ValueError("its tensors are not those of this model")
-    scores, seen, keys, values = [], [], [], []
     for i, (layer, k) in enumerate(zip(shape.layers, manifest.composed, strict=True)):
         n = _only(k + n_live)
-        scores.append(tensor(f"scores.{i}", "F32", _only(layer.n_kv_heads), _only(k)))
-        seen.append(tensor(f"seen.{i}", "F32", _only(layer.n_heads), range(k + n_live + 1)))
-        keys.append(tensor(f"keys.{i}", "U8", n, range(layer.row_bytes + 1)))
-        values.append(tensor(f"values.{i}", "U8", n, _only(layer.row_bytes - keys[i].shape[1])))
+        check(f"scores.{i}", "F32", _only(layer.n_kv_heads), _only(k))
+        check(f"seen.{i}", "F32", _only(layer.n_heads), range(k + n_live + 1))
+        _, width = check(f"keys.{i}", "U8", n, range(layer.row_bytes + 1))
+        check(f"values.{i}", "U8", n, _only(layer.row_bytes - width))
+
+    def planes(kind: str) -> Lazy:
+        return Lazy(len(shape.layers), lambda i: tensors.get_tensor(f"{kind}.{i}"))
+
+    scores, seen, keys, values = map(planes, kinds)
     anything = range(2**31)  # the file is there, so it is no larger than memory
     tokens = tensor("tokens", "I32", _only(position))
     pending = tensor("pending", "I32", anything)
     window = tensor("window", "U8", anything)
     text, pins = _text(tensor("text", "U8", anything).tobytes())
-    cells = CacheSnapshot(tuple(manifest.composed), n_live, position, tuple(keys), tuple(values), window)
-    memory = MemoryState(tuple(tokens.tolist()), tuple(scores), tuple(seen), cells, pins)
+    cells = CacheSnapshot(tuple(manifest.composed), n_live, position, keys, values, window)
+    memory = MemoryState(tuple(tokens.tolist()), scores, seen, cells, pins)
     return ChatState(**text, pending=tuple(pending.tolist()), memory=memory)
 
 

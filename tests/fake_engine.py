@@ -109,6 +109,9 @@ class FakeEngine:
         layout = self.layout()
         return CacheSnapshot(layout.composed, layout.n_live, layout.position, planes, values, np.zeros(0, np.uint8))
 
+    def view(self) -> CacheSnapshot:
+        return self.snapshot()
+
     def restore(self, snapshot: CacheSnapshot) -> None:
         if any((k.shape[1], v.shape[1]) != (8, 2) for k, v in zip(snapshot.keys, snapshot.values, strict=True)):
             raise InvalidInput("not the fake engine's cells")

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -236,6 +237,25 @@ def test_a_session_of_one_size_is_loaded_into_others(tmp_path: Path, tiny_model:
 
 
 @needs_patches
+@needs_patches
+def test_cells_are_not_in_memory_twice(tmp_path: Path, tiny_model: TinyModel) -> None:
+    """Python's own count, while a full cache of twelve layers is saved and loaded."""
+    path = tiny_model("llama", n_layers=12)
+    setup, target = Setup(path, "f16", 0.5), tmp_path / "s.kvc"
+    peaks = []
+    with real_chat(path, n_ctx=4096, budget=0.5) as chat:
+        chat.memory.feed([n % 200 for n in range(3000)])
+        cells = chat.memory.engine.cache_bytes
+        sessions.save(target, chat, setup)  # what is imported and hashed once
+        for call in (sessions.save, sessions.load):
+            tracemalloc.start()
+            call(target, chat, setup)
+            peaks.append(tracemalloc.get_traced_memory()[1] / cells)
+            tracemalloc.stop()
+        assert chat.memory.position == 3000
+    assert max(peaks) < 0.35  # above 1 when a session was made, or read, as a whole
+
+
 def test_sessions_cross_engines_where_the_cells_can(tmp_path: Path, tiny_model: TinyModel) -> None:
     model, path = tiny_model(), tmp_path / "s.kvc"
     setup = Setup(model, "f16", 0.25)
@@ -494,7 +514,7 @@ def test_an_engine_that_fails_on_the_way_leaves_an_empty_chat(tmp_path: Path, se
     sessions.save(tmp_path / "s.kvc", talked(), setup)
     chat = Chat(FakeModel(), CacheMemory(Failing(200, ["yes"], per_layer=True), 400))
     list(chat.ask("Hello", max_tokens=9))
-    with pytest.raises(SessionError, match=r"s\.kvc cannot be loaded: llama_kvc_set_rows failed"):
+    with pytest.raises(SessionError, match=r"s\.kvc: it cannot be loaded: llama_kvc_set_rows failed; .* is lost"):
         sessions.load(tmp_path / "s.kvc", chat, setup)
     assert same_state(chat.state(), fake_chat().state())
 

@@ -101,6 +101,10 @@ class LlamaEngine(ABC):
     def snapshot(self) -> CacheSnapshot:
         """See :meth:`Engine.snapshot`."""
 
+    def view(self) -> CacheSnapshot:
+        """See :meth:`Engine.view`."""
+        return self.snapshot()
+
     def restore(self, snapshot: CacheSnapshot) -> None:
         """See :meth:`Engine.restore`."""
         layers = self.shape.layers

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +22,7 @@ from kvcompose_local.interfaces import (
     FloatArray,
     IntArray,
     LayerShape,
+    Lazy,
     ModelShape,
     Sampling,
     Selection,
@@ -212,20 +215,21 @@ class PatchedEngine(LlamaEngine):
         return n_fitting
 
     def snapshot(self) -> CacheSnapshot:
+        view = self.view()
+        return replace(view, keys=tuple(view.keys), values=tuple(view.values))
+
+    def view(self) -> CacheSnapshot:
         layout = self.layout()
         live, first_composed = self._live_cells(), self._cells.info().n_live_cap
-        planes = [
-            [
-                np.concatenate([rows[first_composed:][:n_composed], rows[live]])
-                for i, n_composed in enumerate(layout.composed)
-                for rows in [self._cells.rows(i, values=values)]
-            ]
-            for values in (False, True)
-        ]
+
+        def plane(i: int, *, values: bool) -> npt.NDArray[np.uint8]:
+            rows = self._cells.rows(i, values=values)
+            return np.concatenate([rows[first_composed:][: layout.composed[i]], rows[live]])
+
+        n = len(layout.composed)
         window = self._context.window_state() if self._has_window else np.zeros(0, np.uint8)
-        return CacheSnapshot(
-            layout.composed, layout.n_live, layout.position, tuple(planes[0]), tuple(planes[1]), window
-        )
+        keys, values = Lazy(n, partial(plane, values=False)), Lazy(n, partial(plane, values=True))
+        return CacheSnapshot(layout.composed, layout.n_live, layout.position, keys, values, window)
 
     def _put_back(self, snapshot: CacheSnapshot) -> None:
         n_live, end = snapshot.n_live, snapshot.position - snapshot.n_live
@@ -245,7 +249,8 @@ class PatchedEngine(LlamaEngine):
         self._cells.set_layout(n_live_cap, positions, end, np.array(snapshot.composed, np.int64))
         self._composed = snapshot.composed
         for i, n_composed in enumerate(snapshot.composed):
-            for rows, is_v in ((snapshot.keys[i], False), (snapshot.values[i], True)):
+            for planes, is_v in ((snapshot.keys, False), (snapshot.values, True)):
+                rows = planes[i]
                 self._cells.set_rows(i, rows[n_composed:], values=is_v)
                 self._cells.set_rows(i, rows[:n_composed], values=is_v, first=n_live_cap)
         if self._has_window:
