@@ -186,7 +186,7 @@ class Chat:
         self._draft, self._fed, self._steps = state.draft, state.fed, [*state.steps]
         self._tokens = [*state.memory.tokens, *state.pending]
         if not self.memory.pins and not any(state.memory.cells.composed):  # as where it was saved at budget 1
-            self._pin_system(self._fed, self.model.adds_bos)
+            self._pin_system(self._fed)
 
     def set_system(self, text: str) -> None:
         """Give the chat another system prompt and read the whole conversation again under it.
@@ -357,7 +357,7 @@ class Chat:
         before = self.conversation
         try:
             yield
-        except KVComposeError:  # the cache is full, or the template refuses a message
+        except (KVComposeError, KeyboardInterrupt):  # the cache is full, the template refuses, the text is being cut up
             self._put_back(before)
             self._read(TurnStats(), go_on=False)  # only where that came on the way
             raise
@@ -387,6 +387,7 @@ class Chat:
             for answer in said[1:]:
                 self.messages.append(answer)
                 self._queue(answer["content"])
+        self._head()  # fails where the template has no place for a system prompt
 
     def _prompt(self) -> str:
         """What the template puts between the text fed so far and the coming answer."""
@@ -416,6 +417,7 @@ class Chat:
         head = self._head()
         if head.startswith(self._fed) or self._fed[step.answer.n_chars :].strip() in head:
             return
+        pins, before = self.memory.pins, [*self._tokens]
         if head.startswith(self._fed[: step.answer.n_chars]):
             self._cut(step.answer)
         elif head.startswith(self._fed[: step.begin.n_chars]):
@@ -424,6 +426,8 @@ class Chat:
         else:
             return
         self._queue(head[len(self._fed) :])
+        n_same = _n_common(before, self._tokens)  # which stay pinned
+        self.memory.pins = [(start, min(stop, n_same)) for start, stop in pins if start < n_same]
 
     def _queue_draft(self) -> None:
         message = {"role": "user", "content": self._draft + _REST_OF_MESSAGE}
@@ -436,28 +440,29 @@ class Chat:
             self._queue(head)
 
     def _queue(self, text: str) -> None:
-        bos = self.model.special_text("bos")
         first = not self._fed
-        add_bos = first and self.model.adds_bos and not (bos and text.startswith(bos))
+        add_bos = first and self._adds_bos(text)
         self._fed += text
         self._tokens += self.model.tokenize(text, add_bos=add_bos)
         if first:
-            self._pin_system(text, add_bos)
+            self._pin_system(text)
 
-    def _pin_system(self, text: str, add_bos: bool) -> None:
+    def _adds_bos(self, text: str) -> bool:
+        """Whether a transcript that begins with ``text`` begins with a token that is not in it."""
+        bos = self.model.special_text("bos")
+        return self.model.adds_bos and not (bos and text.startswith(bos))
+
+    def _pin_system(self, text: str) -> None:
         """Instructions must outlast the text they are about (docs/trials.md), which ``text`` begins with."""
         system = (self.system or "").strip()
         if self.memory.compose and system and system in text:
-            until = text[: text.index(system) + len(system)]
+            until = self.model.tokenize(text[: text.index(system) + len(system)], add_bos=self._adds_bos(text))
             with contextlib.suppress(ContextFull):  # too long to be kept whole: it competes like everything else
-                self.memory.pin(0, len(self.model.tokenize(until, add_bos=add_bos)))
+                self.memory.pin(0, len(until))
 
     def _n_shared(self) -> int:
         """How many of the tokens in the cache begin the transcript."""
-        seen = self.memory.tokens
-        if seen == self._tokens[: len(seen)]:
-            return len(seen)
-        return next(i for i, (a, b) in enumerate(zip_longest(seen, self._tokens)) if a != b)
+        return _n_common(self.memory.tokens, self._tokens)
 
     def _read(
         self, stats: TurnStats, *, n_kept: int | None = None, for_logits: bool = False, go_on: bool = True
@@ -532,8 +537,9 @@ class Chat:
                 held += decoder.decode(self.model.token_bytes(token))
                 if self._stop_text and self._stop_text in held:
                     held = held.partition(self._stop_text)[0]
-                    if not held:
-                        del self._tokens[n_said:]  # the next prompt begins with the stop text itself
+                    if not held:  # the next prompt begins with the stop text itself
+                        del self._tokens[n_said:]
+                        self._read(TurnStats(), go_on=False)
                     stats.stopped = "end"
                     break
                 self._tokens.append(token)
@@ -557,6 +563,13 @@ class Chat:
         if held:
             self._fed += held
             yield held
+
+
+def _n_common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    if one == other[: len(one)]:
+        return len(one)
+    return next(i for i, (a, b) in enumerate(zip_longest(one, other)) if a != b)
 
 
 def _beginning_at_end(stop: str, text: str) -> int:

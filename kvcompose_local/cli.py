@@ -210,10 +210,14 @@ def run(
         status=status,
         load=load,
     ) as chat:
+        if session is not None and not no_autosave and (why := chat.memory.engine.cannot_snapshot):
+            raise KVComposeError(f"{why}, which cannot be saved: leave --session out")
         autosave, begun = session or sessions.LAST, chat.conversation
 
         def load_another(name: str) -> str:
             nonlocal autosave, begun
+            if session is not None and chat.conversation != begun and not no_autosave:
+                status.line(save_session(autosave, chat, setup, status.checking))
             told = load_session(name, chat, setup, status.checking)
             autosave, begun = sessions.LAST, chat.conversation  # not over the session that this chat began as
             return told
@@ -232,7 +236,7 @@ def run(
         )
         if session is not None and saved is not None:
             loaded = load_session(session, chat, setup, status.checking)
-            if system is not None and system != chat.system:
+            if system is not None and (system or None) != (chat.system or None):
                 raise KVComposeError("the session has a system prompt of its own: in the chat, /system sets another")
             status.line(loaded)
             begun = chat.conversation
@@ -257,15 +261,17 @@ def run(
             if interrupts.leaving:
                 context.exit(128 + interrupts.leaving)
             return
-        for line in [prompt] if prompt is not None else stdin_lines():
-            if line.strip():
-                with interrupts.caught():
-                    stats = repl.answer(line)
-                if stats.stopped == "interrupt":
-                    raise KVComposeError("stopped")
-                repl.explain_end(stats)
-        if session is not None and chat.turns and not no_autosave:
-            status.line(save_session(session, chat, setup, status.checking))
+        try:
+            for line in [prompt] if prompt is not None else stdin_lines():
+                if line.strip():
+                    with interrupts.caught():
+                        stats = repl.answer(line)
+                    if stats.stopped == "interrupt":
+                        raise KVComposeError("stopped")
+                    repl.explain_end(stats)
+        finally:  # one line that fails does not take the others with it
+            if session is not None and chat.conversation != begun and not no_autosave:
+                save_at_the_end(session, True, chat, setup, interrupts, status)
         if as_json:
             click.echo(json.dumps(result(chat), ensure_ascii=False))
 

@@ -97,6 +97,19 @@ def near_chunk(start: int, stop: int) -> slice:
     return slice(max(start - N_BEFORE, 0), stop)
 
 
+def _in(spans: Sequence[tuple[int, int]], n: int) -> npt.NDArray[np.bool_]:
+    """Which of the first ``n`` positions are in some (start, stop): bool (n,)."""
+    found = np.zeros(n, bool)
+    for start, stop in spans:
+        found[start:stop] = True
+    return found
+
+
+def _n_in(spans: Sequence[tuple[int, int]]) -> int:
+    """How many positions are in some (start, stop)."""
+    return int(_in(spans, max((stop for _, stop in spans), default=0)).sum())
+
+
 @dataclass(frozen=True)
 class CompactionReport:
     """What one compaction did. Bytes are of cells in use, seconds of wall time."""
@@ -482,15 +495,21 @@ class CacheMemory:
             raise InvalidInput(f"there are no positions {start} to {stop}")
         before = self.pins
         self.pins = [*before, (start, stop)]
+        try:
+            self._check_pinned(self.n_pinned)
+        except ContextFull:
+            self.pins = before
+            raise
+        layout = self.engine.layout()
+        return start >= layout.position - layout.n_live
+
+    def _check_pinned(self, n_pinned: int) -> None:
         n_fitting = self._fitting(self._least_tail)
-        if self.n_pinned > n_fitting:
-            n_pinned, self.pins = self.n_pinned, before
+        if n_pinned > n_fitting:
             raise ContextFull(
                 f"{n_pinned} pinned tokens are more than the {max(n_fitting, 0)} that a compaction can keep: "
                 "raise --ctx or --budget"
             )
-        layout = self.engine.layout()
-        return start >= layout.position - layout.n_live
 
     def unpin(self, position: int) -> None:
         """Forget what is pinned from ``position`` on."""
@@ -499,14 +518,11 @@ class CacheMemory:
     @property
     def n_pinned(self) -> int:
         """Tokens that are pinned."""
-        return int(self._pinned(max((stop for _, stop in self.pins), default=0)).sum())
+        return _n_in(self.pins)
 
     def _pinned(self, n_tokens: int) -> npt.NDArray[np.bool_]:
         """Which of the first tokens are pinned: bool (n_tokens,)."""
-        pinned = np.zeros(n_tokens, bool)
-        for start, stop in self.pins:
-            pinned[start:stop] = True
-        return pinned
+        return _in(self.pins, n_tokens)
 
     def state(self) -> MemoryState:
         """A copy of everything, for :meth:`restore`."""
@@ -544,6 +560,8 @@ class CacheMemory:
         if any(not 0 <= start <= stop <= self.n_ctx for start, stop in state.pins):
             raise InvalidInput("the pins are not those of these tokens")
         self._check_room(cells)
+        if self.compose:
+            self._check_pinned(_n_in(state.pins))
         seen = AttentionMax.over(layers, exclude_nearest=N_NEAREST, dtype=SEEN_DTYPE)
         seen.take_back(state.seen)
         self.engine.restore(cells)

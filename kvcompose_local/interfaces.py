@@ -151,6 +151,8 @@ class Engine(Protocol):
     cache_bytes: int
     #: Most tokens that one ``replay`` takes.
     max_replay: int
+    #: Why there is no ``snapshot`` of this cache, empty where there is.
+    cannot_snapshot: str
 
     @property
     def compute_bytes(self) -> int | None:

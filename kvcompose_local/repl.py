@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TextIO
 
 from kvcompose_local.chat import Chat, TurnStats
-from kvcompose_local.compaction import CompactionReport
 from kvcompose_local.errors import InvalidInput, KVComposeError
 from kvcompose_local.interrupts import Interrupts, uninterrupted
 from kvcompose_local.memory_chart import ASCII_MARKS, UNICODE_MARKS, can_show, draw
@@ -28,7 +27,7 @@ HELP = """\
 /memory         what each layer of the cache holds
 /compress [R]   compress the cache now, keeping at most the share R of the bytes in use (default 0.5)
 /read FILE      read a text file now; your next message asks about it
-/system [TEXT]  show the system prompt, or set it and read the conversation again under it
+/system [TEXT]  show the system prompt, or set it and read the conversation again under it; \"\" for none
 /clear          forget the conversation, keep the system prompt
 /save NAME      save the chat and its cache under a name, or to a path
 /load NAME      go on from a saved chat, in place of this one
@@ -80,8 +79,7 @@ class Status:
         elif now - self._last >= (_REDRAW_SECONDS if self._terminal else _LINE_SECONDS) and elapsed >= 1:
             left = f", {elapsed / done * (total - done):.0f} s left" if done and total else ""
             text = f"{what} {done}/{total} {unit}{left}" if total else f"{what} {done} {unit}"
-            self.stream.write(f"\r\x1b[K{text}{_bar(done, total, len(text))}" if self._terminal else f"{text}\n")
-            self.stream.flush()
+            self._write(f"\r\x1b[K{text}{_bar(done, total, len(text))}" if self._terminal else f"{text}\n")
             self._shown = self._terminal
             self._last = now
         if self.should_stop():
@@ -100,13 +98,17 @@ class Status:
     def line(self, text: str) -> None:
         """Print one line."""
         self._erase()
-        self.stream.write(text + "\n")
-        self.stream.flush()
+        self._write(text + "\n")
 
     def _erase(self) -> None:
         if self._shown:
-            self.stream.write("\r\x1b[K")
+            self._write("\r\x1b[K")
             self._shown = False
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # a window that is gone must not end what is done in its name
+            self.stream.write(text)
+            self.stream.flush()
 
 
 @contextlib.contextmanager
@@ -290,10 +292,6 @@ class Repl:
                 f"(stopped; {unread} tokens are read before your next message)" if unread > 1 else "(stopped)"
             )
 
-    def on_compaction(self, report: CompactionReport) -> None:
-        """Say what a compaction did."""
-        self.status.line(report.line())
-
     def _command(self, line: str) -> str | None:
         name, _, argument = line.strip().partition(" ")
         argument = argument.strip()
@@ -391,7 +389,10 @@ class Repl:
             self.status.line("there is nothing to compress yet")
 
     def _system(self, argument: str) -> None:
-        if argument:
+        if argument == '""':
+            self.chat.set_system("")
+            self.status.line(f"there is no system prompt any more{self._unread()}")
+        elif argument:
             self.chat.set_system(argument)
             self.status.line(f"the system prompt is set{self._unread()}")
         else:

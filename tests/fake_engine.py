@@ -26,6 +26,7 @@ class FakeEngine:
     name = "fake"
     max_replay = 10**9
     compute_bytes = None
+    cannot_snapshot = ""
 
     def __init__(
         self, n_cells: int, answers: Sequence[str] = (), *, per_layer: bool = False, n_layers: int = 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -141,6 +142,11 @@ def test_a_model_without_a_template_stops_at_the_next_speaker() -> None:
     assert "".join(chat.ask("Other?", max_tokens=99)) == " Red\nUs"
     assert stands(chat).count(b"User:") == 0, "the fake model's template has other words"
     assert b" Blue.[/]" in stands(chat), "of the stop text nothing stays"
+    chat, engine = make([" Blue.\nUser: and"], template=False)
+    list(chat.ask("Colour?", max_tokens=99))
+    other, _ = make([], template=False)
+    other.restore(chat.state())
+    assert stands(other).endswith(b" Blue."), "nor where it is saved"
 
 
 def test_a_template_that_refuses_leaves_the_chat_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +164,38 @@ def test_a_template_that_refuses_leaves_the_chat_as_it_was(monkeypatch: pytest.M
                 call()
             assert (chat.conversation, stands(chat)) == (before, stood)
     assert "".join(chat.ask("More", max_tokens=9)) == "two"
+
+
+def test_a_template_without_a_place_for_a_system_prompt_is_told_of_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    chat, _ = make(["one"])
+    render = chat.model.render_chat
+
+    def refuse(messages: Sequence[dict[str, str]], **options: bool) -> str:
+        if messages[0]["role"] == "system":
+            raise ModelError("system role not supported")
+        return render(messages, **options)
+
+    monkeypatch.setattr(chat.model, "render_chat", refuse)
+    with pytest.raises(ModelError):
+        chat.set_system("Be brief.")
+    assert "".join(chat.ask("Hi", max_tokens=9)) == "one"
+
+
+def test_a_text_that_is_cut_up_when_ctrl_c_comes_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    chat, _ = make(["one"])
+    before = chat.conversation
+
+    def interrupted(*_: object, **__: object) -> list[int]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chat.model, "tokenize", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            chat.read("a document")
+        with pytest.raises(KeyboardInterrupt):
+            list(chat.ask("Hi", max_tokens=9))
+    assert chat.conversation == before
+    assert "".join(chat.ask("Hi", max_tokens=9)) == "one"
 
 
 def test_a_system_prompt_of_a_chat_that_dropped_nothing_is_pinned_where_it_is_loaded() -> None:
@@ -299,6 +337,11 @@ def test_thinking_that_the_prompt_opened_is_dropped_with_its_opening(monkeypatch
     assert chat.forget_thinking() == len("cut sho")
     assert stands(chat) == b"[u]Hi[/][a]one[/][u]More[/][a][/][u]"
     assert "".join(chat.ask_again(max_tokens=9)) == "x", "its place is known from the message"
+    pinning, _ = make(["hm</think>one", "x"], n_cells=400, forgets=True)
+    list(pinning.ask("Hi", max_tokens=99))
+    pinning.pin()
+    list(pinning.ask("More", max_tokens=9))
+    assert pinning.memory.pins == [(0, len("[u]Hi[/][a]"))], "the message is pinned still"
     assert stands(chat) == b"[u]Hi[/][a]one[/][u]More[/][a]<think>x"
 
 

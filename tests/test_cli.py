@@ -545,3 +545,23 @@ def test_version() -> None:
     done = program("--version")
     assert done.returncode == 0
     assert done.stdout.startswith("kvcompose-local, version ")
+
+
+def test_a_model_without_attention_runs_uncompressed(tiny_model: TinyModel, tmp_path: Path) -> None:
+    mamba = tiny_model("mamba")
+    done = program("run", mamba, "--budget", "1", "--ctx", "512", "--max-tokens", "8", stdin="Hello\nMore\n")
+    assert done.returncode == 0, done.stderr
+    assert "error" not in done.stderr
+    refused(program("run", mamba, *FAST, "-p", "x"), 1, "mamba runs with --budget 1 only")
+    session = ("--session", str(tmp_path / "s.kvc"))
+    refused(program("run", mamba, "--budget", "1", *session, "-p", "x"), 1, "mamba has a recurrent cache", "--session")
+
+
+def test_a_line_that_fails_leaves_the_session_the_others(tiny_model: TinyModel, tmp_path: Path) -> None:
+    session = ("--session", str(tmp_path / "s.kvc"))
+    done = program("run", tiny_model(), *FAST, *session, stdin=f"Hello\n{'x' * 3000}\nNever\n")
+    assert done.returncode == 1
+    assert "of --ctx 1024 positions are used" in done.stderr
+    again = program("run", *session, "-p", "More", "--json")
+    assert "loaded" in again.stderr
+    assert len(json.loads(again.stdout)["answers"]) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -271,6 +272,11 @@ def test_pins_that_do_not_fit_or_come_too_late() -> None:
     assert not memory.pin(10, 12), "they are composed"
     assert not memory.rewind(12)
     assert pinned_cells(engine, {*range(1, 11)}) == [{*range(1, 11)}] * 4
+    smaller = CacheMemory(FakeEngine(26), 10_000, policy=POLICY)
+    with pytest.raises(ContextFull, match="10 pinned tokens are more than the 6 that a compaction can keep"):
+        smaller.restore(
+            replace(memory.state(), tokens=(1,) * 12, pins=((0, 10),), scores=(np.zeros((2, 0), "f4"),) * 2)
+        )
     with pytest.raises(InvalidInput):
         memory.pin(4, 3)
     with pytest.raises(InvalidInput, match="budget 1"):

@@ -237,7 +237,6 @@ def test_a_session_of_one_size_is_loaded_into_others(tmp_path: Path, tiny_model:
 
 
 @needs_patches
-@needs_patches
 def test_cells_are_not_in_memory_twice(tmp_path: Path, tiny_model: TinyModel) -> None:
     """Python's own count, while a full cache of twelve layers is saved and loaded."""
     path = tiny_model("llama", n_layers=12)
@@ -256,6 +255,7 @@ def test_cells_are_not_in_memory_twice(tmp_path: Path, tiny_model: TinyModel) ->
     assert max(peaks) < 0.35  # above 1 when a session was made, or read, as a whole
 
 
+@needs_patches
 def test_sessions_cross_engines_where_the_cells_can(tmp_path: Path, tiny_model: TinyModel) -> None:
     model, path = tiny_model(), tmp_path / "s.kvc"
     setup = Setup(model, "f16", 0.25)

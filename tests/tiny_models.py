@@ -42,11 +42,18 @@ def write_tiny_model(
     writer.add_context_length(n_ctx)
     writer.add_embedding_length(N_EMBD)
     writer.add_block_count(n_layers)
-    writer.add_feed_forward_length(N_FF)
+    if arch == "mamba":
+        n_heads = n_kv_heads = 0
+        writer.add_ssm_conv_kernel(4)
+        writer.add_ssm_inner_size(2 * N_EMBD)
+        writer.add_ssm_state_size(16)
+        writer.add_ssm_time_step_rank(4)
+    else:
+        writer.add_key_length(head)
+        writer.add_value_length(head)
+    writer.add_feed_forward_length(N_FF if n_heads else 0)
     writer.add_head_count(n_heads)
     writer.add_head_count_kv(n_kv_heads)
-    writer.add_key_length(head)
-    writer.add_value_length(head)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(head)
     writer.add_rope_freq_base(10000.0)
@@ -84,6 +91,17 @@ def write_tiny_model(
     for i in range(n_layers):
         block = f"blk.{i}."
         norm(block + "attn_norm.weight")
+        if arch == "mamba":
+            tensor(block + "ssm_in.weight", 4 * N_EMBD, N_EMBD)
+            tensor(block + "ssm_conv1d.weight", 2 * N_EMBD, 4)
+            norm(block + "ssm_conv1d.bias", 2 * N_EMBD)
+            tensor(block + "ssm_x.weight", 4 + 2 * 16, 2 * N_EMBD)
+            tensor(block + "ssm_dt.weight", 2 * N_EMBD, 4)
+            norm(block + "ssm_dt.bias", 2 * N_EMBD)
+            writer.add_tensor(block + "ssm_a", -np.ones((2 * N_EMBD, 16), np.float32))
+            norm(block + "ssm_d", 2 * N_EMBD)
+            tensor(block + "ssm_out.weight", N_EMBD, 2 * N_EMBD)
+            continue
         if arch == "phi3":
             tensor(block + "attn_qkv.weight", n_q + 2 * n_kv, N_EMBD, scale=sharp)
         else:

@@ -59,6 +59,8 @@ class LlamaEngine(ABC):
     arena_bytes: tuple[int, ...]
     cache_bytes: int
     max_replay: int
+    #: Why there is no :meth:`snapshot` of this cache, empty where there is.
+    cannot_snapshot = ""
 
     def __init__(self, model: Model, context: Context, shape: ModelShape, sampling: Sampling | None) -> None:
         self.model = model

@@ -164,7 +164,7 @@ class PatchedEngine(LlamaEngine):
     @contextmanager
     def _looking_near(self, near: slice | None, n_tokens: int) -> Iterator[tuple[slice | IntArray, int, int]]:
         live, info = self._live_columns(), self._cells.info()
-        if near is None or live != slice(0, info.n_live):  # a cache with gaps is looked at whole
+        if near is None or not isinstance(live, slice):  # a cache with gaps is looked at whole
             yield live, 0, self.softmax_micro_batch(n_tokens)
             return
         # Composed rows stand best first, so that the sinks are among the first of them. What is replayed goes to the

@@ -28,19 +28,21 @@ from kvcompose_local.llama_ffi.context import F16, Context
 from kvcompose_local.llama_ffi.model import Model
 
 
-def uniform_shape(model: Model, cache_type: int) -> ModelShape:
+def uniform_shape(model: Model, cache_type: int, *, scoring: bool) -> ModelShape:
     """The layers of a model whose layers are all alike, from its GGUF header.
 
-    Raises ModelError where layers differ, which only the patched engine can tell apart.
+    Raises ModelError where layers differ, which only the patched engine can tell apart, unless they need not be told
+    apart, without ``scoring``: then they are taken to be as the first one is.
     """
     arch = model.architecture
     for key in ("attention.head_count", "attention.head_count_kv"):
-        if (model.metadata(f"{arch}.{key}") or "").startswith("["):
+        if scoring and (model.metadata(f"{arch}.{key}") or "").startswith("["):
             raise ModelError(f"layers of {arch} differ in heads, which the stock engine cannot tell apart")
     head = model.n_embd // max(model.n_heads, 1)
     dims = [int(model.metadata(f"{arch}.attention.{key}") or head) for key in ("key_length", "value_length")]
     row = sum(row_bytes(cache_type, model.n_kv_heads * dim) for dim in dims)
-    layers = tuple(LayerShape(i, model.n_heads, model.n_kv_heads, row) for i in range(model.n_layers))
+    n_heads = max(model.n_heads, 1)  # recurrent models have none
+    layers = tuple(LayerShape(i, n_heads, model.n_kv_heads, row) for i in range(model.n_layers))
     return ModelShape(model.name, arch, model.n_ctx_train, model.n_vocab, layers)
 
 
@@ -72,9 +74,9 @@ class StockEngine(LlamaEngine):
             )
         if scoring and cache_type != F16:
             raise InvalidInput("the stock engine composes an F16 cache only; `kvcompose-local build` lifts that")
-        shape = uniform_shape(model, cache_type)
+        shape = uniform_shape(model, cache_type, scoring=scoring)
         # A sixth of the cache, since all reading goes through the explicit softmax here.
-        scoring_queries = softmax_queries(n_cells, model.n_heads, n_cells * shape.row_bytes // 6)
+        scoring_queries = softmax_queries(n_cells, shape.layers[0].n_heads, n_cells * shape.row_bytes // 6)
         context = Context(
             model,
             n_ctx=n_cells,
@@ -89,6 +91,8 @@ class StockEngine(LlamaEngine):
         self.arena_bytes = (self.cache_bytes,)
         # What moves on cannot be given back: a window by more than a micro-batch, a recurrent state at all.
         self.max_replay = {"sliding-window": context.n_ubatch, "recurrent": 0, "hybrid": 0}.get(kind, n_cells)
+        # llama.cpp's own serialization of the others is not taken apart here.
+        self.cannot_snapshot = "" if kind == "attention" else f"{model.architecture} has a {kind} cache"
         self._n_cells = n_cells
         self._cache_type = cache_type
         self._transposed = scoring  # llama.cpp lays V out by element where flash attention is off
@@ -145,6 +149,8 @@ class StockEngine(LlamaEngine):
         self._replace_cells(after, n_tail, layout.position)
 
     def snapshot(self) -> CacheSnapshot:
+        if self.cannot_snapshot:
+            raise ModelError(f"{self.cannot_snapshot}, which cannot be saved")
         layout = self.layout()
         cells = self._read_cells()
         empty = np.zeros(0, np.uint8)

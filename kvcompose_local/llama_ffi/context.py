@@ -12,6 +12,7 @@ import numpy as np
 
 from kvcompose_local.errors import EngineError, InvalidInput
 from kvcompose_local.interfaces import ByteArray, FloatArray, Sampling
+from kvcompose_local.interrupts import uninterrupted
 from kvcompose_local.llama_ffi.library import bind, clear_log, last_log, lib
 from kvcompose_local.llama_ffi.model import Model
 
@@ -172,7 +173,8 @@ class Context:
         self._n_queries = len(tokens)
         clear_log()
         self.has_logits = False
-        code = lib.llama_decode(self._ctx, batch)
+        with uninterrupted():  # a callback that fails leaves the later layers of this micro-batch without their cells
+            code = lib.llama_decode(self._ctx, batch)
         if self._callback_error is not None:
             error, self._callback_error = self._callback_error, None
             lib.llama_synchronize(self._ctx)
