@@ -7,6 +7,7 @@ import re
 import signal
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -362,4 +363,20 @@ def test_a_chat_that_is_ended_from_outside_is_saved(terminal: Terminal, number: 
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 128 + number
+    assert "loaded last: 2 messages" in say(terminal(), "/load last")
+
+
+@pytest.mark.parametrize("answering", [False, True])
+def test_a_window_that_is_closed_saves_the_chat(terminal: Terminal, answering: bool) -> None:
+    """There is nothing left to write to: every write to the terminal fails."""
+    child = terminal("--max-tokens", "400")
+    if answering:
+        begin_an_answer(child, "Go on and on.")
+    else:
+        say(child, "Hello.")
+    child.ptyproc.fileobj.close()
+    deadline = time.monotonic() + 20
+    while child.isalive():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     assert "loaded last: 2 messages" in say(terminal(), "/load last")
