@@ -420,15 +420,14 @@ class CacheMemory:
             return
         step = self._replay_room(max(n_cells, 1))
         lead_in = min(self.policy.n_lead_in, step // 2)
-        live = self._live()
+        n_before = len(self.tokens) - self.engine.layout().n_live
         first, n = self._n_replayed, n_scored - self._n_replayed
-        # The oldest live token has nothing before it to be led in by.
-        largest = step if first == 0 and n <= step else step - lead_in
-        for start, stop in even_parts(n, largest):
+        for start, stop in even_parts(n, step - lead_in if n_before + first + n > step else step):
             if progress is not None:
                 progress(start, n)
             start, stop = first + start, first + stop
-            part = live[max(start - lead_in, 0) : stop]
+            # What leads in may be composed by now: its tokens are what matters, not its cells.
+            part = self.tokens[max(n_before + start - lead_in, 0) : n_before + stop]
             self._furthest = max(self._furthest, len(self.tokens) + len(part))
             self.engine.replay(part, seen, near_chunk(start, stop))
             self._n_replayed = stop
