@@ -48,8 +48,10 @@ def test_the_replay_is_chunked_with_a_lead_in() -> None:
     engine = FakeEngine(40)
     memory = CacheMemory(engine, 1000, policy=POLICY)
     memory.feed(range(65, 65 + 33))
-    # Each is led in by the two tokens before it, composed or not.
-    assert engine.replayed == XX
+    assert engine.replayed == [b"ABCDE", b"DEFGHIJK", b"JKLMNOP", b"OPQRSTUV", b"UVWXYZ[\\"]
+    engine.replayed.clear()
+    memory.feed(range(100, 110))
+    assert engine.replayed == [b"[\\]^_`", b"_`adef"], "led in by what is composed"
 
 
 def test_composed_cells_keep_their_scores() -> None:
