@@ -114,7 +114,7 @@ def test_with_a_profile_only_what_nobody_saw_is_replayed() -> None:
     for token in range(1, 11):  # an answer, which comes token by token
         memory.feed([token])
     memory.compact()
-    assert engine.replayed == [bytes([100] * 10)], "the oldest live tokens, which the answer moved out of the tail"
+    assert engine.replayed == [bytes([100] * 18)], "the ten that the answer moved out of the tail, led in by eight"
 
 
 @pytest.mark.parametrize("n", range(200, 1000, 333))
