@@ -214,9 +214,12 @@ def run(
             raise KVComposeError(f"{why}, which cannot be saved: leave --session out")
         autosave, begun = session or sessions.LAST, chat.conversation
 
+        def is_unsaved() -> bool:
+            return chat.conversation != begun and chat.memory.position > 0 and not no_autosave
+
         def load_another(name: str) -> str:
             nonlocal autosave, begun
-            if session is not None and chat.conversation != begun and not no_autosave:
+            if session is not None and is_unsaved():
                 status.line(save_session(autosave, chat, setup, status.checking))
             told = load_session(name, chat, setup, status.checking)
             autosave, begun = sessions.LAST, chat.conversation  # not over the session that this chat began as
@@ -256,7 +259,7 @@ def run(
                 try:
                     repl.run()
                 finally:  # a terminal that is gone ends it by an error
-                    if chat.conversation != begun and chat.memory.position and not no_autosave:
+                    if is_unsaved():
                         save_at_the_end(autosave, session is not None, chat, setup, interrupts, status)
             if interrupts.leaving:
                 context.exit(128 + interrupts.leaving)
@@ -270,7 +273,7 @@ def run(
                         raise KVComposeError("stopped")
                     repl.explain_end(stats)
         finally:  # one line that fails does not take the others with it
-            if session is not None and chat.conversation != begun and not no_autosave:
+            if session is not None and is_unsaved():
                 save_at_the_end(session, True, chat, setup, interrupts, status)
         if as_json:
             click.echo(json.dumps(result(chat), ensure_ascii=False))

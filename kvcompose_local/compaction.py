@@ -237,10 +237,7 @@ class CacheMemory:
     @property
     def live_tokens(self) -> tuple[int, ...]:
         """The tokens that stand uncompressed, oldest first."""
-        return tuple(self._live())
-
-    def _live(self) -> list[int]:
-        return self.tokens[len(self.tokens) - self.engine.layout().n_live :]
+        return tuple(self.tokens[len(self.tokens) - self.engine.layout().n_live :])
 
     def _bytes_of(self, layout: CacheLayout) -> int:
         layers = zip(self.engine.shape.layers, layout.composed, strict=True)
@@ -314,7 +311,7 @@ class CacheMemory:
         self._replay(n_scored, self.policy.n_scratch, self._replayed, self.on_progress)
         replayed = time.perf_counter()
         n_composable = before.position - n_tail
-        pinned = self._pinned(n_composable)
+        pinned = _in(self.pins, n_composable)
         new_pinned = pinned[n_composable - n_scored :]
         # Scores are made a layer at a time, whenever they are needed: of all layers they take a sixtieth of the arena.
         layers = range(len(before.composed))
@@ -518,10 +515,6 @@ class CacheMemory:
     def n_pinned(self) -> int:
         """Tokens that are pinned."""
         return _n_in(self.pins)
-
-    def _pinned(self, n_tokens: int) -> npt.NDArray[np.bool_]:
-        """Which of the first tokens are pinned: bool (n_tokens,)."""
-        return _in(self.pins, n_tokens)
 
     def state(self) -> MemoryState:
         """A copy of everything, for :meth:`restore`."""

@@ -140,7 +140,6 @@ def test_a_model_without_a_template_stops_at_the_next_speaker() -> None:
     assert "".join(chat.ask("Colour?", max_tokens=99)) == " Blue."
     engine._answer = []
     assert "".join(chat.ask("Other?", max_tokens=99)) == " Red\nUs"
-    assert stands(chat).count(b"User:") == 0, "the fake model's template has other words"
     assert b" Blue.[/]" in stands(chat), "of the stop text nothing stays"
     chat, engine = make([" Blue.\nUser: and"], template=False)
     list(chat.ask("Colour?", max_tokens=99))
