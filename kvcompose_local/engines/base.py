@@ -142,8 +142,12 @@ class LlamaEngine(ABC):
 
     def micro_batch(self) -> int:
         """Tokens that :meth:`decode` takes at a time; fewer than a tile more join them at the end."""
-        n_ubatch = self._context.n_ubatch
-        return (n_ubatch - 1) // TILE * TILE or n_ubatch
+        fitting = self._fitting_tokens()
+        return (fitting - 1) // TILE * TILE or fitting
+
+    def _fitting_tokens(self) -> int:
+        """Tokens of the largest micro-batch."""
+        return self._context.n_ubatch
 
     @abstractmethod
     def softmax_micro_batch(self, n_tokens: int) -> int:
@@ -205,7 +209,7 @@ class LlamaEngine(ABC):
         if self._context.tap:
             return even_parts(n, self.softmax_micro_batch(n))
         edges = [*range(0, n, self.micro_batch()), n]
-        if len(edges) > 2 and n - edges[-2] < TILE and n - edges[-3] <= self._context.n_ubatch:
+        if len(edges) > 2 and n - edges[-2] < TILE and n - edges[-3] <= self._fitting_tokens():
             del edges[-2]
         return list(itertools.pairwise(edges))
 

@@ -125,11 +125,12 @@ class PatchedEngine(LlamaEngine):
         live_cap = self._cells.info().n_live_cap
         return slice(live_cap, live_cap + self._composed[layer])
 
-    def micro_batch(self) -> int:
+    def _fitting_tokens(self) -> int:
         # The mask, of tokens × cells, is allocated for a cache with nothing composed, and the widest layer may come to
         # have several times as many cells: fewer tokens at a time then keep it at that size.
-        fitting = self._context.n_ubatch * self._context.n_ctx // max(int(self._cells.info().n_cells), 1)
-        return min(super().micro_batch(), max(fitting // TILE * TILE, TILE))
+        n_ubatch = self._context.n_ubatch
+        fitting = n_ubatch * self._context.n_ctx // max(int(self._cells.info().n_cells), 1)
+        return min(n_ubatch, max(fitting, TILE))
 
     def softmax_micro_batch(self, n_tokens: int) -> int:
         return self._fitting_queries(self._n_columns(n_tokens))
@@ -173,7 +174,8 @@ class PatchedEngine(LlamaEngine):
         ranges = [sinks, (near.start, near.stop), (info.n_live, info.n_live + n_tokens)]
         ranges = sorted((start, min(stop, info.n_cells)) for start, stop in ranges if start < stop)
         first = sum(stop - start for start, stop in ranges if start < near.start)
-        step = self._fitting_queries(sum(stop - start for start, stop in ranges))
+        # The mask is of all cells, whatever is looked at.
+        step = min(self._fitting_queries(sum(stop - start for start, stop in ranges)), self.micro_batch())
         with self._cells.visible_rows(ranges):
             yield slice(first, first + near.stop - near.start), near.start, step
 
