@@ -132,6 +132,7 @@ def test_bytes(tiny_model: Callable[..., Path], arch: str, cache_type: int) -> N
             position = engine.layout().position
             engine.decode(TOKENS[position : position + 20])
             assert engine.layout().position == position + 20
+        assert WORKERS or engine._cells.arena(0).staging_peak == 0, "rows that the host reaches are moved in place"
         engine.clear()
         assert not any(x.any() for planes in exported(engine) for x in planes)
         engine.decode(TOKENS[:100])
@@ -373,7 +374,9 @@ def test_the_mask_stays_as_large_as_it_was_when_a_layer_becomes_wide(tiny_model:
         n_cells = engine._cells.info().n_cells
         assert n_cells > 256
         assert 64 <= engine.micro_batch() < 256
-        assert engine.micro_batch() * n_cells <= 256 * 320
+        widest = max(stop - start for n in range(1, 400) for start, stop in engine._micro_batches(n))
+        assert engine.micro_batch() <= widest  # a last one is joined by what is less than a tile
+        assert widest * n_cells <= 256 * 320
         engine.decode(TOKENS[220:360])
         assert engine.layout().position == 360
 
