@@ -221,7 +221,7 @@ class CacheMemory:
         self._forget_replay()
 
     def _forget_replay(self) -> None:
-        self._replayed = AttentionMax.over(self.engine.shape.layers, dtype=SEEN_DTYPE)
+        self._replayed = AttentionMax.over(self.engine.shape.layers)
         self._n_replayed = 0  # live tokens that have been replayed
 
     @property
