@@ -174,8 +174,10 @@ class PatchedEngine(LlamaEngine):
         ranges = [sinks, (near.start, near.stop), (info.n_live, info.n_live + n_tokens)]
         ranges = sorted((start, min(stop, info.n_cells)) for start, stop in ranges if start < stop)
         first = sum(stop - start for start, stop in ranges if start < near.start)
-        # The mask is of all cells, whatever is looked at.
-        step = min(self._fitting_queries(sum(stop - start for start, stop in ranges)), self.micro_batch())
+        # The mask is of all cells, whatever is looked at. Half as much again as while reading: in twos, not in threes,
+        # a small cache's replay is an eighth faster.
+        step = self._fitting_queries(sum(stop - start for start, stop in ranges))
+        step = min(step, 3 * self._fitting_tokens() // 2)
         with self._cells.visible_rows(ranges):
             yield slice(first, first + near.stop - near.start), near.start, step
 
