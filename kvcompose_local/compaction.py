@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from kvcompose_local.attention import AttentionMax
+from kvcompose_local.attention import AttentionMax, ReplayScores
 from kvcompose_local.budgets import allocate_tempered
 from kvcompose_local.errors import ContextFull, InvalidInput
 from kvcompose_local.interfaces import (
@@ -221,7 +221,7 @@ class CacheMemory:
         self._forget_replay()
 
     def _forget_replay(self) -> None:
-        self._replayed = AttentionMax.over(self.engine.shape.layers)
+        self._replayed = ReplayScores(self.engine.shape.layers)
         self._n_replayed = 0  # live tokens that have been replayed
 
     @property
@@ -392,7 +392,7 @@ class CacheMemory:
         old = self._scores[layer]
         new = np.zeros((len(old), n_scored), np.float32)
         replayed = self._replayed.of_layer(layer)[:, :n_scored]  # none of them where a profile left nothing to replay
-        new[:, : replayed.shape[1]] = token_scores(replayed[None], len(old), add_mean_across_heads=False)[0]
+        new[:, : replayed.shape[1]] = replayed
         new[:, pinned] = PINNED
         return np.concatenate([old, new], axis=1)
 
@@ -428,6 +428,7 @@ class CacheMemory:
             self._furthest = max(self._furthest, len(self.tokens) + len(part))
             self.engine.replay(part, seen, near_chunk(start, stop))
             self._n_replayed = stop
+            self._replayed.settle(near_chunk(stop, stop).start)
         if progress is not None:
             progress(n, n)
 
@@ -593,7 +594,7 @@ class CacheMemory:
             del self.tokens[position:]
             n_live = layout.n_live - (layout.position - position)
             self._seen.trim(self._rows(self.engine.layout()))
-            self._replayed.trim([n_live] * len(layout.composed))
+            self._replayed.trim(n_live)
             self._n_replayed = min(self._n_replayed, n_live)
             return True
         again, pins = self.tokens[:position], self.pins

@@ -29,7 +29,7 @@ from kvcompose_local.llama_ffi.model import Model
 
 #: Bounds of the bytes that one explicit softmax, float32 (heads, queries, n_kv), may take in the compute buffer. What
 #: it works in is half as much.
-SOFTMAX_BYTES = 4 << 20, 32 << 20
+SOFTMAX_BYTES = 3 << 20, 32 << 20
 #: While text is read, every so many of its tokens show what they attend to: more of them make reading slower and the
 #: choice hardly better (docs/trials.md).
 WATCH_STRIDE = 8

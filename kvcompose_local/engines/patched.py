@@ -160,7 +160,7 @@ class PatchedEngine(LlamaEngine):
     def _fitting_queries(self, n_columns: int, n_heads: int | None = None) -> int:
         n_heads = n_heads or max(layer.n_heads for layer in self.shape.layers)
         # What a small cache saves must not be spent on it.
-        return softmax_queries(n_columns, n_heads, self.cache_bytes // 16, largest=self._context.n_ubatch)
+        return softmax_queries(n_columns, n_heads, self.cache_bytes // 32, largest=self._context.n_ubatch)
 
     @contextmanager
     def _looking_near(self, near: slice | None, n_tokens: int) -> Iterator[tuple[slice | IntArray, int, int]]:
