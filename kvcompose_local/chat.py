@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -394,12 +395,15 @@ class Chat:
         whole = self.model.render_chat(self.messages, add_generation_prompt=True)
         if whole.startswith(self._fed):
             return whole[len(self._fed) :]
-        # The template rewrites earlier turns (trims them, drops their thinking): continue where the last one ends.
+        # The template rewrites earlier turns (trims them, drops their thinking): continue where the last one ends, which
+        # is in what it says without the new message, too.
         past = self.model.render_chat(self.messages[:-1], add_generation_prompt=False)
+        same = os.path.commonprefix([whole, past])
         answer = self.messages[-2]["content"].strip() if len(self.messages) > 1 else ""
-        end = past.rfind(answer) + len(answer) if answer and answer in past else len(past)
-        if whole.startswith(past):
-            return whole[end:]
+        if answer and answer in same:
+            return whole[same.rfind(answer) + len(answer) :]
+        if same == past:
+            return whole[len(past) :]
         return self.model.render_chat(self.messages[-1:], add_generation_prompt=True)
 
     def _head(self) -> str:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import tarfile
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import PurePosixPath
 
 import pytest
 from fake_engine import FakeEngine, FakeModel
 
+from kvcompose_local import build
 from kvcompose_local.chat import Chat, Place
 from kvcompose_local.compaction import CacheMemory
 from kvcompose_local.errors import ContextFull, InvalidInput, ModelError
+from kvcompose_local.llama_ffi.model import chat_formatter
+from kvcompose_local.resources import cache_folder, data_file
 
 
 def make(answers: list[str], *, n_cells: int = 500, n_ctx: int = 500, **options: object) -> tuple[Chat, FakeEngine]:
@@ -397,3 +403,67 @@ def test_a_state_with_impossible_turns_is_refused() -> None:
     chat.restore(good)
     chat.undo()
     assert stands(chat) == b"[u]Hi[/][a]one"
+
+
+#: Templates that want tools: no chat, here or elsewhere, can use them without.
+_NEEDS_TOOLS = {
+    "CohereForAI-c4ai-command-r-plus-tool_use",
+    "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use",
+    "NousResearch-Hermes-3-Llama-3.1-8B-tool_use",
+    "fireworks-ai-llama-3-firefunction-v2",
+}
+#: They drop thinking two messages later, which would have a whole turn read again: it stays.
+_DROPS_LATE = {"LFM2.5-Instruct"}
+
+
+def templates() -> dict[str, str]:
+    """The chat templates that llama.cpp is tested with, from the source archive that the library is built of."""
+    archive = cache_folder() / "archives" / build.read_pin(data_file("patches")).archive_name
+    if not archive.is_file():
+        pytest.skip(f"no {archive.name}: the library of this run was not built here")
+    found = {}
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            path = PurePosixPath(member.name)
+            if path.parts[-3:-1] == ("models", "templates") and path.suffix == ".jinja":
+                file = tar.extractfile(member)
+                assert file is not None
+                found[path.stem] = file.read().decode()
+    return found
+
+
+def rendering(template: str) -> Callable[..., str]:
+    formatters = {add: chat_formatter()(template, "</s>", "<s>", add) for add in (False, True)}
+
+    def render(messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        return str(formatters[add_generation_prompt](messages=list(messages)).prompt)
+
+    return render
+
+
+@pytest.mark.parametrize("thinks", [False, True])
+def test_every_template_that_llama_cpp_knows_is_followed(thinks: bool) -> None:
+    """What stands between two answers is what the template puts there, and thinking stays where that keeps it."""
+    followed = []
+    for name, template in templates().items():
+        if name in _NEEDS_TOOLS:
+            continue
+        render = rendering(template)
+        opened = render([{"role": "user", "content": "Hi"}], add_generation_prompt=True).rstrip().endswith("<think>")
+        if opened and not thinks:
+            continue
+        thinking = ("" if opened else "<think>\n") + "hm {}\n</think>\n\n" if thinks else ""
+        answers = [thinking.format(k) + f"Answer {k}." for k in "123"]
+        model, engine = FakeModel(), FakeEngine(20_000, answers)
+        model.render_chat = render  # type: ignore[method-assign]
+        chat = Chat(model, CacheMemory(engine, 20_000, compose=False))  # type: ignore[arg-type]
+        for question in ("Hi there", "More please", "The last"):
+            list(chat.ask(question, max_tokens=999))
+        ours, theirs = stands(chat).decode(), render(chat.messages[:-1], add_generation_prompt=True) + answers[-1]
+        for pattern in (r"^.*?Hi there", r"Answer 1\..*?More please", r"Answer 2\..*?The last"):
+            between = [re.findall(pattern, text, re.DOTALL)[-1] for text in (ours, theirs)]
+            assert between[0].removeprefix("<s>") == between[1].removeprefix("<s>"), name
+        if name not in _DROPS_LATE:
+            assert [f"hm {k}" in ours for k in "123"] == [f"hm {k}" in theirs for k in "123"], name
+        followed.append(name)
+    assert len(followed) > 40

@@ -26,9 +26,9 @@ RUN = [sys.executable, "-m", "kvcompose_local.cli"]
 FAST = ["--ctx", "1024", "--max-tokens", "8", "--temp", "0", "--threads", "1"]
 
 
-def endless(tiny_model: TinyModel) -> Path:
+def endless(tiny_model: TinyModel, **options: str) -> Path:
     """A model whose greedy answers never end: the end token's logit is 0, and others are above that."""
-    path = tiny_model(seed=7)
+    path = tiny_model(seed=7, **options)
     reader = gguf.GGUFReader(path, "r+")
     next(t for t in reader.tensors if t.name == "output.weight").data[2] = 0
     reader.data.flush()

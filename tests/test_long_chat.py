@@ -86,36 +86,37 @@ def test_a_chat_put_back_before_its_first_compaction_compacts_as_any(
             np.testing.assert_array_equal(ours, theirs)
 
 
-def test_a_full_budget_answers_as_llama_cpp_does(tiny_model: Callable[..., Path]) -> None:
-    path = tiny_model()
-    messages = ["Hello there.", "And then? " * 20, "Ünïcödé 🙂"]
+@pytest.mark.parametrize("real", [False, True])
+def test_a_full_budget_answers_as_llama_cpp_does(
+    tiny_model: Callable[..., Path], real_model: Callable[[str], Path], real: bool
+) -> None:
+    """What was fed is read again by a plain context, which has to choose the same token wherever the chat chose one."""
+    path = real_model("smollm2-135m") if real else tiny_model()
+    messages = ["Hello there, who are you?", "And then? " * 20, "Ünïcödé 🙂"]
+    chosen: dict[int, int] = {}  # at which position: which token
     with LocalChat(path, budget=1.0, n_ctx=2048, n_threads=1, sampling=Sampling(temperature=0)) as chat:
-        answers = [chat.ask(message, max_tokens=24) for message in messages]
+        engine = chat.memory.engine
+        sample = engine.sample
+
+        def watched() -> int:
+            chosen[engine.layout().position] = token = sample()
+            return token
+
+        engine.sample = watched  # type: ignore[method-assign]
+        answers = [chat.ask(message, max_tokens=48) for message in messages]
         seen = list(chat.memory.tokens)
     model = Model(path)
     with Context(model, n_ctx=2048, n_ubatch=512, n_threads=1, flash_attention=True) as context:
-        text, position = "", 0
-        for message, answer in zip(messages, answers, strict=True):
-            text += f"[user]{message}[/][assistant]" if not text else f"[/][user]{message}[/][assistant]"
-            prompt = model.tokenize(f"[user]{message}[/][assistant]", add_bos=model.adds_bos and not position)
-            if position:
-                prompt = model.tokenize(f"[/][user]{message}[/][assistant]")
-            # the token that ended the last answer was never fed: the chat feeds it with the prompt
-            start = seen.index(prompt[-1], position)
-            while seen[start - len(prompt) + 1 : start + 1] != prompt:
-                start = seen.index(prompt[-1], start + 1)
-            context.decode(seen[position : start + 1])
-            generated: list[int] = []
-            while len(generated) < 24:
-                token = int(context.logits().argmax())
-                if model.is_end(token):
-                    break
-                generated.append(token)
-                context.decode([token])
-            decoded = b"".join(map(model.token_bytes, generated)).decode("utf-8", "replace")
-            assert decoded == answer
-            position = start + 1 + len(generated)
+        position = 0
+        for place, token in chosen.items():
+            context.decode(seen[position:place])
+            assert int(context.logits().argmax()) == token
+            position = place
+        said = [seen[place] for place, token in chosen.items() if not model.is_end(token)]
+        assert said == [token for token in chosen.values() if not model.is_end(token)], "what is chosen is said"
     model.close()
+    assert len(chosen) > 30
+    assert any(answers)
 
 
 def follow(engine: PatchedEngine) -> list[IntArray]:

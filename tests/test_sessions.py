@@ -331,13 +331,25 @@ def put_together(path: Path, manifest: dict[str, Any], arrays: dict[str, Any]) -
     path.write_bytes(raw.replace(b'"checksum": "' + b"0" * 64, b'"checksum": "' + digest))
 
 
-def test_ten_thousand_damaged_files(tmp_path: Path, setup: Setup) -> None:
+def test_ten_thousand_damaged_files(tmp_path: Path, tiny_model: TinyModel) -> None:
     """None is accepted, none raises anything else, none touches the chat, and none takes memory or time."""
-    path = tmp_path / "s.kvc"
-    chat = talked()
-    small = fake_chat(["ok"], n_cells=100, n_ctx=150)
-    list(small.ask("y" * 110, max_tokens=3))
-    sessions.save(path, small, setup)
+    path, model = tmp_path / "s.kvc", tiny_model()
+    setup = Setup(model, "f16", 0.5)
+    with real_chat(model, budget=0.5) as chat, real_chat(model, budget=0.5) as small:
+        for one, text in ((chat, WORDS[:300]), (small, "y" * 110)):
+            one.read(text, pin=True)
+            list(one.ask("Well?", max_tokens=9))
+            one.memory.compact(0.5)
+        sessions.save(path, small, setup)
+        before = chat.state()
+        _load_damaged(path, chat, setup)
+        assert same_state(chat.state(), before)
+        sessions.load(path, chat, setup)
+        assert same_state(chat.state(), small.state())
+
+
+def _load_damaged(path: Path, chat: Chat, setup: Setup) -> None:
+    """Ten thousand files made of the one at ``path``, which is there again at the end."""
     whole = path.read_bytes()
     head = 8 + int.from_bytes(whole[:8], "little")
     rng = random.Random(0)
@@ -384,12 +396,9 @@ def test_ten_thousand_damaged_files(tmp_path: Path, setup: Setup) -> None:
             sessions.load(path, chat, setup)
         assert "\n" not in str(told.value), i
         assert len(str(told.value)) < 400
-    assert same_state(chat.state(), talked().state())
     assert psutil.Process().memory_info().rss - rss < 64 << 20
-    assert time.monotonic() - started < 55
+    assert time.monotonic() - started < 300
     path.write_bytes(whole)
-    sessions.load(path, chat, setup)
-    assert same_state(chat.state(), small.state())
 
 
 def test_forged_files_of_the_right_checksum(tmp_path: Path, setup: Setup) -> None:

@@ -183,6 +183,31 @@ def test_turns_in_a_terminal(terminal: Terminal) -> None:
     leave(child)
 
 
+def test_thinking_is_forgotten_in_a_terminal(terminal: Terminal, tiny_model: TinyModel) -> None:
+    """As DeepSeek-R1's template has it: the prompt opens the thinking, and of past answers what follows it is kept."""
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content.split('</think>')[-1] }}[/]{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]<think>{% endif %}"
+    )
+    child = terminal(model=endless(tiny_model, template=template))
+
+    def positions() -> int:
+        found = re.search(r"positions: (\d+) of", say(child, "/stats"))
+        assert found is not None
+        return int(found[1])
+
+    say(child, "Hello")
+    message = 1 + len("[user]Hello[/]")
+    assert positions() == message + len("[assistant]<think>") + 20
+    assert re.fullmatch(r"forgotten: \d+ tokens of thinking", say(child, "/forget"))
+    assert positions() == message + len("[assistant][/][user]"), "the answer was nothing but thinking"
+    assert say(child, "/forget") == "error: the last answer holds no thinking"
+    say(child, "More")
+    assert positions() == message + len("[assistant][/][user]More[/][assistant]<think>") + 20
+    assert say(child, "/undo") == "taken back: your message and its answer"
+    leave(child)
+
+
 def test_the_window_may_change_its_size(terminal: Terminal) -> None:
     child = terminal("--ctx", "4096", "--max-tokens", "3500", "--budget", "1")
     child.setwinsize(30, 60)
