@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -395,10 +394,10 @@ class Chat:
         whole = self.model.render_chat(self.messages, add_generation_prompt=True)
         if whole.startswith(self._fed):
             return whole[len(self._fed) :]
-        # The template rewrites earlier turns (trims them, drops their thinking): continue where the last one ends, which
-        # is in what it says without the new message, too.
+        # The template rewrites earlier turns (trims them, drops their thinking): continue where the last one ends, in what
+        # the new message does not change.
         past = self.model.render_chat(self.messages[:-1], add_generation_prompt=False)
-        same = os.path.commonprefix([whole, past])
+        same = whole[: _n_common(past, whole)]
         answer = self.messages[-2]["content"].strip() if len(self.messages) > 1 else ""
         if answer and answer in same:
             return whole[same.rfind(answer) + len(answer) :]
@@ -569,8 +568,8 @@ class Chat:
             yield held
 
 
-def _n_common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
+def _n_common(one: Sequence[object], other: Sequence[object]) -> int:
+    """How many tokens or characters both begin with."""
     if one == other[: len(one)]:
         return len(one)
     return next(i for i, (a, b) in enumerate(zip_longest(one, other)) if a != b)
