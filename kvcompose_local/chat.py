@@ -394,8 +394,8 @@ class Chat:
         whole = self.model.render_chat(self.messages, add_generation_prompt=True)
         if whole.startswith(self._fed):
             return whole[len(self._fed) :]
-        # The template rewrites earlier turns (trims them, drops their thinking): continue where the last one ends, in what
-        # the new message does not change.
+        # The template rewrites earlier turns (trims them, drops their thinking): continue where the last one ends in
+        # what the new message leaves as it was.
         past = self.model.render_chat(self.messages[:-1], add_generation_prompt=False)
         same = whole[: _n_common(past, whole)]
         answer = self.messages[-2]["content"].strip() if len(self.messages) > 1 else ""
