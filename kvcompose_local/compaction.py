@@ -28,6 +28,7 @@ from kvcompose_local.attention import AttentionMax, ReplayScores
 from kvcompose_local.budgets import allocate_tempered
 from kvcompose_local.errors import ContextFull, InvalidInput
 from kvcompose_local.interfaces import (
+    N_BEFORE,
     AttentionSink,
     CacheLayout,
     CacheSnapshot,
@@ -82,8 +83,6 @@ PINNED = 2.0**15
 LEAST_TAIL = 8
 #: Cells of a replay that is done while nobody waits: what is lost when it is stopped.
 _IDLE_CHUNK = 64
-#: A replayed chunk looks for itself among these many live tokens before it, not in the whole cache (docs/trials.md).
-N_BEFORE = 64
 #: Attention of a token to the ones just before it says nothing about who else needs them.
 N_NEAREST = 16
 #: What was seen of each row and its replay's score count in every later compaction, so they are always in memory.

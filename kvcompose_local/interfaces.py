@@ -123,6 +123,10 @@ def even_parts(n: int, largest: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges))
 
 
+#: A replayed token looks for itself from this many live tokens before it on, not in the whole cache (docs/trials.md).
+N_BEFORE = 64
+
+
 class AttentionSink(Protocol):
     """Takes softmax weights as they stream by (:class:`kvcompose_local.attention.AttentionMax`)."""
 
@@ -186,8 +190,9 @@ class Engine(Protocol):
         """Feed tokens once more after the context, and forget them again.
 
         ``seen`` is given the attention that they pay to the live cells, column by column, oldest first. With ``near``,
-        a range of the live cells, an engine may let them look at these and the attention sinks alone, which costs the
-        less the more it leaves out, and show no others. Needs ``len(tokens)`` free cells; leaves the cache as it was
+        a range of the live cells that ends where theirs do, an engine may let each micro-batch look at its own cells,
+        :data:`N_BEFORE` before them, a few after them and the attention sinks alone, which costs the less the more it
+        leaves out, and show no others. Needs ``len(tokens)`` free cells; leaves the cache as it was
         and the logits undefined.
         """
         ...

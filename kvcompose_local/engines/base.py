@@ -260,26 +260,37 @@ class LlamaEngine(ABC):
         layout = self.layout()
         if len(tokens) > layout.n_free:
             raise ContextFull(f"a replay of {len(tokens)} tokens does not fit in {layout.n_free} free cells")
-        with self._looking_near(near, len(tokens)) as (columns, first, step):
+        columns, first = self._live_columns(), 0
 
-            def show(layer: int, weights: FloatArray) -> None:
-                seen.update(layer, weights, columns, first=first)
+        def show(layer: int, weights: FloatArray) -> None:
+            seen.update(layer, weights, columns, first=first)
 
-            with self.watching(show):
-                try:
-                    for start, stop in even_parts(len(tokens), step):
+        with self.watching(show):
+            try:
+                for start, stop in even_parts(len(tokens), self._replay_micro_batch(near, len(tokens))):
+                    with self._looking_near(near, layout.n_live, start - len(tokens), stop - len(tokens)) as shown:
+                        if shown is not None:
+                            columns, first = shown
                         self._context.decode(tokens[start:stop], logits=False)
-                finally:
-                    self._context.has_logits = False
-                    self._context.remove(layout.position)
+            finally:
+                self._context.has_logits = False
+                self._context.remove(layout.position)
+
+    def _replay_micro_batch(self, near: slice | None, n_tokens: int) -> int:
+        """Tokens of a replay that are decoded at a time."""
+        return self.softmax_micro_batch(n_tokens)
 
     @contextmanager
-    def _looking_near(self, near: slice | None, n_tokens: int) -> Iterator[tuple[slice | IntArray, int, int]]:
-        """While open, a replay of ``n_tokens`` may look at the sinks and the live cells ``near`` alone.
+    def _looking_near(
+        self, near: slice | None, n_live: int, start: int, stop: int
+    ) -> Iterator[tuple[slice | IntArray, int] | None]:
+        """While open, tokens ``start`` to ``stop`` of a replay, below 0 since counted from its end, may look at less.
 
-        Gives the columns of the live cells that it sees, the number of the first of them, and its micro-batch.
+        At the sinks, the cells of ``near`` that are theirs or around them, and as far back in the replay. n_live: live
+        cells but for the replay's. Gives the columns of the live cells that they see and the number of the first of
+        them, None where they see all.
         """
-        yield self._live_columns(), 0, self.softmax_micro_batch(n_tokens)
+        yield None
 
     def drop_tail(self, n: int) -> None:
         layout = self.layout()

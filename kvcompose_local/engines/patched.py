@@ -17,6 +17,7 @@ import numpy.typing as npt
 from kvcompose_local.engines.base import TILE, WATCH_STRIDE, LlamaEngine, ShownTap, softmax_queries
 from kvcompose_local.errors import ContextFull, InvalidInput
 from kvcompose_local.interfaces import (
+    N_BEFORE,
     CacheLayout,
     CacheSnapshot,
     FloatArray,
@@ -40,6 +41,10 @@ PREFILL_MICRO_BATCH = 320
 SMALL_MICRO_BATCH = 192
 #: llama.cpp pads the cell table, and what attention looks at of it, to this many cells.
 CELL_PADDING = 256
+#: Tokens of a replay's micro-batch: fewer have all weights read more often, more look at more cells.
+REPLAY_MICRO_BATCH = 96
+#: Live cells after a micro-batch's own that it looks at, too: a token finds itself by what followed it.
+N_AHEAD = 16
 #: Rows that a replay looks at beside its neighbourhood, for the attention sinks among them.
 N_SINKS = 32
 #: The strictest alignment of a buffer type that llama.cpp has, in bytes; K and V of each layer may lose as much.
@@ -157,29 +162,36 @@ class PatchedEngine(LlamaEngine):
         with self._cells.watched(stride, shown):
             yield
 
-    def _fitting_queries(self, n_columns: int, n_heads: int | None = None) -> int:
+    def _fitting_queries(self, n_columns: int, n_heads: int | None = None, largest: int = PREFILL_MICRO_BATCH) -> int:
         n_heads = n_heads or max(layer.n_heads for layer in self.shape.layers)
+        largest = min(largest, self._context.n_ubatch)
         # What a small cache saves must not be spent on it.
-        return softmax_queries(n_columns, n_heads, self.cache_bytes // 32, largest=self._context.n_ubatch)
+        return softmax_queries(n_columns, n_heads, self.cache_bytes // 32, largest=largest)
+
+    def _replay_micro_batch(self, near: slice | None, n_tokens: int) -> int:
+        if near is None or not isinstance(self._live_columns(), slice):  # a cache with gaps is looked at whole
+            return self.softmax_micro_batch(n_tokens)
+        return self._fitting_queries(N_SINKS + 2 * (N_BEFORE + REPLAY_MICRO_BATCH), largest=REPLAY_MICRO_BATCH)
 
     @contextmanager
-    def _looking_near(self, near: slice | None, n_tokens: int) -> Iterator[tuple[slice | IntArray, int, int]]:
-        live, info = self._live_columns(), self._cells.info()
-        if near is None or not isinstance(live, slice):  # a cache with gaps is looked at whole
-            yield live, 0, self.softmax_micro_batch(n_tokens)
+    def _looking_near(
+        self, near: slice | None, n_live: int, start: int, stop: int
+    ) -> Iterator[tuple[slice | IntArray, int] | None]:
+        if near is None or not isinstance(self._live_columns(), slice):
+            yield None
             return
+        info = self._cells.info()
+        first = max(near.start, near.stop + start - N_BEFORE)
+        last = min(near.stop + stop + N_AHEAD, near.stop)
         # Composed rows stand best first, so that the sinks are among the first of them. What is replayed goes to the
         # next free cells.
-        sinks = (info.n_live_cap, info.n_live_cap + N_SINKS) if any(self._composed) else (0, min(N_SINKS, near.start))
-        ranges = [sinks, (near.start, near.stop), (info.n_live, info.n_live + n_tokens)]
-        ranges = sorted((start, min(stop, info.n_cells)) for start, stop in ranges if start < stop)
-        first = sum(stop - start for start, stop in ranges if start < near.start)
-        # The mask is of all cells, whatever is looked at. Half as much again as while reading: in twos, not in threes,
-        # a small cache's replay is an eighth faster.
-        step = self._fitting_queries(sum(stop - start for start, stop in ranges))
-        step = min(step, 3 * self._fitting_tokens() // 2)
+        sinks = (info.n_live_cap, info.n_live_cap + N_SINKS) if any(self._composed) else (0, min(N_SINKS, first))
+        done = info.n_live - n_live
+        ranges = [sinks, (first, last), (n_live + max(done - N_BEFORE, 0), info.n_live + stop - start)]
+        ranges = sorted((begin, min(end, info.n_cells)) for begin, end in ranges if begin < end)
+        n_sinks = sum(end - begin for begin, end in ranges if begin < first)
         with self._cells.visible_rows(ranges):
-            yield slice(first, first + near.stop - near.start), near.start, step
+            yield slice(n_sinks, n_sinks + last - first), first
 
     @contextmanager
     def _visible_softmax(self) -> Iterator[None]:
