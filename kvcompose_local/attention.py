@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.interfaces import FloatArray, IntArray, LayerShape
+from kvcompose_local.interrupts import uninterrupted
 from kvcompose_local.scores import token_scores
 
 #: A float16 of at most 1 has two upper bits of 0; of its ten bits of fraction these are dropped.
@@ -218,8 +219,9 @@ class AttentionMax:
 class ReplayScores:
     """Token scores of a replay that goes on from chunk to chunk: float16 (H, T) of each layer, no mean over KV heads.
 
-    A chunk looks at few tokens before itself, so what it leaves behind is settled, reduced from query heads
-    to KV heads, a seventh of the memory where seven share one. An :class:`AttentionSink`.
+    A chunk shows few tokens before itself, so what it leaves behind is settled, reduced from query heads to KV heads: a
+    seventh of the memory where seven share one. Where text is taken back, what is replayed in its place adds nothing
+    to what was settled before it. An :class:`AttentionSink`.
     """
 
     def __init__(self, layers: Sequence[LayerShape]) -> None:
@@ -250,14 +252,17 @@ class ReplayScores:
         for i, settled in enumerate(self._settled):
             n_new = n - settled.shape[1]
             if n_new > 0:
-                self._settled[i] = np.concatenate([settled, self._scores(i)[:, :n_new]], axis=1)
-                rest = np.arange(n_new, self._open.n_columns[i])
-                self._open.pick(i, np.tile(rest, (len(settled), 1)))
+                scores = np.concatenate([settled, self._scores(i)[:, :n_new]], axis=1)
+                rest = np.tile(np.arange(n_new, self._open.n_columns[i]), (len(settled), 1))
+                with uninterrupted():  # a column stands in one of the two
+                    self._settled[i] = scores
+                    self._open.pick(i, rest)
 
     def trim(self, n: int) -> None:
         """Forget the tokens from number ``n`` on."""
-        self._open.trim([max(n - settled.shape[1], 0) for settled in self._settled])
-        self._settled = [settled[:, :n] for settled in self._settled]
+        with uninterrupted():
+            self._open.trim([max(n - settled.shape[1], 0) for settled in self._settled])
+            self._settled = [settled[:, :n] for settled in self._settled]
 
     def of_layer(self, layer: int) -> FloatArray:
         """float16 (H, T_l), (H, 0) where nothing was replayed."""

@@ -394,14 +394,16 @@ class Chat:
         whole = self.model.render_chat(self.messages, add_generation_prompt=True)
         if whole.startswith(self._fed):
             return whole[len(self._fed) :]
-        # The template rewrites earlier turns (trims them, drops their thinking): continue where the last one ends in
-        # what the new message leaves as it was.
+        # The template rewrites earlier turns (trims them, drops their thinking): continue where the last answer ends. Its
+        # words may stand in other messages, too, so it is looked for where it begins.
+        answer = self.messages[-2]["content"].strip() if len(self.messages) > 2 else ""
+        for opened in (True, False) if answer else ():  # what opens an answer may begin as that does
+            before = self.model.render_chat(self.messages[:-2], add_generation_prompt=opened)
+            begin = whole.find(answer, _n_common(before, whole))
+            if begin >= 0:
+                return whole[begin + len(answer) :]
         past = self.model.render_chat(self.messages[:-1], add_generation_prompt=False)
-        same = whole[: _n_common(past, whole)]
-        answer = self.messages[-2]["content"].strip() if len(self.messages) > 1 else ""
-        if answer and answer in same:
-            return whole[same.rfind(answer) + len(answer) :]
-        if same == past:
+        if whole.startswith(past):
             return whole[len(past) :]
         return self.model.render_chat(self.messages[-1:], add_generation_prompt=True)
 

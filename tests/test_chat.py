@@ -441,29 +441,51 @@ def rendering(template: str) -> Callable[..., str]:
     return render
 
 
-@pytest.mark.parametrize("thinks", [False, True])
-def test_every_template_that_llama_cpp_knows_is_followed(thinks: bool) -> None:
+#: Answers, the last of them without thinking or cut short in it, and the messages before them.
+_CONVERSATIONS = {
+    "plain": (("Hi there", "Answer 1."), ("More please", "Answer 2."), ("The last", "Answer 3.")),
+    "thinking": tuple(
+        (question, f"<think>\nhm {k}\n</think>\n\nAnswer {k}.")
+        for k, question in zip("123", ("Hi there", "More please", "The last"), strict=True)
+    ),
+    "words of the message": (("Answer Yes. please", "Yes."), ("Which one? The first?", "The"), ("a", "u")),
+    "words of the template": (("Say d", " d\n"), ("Who?", "assistant"), ("And?", "user")),
+}
+
+
+@pytest.mark.parametrize("kind", _CONVERSATIONS)
+def test_every_template_that_llama_cpp_knows_is_followed(kind: str) -> None:
     """What stands between two answers is what the template puts there, and thinking stays where that keeps it."""
     followed = []
     for name, template in templates().items():
         if name in _NEEDS_TOOLS:
             continue
         render = rendering(template)
+        questions, answers = (list(x) for x in zip(*_CONVERSATIONS[kind], strict=True))
         opened = render([{"role": "user", "content": "Hi"}], add_generation_prompt=True).rstrip().endswith("<think>")
-        if opened and not thinks:
-            continue
-        thinking = ("" if opened else "<think>\n") + "hm {}\n</think>\n\n" if thinks else ""
-        answers = [thinking.format(k) + f"Answer {k}." for k in "123"]
-        model, engine = FakeModel(), FakeEngine(20_000, answers)
+        if opened:
+            answers = [answer.removeprefix("<think>\n") for answer in answers]
+        model, engine = FakeModel(), FakeEngine(40_000, answers)
         model.render_chat = render  # type: ignore[method-assign]
-        chat = Chat(model, CacheMemory(engine, 20_000, compose=False))  # type: ignore[arg-type]
-        for question in ("Hi there", "More please", "The last"):
+        chat = Chat(model, CacheMemory(engine, 40_000, compose=False))  # type: ignore[arg-type]
+        cut = [0]
+        for question in questions:
             list(chat.ask(question, max_tokens=999))
+            cut.append(len(stands(chat)))
         ours, theirs = stands(chat).decode(), render(chat.messages[:-1], add_generation_prompt=True) + answers[-1]
-        for pattern in (r"^.*?Hi there", r"Answer 1\..*?More please", r"Answer 2\..*?The last"):
-            between = [re.findall(pattern, text, re.DOTALL)[-1] for text in (ours, theirs)]
-            assert between[0].removeprefix("<s>") == between[1].removeprefix("<s>"), name
-        if name not in _DROPS_LATE:
-            assert [f"hm {k}" in ours for k in "123"] == [f"hm {k}" in theirs for k in "123"], name
+        if kind == "thinking":
+            patterns = (r"^.*?Hi there", r"Answer 1\..*?More please", r"Answer 2\..*?The last")
+            for pattern in patterns:
+                between = [re.findall(pattern, text, re.DOTALL)[-1] for text in (ours, theirs)]
+                assert between[0].removeprefix("<s>") == between[1].removeprefix("<s>"), name
+            if name not in _DROPS_LATE:
+                assert [f"hm {k}" in ours for k in "123"] == [f"hm {k}" in theirs for k in "123"], name
+        else:
+            for start, stop, n in zip(cut[1:], cut[2:], range(1, 3), strict=False):
+                fed = stands(chat)[start:stop].decode()
+                past = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "\x01"}]
+                last = {"role": "user", "content": questions[n]}
+                expected = render([*past, last], add_generation_prompt=True).rpartition("\x01")[2] + answers[n]
+                assert fed.lstrip() == expected.lstrip(), (name, n)
         followed.append(name)
-    assert len(followed) > 40
+    assert len(followed) > 50

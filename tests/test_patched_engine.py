@@ -363,6 +363,33 @@ def test_a_replay_that_looks_near_sees_the_best_composed_rows(tiny_model: Callab
                 assert np.isfinite(tapped).all()
 
 
+def test_what_leads_a_replay_in_may_be_composed(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thirty tokens, of which the last eight are live ones: the first micro-batches have no cells of their own."""
+    monkeypatch.setattr(patched_engine, "N_AHEAD", 5)
+    monkeypatch.setattr(patched_engine, "REPLAY_MICRO_BATCH", 8)
+    with patched(tiny_model("llama"), n_cells=512) as engine:
+        engine.decode(TOKENS[:120])
+        engine.rewrite([rows[:, :40] for rows in identity(engine, 20)], 20)
+        shown: list[tuple[slice, int, int]] = []
+
+        class Columns:
+            def update(self, layer: int, weights: np.ndarray, columns: slice, first: int = 0) -> None:
+                if layer == 0:
+                    shown.append((columns, first, weights.shape[1]))
+
+        engine.replay(TOKENS[78:108], Columns(), slice(0, 8))  # type: ignore[arg-type]
+    # 7, 8, 7 and 8 tokens, of which -22 to -8 stand nowhere; sinks are composed, so they come last
+    assert [n for _, _, n in shown] == [7, 8, 7, 8]
+    assert [(columns.start, columns.stop, first) for columns, first, _ in shown] == [
+        (0, 0, 0),
+        (0, 0, 0),
+        (0, 5, 0),
+        (0, 8, 0),
+    ]
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_long_chat_stays_in_its_arena(tiny_model: Callable[..., Path], arch: str) -> None:
     with patched(tiny_model(arch, n_layers=6), n_cells=256) as engine:
@@ -595,7 +622,7 @@ def test_the_patched_engine_is_chosen_and_the_stock_one_runs_the_rest(tiny_model
     engine, _ = open_engine(tiny_model("gemma3", n_layers=6), n_ctx=1024, budget=0.5)
     with engine:
         assert engine.name == "patched"
-        assert engine.max_replay <= 512
+        assert engine.max_replay <= engine._replay_micro_batch(slice(0, 0), 1000), "more would overwrite what it needs"
     engine, _ = open_engine(tiny_model("llama"), n_ctx=1024, budget=0.5, engine_name="stock")
     with engine:
         assert engine.name == "stock"

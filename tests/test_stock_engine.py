@@ -118,6 +118,18 @@ def test_replay_sees_what_attention_saw_and_leaves_no_trace(llama: StockEngine) 
         np.testing.assert_allclose(whole[layer], tapped[layer][:, :, :40].max(axis=1), atol=1e-6)
 
 
+def test_a_replay_shows_no_more_than_what_is_near(llama: StockEngine) -> None:
+    """Whatever it looks at: late tokens would collect what early ones cannot (they are settled by then)."""
+    llama.decode(TOKENS[:40])
+    near = slice(10, 30)
+    whole, part = replayed(llama, TOKENS[20:30]), replayed(llama, TOKENS[20:30], near)
+    for one, two in zip(whole, part, strict=True):
+        assert two.shape == (4, near.stop)
+        np.testing.assert_array_equal(two[:, near], one[:, near])
+        assert not two[:, : near.start].any()
+        assert one[:, : near.start].any()
+
+
 def test_the_maximum_does_not_depend_on_the_micro_batch(tiny_model: Callable[..., Path]) -> None:
     results = []
     for n_ubatch in (8, 64):

@@ -29,7 +29,7 @@ from kvcompose_local.llama_ffi.model import Model
 
 #: Bounds of the bytes that one explicit softmax, float32 (heads, queries, n_kv), may take in the compute buffer. What
 #: it works in is half as much.
-SOFTMAX_BYTES = 3 << 20, 32 << 20
+SOFTMAX_BYTES = 4 << 20, 32 << 20
 #: While text is read, every so many of its tokens show what they attend to: more of them make reading slower and the
 #: choice hardly better (docs/trials.md).
 WATCH_STRIDE = 8
@@ -260,7 +260,7 @@ class LlamaEngine(ABC):
         layout = self.layout()
         if len(tokens) > layout.n_free:
             raise ContextFull(f"a replay of {len(tokens)} tokens does not fit in {layout.n_free} free cells")
-        columns, first = self._live_columns(), 0
+        columns, first = all_shown = self._shown_of(self._live_columns(), near)
 
         def show(layer: int, weights: FloatArray) -> None:
             seen.update(layer, weights, columns, first=first)
@@ -269,12 +269,21 @@ class LlamaEngine(ABC):
             try:
                 for start, stop in even_parts(len(tokens), self._replay_micro_batch(near, len(tokens))):
                     with self._looking_near(near, layout.n_live, start - len(tokens), stop - len(tokens)) as shown:
-                        if shown is not None:
-                            columns, first = shown
+                        columns, first = shown or all_shown
                         self._context.decode(tokens[start:stop], logits=False)
             finally:
                 self._context.has_logits = False
                 self._context.remove(layout.position)
+
+    @staticmethod
+    def _shown_of(live: slice | IntArray, near: slice | None) -> tuple[slice | IntArray, int]:
+        """The columns of the live cells that a replay shows, and the number of the first of them."""
+        if near is None:
+            return live, 0
+        # Of what it looks at beyond that, the next chunk knows nothing.
+        if isinstance(live, slice):
+            return slice(live.start + near.start, live.start + near.stop), near.start
+        return live[near], near.start
 
     def _replay_micro_batch(self, near: slice | None, n_tokens: int) -> int:
         """Tokens of a replay that are decoded at a time."""

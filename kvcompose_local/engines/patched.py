@@ -102,7 +102,7 @@ class PatchedEngine(LlamaEngine):
         sizes = [int(self._cells.arena(i).size) for i in range(info.n_arenas)]
         self.cache_bytes = sum(sizes)
         # A window cache overwrites what a replay of more than one micro-batch would have to give back.
-        self.max_replay = self._fitting_queries(n_cells) if self._has_window else n_cells
+        self.max_replay = self._replay_micro_batch(slice(0, 0), n_cells) if self._has_window else n_cells
         self.arena_bytes = tuple(size - lost for size, lost in zip(sizes, slack, strict=True))
         self._composed = (0,) * len(layers)
 
@@ -166,7 +166,7 @@ class PatchedEngine(LlamaEngine):
         n_heads = n_heads or max(layer.n_heads for layer in self.shape.layers)
         largest = min(largest, self._context.n_ubatch)
         # What a small cache saves must not be spent on it.
-        return softmax_queries(n_columns, n_heads, self.cache_bytes // 32, largest=largest)
+        return softmax_queries(n_columns, n_heads, self.cache_bytes // 16, largest=largest)
 
     def _replay_micro_batch(self, near: slice | None, n_tokens: int) -> int:
         if near is None or not isinstance(self._live_columns(), slice):  # a cache with gaps is looked at whole
@@ -182,7 +182,7 @@ class PatchedEngine(LlamaEngine):
             return
         info = self._cells.info()
         first = max(near.start, near.stop + start - N_BEFORE)
-        last = min(near.stop + stop + N_AHEAD, near.stop)
+        last = max(first, min(near.stop + stop + N_AHEAD, near.stop))
         # Composed rows stand best first, so that the sinks are among the first of them. What is replayed goes to the
         # next free cells.
         sinks = (info.n_live_cap, info.n_live_cap + N_SINKS) if any(self._composed) else (0, min(N_SINKS, first))
