@@ -394,8 +394,8 @@ class Chat:
         whole = self.model.render_chat(self.messages, add_generation_prompt=True)
         if whole.startswith(self._fed):
             return whole[len(self._fed) :]
-        # The template rewrites earlier turns (trims them, drops their thinking): continue where the last answer ends. Its
-        # words may stand in other messages, too, so it is looked for where it begins.
+        # The template rewrites earlier turns (trims them, drops their thinking): continue where the last answer ends.
+        # Its words may stand in other messages, too, so it is looked for where it begins.
         answer = self.messages[-2]["content"].strip() if len(self.messages) > 2 else ""
         for opened in (True, False) if answer else ():  # what opens an answer may begin as that does
             before = self.model.render_chat(self.messages[:-2], add_generation_prompt=opened)
