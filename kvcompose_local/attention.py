@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.interfaces import FloatArray, IntArray, LayerShape
-from kvcompose_local.interrupts import uninterrupted
-from kvcompose_local.scores import token_scores
 
 #: A float16 of at most 1 has two upper bits of 0; of its ten bits of fraction these are dropped.
 _LOST_BITS = 6
@@ -216,64 +214,6 @@ class AttentionMax:
             seen[head, near] = np.where(counts, weights_of_head[:, source], 0).max(axis=0)
 
 
-class ReplayScores:
-    """Token scores of a replay that goes on from chunk to chunk: float16 (H, T) of each layer, no mean over KV heads.
-
-    A chunk shows few tokens before itself, so what it leaves behind is settled, reduced from query heads to KV heads: a
-    seventh of the memory where seven share one. Where text is taken back, what is replayed in its place adds nothing
-    to what was settled before it. An :class:`AttentionSink`.
-    """
-
-    def __init__(self, layers: Sequence[LayerShape]) -> None:
-        self._layers = layers
-        self._settled = [np.zeros((layer.n_kv_heads, 0), np.float16) for layer in layers]
-        self._open = AttentionMax.over(layers)  # of the columns after these
-
-    def update(
-        self,
-        layer: int,
-        weights: FloatArray,
-        columns: slice | IntArray,
-        query_positions: IntArray | None = None,
-        column_positions: IntArray | None = None,
-        first: int = 0,
-        head: int = 0,
-    ) -> None:
-        """As :meth:`AttentionMax.update`; columns that are settled take no more."""
-        known = max(self._settled[layer].shape[1] - first, 0)
-        if known:
-            columns = np.arange(weights.shape[2])[columns][known:]
-            column_positions = None if column_positions is None else column_positions[known:]
-        first = max(first - self._settled[layer].shape[1], 0)
-        self._open.update(layer, weights, _as_slice(columns), query_positions, column_positions, first, head)
-
-    def settle(self, n: int) -> None:
-        """No more is wanted to be known of the first ``n`` tokens."""
-        for i, settled in enumerate(self._settled):
-            n_new = n - settled.shape[1]
-            if n_new > 0:
-                scores = np.concatenate([settled, self._scores(i)[:, :n_new]], axis=1)
-                rest = np.tile(np.arange(n_new, self._open.n_columns[i]), (len(settled), 1))
-                with uninterrupted():  # a column stands in one of the two
-                    self._settled[i] = scores
-                    self._open.pick(i, rest)
-
-    def trim(self, n: int) -> None:
-        """Forget the tokens from number ``n`` on."""
-        with uninterrupted():
-            self._open.trim([max(n - settled.shape[1], 0) for settled in self._settled])
-            self._settled = [settled[:, :n] for settled in self._settled]
-
-    def of_layer(self, layer: int) -> FloatArray:
-        """float16 (H, T_l), (H, 0) where nothing was replayed."""
-        return np.concatenate([self._settled[layer], self._scores(layer)], axis=1)
-
-    def _scores(self, layer: int) -> FloatArray:
-        n_kv_heads = self._layers[layer].n_kv_heads
-        scores = token_scores(self._open.of_layer(layer)[None], n_kv_heads, add_mean_across_heads=False)
-        return np.asarray(scores[0], np.float16)
-
-
 def _kept_columns(columns: slice | NDArray[Any], n_kv: int) -> IntArray:
     """Indices of the columns to keep, int64 (T,), each in [0, n_kv)."""
     if isinstance(columns, slice):
@@ -284,10 +224,8 @@ def _kept_columns(columns: slice | NDArray[Any], n_kv: int) -> IntArray:
     return kept.astype(np.int64)
 
 
-def _as_slice(indices: slice | IntArray) -> slice | IntArray:
+def _as_slice(indices: IntArray) -> slice | IntArray:
     """The same columns as a slice where they follow each other, since a slice is read without gathering."""
-    if isinstance(indices, slice):
-        return indices
     if indices.size and np.array_equal(indices, np.arange(indices[0], indices[0] + indices.size)):
         return slice(int(indices[0]), int(indices[0]) + indices.size)
     return indices

@@ -24,11 +24,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from kvcompose_local.attention import AttentionMax, ReplayScores
+from kvcompose_local.attention import AttentionMax
 from kvcompose_local.budgets import allocate_tempered
 from kvcompose_local.errors import ContextFull, InvalidInput
 from kvcompose_local.interfaces import (
-    N_BEFORE,
+    N_AROUND,
     AttentionSink,
     CacheLayout,
     CacheSnapshot,
@@ -42,7 +42,7 @@ from kvcompose_local.interfaces import (
 )
 from kvcompose_local.interrupts import uninterrupted
 from kvcompose_local.profiles import Profile
-from kvcompose_local.scores import token_scores
+from kvcompose_local.scores import ReplayScores, token_scores
 from kvcompose_local.selection import select_composites
 
 
@@ -93,7 +93,7 @@ N_UNSEEN = N_NEAREST + 8
 
 def near_chunk(start: int, stop: int) -> slice:
     """The live tokens that a replay of the ones from ``start`` to ``stop`` looks at, beside the attention sinks."""
-    return slice(max(start - N_BEFORE, 0), stop)
+    return slice(max(start - N_AROUND, 0), stop)
 
 
 def _in(spans: Sequence[tuple[int, int]], n: int) -> npt.NDArray[np.bool_]:

@@ -123,8 +123,9 @@ def even_parts(n: int, largest: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges))
 
 
-#: A replayed token looks for itself from this many live tokens before it on, not in the whole cache (docs/trials.md).
-N_BEFORE = 64
+#: Replayed tokens look for themselves among their own live cells and this many before and after, not in the whole
+#: cache: a token is found by what leads up to it, and by what follows it (docs/trials.md).
+N_AROUND = 64
 
 
 class AttentionSink(Protocol):
@@ -191,8 +192,8 @@ class Engine(Protocol):
 
         ``seen`` is given the attention that they pay to the live cells, column by column, oldest first. With ``near``,
         a range of the live cells that ends where theirs do, an engine may let each micro-batch look at its own cells,
-        :data:`N_BEFORE` before them, a few after them and the attention sinks alone, which costs the less the more it
-        leaves out, and show no others. Needs ``len(tokens)`` free cells; leaves the cache as it was
+        :data:`N_AROUND` before and after them and the attention sinks alone, which costs the less the more it leaves
+        out, and show no others. Needs ``len(tokens)`` free cells; leaves the cache as it was
         and the logits undefined.
         """
         ...

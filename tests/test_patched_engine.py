@@ -291,7 +291,7 @@ def test_replay_leaves_no_trace_and_rows_sum_to_one(llama: PatchedEngine) -> Non
 def test_a_replay_that_looks_near_sees_what_is_left_when_the_rest_is_removed(
     tiny_model: Callable[..., Path], arch: str, cache_type: int
 ) -> None:
-    """Forty tokens from the 260th on look at their own cells, N_BEFORE = 64 before these and the sinks."""
+    """Forty tokens from the 260th on look at their own cells, N_AROUND = 64 before these and the sinks."""
     near = slice(196, 300)
     rtol = 2e-2 if cache_type == 1 else 5e-2  # rounded to blocks, a little goes a long way
     engines = [patched(tiny_model(arch), n_cells=512, cache_type=cache_type) for _ in range(2)]
@@ -317,16 +317,15 @@ def test_a_replay_that_looks_near_sees_what_is_left_when_the_rest_is_removed(
 def test_each_micro_batch_of_a_replay_looks_at_its_own_cells(
     tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patched_engine, "N_BEFORE", 10)
-    monkeypatch.setattr(patched_engine, "N_AHEAD", 5)
+    monkeypatch.setattr(patched_engine, "N_AROUND", 10)
     monkeypatch.setattr(patched_engine, "REPLAY_MICRO_BATCH", 20)
     with patched(tiny_model("llama"), n_cells=512) as engine:
         engine.decode(TOKENS[:200])
         seen = replayed(engine, TOKENS[140:200], slice(120, 200))
         expected = [np.zeros_like(one) for one in seen]
         looked_at = [  # sinks, own cells, and of the replay
-            [(0, 32), (130, 165), (200, 220)],
-            [(0, 32), (150, 185), (210, 240)],
+            [(0, 32), (130, 170), (200, 220)],
+            [(0, 32), (150, 190), (210, 240)],
             [(0, 32), (170, 200), (230, 260)],
         ]
         for start, rows in zip((140, 160, 180), looked_at, strict=True):
@@ -367,7 +366,7 @@ def test_what_leads_a_replay_in_may_be_composed(
     tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Thirty tokens, of which the last eight are live ones: the first micro-batches have no cells of their own."""
-    monkeypatch.setattr(patched_engine, "N_AHEAD", 5)
+    monkeypatch.setattr(patched_engine, "N_AROUND", 5)
     monkeypatch.setattr(patched_engine, "REPLAY_MICRO_BATCH", 8)
     with patched(tiny_model("llama"), n_cells=512) as engine:
         engine.decode(TOKENS[:120])

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from kvcompose_local.engines.base import TILE, WATCH_STRIDE, LlamaEngine, ShownTap, softmax_queries
 from kvcompose_local.errors import ContextFull, InvalidInput
 from kvcompose_local.interfaces import (
-    N_BEFORE,
+    N_AROUND,
     CacheLayout,
     CacheSnapshot,
     FloatArray,
@@ -43,8 +43,6 @@ SMALL_MICRO_BATCH = 192
 CELL_PADDING = 256
 #: Tokens of a replay's micro-batch: fewer have all weights read more often, more look at more cells.
 REPLAY_MICRO_BATCH = 96
-#: Live cells after a micro-batch's own that it looks at, too: a token finds itself by what followed it.
-N_AHEAD = 16
 #: Rows that a replay looks at beside its neighbourhood, for the attention sinks among them.
 N_SINKS = 32
 #: The strictest alignment of a buffer type that llama.cpp has, in bytes; K and V of each layer may lose as much.
@@ -171,7 +169,7 @@ class PatchedEngine(LlamaEngine):
     def _replay_micro_batch(self, near: slice | None, n_tokens: int) -> int:
         if near is None or not isinstance(self._live_columns(), slice):  # a cache with gaps is looked at whole
             return self.softmax_micro_batch(n_tokens)
-        return self._fitting_queries(N_SINKS + 2 * (N_BEFORE + REPLAY_MICRO_BATCH), largest=REPLAY_MICRO_BATCH)
+        return self._fitting_queries(N_SINKS + 3 * N_AROUND + 2 * REPLAY_MICRO_BATCH, largest=REPLAY_MICRO_BATCH)
 
     @contextmanager
     def _looking_near(
@@ -181,13 +179,13 @@ class PatchedEngine(LlamaEngine):
             yield None
             return
         info = self._cells.info()
-        first = max(near.start, near.stop + start - N_BEFORE)
-        last = max(first, min(near.stop + stop + N_AHEAD, near.stop))
+        first = max(near.start, near.stop + start - N_AROUND)
+        last = max(first, min(near.stop + stop + N_AROUND, near.stop))
         # Composed rows stand best first, so that the sinks are among the first of them. What is replayed goes to the
         # next free cells.
         sinks = (info.n_live_cap, info.n_live_cap + N_SINKS) if any(self._composed) else (0, min(N_SINKS, first))
         done = info.n_live - n_live
-        ranges = [sinks, (first, last), (n_live + max(done - N_BEFORE, 0), info.n_live + stop - start)]
+        ranges = [sinks, (first, last), (n_live + max(done - N_AROUND, 0), info.n_live + stop - start)]
         ranges = sorted((begin, min(end, info.n_cells)) for begin, end in ranges if begin < end)
         n_sinks = sum(end - begin for begin, end in ranges if begin < first)
         with self._cells.visible_rows(ranges):
