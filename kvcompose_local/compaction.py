@@ -58,7 +58,7 @@ class Policy:
     n_tail: int = 8
     n_headroom: int = 256
     n_scratch: int = 128
-    n_lead_in: int = 8
+    n_lead_in: int = 4
 
     @classmethod
     def for_cells(cls, n_cells: int) -> Policy:
@@ -68,12 +68,10 @@ class Policy:
         reading well, not for answering: a text whose last sentence is half gone is misread (docs/trials.md).
         """
         chunk = min(max(-(-n_cells // 16), 24), 256)
-        lead_in = min(8, chunk // 8)
         return cls(
             n_tail=min(max(n_cells // 6, 8), 128),
             n_headroom=2 * chunk if n_cells >= 31 * chunk else chunk,
-            n_scratch=chunk + lead_in,
-            n_lead_in=lead_in,
+            n_scratch=chunk + cls.n_lead_in,
         )
 
 

@@ -114,12 +114,14 @@ class Sampling:
     seed: int | None = None
 
 
-def even_parts(n: int, largest: int) -> list[tuple[int, int]]:
+def even_parts(n: int, largest: int, rows: int = 1) -> list[tuple[int, int]]:
     """(start, stop) of as few parts of ``n`` tokens as there can be, all nearly as long.
 
-    llama.cpp reads all weights for each part, which the tokens of a short one have to pay for.
+    All but the last are multiples of ``rows``, where ``largest`` allows that. llama.cpp reads all weights for each part, which the tokens of a short one have to pay for.
     """
-    edges = [n * i // -(-n // largest) for i in range(-(-n // largest) + 1)] if n else [0]
+    rows = rows if largest >= rows else 1
+    n_rows, n_parts = -(-n // rows), -(-n // (largest // rows * rows))
+    edges = [min(n_rows * i // n_parts * rows, n) for i in range(n_parts + 1)] if n else [0]
     return list(itertools.pairwise(edges))
 
 

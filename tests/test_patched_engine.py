@@ -379,12 +379,12 @@ def test_what_leads_a_replay_in_may_be_composed(
                     shown.append((columns, first, weights.shape[1]))
 
         engine.replay(TOKENS[78:108], Columns(), slice(0, 8))  # type: ignore[arg-type]
-    # 7, 8, 7 and 8 tokens, of which -22 to -8 stand nowhere; sinks are composed, so they come last
-    assert [n for _, _, n in shown] == [7, 8, 7, 8]
+    # of each: where it ends, before the last token; sinks are composed, so they come last
+    assert [n for _, _, n in shown] == [8, 8, 8, 6]
     assert [(columns.start, columns.stop, first) for columns, first, _ in shown] == [
-        (0, 0, 0),
-        (0, 0, 0),
-        (0, 5, 0),
+        (0, 0, 0),  # -22
+        (0, 0, 0),  # -14
+        (0, 7, 0),  # -6, so 2 of its own and 5 after
         (0, 8, 0),
     ]
 

@@ -33,6 +33,8 @@ SOFTMAX_BYTES = 4 << 20, 32 << 20
 #: While text is read, every so many of its tokens show what they attend to: more of them make reading slower and the
 #: choice hardly better (docs/trials.md).
 WATCH_STRIDE = 8
+#: Rows that a CPU multiplies repacked weights by at a time; what is left over goes row by row.
+ROWS = 4
 #: Queries that a CPU's flash attention takes together; fewer go one by one, which is slower than the whole tile.
 TILE = 64
 
@@ -207,7 +209,7 @@ class LlamaEngine(ABC):
     def _micro_batches(self, n: int) -> list[tuple[int, int]]:
         """(start, stop) of the micro-batches that ``n`` tokens are decoded in."""
         if self._context.tap:
-            return even_parts(n, self.softmax_micro_batch(n))
+            return even_parts(n, self.softmax_micro_batch(n), ROWS)
         edges = [*range(0, n, self.micro_batch()), n]
         if len(edges) > 2 and n - edges[-2] < TILE and n - edges[-3] <= self._fitting_tokens():
             del edges[-2]
@@ -267,7 +269,7 @@ class LlamaEngine(ABC):
 
         with self.watching(show):
             try:
-                for start, stop in even_parts(len(tokens), self._replay_micro_batch(near, len(tokens))):
+                for start, stop in even_parts(len(tokens), self._replay_micro_batch(near, len(tokens)), ROWS):
                     with self._looking_near(near, layout.n_live, start - len(tokens), stop - len(tokens)) as shown:
                         columns, first = shown or all_shown
                         self._context.decode(tokens[start:stop], logits=False)
