@@ -117,7 +117,8 @@ class Sampling:
 def even_parts(n: int, largest: int, rows: int = 1) -> list[tuple[int, int]]:
     """(start, stop) of as few parts of ``n`` tokens as there can be, all nearly as long.
 
-    All but the last are multiples of ``rows``, where ``largest`` allows that. llama.cpp reads all weights for each part, which the tokens of a short one have to pay for.
+    llama.cpp reads all weights for each part, which the tokens of a short one have to pay for. All but the last are
+    multiples of ``rows``, where ``largest`` allows that.
     """
     rows = rows if largest >= rows else 1
     n_rows, n_parts = -(-n // rows), -(-n // (largest // rows * rows))
