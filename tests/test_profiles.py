@@ -97,7 +97,7 @@ def test_a_profile_takes_the_place_of_the_replay() -> None:
     engine = FakeEngine(200, per_layer=True)
     memory = CacheMemory(engine, 1000, policy=Policy(4, 16, 64), profile=TWO)
     memory.feed([50, 240, *[100] * 150])
-    assert engine.replayed == [bytes([100] * (8 + N_UNSEEN - 4))], "what too few looked at, with its lead-in"
+    assert engine.replayed == [bytes([100] * (4 + N_UNSEEN - 4))], "what too few looked at, with its lead-in"
     few, many = (c.shape[1] for c in engine.composed)
     assert few < many <= 132
     assert few + many <= 2 * (200 - 4 - 16 - 64)
@@ -114,7 +114,7 @@ def test_with_a_profile_only_what_nobody_saw_is_replayed() -> None:
     for token in range(1, 11):  # an answer, which comes token by token
         memory.feed([token])
     memory.compact()
-    assert engine.replayed == [bytes([100] * 18)], "the ten that the answer moved out of the tail, led in by eight"
+    assert engine.replayed == [bytes([100] * 14)], "the ten that the answer moved out of the tail, led in by four"
 
 
 @pytest.mark.parametrize("n", range(200, 1000, 333))

@@ -190,7 +190,7 @@ def test_what_is_compressed_is_read_again_and_said(tmp_path: Path) -> None:
         "> /pin\n! error: this chat runs at budget 1: nothing is ever dropped\n"
     )
     assert talk(["x" * 340, "/pin"], ["ok"], n_ctx=1000).endswith(
-        "! error: 349 pinned tokens are more than the 339 that a compaction can keep: raise --ctx or --budget\n"
+        "! error: 349 pinned tokens are more than the 338 that a compaction can keep: raise --ctx or --budget\n"
     )
 
 
