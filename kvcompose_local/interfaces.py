@@ -196,8 +196,7 @@ class Engine(Protocol):
         ``seen`` is given the attention that they pay to the live cells, column by column, oldest first. With ``near``,
         a range of the live cells that ends where theirs do, an engine may let each micro-batch look at its own cells,
         :data:`N_AROUND` before and after them and the attention sinks alone, which costs the less the more it leaves
-        out, and show no others. Needs ``len(tokens)`` free cells; leaves the cache as it was
-        and the logits undefined.
+        out, and show no others. Needs ``len(tokens)`` free cells; leaves the cache as it was and the logits undefined.
         """
         ...
 

@@ -41,7 +41,8 @@ PREFILL_MICRO_BATCH = 320
 SMALL_MICRO_BATCH = 192
 #: llama.cpp pads the cell table, and what attention looks at of it, to this many cells.
 CELL_PADDING = 256
-#: Tokens of a replay's micro-batch: fewer have all weights read more often, more look at more cells.
+#: Tokens of a replay's micro-batch: fewer have all weights read more often, more look at more cells, and their mask, of
+#: all cells, would take more than while reading.
 REPLAY_MICRO_BATCH = 96
 #: Rows that a replay looks at beside its neighbourhood, for the attention sinks among them.
 N_SINKS = 32
