@@ -20,8 +20,7 @@ from kvcompose_local.chat import Chat, TurnStats
 from kvcompose_local.compaction import CacheMemory, CompactionReport
 from kvcompose_local.engines import open_engine
 from kvcompose_local.errors import InvalidInput
-from kvcompose_local.interfaces import CacheLayout, Progress, Sampling
-from kvcompose_local.llama_ffi.context import CACHE_TYPES
+from kvcompose_local.interfaces import VALUE_BYTES, CacheLayout, Progress, Sampling
 from kvcompose_local.llama_ffi.library import layers_to_offload
 from kvcompose_local.llama_ffi.model import Model
 from kvcompose_local.llama_ffi.rpc import add_workers
@@ -32,12 +31,12 @@ SCORINGS = ("replay", "profile")
 class LocalChat:
     """One chat with one model. Close it, or use it in a ``with`` block: it holds native memory.
 
-    model: a GGUF file or a name of ``models.txt``, which is fetched, None for the small default; budget: share in
-    (0, 1] of the bytes that an uncompressed cache of ``n_ctx`` tokens takes; n_ctx: positions the chat may span
+    model: a GGUF file or a name of ``models.txt``, which is fetched, None for the small default; budget: share in (0,
+    1] of the bytes that an uncompressed F16 cache of ``n_ctx`` tokens takes; n_ctx: positions the chat may span
     (default 8192, or what the model was trained for); n_threads: default physical cores; gpu_layers: default all where
-    a GPU backend is built in; cache_type: ``f16``, ``q8_0``, …; scoring: ``replay``, or ``profile``: no replay, and a
-    poorer choice; workers: ``HOST:PORT`` of ``rpc-server`` processes; system: default what ``models.txt`` says, or the
-    template.
+    a GPU backend is built in; cache_type: ``f16``, ``q8_0``, …, default q8_0 below budget 1; scoring: ``replay``, or
+    ``profile``: no replay, and a poorer choice; workers: ``HOST:PORT`` of ``rpc-server`` processes; system: default
+    what ``models.txt`` says, or the template.
     on_compaction is told of each compaction, on_rebuild how many tokens are read again because a turn was taken back;
     on_loading, on_reading and on_compacting get (done, in all), and may raise KeyboardInterrupt; should_stop is asked
     between tokens; load: a :class:`Loading` of the same model, begun earlier.
@@ -53,7 +52,7 @@ class LocalChat:
         n_ctx: int | None = None,
         n_threads: int | None = None,
         gpu_layers: int | None = None,
-        cache_type: str = "f16",
+        cache_type: str | None = None,
         scoring: str = "replay",
         workers: Sequence[str] = (),
         sampling: Sampling | None = None,
@@ -66,8 +65,8 @@ class LocalChat:
         should_stop: Callable[[], bool] = lambda: False,
         load: Callable[..., Model] = Model,
     ) -> None:
-        if cache_type not in CACHE_TYPES:
-            raise InvalidInput(f"there is no cache type {cache_type}: {', '.join(CACHE_TYPES)}")
+        if cache_type is not None and cache_type not in VALUE_BYTES:
+            raise InvalidInput(f"there is no cache type {cache_type}: {', '.join(VALUE_BYTES)}")
         path = models.resolve(None if model is None else str(model), pull=True)
         models.check_gguf(path)
         if scoring not in SCORINGS:
@@ -75,18 +74,18 @@ class LocalChat:
         composing = scoring == "profile" and budget < 1
         profile = profiles.find(sessions.model_digest(path)) if composing else None
         add_workers(list(workers))
-        self.setup = sessions.Setup(path, cache_type, budget)
         self._engine, positions = open_engine(
             path,
             n_ctx=n_ctx,
             budget=budget,
             n_threads=n_threads,
             gpu_layers=layers_to_offload(gpu_layers, workers),
-            cache_type=CACHE_TYPES[cache_type],
+            cache_type=cache_type,
             sampling=sampling,
             progress=on_loading,
             load=load,
         )
+        self.setup = sessions.Setup(path, self._engine.shape.cache_type, budget)
         self.memory = CacheMemory(
             self._engine,
             positions,

@@ -78,7 +78,9 @@ def cli(context: click.Context, debug: bool) -> None:
 
 @cli.command(short_help="Chat with a model, or answer with -p or piped input.")
 @click.argument("model", required=False)
-@click.option("--budget", type=float, default=0.5, show_default=True, help="Share of the full cache to use, in (0, 1].")
+@click.option(
+    "--budget", type=float, default=0.5, show_default=True, help="Share of the full cache's bytes to use, in (0, 1]."
+)
 @click.option("--ctx", "n_ctx", type=int, help="Positions the chat may span.  [default: 8192, or what the model knows]")
 @click.option("-p", "--prompt", help="Ask this, print the answer and leave.")
 @click.option("-f", "--file", "files", multiple=True, type=click.Path(path_type=Path), help="Read this text first.")
@@ -101,9 +103,8 @@ def cli(context: click.Context, debug: bool) -> None:
 @click.option(
     "--cache-type",
     type=click.Choice(CACHE_TYPE_NAMES),
-    default="f16",
-    show_default=True,
-    help="How K and V are stored; q8_0 halves the bytes, less than that hurts small models.",
+    help="How K and V are stored: in q8_0 nearly twice as many tokens fit into the budget; less than that hurts small "
+    "models.  [default: q8_0 below --budget 1, else f16]",
 )
 @click.option(
     "--scoring",
@@ -140,7 +141,7 @@ def run(
     seed: int | None,
     threads: int | None,
     gpu_layers: int | None,
-    cache_type: str,
+    cache_type: str | None,
     scoring: str,
     rpc: str | None,
     session: str | None,
@@ -190,10 +191,11 @@ def run(
         sessions.check_writable(session_path)
     model_path = models.resolve(model, pull=True, progress=status.fetching)
     models.check_gguf(model_path)
-    setup = sessions.Setup(model_path, cache_type, budget)
     if saved is not None:
         with interrupts.caught():
-            sessions.check_model(saved, setup, status.checking)
+            sessions.check_model(
+                saved, sessions.Setup(model_path, cache_type or saved.cache_type, budget), status.checking
+            )
     sampling = Sampling(top_k=top_k, top_p=top_p, min_p=min_p, temperature=temp, seed=seed)
     with open_chat(
         model_path,
@@ -210,6 +212,7 @@ def run(
         status=status,
         load=load,
     ) as chat:
+        setup = sessions.Setup(model_path, chat.memory.engine.shape.cache_type, budget)
         if session is not None and not no_autosave and (why := chat.memory.engine.cannot_snapshot):
             raise KVComposeError(f"{why}, which cannot be saved: leave --session out")
         autosave, begun = session or sessions.LAST, chat.conversation
@@ -358,7 +361,7 @@ def open_chat(
     n_ctx: int | None,
     n_threads: int | None,
     gpu_layers: int | None,
-    cache_type: str,
+    cache_type: str | None,
     scoring: str = "replay",
     workers: list[str],
     sampling: Any,
@@ -435,10 +438,12 @@ def saved_on_abort(chat: Chat) -> Iterator[None]:
 @click.argument("model")
 @click.argument("file")
 @click.option("-o", "--output", required=True, metavar="NAME|FILE", help="Session to write, such as notes.kvc.")
-@click.option("--budget", type=float, default=0.5, show_default=True, help="Share of the full cache to use, below 1.")
+@click.option(
+    "--budget", type=float, default=0.5, show_default=True, help="Share of the full cache's bytes to use, below 1."
+)
 @click.option("--ctx", "n_ctx", type=int, help="Positions: text and chat.  [default: 8192, or what the model knows]")
 @click.option("--keep", type=Real(0, 1, min_open=True), default=0.5, show_default=True, help="Share of bytes to keep.")
-@click.option("--cache-type", type=click.Choice(CACHE_TYPE_NAMES), default="f16", show_default=True, help="As in run.")
+@click.option("--cache-type", type=click.Choice(CACHE_TYPE_NAMES), help="As in run.")
 @click.option("--system", help="System prompt, which stands before the document.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: physical cores]")
 @click.option("--gpu-layers", type=click.IntRange(0), help="Layers on the GPU.  [default: all with Metal, else 0]")
@@ -449,7 +454,7 @@ def compress(
     budget: float,
     n_ctx: int | None,
     keep: float,
-    cache_type: str,
+    cache_type: str | None,
     system: str | None,
     threads: int | None,
     gpu_layers: int | None,
@@ -477,7 +482,6 @@ def compress(
     status = Status(sys.stderr, should_stop=interrupts)
     model_path = models.resolve(model, pull=True, progress=status.fetching)
     models.check_gguf(model_path)
-    setup = sessions.Setup(model_path, cache_type, budget)
     with (
         open_chat(
             model_path,
@@ -502,8 +506,9 @@ def compress(
             memory.compact(keep)
         else:
             status.line("the text is too short to compress: it is kept whole")
-        n_bytes = sessions.save(path, chat, setup, status.checking)
-        full = memory.position * memory.engine.shape.row_bytes
+        shape = memory.engine.shape
+        n_bytes = sessions.save(path, chat, sessions.Setup(model_path, shape.cache_type, budget), status.checking)
+        full = memory.position * shape.uncompressed_row_bytes
     click.echo(
         f"{path}: {stats.prompt_tokens} tokens in {n_bytes / MIB:.1f} MiB (uncompressed: {full / MIB:.1f} MiB)\n"
         f"ask about it: kvcompose-local run --session {shlex.quote(output)}"
@@ -611,8 +616,8 @@ cli.add_command(profile_command)
 @cli.command("inspect", short_help="What a model's cache takes at each budget.")
 @click.argument("model", required=False)
 @click.option("--ctx", "n_ctx", type=int, help="Positions to reckon with.  [default: 8192, or what the model knows]")
-@click.option("--cache-type", type=click.Choice(CACHE_TYPE_NAMES), default="f16", show_default=True, help="As in run.")
-def inspect_command(model: str | None, n_ctx: int | None, cache_type: str) -> None:
+@click.option("--cache-type", type=click.Choice(CACHE_TYPE_NAMES), help="As in run.")
+def inspect_command(model: str | None, n_ctx: int | None, cache_type: str | None) -> None:
     """Layers, heads, bytes a token, and memory at each budget, from the header of MODEL alone."""
     from kvcompose_local import models
     from kvcompose_local.inspection import inspect

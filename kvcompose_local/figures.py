@@ -36,7 +36,7 @@ def result(chat: Chat) -> dict[str, Any]:
         "positions": layout.position,
         "kv_bytes": engine.cache_bytes,
         "kv_bytes_used": memory.used_bytes,
-        "kv_bytes_full": memory.n_ctx * engine.shape.row_bytes,
+        "kv_bytes_full": memory.n_ctx * engine.shape.uncompressed_row_bytes,
         "compute_bytes": engine.compute_bytes,
         "layer_cells": [composed + layout.n_live for composed in layout.composed],
         "compactions": len(memory.reports),
@@ -55,7 +55,7 @@ def greeting(chat: Chat) -> str:
     engine = memory.engine
     return (
         f"{engine.shape.name}: {memory.n_ctx} positions in {engine.cache_bytes / MIB:.1f} MiB of cache "
-        f"(uncompressed: {memory.n_ctx * engine.shape.row_bytes / MIB:.1f} MiB), {engine.name} engine\n"
+        f"(uncompressed: {memory.n_ctx * engine.shape.uncompressed_row_bytes / MIB:.1f} MiB), {engine.name} engine\n"
         "/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves."
     )
 
@@ -65,7 +65,7 @@ def describe(chat: Chat) -> str:
     memory = chat.memory
     engine = memory.engine
     layout = engine.layout()
-    full = memory.n_ctx * engine.shape.row_bytes
+    full = memory.n_ctx * engine.shape.uncompressed_row_bytes
     numbers = result(chat)
     lines = [
         f"{engine.shape.name} ({engine.shape.architecture}), engine {engine.name}",

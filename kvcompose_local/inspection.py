@@ -7,10 +7,9 @@ from pathlib import Path
 
 import psutil
 
-from kvcompose_local.cells import row_bytes
-from kvcompose_local.engines import DEFAULT_CTX
+from kvcompose_local.engines import DEFAULT_CTX, QUANTIZED
 from kvcompose_local.errors import InvalidInput, ModelError
-from kvcompose_local.llama_ffi.context import CACHE_TYPES
+from kvcompose_local.interfaces import BLOCK, VALUE_BYTES
 from kvcompose_local.llama_ffi.model import Model
 
 BUDGETS = (1.0, 0.5, 0.25, 0.1)
@@ -19,7 +18,9 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Inspection:
-    """Sizes in bytes; row_bytes: of one token over all layers; n_window: tokens that a sliding-window layer holds."""
+    """Sizes in bytes; n_values: numbers that one token takes over all layers; cache_type: None where budgets choose it;
+    n_window: tokens that a sliding-window layer holds.
+    """
 
     name: str
     architecture: str
@@ -28,31 +29,53 @@ class Inspection:
     n_kv_heads: str
     n_ctx_train: int
     n_ctx: int
-    row_bytes: int
+    n_values: int
+    cache_type: str | None
+    whole_blocks: bool
     n_window: int
     composable: str
     file_bytes: int
     free_bytes: int
 
+    def type_at(self, budget: float) -> str:
+        """How cells are stored under a budget."""
+        return self.cache_type or (QUANTIZED if budget < 1 and self.whole_blocks else "f16")
+
+    def row_bytes(self, budget: float) -> int:
+        """Bytes of one token over all layers, uncompressed."""
+        return int(self.n_values * VALUE_BYTES[self.type_at(budget)])
+
+    def n_cells(self, budget: float) -> int:
+        """Cells of each layer, on average, that a budget buys: as many of ``n_ctx`` tokens are kept."""
+        bought = budget * self.n_ctx * self.n_values * VALUE_BYTES["f16"] / self.row_bytes(budget)
+        return min(int(bought), self.n_ctx) if budget < 1 else self.n_ctx
+
     def kv_bytes(self, budget: float) -> int:
         """Bytes of the cells of ``n_ctx`` positions under a budget."""
-        return int(self.n_ctx * self.row_bytes * budget)
+        return self.n_cells(budget) * self.row_bytes(budget)
 
     def text(self) -> str:
         """For people."""
         lines = [
             f"{self.name} ({self.architecture}): {self.n_layers} layers, {self.n_heads} query heads, "
             f"{self.n_kv_heads} KV heads, trained for {self.n_ctx_train} positions",
-            f"weights {self.file_bytes / MIB:.0f} MiB; cache {self.row_bytes / 1024:.1f} KiB a token; "
+            f"weights {self.file_bytes / MIB:.0f} MiB; cache {self.row_bytes(1) / 1024:.1f} KiB a token; "
             f"free memory now {self.free_bytes / MIB:.0f} MiB",
             "",
-            f"{'budget':>8}{'cache MiB':>12}{'with weights MiB':>18}",
+            f"{'budget':>8}{'cache MiB':>12}{'with weights MiB':>18}{'cells':>10}{'type':>8}",
         ]
         for budget in BUDGETS:
             whole = self.kv_bytes(budget) + self.file_bytes
             fits = "" if whole < self.free_bytes else "   does not fit now"
-            lines.append(f"{budget:>8g}{self.kv_bytes(budget) / MIB:>12.0f}{whole / MIB:>18.0f}{fits}")
-        lines += ["", f"for --ctx {self.n_ctx}. Estimates: the compute buffer adds some tens of MiB."]
+            lines.append(
+                f"{budget:>8g}{self.kv_bytes(budget) / MIB:>12.0f}{whole / MIB:>18.0f}"
+                f"{self.n_cells(budget):>10}{self.type_at(budget):>8}{fits}"
+            )
+        lines += [
+            "",
+            f"for --ctx {self.n_ctx}. A chat of more tokens than cells compresses. Estimates: the compute buffer adds "
+            "some tens of MiB.",
+        ]
         if self.n_window:
             lines.append(
                 f"Sliding-window layers hold at most {self.n_window} tokens and are left as they are: the cache is "
@@ -63,7 +86,7 @@ class Inspection:
         return "\n".join(lines)
 
 
-def inspect(path: Path, *, n_ctx: int | None = None, cache_type: str = "f16") -> Inspection:
+def inspect(path: Path, *, n_ctx: int | None = None, cache_type: str | None = None) -> Inspection:
     """Read a GGUF header. Raises ModelError for what is no language model, InvalidInput for an impossible n_ctx."""
     model = Model(path, header_only=True)
     try:
@@ -88,8 +111,7 @@ def inspect(path: Path, *, n_ctx: int | None = None, cache_type: str = "f16") ->
         if not 0 < positions <= n_ctx_train:
             raise InvalidInput(f"--ctx {positions} is not in 1 to {n_ctx_train}, the positions that the model knows")
         head = number("embedding_length") // max(heads)
-        widths = number("attention.key_length", head) + number("attention.value_length", head)
-        row = sum(row_bytes(CACHE_TYPES[cache_type], n * widths) for n in kv_heads)
+        widths = [number("attention.key_length", head), number("attention.value_length", head)]
         obstacle = ""
         if number("attention.kv_lora_rank"):
             obstacle = "its latent attention (MLA) has no cells by head"
@@ -107,7 +129,9 @@ def inspect(path: Path, *, n_ctx: int | None = None, cache_type: str = "f16") ->
             shown(kv_heads),
             n_ctx_train,
             positions,
-            row,
+            sum(kv_heads) * sum(widths),
+            cache_type,
+            all(width % BLOCK == 0 for width in widths),
             number("attention.sliding_window"),
             obstacle,
             path.stat().st_size,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +23,20 @@ IntArray = npt.NDArray[np.int64]
 #: Rows by head, (H, K).
 Selection = npt.NDArray[np.integer[Any]]
 ByteArray = npt.NDArray[np.uint8]
+
+#: Numbers of a block of llama.cpp's quantized types.
+BLOCK = 32
+#: How a cache may be stored, and the bytes of a number: a block has a scale or two.
+VALUE_BYTES = {
+    "f32": Fraction(4),
+    "f16": Fraction(2),
+    "bf16": Fraction(2),
+    "q8_0": Fraction(34, 32),
+    "q5_1": Fraction(24, 32),
+    "q5_0": Fraction(22, 32),
+    "q4_1": Fraction(20, 32),
+    "q4_0": Fraction(18, 32),
+}
 
 #: Called with (tokens done, tokens in all); may raise KeyboardInterrupt to stop between micro-batches.
 Progress = Callable[[int, int], None]
@@ -44,18 +59,27 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the policy and the reports need to know of a loaded model; ``layers`` are the composable ones."""
+    """What the policy and the reports need to know of a loaded model; ``layers`` are the composable ones.
+
+    cache_type: how cells are stored, of :data:`VALUE_BYTES`.
+    """
 
     name: str
     architecture: str
     n_ctx_train: int
     n_vocab: int
     layers: tuple[LayerShape, ...]
+    cache_type: str = "f16"
 
     @property
     def row_bytes(self) -> int:
-        """Bytes that one token takes in an uncompressed cache, over all composable layers."""
+        """Bytes that one token takes while it is live, over all composable layers."""
         return sum(layer.row_bytes for layer in self.layers)
+
+    @property
+    def uncompressed_row_bytes(self) -> int:
+        """Bytes that one token takes in llama.cpp's own F16 cache, of which a budget is a share."""
+        return int(self.row_bytes * VALUE_BYTES["f16"] / VALUE_BYTES[self.cache_type])
 
 
 @dataclass(frozen=True)

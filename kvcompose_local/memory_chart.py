@@ -39,7 +39,7 @@ def draw(layout: CacheLayout, shape: ModelShape, *, cap_bytes: int, width: int, 
         bar = _bar(k, n_live, most, n_columns, marks)
         lines.append(f"{index:>{wide[0]}} {bar:<{n_columns}} {cells:>{wide[1]}}  {mib:>{wide[2]}}"[:width])
     used = sum(layer.row_bytes * (k + n_live) for layer, k in zip(shape.layers, layout.composed, strict=True))
-    full = layout.position * shape.row_bytes
+    full = layout.position * shape.uncompressed_row_bytes
     total = (
         f"in all {used / MIB:.2f} of {cap_bytes / MIB:.2f} MiB, room for {layout.n_free} more live cells; "
         f"uncompressed, these {layout.position} tokens would take {full / MIB:.2f} MiB"

@@ -21,25 +21,38 @@ pytestmark = pytest.mark.skipif(not library_is_patched(), reason="the library of
 
 def test_a_run_and_its_json(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     model = tiny_model("llama", n_ctx=8192)
-    options = ["--lengths", "600,1100", "--keep", "0.5,0.25", "--rounds", "2", "--tokens", "4", "--threads", "1"]
+    options = ["--lengths", "600,1100", "--budgets", "0.4,0.25", "--rounds", "2", "--tokens", "4", "--threads", "1"]
     done = CliRunner().invoke(cli, ["bench", str(model), *options, "--plot", str(tmp_path / "b.png")])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout.splitlines()[-1])
     assert [r["n_tokens"] for r in found["lengths"]] == [600, 1100]
     unpatched = library_dir(patched=False)
-    names = [measure.FULL, "keep 0.5", "keep 0.25"]
+    names = [measure.FULL, f"{measure.FULL}, q8_0", "budget 0.4", "budget 0.25"]
     names += [measure.UNPATCHED, measure.TWIN] if unpatched and unpatched != library_path().parent else []
     for result in found["lengths"]:
         assert [mode["name"] for mode in result["modes"]] == names
         assert all(len(mode["rates"]) == 2 and min(mode["rates"]) > 0 for mode in result["modes"])
         assert result["rewrite_seconds"] > 0
-        for mode in result["modes"][1:3]:
+        for mode in result["modes"][2:4]:
             assert mode["n_compactions"] > 0
             assert mode["read_seconds"] > mode["replay_seconds"] > mode["rewrite_seconds"] > 0
-    full, half, quarter = (mode["kv_bytes"] for mode in found["lengths"][1]["modes"][:3])
-    assert (half, quarter) == (pytest.approx(full * 768 / 1100), pytest.approx(full * 512 / 1100))
-    assert "| 1100 | keep 0.25 |" in done.stdout
+    full, rounded, *small = (mode["kv_bytes"] for mode in found["lengths"][1]["modes"][:4])
+    assert rounded == full * 17 / 32
+    assert small == [pytest.approx(rounded * n / 1100) for n in (768, 512)]
+    assert small[0] <= full * 0.4
+    assert small[1] <= full * 0.25
+    assert "| 1100 | budget 0.25 |" in done.stdout
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_quarter_of_the_tokens_is_a_quarter_of_f16(tiny_model: Callable[..., Path]) -> None:
+    options = ["--lengths", "1100", "--budgets", "0.25", "--cache-type", "f16", "--rounds", "1", "--tokens", "4"]
+    done = CliRunner().invoke(cli, ["bench", str(tiny_model("llama", n_ctx=8192)), *options])
+    assert done.exit_code == 0, done.output
+    full, quarter = json.loads(done.stdout.splitlines()[-1])["lengths"][0]["modes"][:2]
+    assert quarter["kv_bytes"] == pytest.approx(full["kv_bytes"] * 256 / 1100)
+    refused = CliRunner().invoke(cli, ["bench", str(tiny_model("llama", n_ctx=8192)), *options, "--lengths", "600"])
+    assert "under 256 f16 cells" in str(refused.exception)
 
 
 def test_a_worker_decodes_the_same_cells(tiny_model: Callable[..., Path]) -> None:
@@ -58,7 +71,7 @@ def test_a_worker_decodes_the_same_cells(tiny_model: Callable[..., Path]) -> Non
             worker.close()
 
 
-@pytest.mark.parametrize("wrong", [("--lengths", "5"), ("--lengths", "x"), ("--keep", "1"), ("--keep", "x,0.5")])
+@pytest.mark.parametrize("wrong", [("--lengths", "5"), ("--lengths", "x"), ("--budgets", "1"), ("--budgets", "x,0.5")])
 def test_wrong_numbers(wrong: tuple[str, str]) -> None:
     done = CliRunner().invoke(cli, ["bench", *wrong])
     assert done.exit_code == 2

@@ -24,7 +24,6 @@ from kvcompose_local.evaluation.quantized import quantized
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import TASKS, Question, make_item
 from kvcompose_local.llama_ffi.cells import library_is_patched
-from kvcompose_local.llama_ffi.context import CACHE_TYPES
 from kvcompose_local.profiles import Profile
 from kvcompose_local.scores import token_scores
 
@@ -187,7 +186,7 @@ def test_quantized_cells_are_llama_cpps_own(real_model: Callable[[str], Path], k
     """What llama.cpp stores itself is the oracle, in the first layer: those above see the errors of reading."""
     path, stored = real_model("smollm2-135m"), {}
     for name in ("f16", kind):
-        engine, _ = open_engine(path, n_ctx=256, budget=1.0, n_threads=1, cache_type=CACHE_TYPES[name])
+        engine, _ = open_engine(path, n_ctx=256, budget=1.0, n_threads=1, cache_type=name)
         with engine:
             assert isinstance(engine, PatchedEngine)
             engine.decode(engine.model.tokenize("The quick brown fox jumps over the lazy dog. " * 8))

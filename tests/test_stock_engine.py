@@ -229,8 +229,8 @@ def test_numbers_are_checked_before_weights_are_read(tiny_model: Callable[..., P
             open_engine(missing, n_ctx=512, budget=budget)
     with pytest.raises(InvalidInput, match="ctx"):
         open_engine(missing, n_ctx=0, budget=0.5)
-    with pytest.raises(InvalidInput, match="256 cells"):
-        open_engine(missing, n_ctx=300, budget=0.5)
+    with pytest.raises(InvalidInput, match="256 q8_0 cells"):
+        open_engine(missing, n_ctx=200, budget=0.5)
     with pytest.raises(InvalidInput, match="4096 positions"):
         open_engine(tiny_model("llama"), n_ctx=4097, budget=0.5)
     engine, positions = open_engine(tiny_model("llama"), n_ctx=None, budget=0.5, engine_name="stock")
@@ -243,6 +243,10 @@ def test_cells_are_bought_exactly() -> None:
     assert cells_for(4096, 0.5) == 2048
     assert cells_for(1000, 1.0) == 1024
     assert cells_for(2560, 0.3) == 768  # 0.3 as a decimal, not as the float below it
+    assert cells_for(8192, 0.25, "q8_0") == 3840  # 3,855 of 34 bytes for every 32 numbers, in whole 256
+    assert cells_for(1000, 0.5, "q8_0") == 768
+    assert cells_for(1000, 0.55, "q8_0") == 1024  # all positions, and no more
+    assert cells_for(4096, 0.5, "f32") == 1024
     assert physical_cores() >= 1
 
 

@@ -48,7 +48,7 @@ def terminal(tiny_model: TinyModel, tmp_path: Path) -> Iterator[Terminal]:
             "--temp",
             "0",
         ]
-        command += ["--budget", "0.5", "--ctx", "1024", "--max-tokens", "20", *options]
+        command += ["--budget", "0.27", "--ctx", "1024", "--max-tokens", "20", *options]
         child = pexpect.spawn(
             sys.executable,
             command,
@@ -97,7 +97,7 @@ def test_a_chat_with_every_command(terminal: Terminal, tmp_path: Path) -> None:
     note = tmp_path / "note.txt"
     note.write_text("Some facts. " * 10)
     child = terminal()
-    assert "Tiny random: 1024 positions in 0.4 MiB of cache (uncompressed: 0.8 MiB)" in plain(child.before)
+    assert "Tiny random: 1024 positions in 0.2 MiB of cache (uncompressed: 0.8 MiB)" in plain(child.before)
     answer = say(child, "Hello")
     assert answer.endswith("(stopped after 20 tokens: --max-tokens allows more)")
     assert not answer.startswith("(stopped")
@@ -285,7 +285,7 @@ def test_text_beyond_ascii(terminal: Terminal) -> None:
 def test_a_long_chat_is_compacted_between_the_lines(terminal: Terminal) -> None:
     child = terminal()
     shown = say(child, "x" * 600)
-    assert re.search(r"^compacted: \d+ tokens seen, \d+(–\d+)? composed \+ 85 live cells a layer", shown)
+    assert re.search(r"^compacted: \d+ tokens seen, \d+(–\d+)? composed \+ 84 live cells a layer", shown)
     assert "positions: 641 of 1024 used" in say(child, "/stats")
     assert say(child, "y" * 600).startswith("error: 623 more tokens do not fit: 641 of --ctx 1024 positions are used")
     assert "positions: 641 of 1024 used" in say(child, "/stats"), "a refused message leaves no trace"

@@ -25,8 +25,10 @@ CLOSE = 0.02
 
 
 @contextmanager
-def chat_of(path: Path, *, budget: float = 0.5) -> Iterator[tuple[Chat, LlamaEngine]]:
-    engine, n_ctx = open_engine(path, n_ctx=2048, budget=budget, n_threads=1, sampling=Sampling(temperature=0))
+def chat_of(path: Path, *, budget: float = 0.27, cache_type: str | None = None) -> Iterator[tuple[Chat, LlamaEngine]]:
+    engine, n_ctx = open_engine(
+        path, n_ctx=2048, budget=budget, n_threads=1, cache_type=cache_type, sampling=Sampling(temperature=0)
+    )
     with engine:
         yield Chat(engine.model, CacheMemory(engine, n_ctx, compose=budget < 1)), engine
 
@@ -38,7 +40,7 @@ def logits_after(chat: Chat, engine: LlamaEngine, *messages: str, answer: int = 
     return engine.logits().copy()
 
 
-@pytest.mark.parametrize(("arch", "budget"), [("llama", 0.5), ("llama", 1), ("gemma3", 0.5), ("gemma3", 1)])
+@pytest.mark.parametrize(("arch", "budget"), [("llama", 0.27), ("llama", 1), ("gemma3", 0.27), ("gemma3", 1)])
 def test_what_was_taken_back_leaves_no_trace(tiny_model: TinyModel, arch: str, budget: float) -> None:
     rebuilt: list[int] = []
     with chat_of(tiny_model(arch, n_layers=6), budget=budget) as (chat, engine):
@@ -75,7 +77,7 @@ def test_pinned_text_keeps_its_bytes_in_all_layers(tiny_model: TinyModel) -> Non
     def heads(rows: ByteArray) -> FloatArray:
         return np.ascontiguousarray(rows).view(np.float16).astype(np.float32).reshape(len(rows), 2, -1)
 
-    with chat_of(tiny_model("llama", n_layers=4), budget=0.25) as (chat, engine):
+    with chat_of(tiny_model("llama", n_layers=4), budget=0.25, cache_type="f16") as (chat, engine):
         list(chat.ask(LONG[:20], max_tokens=1))
         stop = chat.memory.position
         keys = [heads(rows[:stop]) for rows in engine.snapshot().keys]

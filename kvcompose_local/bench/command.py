@@ -19,14 +19,14 @@ def _lengths(_context: click.Context, _parameter: click.Parameter, value: str) -
     return lengths
 
 
-def _keeps(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[float, ...]:
+def _budgets(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[float, ...]:
     try:
-        keeps = tuple(float(part) for part in value.split(","))
+        budgets = tuple(float(part) for part in value.split(","))
     except ValueError as error:
         raise click.BadParameter(f"{value} is not a list of numbers") from error
-    if not all(0.05 <= keep < 1 for keep in keeps):
-        raise click.BadParameter("keep ratios are from 0.05 up to, not including, 1")
-    return keeps
+    if not all(0.05 <= budget < 1 for budget in budgets):
+        raise click.BadParameter("budgets are from 0.05 up to, not including, 1")
+    return budgets
 
 
 @click.command("bench", short_help="Measure speed and memory against the uncompressed cache.")
@@ -34,7 +34,14 @@ def _keeps(_context: click.Context, _parameter: click.Parameter, value: str) -> 
 @click.option(
     "--lengths", callback=_lengths, default="2048", show_default=True, help="Context lengths, comma-separated."
 )
-@click.option("--keep", "keeps", callback=_keeps, default="0.5,0.25,0.1", show_default=True, help="Keep ratios.")
+@click.option("--budgets", callback=_budgets, default="0.5,0.25,0.1", show_default=True, help="As --budget of run.")
+@click.option(
+    "--cache-type",
+    type=click.Choice(["q8_0", "f16"]),
+    default="q8_0",
+    show_default=True,
+    help="How cells are stored under a budget; in f16 a budget of 0.25 is a quarter of the tokens.",
+)
 @click.option("--rounds", type=click.IntRange(1, 100), default=5, show_default=True, help="Rounds of each mode.")
 @click.option("--tokens", type=click.IntRange(4, 200), default=24, show_default=True, help="Tokens decoded in a round.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: physical cores]")
@@ -42,7 +49,8 @@ def _keeps(_context: click.Context, _parameter: click.Parameter, value: str) -> 
 def bench_command(
     model: str | None,
     lengths: tuple[int, ...],
-    keeps: tuple[float, ...],
+    budgets: tuple[float, ...],
+    cache_type: str,
     rounds: int,
     tokens: int,
     threads: int | None,
@@ -72,7 +80,8 @@ def bench_command(
             path,
             prose(),
             length,
-            keeps,
+            budgets,
+            cache_type=cache_type,
             rounds=rounds,
             n_decode=tokens,
             n_threads=threads,

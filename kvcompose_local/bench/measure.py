@@ -26,12 +26,13 @@ from gguf import GGUFReader
 from kvcompose_local import profiles
 from kvcompose_local.build import library_dir
 from kvcompose_local.compaction import CacheMemory
-from kvcompose_local.engines import physical_cores
+from kvcompose_local.engines import cells_for, physical_cores
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import EngineError, InvalidInput, KVComposeError
 from kvcompose_local.interfaces import CacheSnapshot, LayerShape, Sampling
+from kvcompose_local.llama_ffi.context import CACHE_TYPES
 from kvcompose_local.llama_ffi.library import library_path
 from kvcompose_local.llama_ffi.model import Model
 from kvcompose_local.profiles import Profile
@@ -197,10 +198,15 @@ def _work(path: str) -> None:
 
 @contextmanager
 def _patched(
-    model: Model, n_cells: int, n_threads: int, n_ubatch: int = PREFILL_MICRO_BATCH
+    model: Model, n_cells: int, n_threads: int, n_ubatch: int = PREFILL_MICRO_BATCH, cache_type: str = "f16"
 ) -> Iterator[PatchedEngine]:
     engine = PatchedEngine(
-        model, n_cells=n_cells, n_threads=n_threads, n_ubatch=n_ubatch, sampling=Sampling(temperature=0)
+        model,
+        n_cells=n_cells,
+        n_threads=n_threads,
+        cache_type=CACHE_TYPES[cache_type],
+        n_ubatch=n_ubatch,
+        sampling=Sampling(temperature=0),
     )
     try:
         yield engine
@@ -227,8 +233,9 @@ def measure(
     path: Path,
     sentences: Sequence[str],
     n_tokens: int,
-    keeps: Sequence[float],
+    budgets: Sequence[float],
     *,
+    cache_type: str,
     rounds: int,
     n_decode: int,
     n_threads: int | None = None,
@@ -236,27 +243,37 @@ def measure(
 ) -> LengthResult:
     """Measure one context length.
 
-    sentences: the text, repeated where it is too short; keeps: keep ratios; rounds, n_decode: how often each mode
-    decodes how many tokens. The unpatched library is measured where it was built (``kvcompose-local build --stock``).
+    sentences: the text, repeated where it is too short; budgets: shares of the uncompressed F16 cache, in cells of
+    ``cache_type``; rounds, n_decode: how often each mode decodes how many tokens. The unpatched library is measured
+    where it was built (``kvcompose-local build --stock``). Raises InvalidInput, before anything is read, for a budget
+    of too few cells.
     """
     threads = n_threads or physical_cores()
+    cells = {f"budget {budget:g}": cells_for(n_tokens, budget, cache_type) for budget in budgets}
     with ExitStack() as stack:
         model = Model(path)
         stack.callback(model.close)
         tokens = text_tokens(model, sentences, n_tokens)
         n_cells = padded(n_tokens + _ANSWER_CELLS + 512)
-        full = stack.enter_context(_patched(model, n_cells, threads))
-        started = time.perf_counter()
-        full.decode(tokens, lambda done, total: progress("reading:", done, total))
-        modes = [Mode(FULL, n_tokens * full.shape.row_bytes, full.compute_bytes, time.perf_counter() - started)]
+        modes: list[Mode] = []
+        engines: dict[str, LlamaEngine | Worker] = {}
+
+        def read_whole(name: str, kind: str) -> PatchedEngine:
+            engines[name] = engine = stack.enter_context(_patched(model, n_cells, threads, cache_type=kind))
+            started = time.perf_counter()
+            engine.decode(tokens, lambda done, total: progress(f"reading, {name}:", done, total))
+            seconds = time.perf_counter() - started
+            modes.append(Mode(name, n_tokens * engine.shape.row_bytes, engine.compute_bytes, seconds))
+            return engine
+
+        full = read_whole(FULL, "f16")
+        if cache_type != "f16":
+            read_whole(f"{FULL}, {cache_type}", cache_type)
         whole = full.snapshot()
         rewrite_seconds = _rewrite_seconds(full, whole)
-        engines: dict[str, LlamaEngine | Worker] = {FULL: full}
         profile = _profile(path)
-        for keep in keeps:
-            name = f"keep {keep:g}"
-            cells = padded(int(keep * n_tokens))
-            engines[name] = small = stack.enter_context(_patched(model, cells, threads, SMALL_MICRO_BATCH))
+        for name, n in cells.items():
+            engines[name] = small = stack.enter_context(_patched(model, n, threads, SMALL_MICRO_BATCH, cache_type))
             if profile is not None:
                 by_profile = _read_as_a_chat(f"{name}, profile", small, tokens, progress, profile)
                 modes.append(by_profile)  # which decodes as the other does

@@ -12,11 +12,14 @@ import psutil
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.errors import InvalidInput, ModelError
-from kvcompose_local.interfaces import Sampling
+from kvcompose_local.interfaces import BLOCK, VALUE_BYTES, Sampling
 from kvcompose_local.llama_ffi.cells import library_is_patched
-from kvcompose_local.llama_ffi.context import F16
+from kvcompose_local.llama_ffi.context import CACHE_TYPES
 from kvcompose_local.llama_ffi.model import Model
 
+#: How cells are stored under a budget: nearly twice as many fit, which is worth far more than what rounding costs
+#: (docs/results.md).
+QUANTIZED = "q8_0"
 #: Positions a chat may span when the user does not say.
 DEFAULT_CTX = 8192
 
@@ -29,18 +32,24 @@ def physical_cores() -> int:
     return max(1, min(cores, allowed))
 
 
-def cells_for(n_ctx: int, budget: float) -> int:
-    """Cells that ``budget`` of ``n_ctx`` positions buys, rounded down to llama.cpp's padding (up at budget 1)."""
+def cells_for(n_ctx: int, budget: float, cache_type: str = "f16") -> int:
+    """Cells that ``budget`` of the bytes of ``n_ctx`` F16 cells buys, at most ``n_ctx``.
+
+    Rounded down to llama.cpp's padding, and up where all positions fit.
+    """
     if not 0 < budget <= 1 or not math.isfinite(budget):
         raise InvalidInput(f"--budget is a share in (0, 1], not {budget}")
     if n_ctx <= 0:
         raise InvalidInput(f"--ctx is a number of positions above 0, not {n_ctx}")
+    whole = -(-n_ctx // CELL_PADDING) * CELL_PADDING
     if budget == 1:
-        return -(-n_ctx // CELL_PADDING) * CELL_PADDING
-    cells = int(Fraction(str(budget)) * n_ctx) // CELL_PADDING * CELL_PADDING
+        return whole
+    bought = Fraction(str(budget)) * n_ctx * VALUE_BYTES["f16"] / VALUE_BYTES[cache_type]
+    cells = min(int(bought) // CELL_PADDING * CELL_PADDING, whole)
     if cells == 0:
         raise InvalidInput(
-            f"--budget {budget} of --ctx {n_ctx} is under {CELL_PADDING} cells, the least there is: raise one of them"
+            f"--budget {budget} of --ctx {n_ctx} is under {CELL_PADDING} {cache_type} cells, the least there is: "
+            "raise one of them"
         )
     return cells
 
@@ -52,7 +61,7 @@ def open_engine(
     budget: float,
     n_threads: int | None = None,
     gpu_layers: int = 0,
-    cache_type: int = F16,
+    cache_type: str | None = None,
     sampling: Sampling | None = None,
     engine_name: str | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -61,11 +70,12 @@ def open_engine(
     """Load a model under a budget; returns the engine and the number of positions.
 
     engine_name: "patched" or "stock"; None takes the patched one when the library has it. n_ctx None takes 8192 or the
-    model's trained length, whichever is less. load: as :class:`Model`, where that has been begun
+    model's trained length, whichever is less. cache_type, of VALUE_BYTES: None takes q8_0 where cells are composed and
+    F16 elsewhere. load: as :class:`Model`, where that has been begun
     already. Raises InvalidInput for impossible numbers, before the weights are read where that can be known, and
     ModelError for models that cannot run.
     """
-    cells_for(DEFAULT_CTX if n_ctx is None else n_ctx, budget)
+    cells_for(DEFAULT_CTX if n_ctx is None else n_ctx, budget, cache_type or QUANTIZED)
     model = load(path, gpu_layers=gpu_layers, progress=progress)
     try:
         if not model.can_generate:
@@ -73,17 +83,24 @@ def open_engine(
         positions = min(DEFAULT_CTX, model.n_ctx_train) if n_ctx is None else n_ctx
         if positions > model.n_ctx_train:
             raise InvalidInput(f"--ctx {positions} is beyond the {model.n_ctx_train} positions {model.name} knows")
-        n_cells = cells_for(positions, budget)
         threads = n_threads or physical_cores()
-        engine: LlamaEngine
-        if engine_name == "patched" or (engine_name is None and library_is_patched()):
-            engine = _patched(model, n_cells, threads, cache_type, sampling, budget)
-        else:
-            engine = _stock(model, n_cells, threads, cache_type, sampling, budget)
+        patched = engine_name == "patched" or (engine_name is None and library_is_patched())
+        if cache_type is None:
+            cache_type = QUANTIZED if budget < 1 and patched and _has_whole_blocks(model) else "f16"
+        n_cells = cells_for(positions, budget, cache_type)
+        open_ = _patched if patched else _stock
+        engine = open_(model, n_cells, threads, CACHE_TYPES[cache_type], sampling, budget)
     except BaseException:
         model.close()
         raise
     return engine, positions
+
+
+def _has_whole_blocks(model: Model) -> bool:
+    """Whether every head's key and value are whole blocks of a quantized type."""
+    head = model.n_embd // max(model.n_heads, 1)
+    keys = ("key_length", "value_length", "key_length_swa", "value_length_swa")
+    return all(int(model.metadata(f"{model.architecture}.attention.{key}") or head) % BLOCK == 0 for key in keys)
 
 
 def _patched(

@@ -24,7 +24,7 @@ from kvcompose_local.interfaces import (
     Sampling,
     Selection,
 )
-from kvcompose_local.llama_ffi.context import F16, Context
+from kvcompose_local.llama_ffi.context import F16, Context, cache_type_name
 from kvcompose_local.llama_ffi.model import Model
 
 
@@ -43,7 +43,7 @@ def uniform_shape(model: Model, cache_type: int, *, scoring: bool) -> ModelShape
     row = sum(row_bytes(cache_type, model.n_kv_heads * dim) for dim in dims)
     n_heads = max(model.n_heads, 1)  # recurrent models have none
     layers = tuple(LayerShape(i, n_heads, model.n_kv_heads, row) for i in range(model.n_layers))
-    return ModelShape(model.name, arch, model.n_ctx_train, model.n_vocab, layers)
+    return ModelShape(model.name, arch, model.n_ctx_train, model.n_vocab, layers, cache_type_name(cache_type))
 
 
 class StockEngine(LlamaEngine):

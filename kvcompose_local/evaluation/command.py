@@ -10,10 +10,10 @@ from pathlib import Path
 import click
 
 KEEPS = (0.75, 0.5, 0.25, 0.15, 0.1, 0.05)
-#: What the chat does, in the registry of methods.
-OURS = "kvcompose-local"
+#: What the chat does under a budget, in the registry of methods, and how it stores cells.
+OURS = "kvcompose-local+q8_0"
 QUICK_TASKS = ("niah_multikey_1", "needles_8", "qa")
-QUICK_KEEPS = (0.5, 0.25, 0.1)
+QUICK_BUDGETS = (0.5, 0.25, 0.1)
 
 
 def _numbers(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[float, ...]:
@@ -81,13 +81,14 @@ def eval_command(
     from kvcompose_local.engines.patched import PatchedEngine
     from kvcompose_local.errors import InvalidInput
     from kvcompose_local.evaluation import report
-    from kvcompose_local.evaluation.harness import FULL, Evaluation, check_method, room_for
+    from kvcompose_local.evaluation.harness import FULL, Evaluation, check_method, room_for, share_of_f16
     from kvcompose_local.evaluation.methods import method_names
     from kvcompose_local.evaluation.tasks import TASKS, make_item
     from kvcompose_local.repl import Status
 
     if quick:
-        tasks, methods, keeps, items, length = QUICK_TASKS, (OURS,), QUICK_KEEPS, 2, 1024
+        tasks, methods, items, length = QUICK_TASKS, (OURS,), 2, 1024
+        keeps = tuple(round(budget / share_of_f16(OURS), 4) for budget in QUICK_BUDGETS)
     tasks = tasks or tuple(TASKS)
     if set(tasks) - set(TASKS):
         raise InvalidInput(f"the tasks are {', '.join(TASKS)}")

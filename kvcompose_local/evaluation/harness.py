@@ -24,7 +24,7 @@ from kvcompose_local.evaluation.methods import find_method
 from kvcompose_local.evaluation.quantized import quantized
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import Item, Question
-from kvcompose_local.interfaces import CacheSnapshot, IntArray
+from kvcompose_local.interfaces import VALUE_BYTES, CacheSnapshot, IntArray
 from kvcompose_local.llama_ffi.context import CACHE_TYPES
 
 #: The name of the uncompressed cache among the methods.
@@ -72,6 +72,12 @@ def _without_type(name: str) -> tuple[str, str]:
     return (base, kind) if name.endswith(QUANTIZED) else (name, "")
 
 
+def share_of_f16(name: str) -> float:
+    """What a method's cells take of the bytes of as many F16 ones."""
+    _, kind = _without_type(name)
+    return float(VALUE_BYTES[kind or "f16"] / VALUE_BYTES["f16"])
+
+
 def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Along the last axis."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
@@ -105,6 +111,8 @@ class Evaluation:
         ).partition(_GAP)
         self._head = head
         self._others: dict[str, PatchedEngine] = {}
+        layout = engine.layout()
+        self._n_cells = layout.n_live + layout.n_free
 
     def missing(self, item: Item, n_tokens: int, trials: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
         """The trials, (method, keep ratio), of an item that have no record yet."""
@@ -180,7 +188,7 @@ class Evaluation:
         for name, keep in [(FULL, 1.0), *trials]:
             base, kind = _without_type(name)
             if base == STREAMING:
-                starts[name, keep] = self._streamed(tokens, keep)
+                starts[name, keep] = self._streamed(tokens, keep, kind)
                 continue
             started = time.perf_counter()
             selection = None if base == FULL else find_method(base)(stats, int(keep * n_full))
@@ -195,22 +203,28 @@ class Evaluation:
 
     def _quantized(self, cells: CacheSnapshot, kind: str) -> tuple[PatchedEngine, CacheSnapshot]:
         """The context in a cache of another type."""
-        if kind not in self._others:
-            n_cells = self.engine.layout().n_free + cells.n_live
-            self._others[kind] = self._new_engine(n_cells, CACHE_TYPES[kind])
-        return self._others[kind], quantized(cells, self.engine.shape, kind)
+        return self._engine_of(kind), quantized(cells, self.engine.shape, kind)
 
-    def _streamed(self, tokens: Sequence[int], keep: float) -> _Start:
-        """The context as a chat would read it, turn by turn, in a cache of ``keep`` of its size."""
+    def _engine_of(self, kind: str) -> PatchedEngine:
+        """One as large as this evaluation's, of another cache type."""
+        if not kind:
+            return self.engine
+        if kind not in self._others:
+            self._others[kind] = self._new_engine(self._n_cells, CACHE_TYPES[kind])
+        return self._others[kind]
+
+    def _streamed(self, tokens: Sequence[int], keep: float, kind: str) -> _Start:
+        """The context as a chat would read it, turn by turn, in a cache of ``keep`` of its cells."""
         n_cells = max(round(keep * len(tokens) / CELL_PADDING), 1) * CELL_PADDING  # the record says how many they are
-        small = self._new_engine(n_cells, n_ubatch=SMALL_MICRO_BATCH)
+        small = self._new_engine(n_cells, CACHE_TYPES[kind or "f16"], SMALL_MICRO_BATCH)
         try:
             memory = CacheMemory(small, len(tokens))
             size = -(-len(tokens) // _N_TURNS)
             for start in range(0, len(tokens), size):
                 memory.feed(tokens[start : start + size])
             seconds = sum(report.seconds for report in memory.reports)
-            return _Start(self.engine, small.snapshot(), None, n_cells / len(tokens), seconds)
+            kept = n_cells / len(tokens) * small.shape.row_bytes / self.engine.shape.row_bytes
+            return _Start(self._engine_of(kind), small.snapshot(), None, kept, seconds)
         finally:
             small.close_context()
 

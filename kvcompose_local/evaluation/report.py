@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcompose_local.errors import KVComposeError
-from kvcompose_local.evaluation.harness import FULL
+from kvcompose_local.evaluation.harness import FULL, share_of_f16
 
 Record = dict[str, Any]
 FloatList = npt.NDArray[np.float64]
@@ -164,13 +164,14 @@ def _bytes(result: Result) -> str:
 
 
 def recommendation(records: Sequence[Record], method: str, within: float = 0.05) -> str:
-    """One line: the smallest budget whose score stays within ``within`` of the full cache."""
+    """One line: the smallest budget, a share of bytes, whose score stays within ``within`` of the full cache."""
     found = [r for r in results(records) if r.method == method]
     good = [r.keep for r in found if r.share >= 1 - within]
     if not good:
         return f"no budget that was tried keeps {1 - within:.0%} of the full cache's score"
     best = next(r for r in found if r.keep == min(good))
-    return f"--budget {best.keep:g} keeps {best.share:.0%} of the full cache's score on these {best.n} questions"
+    budget = best.keep * share_of_f16(method)
+    return f"--budget {budget:.2g} keeps {best.share:.0%} of the full cache's score on these {best.n} questions"
 
 
 def plot(records: Sequence[Record], folder: Path, method: str) -> list[Path]:

@@ -40,6 +40,11 @@ _ggml_tensor_get = bind(
 )
 
 
+def cache_type_name(number: int) -> str:
+    """The name of a ggml type number."""
+    return next(name for name, value in CACHE_TYPES.items() if value == number)
+
+
 class _Floats:
     """float32 numbers of llama.cpp's, for NumPy to look at where they are.
 
