@@ -231,6 +231,23 @@ def test_the_explicit_softmax_gives_what_flash_attention_gives(tiny_model: Calla
                 assert (engine.logits() == flash).all()
 
 
+@pytest.mark.parametrize("cache_type", [8, 7, 6, 3, 2], ids=["Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"])
+def test_quantized_cells_are_read_in_tiles(tiny_model: Callable[..., Path], cache_type: int) -> None:
+    """Of 64 queries and of 64 cells, with less than a whole one of both left over (patch 6).
+
+    One layer, whose keys do not depend on how attention is computed: rounding would carry a difference on.
+    """
+    for arch in UNIFORM:
+        with patched(tiny_model(arch, n_layers=1), cache_type=cache_type, n_ubatch=128) as engine:
+            engine.decode(TOKENS[:70])
+            tiled = engine.decode_all(TOKENS[70:170])
+            engine.drop_tail(100)
+            with engine._cells.visible_softmax():
+                explicit = engine.decode_all(TOKENS[70:170])
+            np.testing.assert_allclose(tiled, explicit, atol=0.1)  # which rounds queries to 8 bits, too
+            assert np.abs(tiled - explicit).mean() < 0.01
+
+
 @pytest.mark.parametrize("stride", [1, 3, 8, 50])
 def test_what_is_watched_beside_flash_attention_is_the_explicit_softmax(
     tiny_model: Callable[..., Path], stride: int
