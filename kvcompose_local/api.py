@@ -20,7 +20,7 @@ from kvcompose_local.chat import Chat, TurnStats
 from kvcompose_local.compaction import CacheMemory, CompactionReport
 from kvcompose_local.engines import open_engine
 from kvcompose_local.errors import InvalidInput
-from kvcompose_local.interfaces import VALUE_BYTES, CacheLayout, Progress, Sampling
+from kvcompose_local.interfaces import CACHE_TYPES, CacheLayout, Progress, Sampling
 from kvcompose_local.llama_ffi.library import layers_to_offload
 from kvcompose_local.llama_ffi.model import Model
 from kvcompose_local.llama_ffi.rpc import add_workers
@@ -65,8 +65,8 @@ class LocalChat:
         should_stop: Callable[[], bool] = lambda: False,
         load: Callable[..., Model] = Model,
     ) -> None:
-        if cache_type is not None and cache_type not in VALUE_BYTES:
-            raise InvalidInput(f"there is no cache type {cache_type}: {', '.join(VALUE_BYTES)}")
+        if cache_type is not None and cache_type not in CACHE_TYPES:
+            raise InvalidInput(f"there is no cache type {cache_type}: {', '.join(CACHE_TYPES)}")
         path = models.resolve(None if model is None else str(model), pull=True)
         models.check_gguf(path)
         if scoring not in SCORINGS:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from kvcompose_local.sessions import Setup
 
 MIB = 2**20
-CACHE_TYPE_NAMES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+CACHE_TYPE_NAMES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q8_0/q4_0")
 
 
 class Real(click.FloatRange):
@@ -103,8 +103,8 @@ def cli(context: click.Context, debug: bool) -> None:
 @click.option(
     "--cache-type",
     type=click.Choice(CACHE_TYPE_NAMES),
-    help="How K and V are stored: in q8_0 nearly twice as many tokens fit into the budget; less than that hurts small "
-    "models.  [default: q8_0 below --budget 1, else f16]",
+    help="How K and V are stored. Keys in q8_0 and values in q4_0 fit two and a half times as many tokens into the "
+    "budget; keys of fewer bits hurt small models.  [default: q8_0/q4_0 below --budget 1, q8_0 on a GPU, else f16]",
 )
 @click.option(
     "--scoring",

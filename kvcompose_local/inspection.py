@@ -9,7 +9,7 @@ import psutil
 
 from kvcompose_local.engines import DEFAULT_CTX, QUANTIZED
 from kvcompose_local.errors import InvalidInput, ModelError
-from kvcompose_local.interfaces import BLOCK, VALUE_BYTES
+from kvcompose_local.interfaces import BLOCK, share_of_f16
 from kvcompose_local.llama_ffi.model import Model
 
 BUDGETS = (1.0, 0.5, 0.25, 0.1)
@@ -19,7 +19,7 @@ MIB = 2**20
 @dataclass(frozen=True)
 class Inspection:
     """Sizes in bytes; n_values: numbers that one token takes over all layers; cache_type: None where budgets choose it;
-    n_window: tokens that a sliding-window layer holds.
+    head_sizes: numbers of a key and of a value of a head; n_window: tokens that a sliding-window layer holds.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Inspection:
     n_ctx: int
     n_values: int
     cache_type: str | None
-    whole_blocks: bool
+    head_sizes: tuple[int, int]
     n_window: int
     composable: str
     file_bytes: int
@@ -39,15 +39,16 @@ class Inspection:
 
     def type_at(self, budget: float) -> str:
         """How cells are stored under a budget."""
-        return self.cache_type or (QUANTIZED if budget < 1 and self.whole_blocks else "f16")
+        whole_blocks = all(size % BLOCK == 0 for size in self.head_sizes)
+        return self.cache_type or (QUANTIZED if budget < 1 and whole_blocks else "f16")
 
     def row_bytes(self, budget: float) -> int:
         """Bytes of one token over all layers, uncompressed."""
-        return int(self.n_values * VALUE_BYTES[self.type_at(budget)])
+        return int(2 * self.n_values * share_of_f16(self.type_at(budget), *self.head_sizes))
 
     def n_cells(self, budget: float) -> int:
         """Cells of each layer, on average, that a budget buys: as many of ``n_ctx`` tokens are kept."""
-        bought = budget * self.n_ctx * self.n_values * VALUE_BYTES["f16"] / self.row_bytes(budget)
+        bought = budget * self.n_ctx / share_of_f16(self.type_at(budget), *self.head_sizes)
         return min(int(bought), self.n_ctx) if budget < 1 else self.n_ctx
 
     def kv_bytes(self, budget: float) -> int:
@@ -62,14 +63,14 @@ class Inspection:
             f"weights {self.file_bytes / MIB:.0f} MiB; cache {self.row_bytes(1) / 1024:.1f} KiB a token; "
             f"free memory now {self.free_bytes / MIB:.0f} MiB",
             "",
-            f"{'budget':>8}{'cache MiB':>12}{'with weights MiB':>18}{'cells':>10}{'type':>8}",
+            f"{'budget':>8}{'cache MiB':>12}{'with weights MiB':>18}{'cells':>10}{'type':>12}",
         ]
         for budget in BUDGETS:
             whole = self.kv_bytes(budget) + self.file_bytes
             fits = "" if whole < self.free_bytes else "   does not fit now"
             lines.append(
                 f"{budget:>8g}{self.kv_bytes(budget) / MIB:>12.0f}{whole / MIB:>18.0f}"
-                f"{self.n_cells(budget):>10}{self.type_at(budget):>8}{fits}"
+                f"{self.n_cells(budget):>10}{self.type_at(budget):>12}{fits}"
             )
         lines += [
             "",
@@ -111,7 +112,7 @@ def inspect(path: Path, *, n_ctx: int | None = None, cache_type: str | None = No
         if not 0 < positions <= n_ctx_train:
             raise InvalidInput(f"--ctx {positions} is not in 1 to {n_ctx_train}, the positions that the model knows")
         head = number("embedding_length") // max(heads)
-        widths = [number("attention.key_length", head), number("attention.value_length", head)]
+        widths = number("attention.key_length", head), number("attention.value_length", head)
         obstacle = ""
         if number("attention.kv_lora_rank"):
             obstacle = "its latent attention (MLA) has no cells by head"
@@ -131,7 +132,7 @@ def inspect(path: Path, *, n_ctx: int | None = None, cache_type: str | None = No
             positions,
             sum(kv_heads) * sum(widths),
             cache_type,
-            all(width % BLOCK == 0 for width in widths),
+            widths,
             number("attention.sliding_window"),
             obstacle,
             path.stat().st_size,

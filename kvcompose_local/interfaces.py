@@ -26,7 +26,7 @@ ByteArray = npt.NDArray[np.uint8]
 
 #: Numbers of a block of llama.cpp's quantized types.
 BLOCK = 32
-#: How a cache may be stored, and the bytes of a number: a block has a scale or two.
+#: What K and V may be stored as, and the bytes of a number: a block has a scale or two.
 VALUE_BYTES = {
     "f32": Fraction(4),
     "f16": Fraction(2),
@@ -37,6 +37,16 @@ VALUE_BYTES = {
     "q4_1": Fraction(20, 32),
     "q4_0": Fraction(18, 32),
 }
+#: How cells may be stored; ``K/V`` where the two differ.
+CACHE_TYPES = (*VALUE_BYTES, "q8_0/q4_0")
+
+
+def share_of_f16(cache_type: str, k_size: int = 1, v_size: int = 1) -> Fraction:
+    """What a cell takes of the bytes of an F16 one; k_size, v_size: numbers of a key and of a value."""
+    k, _, v = cache_type.partition("/")
+    n_bytes = VALUE_BYTES[k] * k_size + VALUE_BYTES[v or k] * v_size
+    return n_bytes / (VALUE_BYTES["f16"] * (k_size + v_size))
+
 
 #: Called with (tokens done, tokens in all); may raise KeyboardInterrupt to stop between micro-batches.
 Progress = Callable[[int, int], None]
@@ -61,7 +71,7 @@ class LayerShape:
 class ModelShape:
     """What the policy and the reports need to know of a loaded model; ``layers`` are the composable ones.
 
-    cache_type: how cells are stored, of :data:`VALUE_BYTES`.
+    cache_type: how cells are stored; f16_row_bytes: what one token would take in F16, if that is not what it takes.
     """
 
     name: str
@@ -70,6 +80,7 @@ class ModelShape:
     n_vocab: int
     layers: tuple[LayerShape, ...]
     cache_type: str = "f16"
+    f16_row_bytes: int | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -79,7 +90,7 @@ class ModelShape:
     @property
     def uncompressed_row_bytes(self) -> int:
         """Bytes that one token takes in llama.cpp's own F16 cache, of which a budget is a share."""
-        return int(self.row_bytes * VALUE_BYTES["f16"] / VALUE_BYTES[self.cache_type])
+        return self.row_bytes if self.f16_row_bytes is None else self.f16_row_bytes
 
 
 @dataclass(frozen=True)

@@ -396,7 +396,7 @@ def test_one_answer_with_all_numbers(tiny_model: TinyModel) -> None:
     assert told["positions"] == told["prompt_tokens"] + told["generated_tokens"]
     row_bytes = 2 * 2 * 2 * 32 * 3  # K and V, two bytes, two heads of 32, three layers
     assert told["kv_bytes_full"] == 1024 * row_bytes
-    assert told["kv_bytes"] == 768 * row_bytes * 17 // 32  # q8_0 takes 17/32 of F16: of 963 cells whole 256
+    assert told["kv_bytes"] == 1024 * row_bytes * 13 // 32  # K in q8_0 and V in q4_0: half of the bytes buys more cells
     assert told["layer_cells"] == [told["positions"]] * 3
     assert (told["compactions"], told["compaction_seconds"]) == (0, 0)
     assert told["prefill_tokens_per_second"] > 0

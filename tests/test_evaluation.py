@@ -161,6 +161,8 @@ def test_quantized_and_streaming_trials(tiny_model: Callable[..., Path], tmp_pat
     trials = [
         ("full+q8_0", 1.0),
         ("full+q4_0", 1.0),
+        ("full+q8_0/q4_0", 1.0),
+        ("streaming+q8_0/q4_0", 1.0),
         ("kvcompose-local+q8_0", 0.5),
         ("kvcompose-local", 0.5),
         ("streaming", 0.5),
@@ -176,12 +178,14 @@ def test_quantized_and_streaming_trials(tiny_model: Callable[..., Path], tmp_pat
     assert first["kvcompose-local+q8_0"]["kept"] == pytest.approx(17 / 64, abs=1e-3)
     assert first["streaming"]["kept"] == pytest.approx(0.5, abs=0.07)  # whole blocks of 256 cells
     assert max(first["streaming"]["layer_cells"]) > min(first["streaming"]["layer_cells"]) > 0
-    assert 0 < kl["full+q8_0"] < kl["full+q4_0"]
+    assert 0 < kl["full+q8_0"] < kl["full+q8_0/q4_0"] < kl["full+q4_0"]
+    assert first["full+q8_0/q4_0"]["kept"] == pytest.approx(13 / 32, abs=1e-3)
+    assert first["streaming+q8_0/q4_0"]["kept"] == pytest.approx(13 / 32, abs=0.05)
     assert kl["full+q8_0"] < kl["kvcompose-local"]
 
 
 @needs_patch
-@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q8_0/q4_0"])
 def test_quantized_cells_are_llama_cpps_own(real_model: Callable[[str], Path], kind: str) -> None:
     """What llama.cpp stores itself is the oracle, in the first layer: those above see the errors of reading."""
     path, stored = real_model("smollm2-135m"), {}
@@ -193,8 +197,12 @@ def test_quantized_cells_are_llama_cpps_own(real_model: Callable[[str], Path], k
             stored[name] = engine.snapshot()
             shape = engine.shape
     made, own = quantized(stored["f16"], shape, kind), stored[kind]
-    for ours, theirs in ((made.keys[0], own.keys[0]), (made.values[0], own.values[0])):
-        a, b = (dequantize(rows, GGMLQuantizationType[kind.upper()]) for rows in (ours, theirs))
+    k_kind, _, v_kind = kind.upper().partition("/")
+    for ours, theirs, name in (
+        (made.keys[0], own.keys[0], k_kind),
+        (made.values[0], own.values[0], v_kind or k_kind),
+    ):
+        a, b = (dequantize(rows, GGMLQuantizationType[name]) for rows in (ours, theirs))
         assert ours.shape == theirs.shape
         assert np.abs(a).max() > 0.1
         # a number that F16 rounded across an edge is one step off

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.skipif(not library_is_patched(), reason="the library of
 
 GREEDY = Sampling(temperature=0)
 UNIFORM = tuple(arch for arch in ARCHITECTURES if arch not in SLIDING)
-TYPES = {"F16": 1, "BF16": 30, "Q8_0": 8, "Q4_0": 2, "Q5_1": 7}
+TYPES = ["f16", "bf16", "q8_0", "q4_0", "q5_1", "q8_0/q4_0"]
 #: test_rpc.py runs this file again with the model and its cells on these workers.
 WORKERS = [w for w in os.environ.get("KVCOMPOSE_TEST_WORKERS", "").split(",") if w]
 if WORKERS:
@@ -47,7 +48,7 @@ WRONG_RANGES = [
 TOKENS = np.random.default_rng(3).integers(3, 259, 400).tolist()
 
 
-def patched(path: Path, *, n_cells: int = 256, cache_type: int = 1, n_ubatch: int = 64) -> PatchedEngine:
+def patched(path: Path, *, n_cells: int = 256, cache_type: str = "f16", n_ubatch: int = 64) -> PatchedEngine:
     return PatchedEngine(
         Model(path, gpu_layers=GPU_LAYERS),
         n_cells=n_cells,
@@ -112,9 +113,9 @@ def identity(engine: PatchedEngine, n_tail: int) -> list[IntArray]:
     return [np.tile(r, (layer.n_kv_heads, 1)) for r, layer in zip(rows, engine.shape.layers, strict=True)]
 
 
-@pytest.mark.parametrize("cache_type", TYPES.values(), ids=TYPES.keys())
+@pytest.mark.parametrize("cache_type", TYPES)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_bytes(tiny_model: Callable[..., Path], arch: str, cache_type: int) -> None:
+def test_bytes(tiny_model: Callable[..., Path], arch: str, cache_type: str) -> None:
     """Identity keeps every byte; an uneven rewrite, and a rewrite of it, equal a NumPy gather."""
     rng = np.random.default_rng(1)
     with patched(tiny_model(arch, n_layers=7 if arch == "gemma3" else 6), cache_type=cache_type) as engine:
@@ -215,7 +216,7 @@ def _mask(reference: StockEngine, origin: list[IntArray], first_live: int) -> No
 
 def test_the_explicit_softmax_gives_what_flash_attention_gives(tiny_model: Callable[..., Path]) -> None:
     for arch in ARCHITECTURES:
-        for cache_type in (1, 8, 2):
+        for cache_type in ("f16", "q8_0", "q4_0", "q8_0/q4_0"):
             with patched(tiny_model(arch, n_layers=6), cache_type=cache_type) as engine:
                 engine.decode(TOKENS[:90])
                 engine.rewrite(uneven(np.random.default_rng(0), engine, 8), 8)
@@ -231,8 +232,28 @@ def test_the_explicit_softmax_gives_what_flash_attention_gives(tiny_model: Calla
                 assert (engine.logits() == flash).all()
 
 
-@pytest.mark.parametrize("cache_type", [8, 7, 6, 3, 2], ids=["Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"])
-def test_quantized_cells_are_read_in_tiles(tiny_model: Callable[..., Path], cache_type: int) -> None:
+@pytest.mark.parametrize(
+    ("budget", "options", "tiny", "cache_type"),
+    [
+        (0.5, {}, {}, "q8_0/q4_0"),
+        (0.5, {"gpu_layers": 1}, {}, "q8_0"),
+        (0.5, {}, {"head": 40}, "f16"),
+        (1.0, {}, {}, "f16"),
+        (0.5, {"cache_type": "q5_1"}, {}, "q5_1"),
+    ],
+)
+def test_a_budget_is_spent_on_small_cells_where_they_can_be(
+    tiny_model: Callable[..., Path], budget: float, options: dict[str, Any], tiny: dict[str, Any], cache_type: str
+) -> None:
+    engine, n_ctx = open_engine(tiny_model("llama", **tiny), n_ctx=2048, budget=budget, n_threads=1, **options)
+    with engine:
+        assert engine.shape.cache_type == cache_type
+        assert engine.cache_bytes <= budget * n_ctx * engine.shape.uncompressed_row_bytes
+        engine.decode(TOKENS[:100])
+
+
+@pytest.mark.parametrize("cache_type", ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q8_0/q4_0"])
+def test_quantized_cells_are_read_in_tiles(tiny_model: Callable[..., Path], cache_type: str) -> None:
     """Of 64 queries and of 64 cells, with less than a whole one of both left over (patch 6).
 
     One layer, whose keys do not depend on how attention is computed: rounding would carry a difference on.
@@ -253,7 +274,7 @@ def test_what_is_watched_beside_flash_attention_is_the_explicit_softmax(
     tiny_model: Callable[..., Path], stride: int
 ) -> None:
     for arch in ARCHITECTURES:
-        for cache_type in (1, 8, 2) if stride == 3 else (1,):
+        for cache_type in ("f16", "q8_0", "q4_0", "q8_0/q4_0") if stride == 3 else ("f16",):
             with patched(tiny_model(arch, n_layers=7), cache_type=cache_type) as engine:
                 engine.decode(TOKENS[:90])
                 engine.rewrite(uneven(np.random.default_rng(0), engine, 8), 8)
@@ -303,14 +324,14 @@ def test_replay_leaves_no_trace_and_rows_sum_to_one(llama: PatchedEngine) -> Non
         np.testing.assert_allclose(seen[i], tapped[i][:, :, :28].max(axis=1), atol=1e-6)
 
 
-@pytest.mark.parametrize("cache_type", [1, 8], ids=["F16", "Q8_0"])
+@pytest.mark.parametrize("cache_type", ["f16", "q8_0", "q8_0/q4_0"])
 @pytest.mark.parametrize("arch", UNIFORM)
 def test_a_replay_that_looks_near_sees_what_is_left_when_the_rest_is_removed(
-    tiny_model: Callable[..., Path], arch: str, cache_type: int
+    tiny_model: Callable[..., Path], arch: str, cache_type: str
 ) -> None:
     """Forty tokens from the 260th on look at their own cells, N_AROUND = 64 before these and the sinks."""
     near = slice(196, 300)
-    rtol = 2e-2 if cache_type == 1 else 5e-2  # rounded to blocks, a little goes a long way
+    rtol = 2e-2 if cache_type == "f16" else 5e-2  # rounded to blocks, a little goes a long way
     engines = [patched(tiny_model(arch), n_cells=512, cache_type=cache_type) for _ in range(2)]
     with engines[0] as narrow, engines[1] as removed:
         narrow.decode(TOKENS[:60])
@@ -565,9 +586,9 @@ def test_attention_seen_while_reading_is_that_of_a_forward_pass(tiny_model: Call
             np.testing.assert_allclose(counted, expected, atol=1e-2)
 
 
-@pytest.mark.parametrize("cache_type", [1, 8])
+@pytest.mark.parametrize("cache_type", ["f16", "q8_0/q4_0"])
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3"])
-def test_a_snapshot_restores_bytes_and_future(tiny_model: Callable[..., Path], arch: str, cache_type: int) -> None:
+def test_a_snapshot_restores_bytes_and_future(tiny_model: Callable[..., Path], arch: str, cache_type: str) -> None:
     path = tiny_model(arch, n_layers=7 if arch == "gemma3" else 3)
     with patched(path, cache_type=cache_type) as first, patched(path, cache_type=cache_type) as second:
         second.decode(TOKENS[:33])
@@ -615,7 +636,7 @@ def test_a_snapshot_that_does_not_belong_changes_nothing(tiny_model: Callable[..
     llama.decode(TOKENS[:100])
     llama.rewrite(uneven(np.random.default_rng(0), llama, 8), 8)
     taken, before = llama.snapshot(), exported(llama)
-    with patched(tiny_model("llama"), cache_type=8) as quantized:
+    with patched(tiny_model("llama"), cache_type="q8_0") as quantized:
         quantized.decode(TOKENS[:9])
         wrong = [quantized.snapshot()]
     wrong += [

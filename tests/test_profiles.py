@@ -141,7 +141,7 @@ def test_profile_and_run(
     model = tiny_model(n_ctx=4096)
     text = tmp_path / "text.txt"
     text.write_text("Allworkandnoplay." * 40)
-    chat = ["run", model, "--budget", "0.3", "--ctx", "1024", "-f", text, "-p", "Hi", "--temp", "0", "--max-tokens", 4]
+    chat = ["run", model, "--budget", "0.21", "--ctx", "1024", "-f", text, "-p", "Hi", "--temp", "0", "--max-tokens", 4]
     refused(program(*chat, "--scoring", "profile"), 1, "kvcompose-local profile")
     done = program("profile", model, "--texts", "2", "--length", "300")
     assert (done.returncode, done.stdout) == (0, "")

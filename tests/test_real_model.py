@@ -45,7 +45,7 @@ def test_the_default_model_chats_and_remembers(real_model: Callable[[str], Path]
     first, second = told["answers"]
     assert "Paris" in first
     assert "Rome" in second, "only the first turn tells what is asked about"
-    assert told["kv_bytes"] == told["kv_bytes_full"] * 3 / 4 * 17 / 32  # 768 cells in q8_0: at most half of the bytes
+    assert told["kv_bytes"] == told["kv_bytes_full"] * 13 / 32  # all positions: half of the bytes buys more than that
     assert told["compactions"] == 0, "nothing is compressed before it must be"
 
 
@@ -54,9 +54,9 @@ def test_a_needle_survives_half_of_the_cells(real_model: Callable[[str], Path], 
     text.write_text(haystack(3000, 0.5), encoding="utf-8")
     told, said = run(
         real_model("qwen2.5-coder-0.5b"),
-        *("--ctx", "1024", "--budget", "0.3", "--max-tokens", "32", "-f", str(text), "-p", QUESTION),
+        *("--ctx", "1024", "--budget", "0.21", "--max-tokens", "32", "-f", str(text), "-p", QUESTION),
     )
-    assert told["kv_bytes"] <= 0.3 * told["kv_bytes_full"]
+    assert told["kv_bytes"] <= 0.21 * told["kv_bytes_full"]
     assert told["kv_bytes_used"] <= told["kv_bytes"]
     assert told["positions"] > max(told["layer_cells"]), "there are fewer cells than tokens that were read"
     assert told["compactions"] >= 1

@@ -48,7 +48,7 @@ def terminal(tiny_model: TinyModel, tmp_path: Path) -> Iterator[Terminal]:
             "--temp",
             "0",
         ]
-        command += ["--budget", "0.27", "--ctx", "1024", "--max-tokens", "20", *options]
+        command += ["--budget", "0.21", "--ctx", "1024", "--max-tokens", "20", *options]
         child = pexpect.spawn(
             sys.executable,
             command,

@@ -25,7 +25,7 @@ CLOSE = 0.02
 
 
 @contextmanager
-def chat_of(path: Path, *, budget: float = 0.27, cache_type: str | None = None) -> Iterator[tuple[Chat, LlamaEngine]]:
+def chat_of(path: Path, *, budget: float = 0.21, cache_type: str | None = None) -> Iterator[tuple[Chat, LlamaEngine]]:
     engine, n_ctx = open_engine(
         path, n_ctx=2048, budget=budget, n_threads=1, cache_type=cache_type, sampling=Sampling(temperature=0)
     )
@@ -40,7 +40,7 @@ def logits_after(chat: Chat, engine: LlamaEngine, *messages: str, answer: int = 
     return engine.logits().copy()
 
 
-@pytest.mark.parametrize(("arch", "budget"), [("llama", 0.27), ("llama", 1), ("gemma3", 0.27), ("gemma3", 1)])
+@pytest.mark.parametrize(("arch", "budget"), [("llama", 0.21), ("llama", 1), ("gemma3", 0.21), ("gemma3", 1)])
 def test_what_was_taken_back_leaves_no_trace(tiny_model: TinyModel, arch: str, budget: float) -> None:
     rebuilt: list[int] = []
     with chat_of(tiny_model(arch, n_layers=6), budget=budget) as (chat, engine):

@@ -26,13 +26,12 @@ from gguf import GGUFReader
 from kvcompose_local import profiles
 from kvcompose_local.build import library_dir
 from kvcompose_local.compaction import CacheMemory
-from kvcompose_local.engines import cells_for, physical_cores
+from kvcompose_local.engines import cells_for, physical_cores, share_of
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import EngineError, InvalidInput, KVComposeError
 from kvcompose_local.interfaces import CacheSnapshot, LayerShape, Sampling
-from kvcompose_local.llama_ffi.context import CACHE_TYPES
 from kvcompose_local.llama_ffi.library import library_path
 from kvcompose_local.llama_ffi.model import Model
 from kvcompose_local.profiles import Profile
@@ -204,7 +203,7 @@ def _patched(
         model,
         n_cells=n_cells,
         n_threads=n_threads,
-        cache_type=CACHE_TYPES[cache_type],
+        cache_type=cache_type,
         n_ubatch=n_ubatch,
         sampling=Sampling(temperature=0),
     )
@@ -249,10 +248,11 @@ def measure(
     of too few cells.
     """
     threads = n_threads or physical_cores()
-    cells = {f"budget {budget:g}": cells_for(n_tokens, budget, cache_type) for budget in budgets}
     with ExitStack() as stack:
         model = Model(path)
         stack.callback(model.close)
+        share = share_of(model, cache_type)
+        cells = {f"budget {budget:g}": cells_for(n_tokens, budget, share) for budget in budgets}
         tokens = text_tokens(model, sentences, n_tokens)
         n_cells = padded(n_tokens + _ANSWER_CELLS + 512)
         modes: list[Mode] = []

@@ -12,14 +12,15 @@ import psutil
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.errors import InvalidInput, ModelError
-from kvcompose_local.interfaces import BLOCK, VALUE_BYTES, Sampling
+from kvcompose_local.interfaces import BLOCK, Sampling, share_of_f16
 from kvcompose_local.llama_ffi.cells import library_is_patched
-from kvcompose_local.llama_ffi.context import CACHE_TYPES
 from kvcompose_local.llama_ffi.model import Model
 
-#: How cells are stored under a budget: nearly twice as many fit, which is worth far more than what rounding costs
-#: (docs/results.md).
-QUANTIZED = "q8_0"
+#: How cells are stored under a budget: two and a half times as many fit, which is worth far more than what rounding
+#: costs (docs/results.md). Keys need 8 bits, values 4.
+QUANTIZED = "q8_0/q4_0"
+#: The same where a GPU, whose flash attention mostly wants K and V of one type, may take part.
+QUANTIZED_GPU = "q8_0"
 #: Positions a chat may span when the user does not say.
 DEFAULT_CTX = 8192
 
@@ -32,10 +33,10 @@ def physical_cores() -> int:
     return max(1, min(cores, allowed))
 
 
-def cells_for(n_ctx: int, budget: float, cache_type: str = "f16") -> int:
+def cells_for(n_ctx: int, budget: float, share: Fraction = Fraction(1)) -> int:
     """Cells that ``budget`` of the bytes of ``n_ctx`` F16 cells buys, at most ``n_ctx``.
 
-    Rounded down to llama.cpp's padding, and up where all positions fit.
+    share: of a cell's bytes in those of an F16 one. Rounded down to llama.cpp's padding, and up where all fit.
     """
     if not 0 < budget <= 1 or not math.isfinite(budget):
         raise InvalidInput(f"--budget is a share in (0, 1], not {budget}")
@@ -44,12 +45,10 @@ def cells_for(n_ctx: int, budget: float, cache_type: str = "f16") -> int:
     whole = -(-n_ctx // CELL_PADDING) * CELL_PADDING
     if budget == 1:
         return whole
-    bought = Fraction(str(budget)) * n_ctx * VALUE_BYTES["f16"] / VALUE_BYTES[cache_type]
-    cells = min(int(bought) // CELL_PADDING * CELL_PADDING, whole)
+    cells = min(int(Fraction(str(budget)) * n_ctx / share) // CELL_PADDING * CELL_PADDING, whole)
     if cells == 0:
         raise InvalidInput(
-            f"--budget {budget} of --ctx {n_ctx} is under {CELL_PADDING} {cache_type} cells, the least there is: "
-            "raise one of them"
+            f"--budget {budget} of --ctx {n_ctx} is under {CELL_PADDING} cells, the least there is: raise one of them"
         )
     return cells
 
@@ -70,12 +69,12 @@ def open_engine(
     """Load a model under a budget; returns the engine and the number of positions.
 
     engine_name: "patched" or "stock"; None takes the patched one when the library has it. n_ctx None takes 8192 or the
-    model's trained length, whichever is less. cache_type, of VALUE_BYTES: None takes q8_0 where cells are composed and
-    F16 elsewhere. load: as :class:`Model`, where that has been begun
+    model's trained length, whichever is less. cache_type, of CACHE_TYPES: None takes a quantized one where cells are
+    composed and F16 elsewhere. load: as :class:`Model`, where that has been begun
     already. Raises InvalidInput for impossible numbers, before the weights are read where that can be known, and
     ModelError for models that cannot run.
     """
-    cells_for(DEFAULT_CTX if n_ctx is None else n_ctx, budget, cache_type or QUANTIZED)
+    cells_for(DEFAULT_CTX if n_ctx is None else n_ctx, budget, share_of_f16(cache_type or QUANTIZED))
     model = load(path, gpu_layers=gpu_layers, progress=progress)
     try:
         if not model.can_generate:
@@ -86,25 +85,37 @@ def open_engine(
         threads = n_threads or physical_cores()
         patched = engine_name == "patched" or (engine_name is None and library_is_patched())
         if cache_type is None:
-            cache_type = QUANTIZED if budget < 1 and patched and _has_whole_blocks(model) else "f16"
-        n_cells = cells_for(positions, budget, cache_type)
+            quantized = budget < 1 and patched and has_whole_blocks(model)
+            cache_type = (QUANTIZED_GPU if gpu_layers else QUANTIZED) if quantized else "f16"
+        n_cells = cells_for(positions, budget, share_of(model, cache_type))
         open_ = _patched if patched else _stock
-        engine = open_(model, n_cells, threads, CACHE_TYPES[cache_type], sampling, budget)
+        engine = open_(model, n_cells, threads, cache_type, sampling, budget)
     except BaseException:
         model.close()
         raise
     return engine, positions
 
 
-def _has_whole_blocks(model: Model) -> bool:
-    """Whether every head's key and value are whole blocks of a quantized type."""
+def _head_sizes(model: Model, *names: str) -> list[int]:
+    """Numbers of a head, by the keys of its GGUF header."""
     head = model.n_embd // max(model.n_heads, 1)
-    keys = ("key_length", "value_length", "key_length_swa", "value_length_swa")
-    return all(int(model.metadata(f"{model.architecture}.attention.{key}") or head) % BLOCK == 0 for key in keys)
+    return [int(model.metadata(f"{model.architecture}.attention.{name}") or head) for name in names]
+
+
+def has_whole_blocks(model: Model) -> bool:
+    """Whether every head's key and value are whole blocks of a quantized type."""
+    sizes = _head_sizes(model, "key_length", "value_length", "key_length_swa", "value_length_swa")
+    return all(size % BLOCK == 0 for size in sizes)
+
+
+def share_of(model: Model, cache_type: str) -> Fraction:
+    """What a cell of a model takes of the bytes of an F16 one."""
+    k_size, v_size = _head_sizes(model, "key_length", "value_length")
+    return share_of_f16(cache_type, k_size, v_size) if k_size + v_size else Fraction(1)
 
 
 def _patched(
-    model: Model, n_cells: int, n_threads: int, cache_type: int, sampling: Sampling | None, budget: float
+    model: Model, n_cells: int, n_threads: int, cache_type: str, sampling: Sampling | None, budget: float
 ) -> LlamaEngine:
     """The patched engine; at budget 1 the stock one runs what cannot be composed."""
     try:
@@ -123,7 +134,7 @@ def _patched(
 
 
 def _stock(
-    model: Model, n_cells: int, n_threads: int, cache_type: int, sampling: Sampling | None, budget: float
+    model: Model, n_cells: int, n_threads: int, cache_type: str, sampling: Sampling | None, budget: float
 ) -> LlamaEngine:
     from kvcompose_local.engines.stock import StockEngine  # late: it reads GGML's tables, which take time to import
 

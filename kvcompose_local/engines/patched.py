@@ -29,7 +29,7 @@ from kvcompose_local.interfaces import (
     Selection,
 )
 from kvcompose_local.llama_ffi.cells import PerLayerCells
-from kvcompose_local.llama_ffi.context import F16, Context, cache_type_name
+from kvcompose_local.llama_ffi.context import Context
 from kvcompose_local.llama_ffi.library import give_small_blocks_back
 from kvcompose_local.llama_ffi.model import Model
 
@@ -66,7 +66,7 @@ class PatchedEngine(LlamaEngine):
         *,
         n_cells: int,
         n_threads: int,
-        cache_type: int = F16,
+        cache_type: str = "f16",
         n_ubatch: int = PREFILL_MICRO_BATCH,
         sampling: Sampling | None = None,
     ) -> None:
@@ -93,7 +93,8 @@ class PatchedEngine(LlamaEngine):
                 LayerShape(x.il, model.n_heads_of(x.il), x.n_head_kv, x.k_row_bytes + x.v_row_bytes, x.arena)
                 for x in layers
             ),
-            cache_type_name(cache_type),
+            cache_type,
+            sum(2 * x.n_head_kv * (x.head_dim_k + x.head_dim_v) for x in layers),
         )
         super().__init__(model, context, shape, sampling)
         info = self._cells.info()

@@ -24,11 +24,11 @@ from kvcompose_local.interfaces import (
     Sampling,
     Selection,
 )
-from kvcompose_local.llama_ffi.context import F16, Context, cache_type_name
+from kvcompose_local.llama_ffi.context import Context, type_numbers
 from kvcompose_local.llama_ffi.model import Model
 
 
-def uniform_shape(model: Model, cache_type: int, *, scoring: bool) -> ModelShape:
+def uniform_shape(model: Model, cache_type: str, *, scoring: bool) -> ModelShape:
     """The layers of a model whose layers are all alike, from its GGUF header.
 
     Raises ModelError where layers differ, which only the patched engine can tell apart, unless they need not be told
@@ -40,10 +40,13 @@ def uniform_shape(model: Model, cache_type: int, *, scoring: bool) -> ModelShape
             raise ModelError(f"layers of {arch} differ in heads, which the stock engine cannot tell apart")
     head = model.n_embd // max(model.n_heads, 1)
     dims = [int(model.metadata(f"{arch}.attention.{key}") or head) for key in ("key_length", "value_length")]
-    row = sum(row_bytes(cache_type, model.n_kv_heads * dim) for dim in dims)
+    sizes = [model.n_kv_heads * dim for dim in dims]
+    row = sum(map(row_bytes, type_numbers(cache_type), sizes))
     n_heads = max(model.n_heads, 1)  # recurrent models have none
     layers = tuple(LayerShape(i, n_heads, model.n_kv_heads, row) for i in range(model.n_layers))
-    return ModelShape(model.name, arch, model.n_ctx_train, model.n_vocab, layers, cache_type_name(cache_type))
+    return ModelShape(
+        model.name, arch, model.n_ctx_train, model.n_vocab, layers, cache_type, 2 * sum(sizes) * len(layers)
+    )
 
 
 class StockEngine(LlamaEngine):
@@ -62,7 +65,7 @@ class StockEngine(LlamaEngine):
         n_cells: int,
         n_threads: int,
         scoring: bool = True,
-        cache_type: int = F16,
+        cache_type: str = "f16",
         n_ubatch: int | None = None,
         sampling: Sampling | None = None,
     ) -> None:
@@ -72,7 +75,7 @@ class StockEngine(LlamaEngine):
                 f"{model.architecture} has a {kind} cache, which the stock engine cannot compose: "
                 "use --budget 1, or build the patched engine with `kvcompose-local build`"
             )
-        if scoring and cache_type != F16:
+        if scoring and cache_type != "f16":
             raise InvalidInput("the stock engine composes an F16 cache only; `kvcompose-local build` lifts that")
         shape = uniform_shape(model, cache_type, scoring=scoring)
         # A sixth of the cache, since all reading goes through the explicit softmax here.
@@ -94,7 +97,7 @@ class StockEngine(LlamaEngine):
         # llama.cpp's own serialization of the others is not taken apart here.
         self.cannot_snapshot = "" if kind == "attention" else f"{model.architecture} has a {kind} cache"
         self._n_cells = n_cells
-        self._cache_type = cache_type
+        self._types = type_numbers(cache_type)
         self._transposed = scoring  # llama.cpp lays V out by element where flash attention is off
         self._n_composed = 0
         self._first_live = 0
@@ -169,8 +172,8 @@ class StockEngine(LlamaEngine):
             raise ContextFull(f"{n} cells do not fit in {self._n_cells}")
         cells = CellBlock(
             np.arange(snapshot.position - n, snapshot.position, dtype=np.int32),
-            tuple(Plane.of_rows(self._cache_type, rows) for rows in snapshot.keys),
-            tuple(Plane.of_rows(self._cache_type, rows, transposed=self._transposed) for rows in snapshot.values),
+            tuple(Plane.of_rows(self._types[0], rows) for rows in snapshot.keys),
+            tuple(Plane.of_rows(self._types[1], rows, transposed=self._transposed) for rows in snapshot.values),
         )
         self._replace_cells(cells, snapshot.n_live, snapshot.position)
 

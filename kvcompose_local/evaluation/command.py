@@ -11,7 +11,7 @@ import click
 
 KEEPS = (0.75, 0.5, 0.25, 0.15, 0.1, 0.05)
 #: What the chat does under a budget, in the registry of methods, and how it stores cells.
-OURS = "kvcompose-local+q8_0"
+OURS = "kvcompose-local+q8_0/q4_0"
 QUICK_TASKS = ("niah_multikey_1", "needles_8", "qa")
 QUICK_BUDGETS = (0.5, 0.25, 0.1)
 
@@ -39,8 +39,8 @@ def _names(_context: click.Context, _parameter: click.Parameter, value: str) -> 
     callback=_names,
     default=OURS,
     show_default=True,
-    help="Comma-separated, or `all`; NAME+q8_0 and NAME+q4_0 keep their cells in that type (full+q8_0: all of them), "
-    "`streaming` reads turn by turn as the chat does.",
+    help="Comma-separated, or `all`; NAME+q8_0, NAME+q4_0 and NAME+q8_0/q4_0 keep their cells in that type "
+    "(full+q8_0: all of them), `streaming` reads turn by turn as the chat does.",
 )
 @click.option(
     "--keep", "keeps", callback=_numbers, default=",".join(map(str, KEEPS)), show_default=True, help="Keep ratios."
@@ -81,14 +81,14 @@ def eval_command(
     from kvcompose_local.engines.patched import PatchedEngine
     from kvcompose_local.errors import InvalidInput
     from kvcompose_local.evaluation import report
-    from kvcompose_local.evaluation.harness import FULL, Evaluation, check_method, room_for, share_of_f16
+    from kvcompose_local.evaluation.harness import FULL, Evaluation, check_method, room_for, share_of
     from kvcompose_local.evaluation.methods import method_names
     from kvcompose_local.evaluation.tasks import TASKS, make_item
     from kvcompose_local.repl import Status
 
     if quick:
         tasks, methods, items, length = QUICK_TASKS, (OURS,), 2, 1024
-        keeps = tuple(round(budget / share_of_f16(OURS), 4) for budget in QUICK_BUDGETS)
+        keeps = tuple(round(budget / share_of(OURS), 4) for budget in QUICK_BUDGETS)
     tasks = tasks or tuple(TASKS)
     if set(tasks) - set(TASKS):
         raise InvalidInput(f"the tasks are {', '.join(TASKS)}")

@@ -24,8 +24,7 @@ from kvcompose_local.evaluation.methods import find_method
 from kvcompose_local.evaluation.quantized import quantized
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import Item, Question
-from kvcompose_local.interfaces import VALUE_BYTES, CacheSnapshot, IntArray
-from kvcompose_local.llama_ffi.context import CACHE_TYPES
+from kvcompose_local.interfaces import CacheSnapshot, IntArray, share_of_f16
 
 #: The name of the uncompressed cache among the methods.
 FULL = "full"
@@ -33,7 +32,7 @@ FULL = "full"
 STREAMING = "streaming"
 _N_TURNS = 16
 #: What a method's name may end in: its cells are of this type, so that they take fewer bytes than the keep ratio says.
-QUANTIZED = ("+q8_0", "+q4_0")
+QUANTIZED = ("+q8_0", "+q4_0", "+q8_0/q4_0")
 _GAP = "\x00"
 
 
@@ -72,10 +71,10 @@ def _without_type(name: str) -> tuple[str, str]:
     return (base, kind) if name.endswith(QUANTIZED) else (name, "")
 
 
-def share_of_f16(name: str) -> float:
+def share_of(name: str) -> float:
     """What a method's cells take of the bytes of as many F16 ones."""
     _, kind = _without_type(name)
-    return float(VALUE_BYTES[kind or "f16"] / VALUE_BYTES["f16"])
+    return float(share_of_f16(kind or "f16"))
 
 
 def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -210,13 +209,13 @@ class Evaluation:
         if not kind:
             return self.engine
         if kind not in self._others:
-            self._others[kind] = self._new_engine(self._n_cells, CACHE_TYPES[kind])
+            self._others[kind] = self._new_engine(self._n_cells, kind)
         return self._others[kind]
 
     def _streamed(self, tokens: Sequence[int], keep: float, kind: str) -> _Start:
         """The context as a chat would read it, turn by turn, in a cache of ``keep`` of its cells."""
         n_cells = max(round(keep * len(tokens) / CELL_PADDING), 1) * CELL_PADDING  # the record says how many they are
-        small = self._new_engine(n_cells, CACHE_TYPES[kind or "f16"], SMALL_MICRO_BATCH)
+        small = self._new_engine(n_cells, kind or "f16", SMALL_MICRO_BATCH)
         try:
             memory = CacheMemory(small, len(tokens))
             size = -(-len(tokens) // _N_TURNS)
@@ -228,9 +227,7 @@ class Evaluation:
         finally:
             small.close_context()
 
-    def _new_engine(
-        self, n_cells: int, cache_type: int = CACHE_TYPES["f16"], n_ubatch: int = PREFILL_MICRO_BATCH
-    ) -> PatchedEngine:
+    def _new_engine(self, n_cells: int, cache_type: str = "f16", n_ubatch: int = PREFILL_MICRO_BATCH) -> PatchedEngine:
         return PatchedEngine(
             self.engine.model,
             n_cells=-(-n_cells // CELL_PADDING) * CELL_PADDING,

@@ -16,19 +16,20 @@ _ROTATED = 64
 
 
 def quantized(snapshot: CacheSnapshot, shape: ModelShape, kind: str) -> CacheSnapshot:
-    """The cells of an F16 cache as ``kind``, such as "q8_0": rotated as llama.cpp does before it rounds, then rounded.
+    """The cells of an F16 cache as ``kind``, "q8_0" or "q8_0/q4_0": rotated as llama.cpp does, then rounded.
 
-    Reading the text into a quantized cache takes several times as long on a CPU, and each of its layers would see the
-    errors of those below. Here all methods start from the same keys and values, which favours the quantized ones.
+    While a text is read into a quantized cache, each of its layers sees the errors of those below. Here all methods
+    start from the same keys and values, which favours the quantized ones; `streaming` reads as a chat does.
     """
+    k_kind, _, v_kind = kind.partition("/")
     heads = [layer.n_kv_heads for layer in shape.layers]
     k_size, v_size = (_rotated_size(planes, heads) for planes in (snapshot.keys, snapshot.values))
     k_rotation = _hadamard(k_size & -k_size) if k_size else None  # the largest power of two that divides it
     v_rotation = _hadamard(_ROTATED) if v_size else None
     return replace(
         snapshot,
-        keys=tuple(_stored(rows, k_rotation, kind) for rows in snapshot.keys),
-        values=tuple(_stored(rows, v_rotation, kind) for rows in snapshot.values),
+        keys=tuple(_stored(rows, k_rotation, k_kind) for rows in snapshot.keys),
+        values=tuple(_stored(rows, v_rotation, v_kind or k_kind) for rows in snapshot.values),
     )
 
 

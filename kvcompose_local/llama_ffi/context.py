@@ -16,9 +16,8 @@ from kvcompose_local.interrupts import uninterrupted
 from kvcompose_local.llama_ffi.library import bind, clear_log, last_log, lib
 from kvcompose_local.llama_ffi.model import Model
 
-#: ggml's type numbers of what a cache may be stored as.
-CACHE_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
-F16 = CACHE_TYPES["f16"]
+#: ggml's type numbers of what K and V may be stored as.
+_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
 _SOFTMAX_PREFIX = b"kq_soft_max-"
 _WATCH_PREFIX = b"kq_watch-"
 _WINDOW_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
@@ -40,9 +39,10 @@ _ggml_tensor_get = bind(
 )
 
 
-def cache_type_name(number: int) -> str:
-    """The name of a ggml type number."""
-    return next(name for name, value in CACHE_TYPES.items() if value == number)
+def type_numbers(cache_type: str) -> tuple[int, int]:
+    """ggml's numbers of what K and V are stored as in a cache of this type, such as ``q8_0`` or ``q8_0/q4_0``."""
+    k, _, v = cache_type.partition("/")
+    return _TYPES[k], _TYPES[v or k]
 
 
 class _Floats:
@@ -64,7 +64,7 @@ class Context:
     """A llama.cpp context with one sequence.
 
     n_ctx: cells, a multiple of 256; n_ubatch: most tokens of a micro-batch; flash_attention: False makes the softmax
-    visible in every pass and V transposed; cache_type: ggml type number of K and V; callback_at_creation: let the tap
+    visible in every pass and V transposed; cache_type: see :func:`type_numbers`; callback_at_creation: let the tap
     work from the start (an unpatched llama.cpp cannot install it later).
     """
 
@@ -76,7 +76,7 @@ class Context:
         n_ubatch: int,
         n_threads: int,
         flash_attention: bool,
-        cache_type: int = F16,
+        cache_type: str = "f16",
         callback_at_creation: bool = False,
     ) -> None:
         self.model = model
@@ -99,8 +99,7 @@ class Context:
         params.n_threads = n_threads
         params.n_threads_batch = n_threads
         params.flash_attn_type = 1 if flash_attention else 0
-        params.type_k = cache_type
-        params.type_v = cache_type
+        params.type_k, params.type_v = type_numbers(cache_type)
         params.swa_full = False
         params.no_perf = True
         if callback_at_creation:

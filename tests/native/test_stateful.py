@@ -21,22 +21,22 @@ from kvcompose_local.llama_ffi.model import Model
 
 STEPS = 150
 RUNS = [
-    ("llama", 1),
-    ("gemma2", 8),
-    ("qwen2", 2),
-    ("gemma3", 1),
-    ("phi3", 8),
-    ("llama", 30),
-    ("qwen3", 0),
-    ("gemma2", 1),
+    ("llama", "f16"),
+    ("gemma2", "q8_0/q4_0"),
+    ("qwen2", "q4_0"),
+    ("gemma3", "f16"),
+    ("phi3", "q8_0/q4_0"),
+    ("llama", "bf16"),
+    ("qwen3", "f32"),
+    ("gemma2", "f16"),
 ]
 
 
 @pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
 @pytest.mark.parametrize(("seed", "arch", "cache_type"), [(i, *run) for i, run in enumerate(RUNS)])
-def test_no_operation_aborts(tiny_model: Callable[..., Path], seed: int, arch: str, cache_type: int) -> None:
+def test_no_operation_aborts(tiny_model: Callable[..., Path], seed: int, arch: str, cache_type: str) -> None:
     model = tiny_model(arch, n_layers=7 if arch == "gemma3" else 4)
-    command = [sys.executable, __file__, str(model), str(cache_type), str(seed), str(STEPS)]
+    command = [sys.executable, __file__, str(model), cache_type, str(seed), str(STEPS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{STEPS} steps" in done.stdout
@@ -45,7 +45,7 @@ def test_no_operation_aborts(tiny_model: Callable[..., Path], seed: int, arch: s
 class Walk:
     """A context, what its cache must hold, and one method for each operation."""
 
-    def __init__(self, path: Path, cache_type: int, seed: int) -> None:
+    def __init__(self, path: Path, cache_type: str, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
         self.context = Context(
             Model(path), n_ctx=256, n_ubatch=64, n_threads=1, flash_attention=True, cache_type=cache_type
@@ -228,7 +228,7 @@ class Walk:
 
 
 def main(path: str, cache_type: str, seed: str, steps: str) -> None:
-    walk = Walk(Path(path), int(cache_type), int(seed))
+    walk = Walk(Path(path), cache_type, int(seed))
     done: list[str] = []
     try:
         for _ in range(int(steps)):
