@@ -228,7 +228,7 @@ def test_ctrl_c_in_a_compaction_leaves_the_chat_whole(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("Allworkandnoplay." * 320)
-    child = terminal("--ctx", "16384", "--temp", "2", model=tiny_model(n_ctx=16384, n_layers=12))  # slow enough
+    child = terminal("--ctx", "16384", "--temp", "2", model=tiny_model(n_ctx=16384, n_layers=36))  # slow enough
     assert re.search(r"read \d+ tokens of .*: ask about it$", say(child, f"/read {text}"))
     before = say(child, "/stats").splitlines()
     child.send("/compress 0.3\r")

@@ -157,10 +157,15 @@ def library_path() -> Path:
 
 #: More than any model has.
 _ALL_LAYERS = 999
+_GPU_TYPES = (1, 2)  # GGML_BACKEND_DEVICE_TYPE_GPU and _IGPU
+_device_by_type = bind("ggml_backend_dev_by_type", ctypes.c_void_p, ctypes.c_int)
 
 
 def layers_to_offload(wanted: int | None, workers: Sequence[str] = ()) -> int:
-    """``wanted``, or where that is None all layers if there are workers or this build knows a GPU, and none if not."""
+    """``wanted``, or where that is None all layers if there are workers or a GPU, and none if not.
+
+    ``llama_supports_gpu_offload`` does not tell: it is true of every build that could use workers.
+    """
     if wanted is not None:
         return wanted
-    return _ALL_LAYERS if workers or lib.llama_supports_gpu_offload() else 0
+    return _ALL_LAYERS if workers or any(map(_device_by_type, _GPU_TYPES)) else 0
