@@ -185,6 +185,23 @@ def test_quantized_and_streaming_trials(tiny_model: Callable[..., Path], tmp_pat
 
 
 @needs_patch
+@pytest.mark.parametrize(("head", "method"), [(32, "kvcompose-local+q8_0/q4_0"), (40, "kvcompose-local")])
+def test_quick_asks_what_the_chat_would_do(
+    tiny_model: Callable[..., Path], tmp_path: Path, head: int, method: str
+) -> None:
+    model, out = tiny_model("llama", n_ctx=16384, n_layers=2, head=head), tmp_path / "out.jsonl"
+    options = ["eval", str(model), "--threads", "1", "-o", str(out)]
+    done = CliRunner().invoke(cli, [*options, "--quick"])
+    assert done.exit_code == 0, done.output
+    kept = {(r["method"], round(r["kept"], 2)) for r in map(json.loads, out.read_text().splitlines())}
+    most = 0.41 if head == 32 else 0.5  # all cells take no more
+    assert kept == {("full", 1.0), (method, most), (method, 0.25), (method, 0.1)}
+    if head == 40:
+        refused = CliRunner().invoke(cli, [*options, "--methods", "full+q8_0"])
+        assert "no whole blocks" in str(refused.exception)
+
+
+@needs_patch
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q8_0/q4_0"])
 def test_quantized_cells_are_llama_cpps_own(real_model: Callable[[str], Path], kind: str) -> None:
     """What llama.cpp stores itself is the oracle, in the first layer: those above see the errors of reading."""

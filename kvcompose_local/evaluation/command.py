@@ -77,18 +77,18 @@ def eval_command(
     out. Results go to the output file as they come, Ctrl-C stops, and the same command goes on.
     """
     from kvcompose_local import models
-    from kvcompose_local.engines import open_engine, physical_cores
+    from kvcompose_local.engines import has_whole_blocks, open_engine, physical_cores
     from kvcompose_local.engines.patched import PatchedEngine
     from kvcompose_local.errors import InvalidInput
     from kvcompose_local.evaluation import report
-    from kvcompose_local.evaluation.harness import FULL, Evaluation, check_method, room_for, share_of
+    from kvcompose_local.evaluation.harness import FULL, Evaluation, cell_share, check_method, room_for
     from kvcompose_local.evaluation.methods import method_names
     from kvcompose_local.evaluation.tasks import TASKS, make_item
     from kvcompose_local.repl import Status
 
     if quick:
         tasks, methods, items, length = QUICK_TASKS, (OURS,), 2, 1024
-        keeps = tuple(round(budget / share_of(OURS), 4) for budget in QUICK_BUDGETS)
+        keeps = tuple(round(min(budget / cell_share(OURS), 1), 4) for budget in QUICK_BUDGETS)
     tasks = tasks or tuple(TASKS)
     if set(tasks) - set(TASKS):
         raise InvalidInput(f"the tasks are {', '.join(TASKS)}")
@@ -104,6 +104,10 @@ def eval_command(
     with engine:
         if not isinstance(engine, PatchedEngine):
             raise InvalidInput("the evaluation needs the patched engine: run `kvcompose-local build`")
+        if quick and not has_whole_blocks(engine.model):
+            methods, keeps = (OURS.partition("+")[0],), QUICK_BUDGETS
+        if not has_whole_blocks(engine.model) and any("+q" in name for name in methods):
+            raise InvalidInput(f"heads of {path.name} are no whole blocks of a quantized type: choose other --methods")
         evaluation = Evaluation(engine, output, {"file": path.name}, n_threads=threads or physical_cores())
         trials = [(FULL, 1.0)]
         for name in methods:
@@ -132,14 +136,15 @@ def eval_command(
         ]
     if not records:
         return
+    ours = OURS if OURS in methods else methods[0]
     if as_json:
         found = [result.__dict__ for result in report.results(records)]
         click.echo(json.dumps({"tasks": report.tasks_that_count(records), "results": found}))
     else:
         click.echo(report.tables(records))
-        click.echo(f"\n{report.recommendation(records, OURS)}")
+        click.echo(f"\n{report.recommendation(records, ours)}")
     if plot is not None:
-        for file in report.plot(records, plot, OURS):
+        for file in report.plot(records, plot, ours):
             status.line(f"drew {file}")
 
 

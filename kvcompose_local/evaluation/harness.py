@@ -71,7 +71,7 @@ def _without_type(name: str) -> tuple[str, str]:
     return (base, kind) if name.endswith(QUANTIZED) else (name, "")
 
 
-def share_of(name: str) -> float:
+def cell_share(name: str) -> float:
     """What a method's cells take of the bytes of as many F16 ones."""
     _, kind = _without_type(name)
     return float(share_of_f16(kind or "f16"))

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcompose_local.errors import KVComposeError
-from kvcompose_local.evaluation.harness import FULL, share_of
+from kvcompose_local.evaluation.harness import FULL, cell_share
 
 Record = dict[str, Any]
 FloatList = npt.NDArray[np.float64]
@@ -170,7 +170,7 @@ def recommendation(records: Sequence[Record], method: str, within: float = 0.05)
     if not good:
         return f"no budget that was tried keeps {1 - within:.0%} of the full cache's score"
     best = next(r for r in found if r.keep == min(good))
-    budget = best.keep * share_of(method)
+    budget = best.keep * cell_share(method)
     return f"--budget {budget:.2g} keeps {best.share:.0%} of the full cache's score on these {best.n} questions"
 
 
