@@ -18,17 +18,18 @@ from kvcompose_local.interfaces import FloatArray, IntArray, LayerShape
 
 #: A float16 of at most 1 has two upper bits of 0; of its ten bits of fraction these are dropped.
 _LOST_BITS = 6
+#: Columns that are reserved for those to come: of a large cache a quarter would be memory for nothing.
+_MOST_SPARE = 1024
 
 
 class AttentionMax:
     """Running maximum over queries of the softmax weight on each token, by layer and query head.
 
-    ``n_heads`` is the number of query heads, one for all layers or one each. With ``exclude_nearest`` = n > 0
-    a query at position p counts for a token at position c only when ``p - c >= n``: every token looks at its
-    neighbours, which says nothing about who else needs them. Memory is that of the weights in ``dtype``, a quarter
-    or what :meth:`pick` reserves for columns to come, and one layer's while it is updated. ``dtype`` is float32,
-    float16, or uint8, which holds the middle bits of a float16: weights rounded down by a sixteenth at most, those
-    above 1 to 1.
+    ``n_heads`` is the number of query heads, one for all layers or one each. With ``exclude_nearest`` = n > 0 a query
+    at position p counts for a token at position c only when ``p - c >= n``: every token looks at its neighbours, which
+    says nothing about who else needs them. Memory is that of the weights in ``dtype``, up to a quarter or what
+    :meth:`pick` reserves for columns to come, and one layer's while it is updated. ``dtype`` is float32, float16, or
+    uint8, which holds the middle bits of a float16: weights rounded down by a sixteenth at most, those above 1 to 1.
 
     >>> seen = AttentionMax(n_layers=24, n_heads=14)
     >>> seen.update(0, weights, slice(0, n_context))  # for every layer and micro-batch
@@ -106,7 +107,7 @@ class AttentionMax:
         if end > n_known:
             if end > self._room[layer].shape[1]:
                 # Not one micro-batch at a time: freed arrays of every size would stay with the allocator.
-                spare = max(end // 4, 64) if n_known else 0
+                spare = min(max(end // 4, 64), _MOST_SPARE) if n_known else 0
                 self._room[layer] = np.zeros((n_heads, end + spare), self._dtype)
                 self._room[layer][:, :n_known] = largest
             self._room[layer][:, n_known:end] = 0
