@@ -6,7 +6,7 @@ import codecs
 import contextlib
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, zip_longest
 from typing import Any, NamedTuple, Protocol
@@ -218,7 +218,7 @@ class Chat:
         self.turns.append(stats)
         return stats
 
-    def ask(self, text: str, *, max_tokens: int, instead: bool = False) -> Iterator[str]:
+    def ask(self, text: str, *, max_tokens: int, instead: bool = False) -> Generator[str]:
         """Send a user message, perhaps ``instead`` of the last one; yields the answer in pieces of whole characters.
 
         ``turns[-1]`` holds the counts, and in ``stopped`` why it ended: ``end``, ``length``, ``context`` or
@@ -241,7 +241,7 @@ class Chat:
         self.turns.append(stats)
         yield from self._answer(stats, max_tokens)
 
-    def ask_again(self, *, max_tokens: int) -> Iterator[str]:
+    def ask_again(self, *, max_tokens: int) -> Generator[str]:
         """Another answer to the last message, in place of its own; otherwise as :meth:`ask`.
 
         An interrupt before its first token leaves the old answer in place. Raises InvalidInput without a message.

@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TextIO
@@ -240,14 +240,15 @@ class Repl:
         """Ask and stream; returns the turn's statistics."""
         return self._stream(self.chat.ask(message, max_tokens=self.max_tokens))
 
-    def _stream(self, pieces: Iterator[str]) -> TurnStats:
+    def _stream(self, pieces: Generator[str]) -> TurnStats:
         line_begins = True
-        for piece in pieces:
-            if line_begins or not piece.startswith("\n"):
-                self._warn_of_the_end(line_begins)
-            self.out.write(piece)
-            self.out.flush()
-            line_begins = piece.endswith("\n")
+        with contextlib.closing(pieces):  # so that what was answered counts where it cannot be written any more
+            for piece in pieces:
+                if line_begins or not piece.startswith("\n"):
+                    self._warn_of_the_end(line_begins)
+                self.out.write(piece)
+                self.out.flush()
+                line_begins = piece.endswith("\n")
         self.out.write("\n")
         self.out.flush()
         self._warn_of_the_end()

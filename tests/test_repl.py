@@ -434,3 +434,29 @@ def test_text_is_scored_while_the_user_types() -> None:
     assert scored.is_set()
     assert said.getvalue() == ""
     assert [thread for thread in threading.enumerate() if thread.name == "meanwhile"] == []
+
+
+def test_what_was_answered_counts_where_it_cannot_be_written() -> None:
+    """A window that is gone: the first pieces fit, and the chat that is saved then has them."""
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            if len(self.getvalue()) > 3:
+                raise OSError("Input/output error")
+            return super().write(text)
+
+    interrupts = Interrupts()
+    chat = Chat(FakeModel(), CacheMemory(FakeEngine(400, ["A long answer."]), 400, compose=False))
+    repl = Repl(
+        chat,
+        read_line=lambda: None,
+        out=Gone(),
+        status=Status(io.StringIO(), should_stop=interrupts),
+        interrupts=interrupts,
+        max_tokens=40,
+    )
+    with pytest.raises(OSError, match="Input/output") as raised:
+        repl.answer("Hello?")
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"]
+    assert chat.messages[-1]["content"].startswith("A lo")
+    assert raised.value.__traceback__ is not None  # which keeps the frames alive that hold the generator
