@@ -7,9 +7,11 @@ from pathlib import Path
 
 import psutil
 
-from kvcompose_local.engines import DEFAULT_CTX, QUANTIZED
+from kvcompose_local.engines import DEFAULT_CTX, default_cache_type
 from kvcompose_local.errors import InvalidInput, ModelError
 from kvcompose_local.interfaces import BLOCK, share_of_f16
+from kvcompose_local.llama_ffi.cells import library_is_patched
+from kvcompose_local.llama_ffi.library import layers_to_offload
 from kvcompose_local.llama_ffi.model import Model
 
 BUDGETS = (1.0, 0.5, 0.25, 0.1)
@@ -40,7 +42,8 @@ class Inspection:
     def type_at(self, budget: float) -> str:
         """How cells are stored under a budget."""
         whole_blocks = all(size % BLOCK == 0 for size in self.head_sizes)
-        return self.cache_type or (QUANTIZED if budget < 1 and whole_blocks else "f16")
+        on_gpu, patched = layers_to_offload(None) > 0, library_is_patched()
+        return self.cache_type or default_cache_type(budget, whole_blocks=whole_blocks, on_gpu=on_gpu, patched=patched)
 
     def row_bytes(self, budget: float) -> int:
         """Bytes of one token over all layers, uncompressed."""

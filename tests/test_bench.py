@@ -45,6 +45,17 @@ def test_a_run_and_its_json(tiny_model: Callable[..., Path], tmp_path: Path) -> 
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_heads_that_are_no_whole_blocks_are_measured_in_f16(tiny_model: Callable[..., Path]) -> None:
+    model = tiny_model("llama", n_ctx=8192, head=40)
+    done = CliRunner().invoke(
+        cli, ["bench", str(model), "--lengths", "600", "--budgets", "0.5", "--rounds", "1", "--tokens", "4"]
+    )
+    assert done.exit_code == 0, done.output
+    modes = json.loads(done.stdout.splitlines()[-1])["lengths"][0]["modes"]
+    assert [mode["name"] for mode in modes][:2] == [measure.FULL, "budget 0.5"]
+    assert modes[1]["kv_bytes"] == modes[0]["kv_bytes"] * 256 / 600
+
+
 def test_a_quarter_of_the_tokens_is_a_quarter_of_f16(tiny_model: Callable[..., Path]) -> None:
     options = ["--lengths", "1100", "--budgets", "0.25", "--cache-type", "f16", "--rounds", "1", "--tokens", "4"]
     done = CliRunner().invoke(cli, ["bench", str(tiny_model("llama", n_ctx=8192)), *options])

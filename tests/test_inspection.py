@@ -13,6 +13,7 @@ from kvcompose_local.cli import cli
 from kvcompose_local.engines import open_engine
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.inspection import inspect
+from kvcompose_local.llama_ffi.cells import library_is_patched
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "phi3"])
@@ -40,3 +41,15 @@ def test_the_command(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     assert re.search(r"^ *0\.25 .* 630 +q8_0/q4_0$", done.stdout, re.MULTILINE)
     wrong = CliRunner().invoke(cli, ["inspect", str(tiny_model()), "--ctx", "99999"])
     assert isinstance(wrong.exception, InvalidInput)
+
+
+@pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
+def test_the_type_is_the_one_that_a_run_takes(tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = inspect(tiny_model())
+    assert [found.type_at(budget) for budget in (1, 0.25)] == ["f16", "q8_0/q4_0"]
+    assert inspect(tiny_model("llama", head=40)).type_at(0.25) == "f16"
+    assert inspect(tiny_model(), cache_type="q5_1").type_at(1) == "q5_1"
+    monkeypatch.setattr("kvcompose_local.inspection.layers_to_offload", lambda _wanted: 99)
+    assert found.type_at(0.25) == "q8_0"
+    monkeypatch.setattr("kvcompose_local.inspection.library_is_patched", lambda: False)
+    assert found.type_at(0.25) == "f16"

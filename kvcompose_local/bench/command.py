@@ -38,9 +38,8 @@ def _budgets(_context: click.Context, _parameter: click.Parameter, value: str) -
 @click.option(
     "--cache-type",
     type=click.Choice(["q8_0/q4_0", "q8_0", "f16"]),
-    default="q8_0/q4_0",
-    show_default=True,
-    help="How cells are stored under a budget; in f16 a budget of 0.25 is a quarter of the tokens.",
+    help="How cells are stored under a budget; in f16 a budget of 0.25 is a quarter of the tokens.  "
+    "[default: as in run]",
 )
 @click.option("--rounds", type=click.IntRange(1, 100), default=5, show_default=True, help="Rounds of each mode.")
 @click.option("--tokens", type=click.IntRange(4, 200), default=24, show_default=True, help="Tokens decoded in a round.")
@@ -50,7 +49,7 @@ def bench_command(
     model: str | None,
     lengths: tuple[int, ...],
     budgets: tuple[float, ...],
-    cache_type: str,
+    cache_type: str | None,
     rounds: int,
     tokens: int,
     threads: int | None,

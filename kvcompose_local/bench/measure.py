@@ -26,7 +26,7 @@ from gguf import GGUFReader
 from kvcompose_local import profiles
 from kvcompose_local.build import library_dir
 from kvcompose_local.compaction import CacheMemory
-from kvcompose_local.engines import cells_for, physical_cores, share_of
+from kvcompose_local.engines import cells_for, default_cache_type, has_whole_blocks, physical_cores, share_of
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.engines.stock import StockEngine
@@ -234,7 +234,7 @@ def measure(
     n_tokens: int,
     budgets: Sequence[float],
     *,
-    cache_type: str,
+    cache_type: str | None,
     rounds: int,
     n_decode: int,
     n_threads: int | None = None,
@@ -243,14 +243,17 @@ def measure(
     """Measure one context length.
 
     sentences: the text, repeated where it is too short; budgets: shares of the uncompressed F16 cache, in cells of
-    ``cache_type``; rounds, n_decode: how often each mode decodes how many tokens. The unpatched library is measured
-    where it was built (``kvcompose-local build --stock``). Raises InvalidInput, before anything is read, for a budget
-    of too few cells.
+    ``cache_type``, by default the chat's; rounds, n_decode: how often each mode decodes how many tokens. The unpatched
+    library is measured where it was built (``kvcompose-local build --stock``). Raises InvalidInput, before anything is
+    read, for a budget of too few cells.
     """
     threads = n_threads or physical_cores()
     with ExitStack() as stack:
         model = Model(path)
         stack.callback(model.close)
+        if cache_type is None:
+            whole_blocks = has_whole_blocks(model)
+            cache_type = default_cache_type(0.5, whole_blocks=whole_blocks, on_gpu=False, patched=True)
         share = share_of(model, cache_type)
         cells = {f"budget {budget:g}": cells_for(n_tokens, budget, share) for budget in budgets}
         tokens = text_tokens(model, sentences, n_tokens)

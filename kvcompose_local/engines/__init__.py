@@ -85,8 +85,8 @@ def open_engine(
         threads = n_threads or physical_cores()
         patched = engine_name == "patched" or (engine_name is None and library_is_patched())
         if cache_type is None:
-            quantized = budget < 1 and patched and has_whole_blocks(model)
-            cache_type = (QUANTIZED_GPU if gpu_layers else QUANTIZED) if quantized else "f16"
+            whole_blocks, on_gpu = has_whole_blocks(model), gpu_layers > 0
+            cache_type = default_cache_type(budget, whole_blocks=whole_blocks, on_gpu=on_gpu, patched=patched)
         n_cells = cells_for(positions, budget, share_of(model, cache_type))
         open_ = _patched if patched else _stock
         engine = open_(model, n_cells, threads, cache_type, sampling, budget)
@@ -96,21 +96,22 @@ def open_engine(
     return engine, positions
 
 
-def _head_sizes(model: Model, *names: str) -> list[int]:
-    """Numbers of a head, by the keys of its GGUF header."""
-    head = model.n_embd // max(model.n_heads, 1)
-    return [int(model.metadata(f"{model.architecture}.attention.{name}") or head) for name in names]
+def default_cache_type(budget: float, *, whole_blocks: bool, on_gpu: bool, patched: bool) -> str:
+    """How a budget's cells are stored where nobody says; whole_blocks: of :func:`has_whole_blocks`."""
+    if budget == 1 or not whole_blocks or not patched:
+        return "f16"
+    return QUANTIZED_GPU if on_gpu else QUANTIZED
 
 
 def has_whole_blocks(model: Model) -> bool:
     """Whether every head's key and value are whole blocks of a quantized type."""
-    sizes = _head_sizes(model, "key_length", "value_length", "key_length_swa", "value_length_swa")
+    sizes = model.head_sizes("key_length", "value_length", "key_length_swa", "value_length_swa")
     return all(size % BLOCK == 0 for size in sizes)
 
 
 def share_of(model: Model, cache_type: str) -> Fraction:
     """What a cell of a model takes of the bytes of an F16 one."""
-    k_size, v_size = _head_sizes(model, "key_length", "value_length")
+    k_size, v_size = model.head_sizes("key_length", "value_length")
     return share_of_f16(cache_type, k_size, v_size) if k_size + v_size else Fraction(1)
 
 

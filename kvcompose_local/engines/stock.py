@@ -38,9 +38,7 @@ def uniform_shape(model: Model, cache_type: str, *, scoring: bool) -> ModelShape
     for key in ("attention.head_count", "attention.head_count_kv"):
         if scoring and (model.metadata(f"{arch}.{key}") or "").startswith("["):
             raise ModelError(f"layers of {arch} differ in heads, which the stock engine cannot tell apart")
-    head = model.n_embd // max(model.n_heads, 1)
-    dims = [int(model.metadata(f"{arch}.attention.{key}") or head) for key in ("key_length", "value_length")]
-    sizes = [model.n_kv_heads * dim for dim in dims]
+    sizes = [model.n_kv_heads * size for size in model.head_sizes("key_length", "value_length")]
     row = sum(map(row_bytes, type_numbers(cache_type), sizes))
     n_heads = max(model.n_heads, 1)  # recurrent models have none
     layers = tuple(LayerShape(i, n_heads, model.n_kv_heads, row) for i in range(model.n_layers))

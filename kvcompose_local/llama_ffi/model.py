@@ -105,6 +105,11 @@ class Model:
             return int(value.strip("[]").split(",")[layer])
         return self.n_heads
 
+    def head_sizes(self, *names: str) -> list[int]:
+        """Numbers of a head, by the keys of the GGUF header that tell them, ``key_length`` and such."""
+        head = self.n_embd // max(self.n_heads, 1)
+        return [int(self.metadata(f"{self.architecture}.attention.{name}") or head) for name in names]
+
     @property
     def n_kv_heads(self) -> int:
         return int(lib.llama_model_n_head_kv(self._model))
