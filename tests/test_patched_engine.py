@@ -23,6 +23,7 @@ from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput, ModelError
 from kvcompose_local.interfaces import IntArray, Sampling
 from kvcompose_local.llama_ffi.cells import PerLayerCells, library_is_patched
+from kvcompose_local.llama_ffi.library import lib
 from kvcompose_local.llama_ffi.model import Model
 from kvcompose_local.llama_ffi.rpc import add_workers
 
@@ -252,21 +253,37 @@ def test_a_budget_is_spent_on_small_cells_where_they_can_be(
         engine.decode(TOKENS[:100])
 
 
+@pytest.mark.parametrize("n_tokens", [1, 2, 10, 100])
 @pytest.mark.parametrize("cache_type", ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q8_0/q4_0"])
-def test_quantized_cells_are_read_in_tiles(tiny_model: Callable[..., Path], cache_type: str) -> None:
-    """Of 64 queries and of 64 cells, with less than a whole one of both left over (patch 6).
+def test_quantized_cells_are_read_in_tiles(tiny_model: Callable[..., Path], cache_type: str, n_tokens: int) -> None:
+    """Of 64 queries, those of several heads, and of 64 cells, both with less than a whole one left over (patches 6, 7).
 
     One layer, whose keys do not depend on how attention is computed: rounding would carry a difference on.
     """
+    text = TOKENS + TOKENS[:200]
     for arch in UNIFORM:
-        with patched(tiny_model(arch, n_layers=1), cache_type=cache_type, n_ubatch=128) as engine:
-            engine.decode(TOKENS[:70])
-            tiled = engine.decode_all(TOKENS[70:170])
-            engine.drop_tail(100)
+        with patched(tiny_model(arch, n_layers=1), n_cells=768, cache_type=cache_type, n_ubatch=128) as engine:
+            engine.decode(text[:70] if n_tokens == 100 else text[:530])
+            tiled = engine.decode_all(TOKENS[70 : 70 + n_tokens])
+            engine.drop_tail(n_tokens)
             with engine._cells.visible_softmax():
-                explicit = engine.decode_all(TOKENS[70:170])
+                explicit = engine.decode_all(TOKENS[70 : 70 + n_tokens])
             np.testing.assert_allclose(tiled, explicit, atol=0.1)  # which rounds queries to 8 bits, too
-            assert np.abs(tiled - explicit).mean() < 0.01
+            assert np.abs(tiled - explicit).mean() < 0.02
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
+def test_threads_share_a_query_of_quantized_cells(tiny_model: Callable[..., Path], n_threads: int) -> None:
+    """Each takes a part of the cells, and one may get none that is unmasked."""
+    with patched(tiny_model("llama", n_layers=1), n_cells=1024, cache_type="q8_0/q4_0") as engine:
+        engine.decode(TOKENS + TOKENS[:200])
+        engine.rewrite(uneven(np.random.default_rng(0), engine, 40), 8)
+        engine.decode(TOKENS[:3])
+        lib.llama_set_n_threads(engine._context._ctx, n_threads, n_threads)
+        found = engine.decode_all(TOKENS[3:4])
+        engine.drop_tail(1)
+        lib.llama_set_n_threads(engine._context._ctx, 1, 1)
+        np.testing.assert_allclose(found, engine.decode_all(TOKENS[3:4]), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("stride", [1, 3, 8, 50])
@@ -299,8 +316,11 @@ def test_what_is_watched_beside_flash_attention_is_the_explicit_softmax(
                     assert weights.shape[1] == 19 // stride + 1
                     np.testing.assert_allclose(weights.sum(axis=2), 1, atol=1e-5)
                     # Beyond the first layer the text went through flash attention here, and not there.
-                    atol = 1e-5 if layer.index == 0 else 3e-2
-                    np.testing.assert_allclose(weights, explicit[i][:, 19 % stride :: stride], atol=atol)
+                    expected = explicit[i][:, 19 % stride :: stride]
+                    if layer.index == 0 or cache_type == "f16":
+                        np.testing.assert_allclose(weights, expected, atol=1e-5 if layer.index == 0 else 3e-2)
+                    else:  # there queries are rounded to 8 bits beside quantized keys, which random layers amplify
+                        assert np.abs(weights - expected).mean() < 2e-3
 
 
 def test_replay_leaves_no_trace_and_rows_sum_to_one(llama: PatchedEngine) -> None:
@@ -604,7 +624,9 @@ def test_a_snapshot_restores_bytes_and_future(tiny_model: Callable[..., Path], a
             assert_same(exported(second), exported(first))
             for engine in (first, second):
                 engine.decode(TOKENS[110:120])
-            assert (first.logits() == second.logits()).all()
+            # A sliding window's cells are restored without gaps, and tiles of quantized ones are summed up in blocks.
+            moved = arch == "gemma3" and cache_type != "f16"
+            np.testing.assert_allclose(first.logits(), second.logits(), atol=0, rtol=1e-4 if moved else 0)
         first.restore(taken)
         assert first.layout().position == 140
         first.clear()
