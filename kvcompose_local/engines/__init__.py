@@ -12,7 +12,7 @@ import psutil
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.errors import InvalidInput, ModelError
-from kvcompose_local.interfaces import BLOCK, Sampling, share_of_f16
+from kvcompose_local.interfaces import BLOCK, VALUE_BYTES, Sampling, share_of_f16
 from kvcompose_local.llama_ffi.cells import library_is_patched
 from kvcompose_local.llama_ffi.model import Model
 
@@ -87,6 +87,11 @@ def open_engine(
         if cache_type is None:
             whole_blocks, on_gpu = has_whole_blocks(model), gpu_layers > 0
             cache_type = default_cache_type(budget, whole_blocks=whole_blocks, on_gpu=on_gpu, patched=patched)
+        elif any(VALUE_BYTES[t] < 2 for t in cache_type.split("/")) and not has_whole_blocks(model):
+            raise InvalidInput(
+                f"--cache-type {cache_type} takes blocks of {BLOCK} values, and the heads of {model.name} are of "
+                f"{max(model.head_sizes('key_length', 'value_length'))}: leave it out"
+            )
         n_cells = cells_for(positions, budget, share_of(model, cache_type))
         open_ = _patched if patched else _stock
         engine = open_(model, n_cells, threads, cache_type, sampling, budget)
