@@ -227,7 +227,8 @@ def test_the_explicit_softmax_gives_what_flash_attention_gives(tiny_model: Calla
                 with engine._cells.visible_softmax():
                     engine._context.decode(TOKENS[90:91])
                     explicit = engine.logits()
-                np.testing.assert_allclose(explicit, flash, atol=0.05)
+                # It rounds queries to 8 bits beside quantized keys.
+                np.testing.assert_allclose(explicit, flash, atol=0.05 if cache_type == "f16" else 0.1)
                 engine.drop_tail(1)
                 engine._context.decode(TOKENS[90:91])
                 assert (engine.logits() == flash).all()
