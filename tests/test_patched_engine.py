@@ -255,7 +255,7 @@ def test_a_budget_is_spent_on_small_cells_where_they_can_be(
 
 
 def test_a_type_that_heads_do_not_fit_is_refused_by_name(tiny_model: Callable[..., Path]) -> None:
-    with pytest.raises(InvalidInput, match="blocks of 32 values, and the heads of .* are of 40: leave it out"):
+    with pytest.raises(InvalidInput, match=r"blocks of 32 values, and the heads of .* are of 40: leave it out"):
         open_engine(tiny_model("llama", head=40), n_ctx=2048, budget=0.5, n_threads=1, cache_type="q8_0/q4_0")
 
 
