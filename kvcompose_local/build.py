@@ -4,15 +4,13 @@
 
     patches/PIN ─► archive (pip, sha256) ─► vendor/llama.cpp ─► patches/*.patch ─► cmake, ninja ─► llama/<key>/lib
 
-The key is a hash of everything that shapes the library, so a build is made once and a stale one is never loaded.
-Only the standard library is imported at the top: ``scripts/setup`` looks for the compiler before anything is installed,
-and ``llama_ffi`` asks for the library at every start.
+The key is pin.py's. Only the standard library is imported at the top: ``scripts/setup`` looks for the compiler before
+anything is installed.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import gzip
 import hashlib
 import json
@@ -28,12 +26,22 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 from typing import TextIO
 
-from kvcompose_local.errors import BuildError, DownloadError, InvalidInput, KVComposeError
+from kvcompose_local.errors import BuildError, DownloadError, KVComposeError
+from kvcompose_local.pin import (
+    SANITIZERS,
+    Pin,
+    build_dir,
+    build_key,
+    cmake_flags,
+    library_dir,
+    output_of,
+    patch_series,
+    read_pin,
+)
 from kvcompose_local.resources import cache_folder, data_file
 
 #: Gets (what is going on, steps done, steps in all); ``(text, 0, 0)`` where steps cannot be counted. May raise to stop.
@@ -44,136 +52,10 @@ _LLAMA_CPP = "vendor/llama.cpp"
 _NOT_NEEDED = frozenset({".git", "benches", "docs", "media", "models"})
 _APPLIED = ".kvcompose-applied"
 _FREE_BYTES_NEEDED = 400 * 10**6
-_PIN_LINE = re.compile(r"(?P<name>[\w.-]+)==(?P<version>[\w.]+) --hash=sha256:(?P<sha256>[0-9a-f]{64})")
 _NINJA_STEP = re.compile(r"\[(\d+)/(\d+)\] ")
-_SANITIZERS = ("address", "thread", "undefined")
-
-
-@dataclass(frozen=True)
-class Pin:
-    """The release of llama-cpp-python that the bindings and the source of llama.cpp come from."""
-
-    name: str
-    version: str
-    sha256: str  # of the source archive
-
-    @property
-    def archive_name(self) -> str:
-        return f"{self.name.replace('-', '_')}-{self.version}.tar.gz"
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.version}"
-
-
-def read_pin(patches_dir: Path) -> Pin:
-    """The pin in ``patches_dir/PIN``. Raises BuildError when the file is missing or not one requirement line."""
-    path = patches_dir / "PIN"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise BuildError(f"cannot read the pin {path}: {error.strerror}") from error
-    match = _PIN_LINE.fullmatch(text.strip())
-    if match is None:
-        raise BuildError(f"{path} must hold one line: NAME==VERSION --hash=sha256:64 HEX DIGITS")
-    return Pin(**match.groupdict())
-
-
-def patch_series(patches_dir: Path) -> list[Path]:
-    """The patches in the order in which they apply."""
-    return sorted(patches_dir.glob("*.patch"))
-
-
-# -- the key ----------------------------------------------------------------------------------------------------------
-
-
-def cmake_flags(sanitize: str | None = None) -> list[str]:
-    """CMake's ``-D`` options of a build. ``sanitize`` names sanitizers, as in ``address,undefined``.
-
-    Raises InvalidInput for a sanitizer that llama.cpp has no option for.
-    """
-    origin = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
-    flags = {
-        "CMAKE_BUILD_TYPE": "RelWithDebInfo" if sanitize else "Release",
-        "BUILD_SHARED_LIBS": "ON",
-        # The libraries find each other where they end up, not in the work tree.
-        "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",
-        "CMAKE_INSTALL_RPATH": origin,
-        **{f"LLAMA_BUILD_{part}": "OFF" for part in ("APP", "COMMON", "TESTS", "TOOLS", "EXAMPLES", "SERVER")},
-        "GGML_CCACHE": "OFF",
-        "GGML_NATIVE": "ON",  # otherwise off wherever SOURCE_DATE_EPOCH is set
-        "GGML_RPC": "ON",
-    }
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        # AMX code crashes on machines that promise AMX and do not deliver it (ggml-org/llama.cpp#20824), and it
-        # repacks the weights into memory of its own, where a mapped file costs none. No laptop has it.
-        flags["CMAKE_C_FLAGS"] = flags["CMAKE_CXX_FLAGS"] = "-U__AMX_INT8__"
-    if sys.platform == "darwin":
-        flags["CMAKE_OSX_ARCHITECTURES"] = platform.machine()
-        flags["GGML_METAL"] = flags["GGML_METAL_EMBED_LIBRARY"] = "ON"
-    for name in (sanitize or "").split(",") if sanitize else ():
-        if name not in _SANITIZERS:
-            raise InvalidInput(f"unknown sanitizer {name!r}: choose from {', '.join(_SANITIZERS)}")
-        flags[f"LLAMA_SANITIZE_{name.upper()}"] = "ON"
-    return [f"-D{name}={value}" for name, value in flags.items()]
-
-
-@functools.cache
-def _cpu_features() -> str:
-    """What ``-march=native`` compiles for: a cache folder may be shared by machines that differ in it."""
-    if sys.platform == "darwin":
-        return _output(["sysctl", "-n", "machdep.cpu.brand_string"])
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if line.lower().startswith(("flags", "features")):
-                    return " ".join(sorted(line.split(":", 1)[1].split()))
-    except OSError:
-        pass
-    return platform.processor()
-
-
-def build_key(patches_dir: Path, flags: Sequence[str], *, patched: bool = True) -> str:
-    """16 hex digits over the pin, the patches' bytes in order, CMake's flags, the platform and the CPU's features."""
-    pin = read_pin(patches_dir)
-    parts = [
-        str(pin),
-        pin.sha256,
-        "\0".join(flags),
-        platform.system(),
-        platform.machine(),
-        _cpu_features(),
-    ]
-    digest = hashlib.sha256(json.dumps(parts).encode())
-    for patch in patch_series(patches_dir) if patched else ():
-        digest.update(hashlib.sha256(patch.read_bytes()).digest())
-    return digest.hexdigest()[:16]
-
-
-def build_dir(*, patched: bool = True, sanitize: str | None = None, patches_dir: Path | None = None) -> Path:
-    """Where the build of the current pin, series and flags belongs, whether it is there or not."""
-    patches = patches_dir or data_file("patches")
-    return cache_folder() / "llama" / build_key(patches, cmake_flags(sanitize), patched=patched)
-
-
-def library_dir(patched: bool = True, *, sanitize: str | None = None, patches_dir: Path | None = None) -> Path | None:
-    """The folder with the finished libraries (for ``LLAMA_CPP_LIB_PATH``), None when this build was not made yet."""
-    folder = build_dir(patched=patched, sanitize=sanitize, patches_dir=patches_dir)
-    # build.json is written last, and the folder is renamed into place with it.
-    return folder / "lib" if (folder / "build.json").is_file() else None
 
 
 # -- tools ------------------------------------------------------------------------------------------------------------
-
-
-def _output(command: Sequence[str]) -> str:
-    """What a small command prints, stripped; empty when it fails or is not there."""
-    try:
-        result = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
-        )
-    except OSError:
-        return ""
-    return result.stdout.strip() if result.returncode == 0 else ""
 
 
 def install_hint(tool: str, system: str = sys.platform, os_release: Path = Path("/etc/os-release")) -> str:
@@ -198,12 +80,12 @@ def install_hint(tool: str, system: str = sys.platform, os_release: Path = Path(
 
 def runs_under_rosetta() -> bool:
     """Whether this Python is an Intel one that an Apple-silicon Mac translates."""
-    return sys.platform == "darwin" and _output(["sysctl", "-n", "sysctl.proc_translated"]) == "1"
+    return sys.platform == "darwin" and output_of(["sysctl", "-n", "sysctl.proc_translated"]) == "1"
 
 
 def find_compiler() -> str:
     """The C++ compiler that CMake will take. Raises BuildError, with the command that installs one."""
-    if sys.platform == "darwin" and not _output(["xcode-select", "-p"]):
+    if sys.platform == "darwin" and not output_of(["xcode-select", "-p"]):
         compiler = None  # /usr/bin/c++ is there all the same, and only asks for the command line tools
     else:
         wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
@@ -546,7 +428,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvcompose_local.build", description=main.__doc__)
     parser.add_argument("--jobs", type=int, help="compilers at once (default: cores, bounded by RAM)")
     parser.add_argument("--unpatched", action="store_true", help="leave the patch series out")
-    parser.add_argument("--sanitize", metavar="NAMES", help=f"any of {','.join(_SANITIZERS)}")
+    parser.add_argument("--sanitize", metavar="NAMES", help=f"any of {','.join(SANITIZERS)}")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--check-compiler", action="store_true", help="only look for a C++ compiler")
     only.add_argument("--fetch", action="store_true", help="only fetch the source archive and print its path")

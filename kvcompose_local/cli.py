@@ -159,7 +159,7 @@ def run(
     check_numbers(budget, n_ctx)
     load = begin_loading(context, model, gpu_layers) if session is None and rpc is None else None
     # Imported while the model is loaded, some of it for what comes later.
-    for name in ("jinja2", "kvcompose_local.api"):
+    for name in ("kvcompose_local.chat_template", "kvcompose_local.api"):
         importlib.import_module(name)
     from kvcompose_local import models, sessions
     from kvcompose_local.interfaces import Sampling

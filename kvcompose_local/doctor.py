@@ -23,6 +23,7 @@ import psutil
 
 from kvcompose_local import build, models
 from kvcompose_local.errors import KVComposeError
+from kvcompose_local.pin import library_dir, read_pin
 from kvcompose_local.resources import cache_folder, data_file
 
 State = Literal["ok", "warn", "fail"]
@@ -79,7 +80,7 @@ def _build_tools() -> Check:
 
 def _bindings() -> Check:
     try:
-        pin = build.read_pin(data_file("patches"))
+        pin = read_pin(data_file("patches"))
     except KVComposeError as error:
         return Check("bindings", "fail", str(error), "reinstall kvcompose-local")
     remedy = f"pip install {pin.name}=={pin.version}"
@@ -98,7 +99,7 @@ def _library_folder() -> Path | None:
     if chosen:
         return Path(chosen)
     try:
-        built = build.library_dir()
+        built = library_dir()
     except KVComposeError:
         built = None
     if built is not None:

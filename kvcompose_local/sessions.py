@@ -34,11 +34,11 @@ import psutil
 from safetensors import SafetensorError, safe_open
 
 from kvcompose_local import __version__
-from kvcompose_local.build import read_pin
 from kvcompose_local.chat import Chat, ChatState, Place, Step
 from kvcompose_local.compaction import MemoryState
 from kvcompose_local.errors import InvalidInput, KVComposeError, SessionError
 from kvcompose_local.interfaces import CacheSnapshot, Lazy, ModelShape, Progress
+from kvcompose_local.pin import read_pin
 from kvcompose_local.resources import DISK_FULL, cache_folder, data_file
 
 FORMAT = 2

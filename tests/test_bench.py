@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 from kvcompose_local.bench import measure
-from kvcompose_local.build import library_dir
 from kvcompose_local.cli import cli
 from kvcompose_local.llama_ffi.cells import library_is_patched
 from kvcompose_local.llama_ffi.library import library_path
+from kvcompose_local.pin import library_dir
 
 pytestmark = pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
 
@@ -31,7 +31,8 @@ def test_a_run_and_its_json(tiny_model: Callable[..., Path], tmp_path: Path) -> 
     names += [measure.UNPATCHED, measure.TWIN] if unpatched and unpatched != library_path().parent else []
     for result in found["lengths"]:
         assert [mode["name"] for mode in result["modes"]] == names
-        assert all(len(mode["rates"]) == 2 and min(mode["rates"]) > 0 for mode in result["modes"])
+        for figures in ("rates", "question_seconds"):
+            assert all(len(mode[figures]) == 2 and min(mode[figures]) > 0 for mode in result["modes"])
         assert result["rewrite_seconds"] > 0
         for mode in result["modes"][2:4]:
             assert mode["n_compactions"] > 0
@@ -73,11 +74,11 @@ def test_a_worker_decodes_the_same_cells(tiny_model: Callable[..., Path]) -> Non
         engine.decode(measure.text_tokens(model, ["A sentence of some words."], 300))
         worker = measure.Worker(library_path().parent, path, engine.snapshot(), 512, 1)
         try:
-            assert worker.decode_rate(4) > 0
+            assert min(worker.time_round(4)) > 0
             worker._process.kill()
             worker._process.wait()
             with pytest.raises(measure.EngineError, match="process ended"):
-                worker.decode_rate(4)
+                worker.time_round(4)
         finally:
             worker.close()
 

@@ -19,6 +19,7 @@ import pytest
 from kvcompose_local import build
 from kvcompose_local.errors import BuildError, DownloadError, InvalidInput
 from kvcompose_local.llama_ffi.library import library_path
+from kvcompose_local.pin import build_dir, build_key, cmake_flags, library_dir, patch_series, read_pin
 from kvcompose_local.resources import data_file
 
 CMAKE = """\
@@ -151,7 +152,7 @@ def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
 
 
 def test_the_repository_pin_is_read() -> None:
-    pin = build.read_pin(data_file("patches"))
+    pin = read_pin(data_file("patches"))
     assert (pin.name, pin.version) == ("llama-cpp-python", "0.3.36")
     assert pin.archive_name == "llama_cpp_python-0.3.36.tar.gz"
 
@@ -160,17 +161,17 @@ def test_the_repository_pin_is_read() -> None:
 def test_a_damaged_pin_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "PIN").write_text(text)
     with pytest.raises(BuildError, match="must hold one line"):
-        build.read_pin(tmp_path)
+        read_pin(tmp_path)
 
 
 def test_a_missing_pin_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="cannot read the pin"):
-        build.read_pin(tmp_path)
+        read_pin(tmp_path)
 
 
 def test_the_key_depends_on_pin_patches_their_order_and_flags(release: Release) -> None:
     def key(*flags: str, patched: bool = True) -> str:
-        return build.build_key(release.patches, flags, patched=patched)
+        return build_key(release.patches, flags, patched=patched)
 
     empty = key()
     assert key() == empty
@@ -195,13 +196,13 @@ def test_the_key_depends_on_pin_patches_their_order_and_flags(release: Release) 
 
 
 def test_sanitizers_have_their_own_build() -> None:
-    flags = build.cmake_flags("address,undefined")
+    flags = cmake_flags("address,undefined")
     assert {"-DLLAMA_SANITIZE_ADDRESS=ON", "-DLLAMA_SANITIZE_UNDEFINED=ON"} < set(flags)
     assert "-DCMAKE_BUILD_TYPE=RelWithDebInfo" in flags
-    assert "-DCMAKE_BUILD_TYPE=Release" in build.cmake_flags()
-    assert build.build_dir(sanitize="address") != build.build_dir()
+    assert "-DCMAKE_BUILD_TYPE=Release" in cmake_flags()
+    assert build_dir(sanitize="address") != build_dir()
     with pytest.raises(InvalidInput, match="unknown sanitizer 'memory'"):
-        build.cmake_flags("address,memory")
+        cmake_flags("address,memory")
 
 
 def test_no_amx_code_is_built() -> None:
@@ -275,10 +276,10 @@ def test_without_git_one_line_says_how_to_get_it(release: Release, monkeypatch: 
 
 def test_the_repository_series_applies_to_the_clean_pin(tmp_path: Path) -> None:
     patches = data_file("patches")
-    archive = build.fetch_archive(build.read_pin(patches))
+    archive = build.fetch_archive(read_pin(patches))
     source = tmp_path / "llama.cpp"
     build.extract_llama_cpp(archive, source)
-    names = [patch.name for patch in build.patch_series(patches)]
+    names = [patch.name for patch in patch_series(patches)]
     assert build.apply_series(source, patches) == names
     assert build.apply_series(source, patches) == []
     assert (source / "src/llama-kv-cache.cpp").is_file()
@@ -288,7 +289,7 @@ def test_the_repository_series_applies_to_the_clean_pin(tmp_path: Path) -> None:
 
 
 def test_pip_fetches_the_archive_once(release: Release, monkeypatch: pytest.MonkeyPatch) -> None:
-    pin = build.read_pin(release.patches)
+    pin = read_pin(release.patches)
     archive = build.fetch_archive(pin)
     assert archive.read_bytes() == release.archive.read_bytes()
     monkeypatch.setenv("PIP_FIND_LINKS", "")
@@ -297,7 +298,7 @@ def test_pip_fetches_the_archive_once(release: Release, monkeypatch: pytest.Monk
 
 
 def test_a_damaged_archive_in_the_cache_is_fetched_anew(release: Release) -> None:
-    pin = build.read_pin(release.patches)
+    pin = read_pin(release.patches)
     archive = build.fetch_archive(pin)
     archive.write_bytes(b"half of it")
     assert build.fetch_archive(pin).read_bytes() == release.archive.read_bytes()
@@ -306,7 +307,7 @@ def test_a_damaged_archive_in_the_cache_is_fetched_anew(release: Release) -> Non
 def test_an_archive_with_another_hash_is_not_kept(release: Release) -> None:
     release.pin("0" * 64)
     with pytest.raises(DownloadError, match=r"not the pinned file .*000000000000… expected") as error:
-        build.fetch_archive(build.read_pin(release.patches))
+        build.fetch_archive(read_pin(release.patches))
     one_line(error)
     assert os.listdir(release.cache / "archives") == []
 
@@ -314,7 +315,7 @@ def test_an_archive_with_another_hash_is_not_kept(release: Release) -> None:
 def test_offline_one_line_says_where_to_put_the_archive(release: Release) -> None:
     release.archive.unlink()
     with pytest.raises(DownloadError, match=r"cannot fetch the source of tiny-llama 1.0 .*check the network") as error:
-        build.fetch_archive(build.read_pin(release.patches))
+        build.fetch_archive(read_pin(release.patches))
     assert str(release.cache / "archives" / "tiny_llama-1.0.tar.gz") in one_line(error)
 
 
@@ -358,10 +359,10 @@ def answer(library_dir: Path) -> int:
 
 def test_a_build_is_complete_patched_and_made_once(release: Release) -> None:
     release.add_patch("0001-first.patch", FIRST)
-    assert build.library_dir(patches_dir=release.patches) is None
+    assert library_dir(patches_dir=release.patches) is None
     steps: list[tuple[str, int, int]] = []
     folder = release.build(progress=lambda *step: steps.append(step))
-    assert build.library_dir(patches_dir=release.patches) == folder
+    assert library_dir(patches_dir=release.patches) == folder
     assert answer(folder) == 42  # needs libggml, found beside it: the work tree is gone
     facts = json.loads((folder.parent / "build.json").read_text())
     assert facts["key"] == folder.parent.name
@@ -379,8 +380,8 @@ def test_the_unpatched_build_stands_beside_the_patched_one(release: Release) -> 
     release.add_patch("0001-first.patch", FIRST)
     stock = release.build(patched=False)
     assert answer(stock) == 41
-    assert build.library_dir(patches_dir=release.patches) is None
-    assert build.library_dir(patched=False, patches_dir=release.patches) == stock
+    assert library_dir(patches_dir=release.patches) is None
+    assert library_dir(patched=False, patches_dir=release.patches) == stock
 
 
 def test_a_failing_compiler_shows_the_end_of_its_log(release: Release, capfd: pytest.CaptureFixture[str]) -> None:
@@ -407,7 +408,7 @@ def test_a_stopped_build_leaves_nothing(release: Release) -> None:
 
 
 def test_of_two_builds_at_once_one_compiles(release: Release) -> None:
-    build.fetch_archive(build.read_pin(release.patches))
+    build.fetch_archive(read_pin(release.patches))
     steps: list[str] = []
     folders: list[Path] = []
     threads = [
@@ -424,11 +425,11 @@ def test_of_two_builds_at_once_one_compiles(release: Release) -> None:
 
 
 def test_left_overs_of_a_killed_build_do_no_harm(release: Release) -> None:
-    target = build.build_dir(patches_dir=release.patches)
+    target = build_dir(patches_dir=release.patches)
     (target / "lib").mkdir(parents=True)  # no build.json: not finished
     target.with_suffix(".work").mkdir()
     (target.with_suffix(".work") / "llama.cpp").write_text("in the way")
-    assert build.library_dir(patches_dir=release.patches) is None
+    assert library_dir(patches_dir=release.patches) is None
     assert answer(release.build()) == 41
 
 
@@ -478,7 +479,7 @@ def test_the_compiler_hint_of_macos_and_of_an_unknown_system(tmp_path: Path) -> 
 def test_a_cache_folder_that_cannot_be_written_is_one_line(release: Release, monkeypatch: pytest.MonkeyPatch) -> None:
     (release.folder / "file").touch()
     monkeypatch.setenv("KVCOMPOSE_CACHE", str(release.folder / "file" / "cache"))
-    for attempt in (release.build, lambda: build.fetch_archive(build.read_pin(release.patches))):
+    for attempt in (release.build, lambda: build.fetch_archive(read_pin(release.patches))):
         with pytest.raises(BuildError, match=r"cannot write the cache folder .*KVCOMPOSE_CACHE") as error:
             attempt()
         one_line(error)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import re
-import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import PurePosixPath
 
 import pytest
 from fake_engine import FakeEngine, FakeModel
+from llama_cpp_templates import templates
 
-from kvcompose_local import build
 from kvcompose_local.chat import Chat, Place
+from kvcompose_local.chat_template import ChatTemplate
 from kvcompose_local.compaction import CacheMemory
 from kvcompose_local.errors import ContextFull, InvalidInput, ModelError
-from kvcompose_local.llama_ffi.model import chat_formatter
-from kvcompose_local.resources import cache_folder, data_file
 
 
 def make(answers: list[str], *, n_cells: int = 500, n_ctx: int = 500, **options: object) -> tuple[Chat, FakeEngine]:
@@ -416,29 +413,8 @@ _NEEDS_TOOLS = {
 _DROPS_LATE = {"LFM2.5-Instruct"}
 
 
-def templates() -> dict[str, str]:
-    """The chat templates that llama.cpp is tested with, from the source archive that the library is built of."""
-    archive = cache_folder() / "archives" / build.read_pin(data_file("patches")).archive_name
-    if not archive.is_file():
-        pytest.skip(f"no {archive.name}: the library of this run was not built here")
-    found = {}
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            path = PurePosixPath(member.name)
-            if path.parts[-3:-1] == ("models", "templates") and path.suffix == ".jinja":
-                file = tar.extractfile(member)
-                assert file is not None
-                found[path.stem] = file.read().decode()
-    return found
-
-
 def rendering(template: str) -> Callable[..., str]:
-    formatters = {add: chat_formatter()(template, "</s>", "<s>", add) for add in (False, True)}
-
-    def render(messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        return str(formatters[add_generation_prompt](messages=list(messages)).prompt)
-
-    return render
+    return ChatTemplate(template, bos="<s>", eos="</s>").render
 
 
 #: Answers, the last of them without thinking or cut short in it, and the messages before them.

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvcompose_local import build, doctor
+from kvcompose_local.pin import build_dir
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def test_every_finding_has_a_state_and_a_remedy_when_it_needs_one(cache: Path) -
 
 
 def test_a_patched_build_runs_the_patched_engine(cache: Path) -> None:
-    make_library(build.build_dir(), b"..llama_kvc_rewrite..")
+    make_library(build_dir(), b"..llama_kvc_rewrite..")
     found = findings()
     assert found["library"].text.startswith("patched, llama-cpp-python 0.3.36, key ")
     assert found["engine"] == doctor.Check("engine", "ok", found["engine"].text)

@@ -24,7 +24,6 @@ import psutil
 from gguf import GGUFReader
 
 from kvcompose_local import profiles
-from kvcompose_local.build import library_dir
 from kvcompose_local.compaction import CacheMemory
 from kvcompose_local.engines import cells_for, default_cache_type, has_whole_blocks, physical_cores, share_of
 from kvcompose_local.engines.base import LlamaEngine
@@ -34,6 +33,7 @@ from kvcompose_local.errors import EngineError, InvalidInput, KVComposeError
 from kvcompose_local.interfaces import CacheSnapshot, LayerShape, Sampling
 from kvcompose_local.llama_ffi.library import library_path
 from kvcompose_local.llama_ffi.model import Model
+from kvcompose_local.pin import library_dir
 from kvcompose_local.profiles import Profile
 from kvcompose_local.sessions import model_digest
 
@@ -41,14 +41,17 @@ UNPATCHED = "unpatched llama.cpp"
 TWIN = "the same, patched"
 FULL = "uncompressed"
 _WARM_UP = 3
+#: Tokens of a question, as many as a line that a user types has.
+_QUESTION = 30
 _ANSWER_CELLS = 256
 
 
 @dataclass
 class Mode:
-    """One way to read and decode: its cache, its compute buffers, what reading took, and each round's decode rate.
+    """One way to read and decode: its cache, its compute buffers, what reading took, and what each round measured.
 
-    Seconds are wall time over the whole text, those of all its compactions included; rates are tokens a second.
+    Seconds are wall time over the whole text, those of all its compactions included; rates are tokens a second;
+    question_seconds go from a question to the first token of its answer.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Mode:
     select_seconds: float = 0.0
     rewrite_seconds: float = 0.0
     rates: list[float] = field(default_factory=list)
+    question_seconds: list[float] = field(default_factory=list)
 
     @property
     def compaction_seconds(self) -> float:
@@ -68,6 +72,10 @@ class Mode:
     @property
     def median(self) -> float:
         return float(np.median(self.rates)) if self.rates else 0.0
+
+    @property
+    def median_question(self) -> float:
+        return float(np.median(self.question_seconds))
 
 
 @dataclass
@@ -81,7 +89,6 @@ class LengthResult:
     modes: list[Mode]
     multiply_adds: int
     rewrite_seconds: float
-    first_token_seconds: float
     rss_bytes: int
 
     def mode(self, name: str) -> Mode:
@@ -127,8 +134,11 @@ def block_weights(path: Path) -> int:
     return sum(int(t.n_elements) for t in GGUFReader(path).tensors if t.name.startswith("blk."))
 
 
-def decode_rate(engine: LlamaEngine, n: int) -> float:
-    """Tokens a second over ``n`` greedy tokens, sampling included, after a short warm-up; the tokens are dropped."""
+def time_round(engine: LlamaEngine, n: int) -> tuple[float, float]:
+    """Tokens a second over ``n`` greedy tokens, sampling included, after a short warm-up, and seconds of a question.
+
+    The latter is read at once, and one token sampled. The cache is left as it was.
+    """
     token = 1
     for i in range(_WARM_UP + n):
         if i == _WARM_UP:
@@ -137,7 +147,12 @@ def decode_rate(engine: LlamaEngine, n: int) -> float:
         token = engine.sample()
     rate = n / (time.perf_counter() - started)
     engine.drop_tail(_WARM_UP + n)
-    return rate
+    started = time.perf_counter()
+    engine.decode([token] * _QUESTION)
+    engine.sample()
+    seconds = time.perf_counter() - started
+    engine.drop_tail(_QUESTION)
+    return rate, seconds
 
 
 class Worker:
@@ -170,11 +185,13 @@ class Worker:
             raise EngineError("the other llama.cpp could not be measured: its process ended")
         return line
 
-    def decode_rate(self, n: int) -> float:
+    def time_round(self, n: int) -> tuple[float, float]:
+        """:func:`time_round` over there."""
         with suppress(BrokenPipeError):  # the missing answer tells it better
             self._to.write(f"{n}\n")
             self._to.flush()
-        return float(self._line())
+        rate, seconds = map(float, self._line().split())
+        return rate, seconds
 
     def close(self) -> None:
         with suppress(BrokenPipeError):
@@ -192,7 +209,7 @@ def _work(path: str) -> None:
         engine.restore(snapshot)
         print("ready", flush=True)
         for line in sys.stdin:
-            print(decode_rate(engine, int(line)), flush=True)
+            print(*time_round(engine, int(line)), flush=True)
 
 
 @contextmanager
@@ -297,19 +314,17 @@ def measure(
             for place, mode in enumerate(decoding):
                 progress("decoding:", number * len(decoding) + place, (rounds + 1) * len(decoding))
                 engine = engines[mode.name]
-                rate = engine.decode_rate(n_decode) if isinstance(engine, Worker) else decode_rate(engine, n_decode)
+                rate, seconds = (
+                    engine.time_round(n_decode) if isinstance(engine, Worker) else time_round(engine, n_decode)
+                )
                 if number:  # the first round warms up
                     mode.rates.append(rate)
-        started = time.perf_counter()
-        full.decode(tokens[:64])
-        full.sample()
-        first_token_seconds = time.perf_counter() - started
+                    mode.question_seconds.append(seconds)
         return LengthResult(
             n_tokens,
             modes,
             reading_multiply_adds(model, full.shape.layers, block_weights(path), n_tokens),
             rewrite_seconds,
-            first_token_seconds,
             psutil.Process().memory_info().rss,
         )
 
@@ -374,17 +389,18 @@ def tables(results: Sequence[LengthResult], model_bytes: int, bandwidth: float, 
     """
     lines = [
         "| tokens | mode | decode tokens/s (min–max) | × uncompressed | cache MiB | buffers MiB | floor tokens/s "
-        "| share of it |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| share of it | question of {_QUESTION} tokens ms | × uncompressed |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
-        base = result.mode(FULL).median
+        full = result.mode(FULL)
         for mode in filter(lambda mode: mode.rates, result.modes):
             floor = bandwidth / (model_bytes + mode.kv_bytes)
             lines.append(
                 f"| {result.n_tokens} | {mode.name} | {mode.median:.1f} ({min(mode.rates):.1f}–{max(mode.rates):.1f}) "
-                f"| {mode.median / base:.2f} | {mode.kv_bytes / 2**20:.0f} | {_mib(mode.compute_bytes)} | {floor:.0f} "
-                f"| {mode.median / floor:.0%} |"
+                f"| {mode.median / full.median:.2f} | {mode.kv_bytes / 2**20:.0f} | {_mib(mode.compute_bytes)} "
+                f"| {floor:.0f} | {mode.median / floor:.0%} | {1000 * mode.median_question:.0f} "
+                f"| {mode.median_question / full.median_question:.2f} |"
             )
     lines += [
         "",
@@ -403,13 +419,10 @@ def tables(results: Sequence[LengthResult], model_bytes: int, bandwidth: float, 
         ]
     lines += [
         "",
-        "| tokens | rewrite of the whole cache ms | first token of 64 s | RSS MiB |",
-        "|---|---|---|---|",
+        "| tokens | rewrite of the whole cache ms | RSS MiB |",
+        "|---|---|---|",
     ]
-    lines += [
-        f"| {r.n_tokens} | {1000 * r.rewrite_seconds:.0f} | {r.first_token_seconds:.2f} | {r.rss_bytes / 2**20:.0f} |"
-        for r in results
-    ]
+    lines += [f"| {r.n_tokens} | {1000 * r.rewrite_seconds:.0f} | {r.rss_bytes / 2**20:.0f} |" for r in results]
     return "\n".join(lines)
 
 

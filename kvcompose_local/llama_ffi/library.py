@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kvcompose_local import build
 from kvcompose_local.errors import EngineError
+from kvcompose_local.pin import library_dir
 
 #: ``LLAMA_CPP_LIB_PATH`` is read by llama-cpp-python when it is imported; a library the user names there wins.
 _LIBRARY_VARIABLE = "LLAMA_CPP_LIB_PATH"
@@ -67,7 +67,7 @@ def _without_high_level() -> Iterator[None]:
 def _import_library() -> Any:
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # a backtrace starts gdb, which may hang
     if _LIBRARY_VARIABLE not in os.environ:
-        built = build.library_dir()
+        built = library_dir()
         if built is not None:
             os.environ[_LIBRARY_VARIABLE] = str(built)
     try:
@@ -99,23 +99,18 @@ def bind(name: str, restype: Any, *argtypes: Any) -> Any:
 
 
 _log_lines: deque[str] = deque(maxlen=20)
+_shows_log = bool(os.environ.get("KVCOMPOSE_LOG"))
 
 
 @lib.llama_log_callback  # type: ignore[untyped-decorator]
 def _on_log(level: int, text: bytes, _user_data: object) -> None:
+    if level != _LOG_LEVEL_ERROR and not _shows_log:  # a thousand of them while a model is loaded
+        return
     line = text.decode("utf-8", "replace").rstrip()
     if level == _LOG_LEVEL_ERROR and line:
         _log_lines.append(line)
-    if os.environ.get("KVCOMPOSE_LOG"):
+    if _shows_log:
         print(line, file=sys.stderr)
-
-
-def chat_formatter() -> Any:
-    """llama-cpp-python's ``Jinja2ChatFormatter``, whose package takes the log for itself when it is imported."""
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-    lib.llama_log_set(_on_log, ctypes.c_void_p(0))
-    return Jinja2ChatFormatter
 
 
 def clear_log() -> None:

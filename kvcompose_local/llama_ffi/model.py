@@ -8,10 +8,13 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from kvcompose_local.errors import EngineError, ModelError
-from kvcompose_local.llama_ffi.library import chat_formatter, clear_log, last_log, lib
+from kvcompose_local.llama_ffi.library import clear_log, last_log, lib
+
+if TYPE_CHECKING:
+    from kvcompose_local.chat_template import ChatTemplate
 
 #: For models that bring none. Roles on lines of their own are what base models have seen most.
 PLAIN_TEMPLATE = (
@@ -40,7 +43,7 @@ class Model:
     ) -> None:
         self.path = path
         self.gpu_layers = gpu_layers
-        self._formatter: Any = None
+        self._template: ChatTemplate | None = None
         params = lib.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         params.vocab_only = header_only
@@ -159,21 +162,17 @@ class Model:
         return raw.decode("utf-8", "replace") if raw else None
 
     def render_chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        """``messages`` through the GGUF's chat template, in llama-cpp-python's Jinja sandbox.
+        """``messages`` through the GGUF's chat template, in a sandbox.
 
         A model without a template (a base model) gets :data:`PLAIN_TEMPLATE`. Raises ModelError when the template
         fails or refuses the messages.
         """
-        import jinja2  # late: loading a model need not wait for it
+        if self._template is None:
+            from kvcompose_local.chat_template import ChatTemplate  # late: loading a model need not wait for Jinja
 
-        template = self.chat_template() or PLAIN_TEMPLATE
-        try:
-            if self._formatter is None or self._formatter.add_generation_prompt != add_generation_prompt:
-                bos, eos = self.special_text("bos"), self.special_text("eos")
-                self._formatter = chat_formatter()(template, eos, bos, add_generation_prompt)
-            return str(self._formatter(messages=list(messages)).prompt)
-        except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
-            raise ModelError(f"the model's chat template failed: {error}") from error
+            source = self.chat_template() or PLAIN_TEMPLATE
+            self._template = ChatTemplate(source, bos=self.special_text("bos"), eos=self.special_text("eos"))
+        return self._template.render(messages, add_generation_prompt=add_generation_prompt)
 
     def special_text(self, which: str) -> str:
         """Text of the ``bos`` or ``eos`` token, empty when the vocabulary has none."""

@@ -1,0 +1,81 @@
+"""Chat templates: llama-cpp-python's renderer is the oracle, on every template that llama.cpp is tested with."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import pytest
+from llama_cpp_templates import templates
+
+from kvcompose_local.chat_template import ChatTemplate
+from kvcompose_local.errors import ModelError
+from kvcompose_local.llama_ffi import library
+
+_CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
+    [{"role": "user", "content": "Hi & <welcome> – “you”"}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\nTwo."},
+        {"role": "user", "content": "Three?"},
+    ],
+    [{"role": "assistant", "content": "first"}, {"role": "tool", "content": "second"}],  # many refuse it
+)
+
+
+@pytest.fixture
+def formatter() -> Any:
+    """llama-cpp-python's class, whose package takes llama.cpp's log for itself."""
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    library.lib.llama_log_set(library._on_log, ctypes.c_void_p(0))
+    return Jinja2ChatFormatter
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_renders_what_llama_cpp_python_does(add: bool, formatter: Any) -> None:
+    n_texts = n_refused = 0
+    for name, source in templates().items():
+        ours, theirs = ChatTemplate(source, bos="<s>", eos="</s>"), formatter(source, "</s>", "<s>", add)
+        for messages in _CONVERSATIONS:
+            try:
+                expected = theirs(messages=messages).prompt
+            except Exception:
+                n_refused += 1
+                with pytest.raises(ModelError, match="chat template failed"):
+                    ours.render(messages, add_generation_prompt=add)
+            else:
+                n_texts += 1
+                assert ours.render(messages, add_generation_prompt=add) == expected, name
+    assert n_texts > 100
+    assert n_refused > 10
+
+
+def test_what_templates_expect() -> None:
+    source = (
+        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}"
+        "{% generation %}{{ m.content | tojson }}{% endgeneration %}{% endfor %}"
+        "{{ bos_token }}{{ eos_token }}{{ tools is none }}{{ strftime_now('%Y') | length }}"
+    )
+    messages = [{"role": "user", "content": "<é>"}] * 2
+    rendered = ChatTemplate(source, bos="<s>", eos="</s>").render(messages, add_generation_prompt=False)
+    assert rendered == '"<é>"<s></s>True4'
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("{{ raise_exception('no systems here') }}", "no systems here"),
+        ("{{ 1 // 0 }}", "zero"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "recursion"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "too big"),
+        ("{% if %}", "Expected an expression"),
+        ("{{ " + "(" * 100_000, ""),
+    ],
+)
+def test_a_template_that_fails_is_one_line(source: str, said: str) -> None:
+    with pytest.raises(ModelError, match=rf"^the model's chat template failed: .*{said}"):
+        ChatTemplate(source, bos="", eos="").render([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
