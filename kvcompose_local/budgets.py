@@ -9,6 +9,7 @@ lower layer. :func:`allocate_tempered` is what the program uses.
 from __future__ import annotations
 
 import operator
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,8 +20,10 @@ from numpy.typing import NDArray
 
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.interfaces import FloatArray, IntArray
-from kvcompose_local.scores import INDEX_MASK, Scores, as_layers, best_first_keys, each_layer
+from kvcompose_local.scores import Scores, as_layers, each_layer
 
+#: The float32 from -inf to inf, as integers of the same order.
+_FLOATS = range(-0x7F800001, 0x7F800001)
 #: The share of the cells that layers do not compete for.
 SHARED_EVENLY = 0.1
 
@@ -192,31 +195,62 @@ def _largest_by_rank(composites: list[FloatArray]) -> FloatArray:
 def _take_best(priorities: list[FloatArray], cost: IntArray, limit: int) -> IntArray:
     """Ranks taken of each layer, best first while their cost stays within ``limit``: int64 (L,).
 
-    Ties go by rank, then by layer. Priorities never rise within a layer and all its ranks cost the same, so
-    what is taken of it is its first ranks.
+    Ties go by rank, then by layer; a layer whose next rank no longer fits takes no more. Priorities never rise within
+    a layer and all its ranks cost the same, so what is taken of it is its first ranks.
     """
-    n_layers = len(priorities)
-    keys = np.empty(sum(values.size for values in priorities), np.int64)
-    start = 0
-    for layer, values in enumerate(priorities):
-        keys[start : start + values.size] = best_first_keys(values, np.arange(values.size) * n_layers + layer)
-        start += values.size
-    keys.sort()
-    keys &= INDEX_MASK  # in place: these arrays are the largest that a compaction makes
-    keys %= n_layers
-    queue = keys.astype(np.min_scalar_type(n_layers))  # the layer of each rank, best rank first
-    del keys
-    if (cost == cost[0]).all():
-        return np.bincount(queue[: min(limit // int(cost[0]), queue.size)], minlength=n_layers)
-    taken = np.zeros(n_layers, np.int64)
-    left = min(limit, int(cost[queue].sum()))  # a limit may exceed int64
-    while queue.size:  # once for each size of cell, at most
-        queue = queue[cost[queue] <= left]
-        n_fit = int(np.searchsorted(np.cumsum(cost[queue]), left, side="right"))
-        taken += np.bincount(queue[:n_fit], minlength=n_layers)
-        left -= int(cost[queue[:n_fit]].sum())
-        queue = queue[n_fit:]
-    return taken
+    costs = cost.tolist()  # Python's integers: a limit may exceed int64
+    taken = [0] * len(costs)
+    left = limit
+    while layers := [i for i, values in enumerate(priorities) if taken[i] < values.size and costs[i] <= left]:
+        ends = _best_that_fit(priorities, costs, layers, taken, left)  # once for each size of cell, at most
+        left -= sum(costs[i] * (ends[i] - taken[i]) for i in layers)
+        taken = ends
+    return np.array(taken, np.int64)
+
+
+def _best_that_fit(
+    priorities: list[FloatArray], costs: list[int], layers: list[int], taken: list[int], left: int
+) -> list[int]:
+    """How far ``layers`` get beyond ``taken``, best rank first, until one does not fit into ``left``.
+
+    Where that is is searched for: sorting the ranks of all layers would take several times the memory of their scores.
+    """
+
+    def fits(ends: list[int]) -> bool:
+        return sum(costs[i] * (ends[i] - taken[i]) for i in layers) <= left
+
+    def at_least(value: float) -> list[int]:
+        ends = taken.copy()
+        for i in layers:
+            ends[i] = bisect_right(priorities[i], -value, lo=taken[i], key=operator.neg)
+        return ends
+
+    # All of the values that fit as a whole, ...
+    lowest = bisect_left(_FLOATS, True, key=lambda bits: fits(at_least(_as_float(bits))))
+    ends = at_least(_as_float(_FLOATS[lowest])) if lowest < len(_FLOATS) else taken.copy()
+    rest = [float(priorities[i][ends[i]]) for i in layers if ends[i] < priorities[i].size]
+    if not rest:
+        return ends
+    # ... of the next one whole ranks, and of one rank the first layers.
+    tied = at_least(max(rest))
+
+    def below(rank: int) -> list[int]:
+        return [min(max(rank, end), last) for end, last in zip(ends, tied, strict=True)]
+
+    rank = bisect_left(range(max(tied) + 1), True, key=lambda rank: not fits(below(rank))) - 1
+    ends = below(rank)
+    for i in layers:
+        if ends[i] == rank < tied[i]:
+            ends[i] += 1
+            if not fits(ends):
+                ends[i] -= 1
+                break
+    return ends
+
+
+def _as_float(bits: int) -> float:
+    """The float32 of a place in :data:`_FLOATS`: an IEEE 754 number has sign and magnitude, an int32 a complement."""
+    return float(np.int32(bits ^ (0x7FFFFFFF if bits < 0 else 0)).view(np.float32))
 
 
 def _n_tokens(composites: list[FloatArray]) -> IntArray:

@@ -322,14 +322,12 @@ class CacheMemory:
             select_composites([self._score(i, n_scored, new_pinned)], budgets[[i]])[0].astype(np.min_scalar_type(n))
             for i, n in enumerate(n_rows)
         ]
-        kept = [
-            np.take_along_axis(self._replay_score(i, n_scored, new_pinned), rows, axis=1).astype(SCORE_DTYPE)
-            for i, rows in enumerate(selection)
-        ]
         selected = time.perf_counter()
         with uninterrupted():
             self.engine.rewrite(selection, n_tail)
-            self._scores = kept
+            for i, rows in enumerate(selection):  # in place: twice the scores of all cells would be memory for nothing
+                kept = np.take_along_axis(self._replay_score(i, n_scored, new_pinned), rows, axis=1)
+                self._scores[i] = kept.astype(SCORE_DTYPE)
             self._follow(selection, before, n_scored)
             self._forget_replay()
         after = self.engine.layout()
