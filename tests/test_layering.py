@@ -26,6 +26,8 @@ ORDER = (
     "chat",
     "download",
     "models",
+    "chat_template",
+    "pin",
     "build",
     "llama_ffi.library",
     "llama_ffi.model",
