@@ -61,4 +61,4 @@ class ChatTemplate:
 
 
 def _failed(error: Exception) -> ModelError:
-    return ModelError(f"the model's chat template failed: {error}")
+    return ModelError(f"the model's chat template failed: {' '.join(str(error).split())}")

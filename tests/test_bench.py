@@ -67,6 +67,13 @@ def test_a_quarter_of_the_tokens_is_a_quarter_of_f16(tiny_model: Callable[..., P
     assert "under 256 cells" in str(refused.exception)
 
 
+def test_what_was_measured_is_shown_when_the_rest_is_stopped(tiny_model: Callable[..., Path]) -> None:
+    options = ["--lengths", "1100,600", "--budgets", "0.25", "--cache-type", "f16", "--rounds", "1", "--tokens", "4"]
+    stopped = CliRunner().invoke(cli, ["bench", str(tiny_model("llama", n_ctx=8192)), *options])
+    assert "under 256 cells" in str(stopped.exception)
+    assert [r["n_tokens"] for r in json.loads(stopped.stdout.splitlines()[-1])["lengths"]] == [1100]
+
+
 def test_a_worker_decodes_the_same_cells(tiny_model: Callable[..., Path]) -> None:
     """The worker runs here with this library: what it measures needs no second build."""
     path = tiny_model("llama")

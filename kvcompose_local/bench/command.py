@@ -74,22 +74,26 @@ def bench_command(
     if not library_is_patched():
         raise InvalidInput("the benchmark needs the patched engine: run `kvcompose-local build`")
     bandwidth, matmul = measure.memory_bandwidth(), measure.matmul_rate()
-    results = [
-        measure.measure(
-            path,
-            prose(),
-            length,
-            budgets,
-            cache_type=cache_type,
-            rounds=rounds,
-            n_decode=tokens,
-            n_threads=threads,
-            progress=lambda what, done, total: status.progress(what, done, total, ""),
-        )
-        for length in lengths
-    ]
-    click.echo(measure.tables(results, path.stat().st_size, bandwidth, matmul))
-    if plot is not None:
-        measure.plot(results, plot)
-        status.line(f"drew {plot}")
-    click.echo(json.dumps(measure.as_json(results, path.stat().st_size, bandwidth, matmul)))
+    results: list[measure.LengthResult] = []
+    try:
+        for length in lengths:
+            results.append(
+                measure.measure(
+                    path,
+                    prose(),
+                    length,
+                    budgets,
+                    cache_type=cache_type,
+                    rounds=rounds,
+                    n_decode=tokens,
+                    n_threads=threads,
+                    progress=lambda what, done, total: status.progress(what, done, total, ""),
+                )
+            )
+    finally:  # what was measured is shown, whatever stopped the rest
+        if results:
+            click.echo(measure.tables(results, path.stat().st_size, bandwidth, matmul))
+            if plot is not None:
+                measure.plot(results, plot)
+                status.line(f"drew {plot}")
+            click.echo(json.dumps(measure.as_json(results, path.stat().st_size, bandwidth, matmul)))
