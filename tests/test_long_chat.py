@@ -31,13 +31,18 @@ def opened(path: Path, n_ctx: int, budget: float) -> PatchedEngine:
     return engine
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma3"])
-def test_a_hundred_compactions(tiny_model: Callable[..., Path], arch: str) -> None:
+@pytest.mark.parametrize("name", ["llama", "gemma3", "smollm2-135m"])
+def test_a_hundred_compactions(
+    tiny_model: Callable[..., Path], real_model: Callable[[str], Path], name: str
+) -> None:
     """Time is not tested, the work is; the seconds are printed: pytest -rP -k hundred."""
-    path = tiny_model(arch, n_layers=7 if arch == "gemma3" else 3, n_ctx=16384)
+    if name == "smollm2-135m":
+        path, n_ctx = real_model(name), 8192
+    else:
+        path, n_ctx = tiny_model(name, n_layers=7 if name == "gemma3" else 3, n_ctx=16384), 12_000
     rss: list[int] = []
     process = psutil.Process()
-    with opened(path, 12_000, 0.05) as engine:
+    with opened(path, n_ctx, 0.05) as engine:
 
         def check(_report: CompactionReport | None = None) -> None:
             arena = engine._cells.arena(0)
@@ -45,7 +50,7 @@ def test_a_hundred_compactions(tiny_model: Callable[..., Path], arch: str) -> No
             assert memory.used_bytes <= min(arena.used, engine.arena_bytes[0])
             rss.append(process.memory_info().rss)
 
-        memory = CacheMemory(engine, 12_000, on_compaction=check)
+        memory = CacheMemory(engine, n_ctx, on_compaction=check)
         n_types = len(ctypes._pointer_type_cache)  # type: ignore[attr-defined]
         while len(memory.reports) < 100:
             n = int(RNG.integers(1, 60))
@@ -57,7 +62,7 @@ def test_a_hundred_compactions(tiny_model: Callable[..., Path], arch: str) -> No
     assert max(r.tokens_scored for r in late) <= max(r.tokens_scored for r in early)
     assert max(sum(r.composed) for r in late) <= max(sum(r.composed) for r in early) + 1
     seconds = [1000 * float(np.median([r.seconds for r in part])) for part in (early, late)]
-    print(f"{arch}: {seconds[0]:.2f} ms a compaction, 11th to 40th; {seconds[1]:.2f} ms, the last 30")
+    print(f"{name}: {seconds[0]:.2f} ms a compaction, 11th to 40th; {seconds[1]:.2f} ms, the last 30")
     # ctypes keeps every type for good, so none may depend on how wide the cache is.
     assert len(ctypes._pointer_type_cache) == n_types  # type: ignore[attr-defined]
     # The allocators settle for some hundred compactions; one layer's cells lost in each would be 6 MB.

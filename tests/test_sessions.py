@@ -39,6 +39,7 @@ from kvcompose_local.sessions import Setup
 
 TinyModel = Callable[..., Path]
 needs_patches = pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
+PROSE = Path(__file__).parent / "data" / "prose.txt"
 WORDS = "".join(chr(97 + n % 23) + " " * (n % 5 == 0) for n in range(300))
 
 
@@ -83,7 +84,7 @@ def fake_engine(chat: Chat) -> FakeEngine:
 
 @contextmanager
 def real_chat(
-    path: Path, *, n_ctx: int = 1024, budget: float = 0.25, cache: str = "f16", **options: Any
+    path: Path, *, n_ctx: int = 1024, budget: float = 0.25, cache: str | None = "f16", **options: Any
 ) -> Iterator[Chat]:
     greedy = Sampling(temperature=0)
     engine, positions = open_engine(
@@ -183,7 +184,7 @@ def test_an_empty_chat_is_saved_and_loaded(tmp_path: Path, setup: Setup, tiny_mo
 
 
 @needs_patches
-@pytest.mark.parametrize("cache", ["f16", "q8_0"])
+@pytest.mark.parametrize("cache", ["f16", "q8_0", "q8_0/q4_0"])
 @pytest.mark.parametrize(("arch", "n_layers"), [("llama", 3), ("gemma3", 7)])
 def test_the_next_200_tokens_are_those_of_the_chat_that_was_never_saved(
     tmp_path: Path, tiny_model: TinyModel, arch: str, n_layers: int, cache: str
@@ -211,6 +212,28 @@ def test_the_next_200_tokens_are_those_of_the_chat_that_was_never_saved(
         assert len(set(tokens)) > 10
         assert len(kept.memory.reports) > n_compactions  # scores and attention were needed
         assert arch == "gemma3" or same_state(loaded.state(), kept.state())
+
+
+@needs_patches
+def test_a_real_chat_goes_on_with_the_same_200_tokens(tmp_path: Path, real_model: Callable[[str], Path]) -> None:
+    """What users run: a real model, and the cells that a budget takes by default."""
+    model, path = real_model("qwen2.5-coder-0.5b"), tmp_path / "s.kvc"
+    with real_chat(model, cache=None) as kept, real_chat(model, cache=None) as loaded:
+        setup = Setup(model, kept.memory.engine.shape.cache_type, 0.25)
+        assert setup.cache_type == "q8_0/q4_0"
+        kept.read(PROSE.read_text(encoding="utf-8")[:2600])
+        list(kept.ask("Who is it about?", max_tokens=20))
+        assert kept.memory.reports
+        sessions.save(path, kept, setup)
+        sessions.load(path, loaded, setup)
+        assert same_state(loaded.state(), kept.state())
+        n_compactions = len(kept.memory.reports)
+        tokens, logits = next_tokens(kept, 200)
+        tokens_loaded, logits_loaded = next_tokens(loaded, 200)
+        assert tokens_loaded == tokens
+        np.testing.assert_array_equal(logits_loaded, logits)
+        assert len(set(tokens)) > 10
+        assert len(kept.memory.reports) > n_compactions
 
 
 @needs_patches
