@@ -32,9 +32,7 @@ def opened(path: Path, n_ctx: int, budget: float) -> PatchedEngine:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "smollm2-135m"])
-def test_a_hundred_compactions(
-    tiny_model: Callable[..., Path], real_model: Callable[[str], Path], name: str
-) -> None:
+def test_a_hundred_compactions(tiny_model: Callable[..., Path], real_model: Callable[[str], Path], name: str) -> None:
     """Time is not tested, the work is; the seconds are printed: pytest -rP -k hundred."""
     if name == "smollm2-135m":
         path, n_ctx = real_model(name), 8192
