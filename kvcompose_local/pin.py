@@ -98,7 +98,7 @@ def cmake_flags(sanitize: str | None = None) -> list[str]:
     for name in (sanitize or "").split(",") if sanitize else ():
         if name not in SANITIZERS:
             raise InvalidInput(f"unknown sanitizer {name!r}: choose from {', '.join(SANITIZERS)}")
-        flags[f"LLAMA_SANITIZE_{name.upper()}"] = "ON"
+        flags[f"LLAMA_SANITIZE_{name.upper()}"] = flags[f"GGML_SANITIZE_{name.upper()}"] = "ON"  # each has its own
     return [f"-D{name}={value}" for name, value in flags.items()]
 
 

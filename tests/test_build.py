@@ -197,7 +197,8 @@ def test_the_key_depends_on_pin_patches_their_order_and_flags(release: Release) 
 
 def test_sanitizers_have_their_own_build() -> None:
     flags = cmake_flags("address,undefined")
-    assert {"-DLLAMA_SANITIZE_ADDRESS=ON", "-DLLAMA_SANITIZE_UNDEFINED=ON"} < set(flags)
+    for part in ("LLAMA", "GGML"):
+        assert {f"-D{part}_SANITIZE_ADDRESS=ON", f"-D{part}_SANITIZE_UNDEFINED=ON"} < set(flags)
     assert "-DCMAKE_BUILD_TYPE=RelWithDebInfo" in flags
     assert "-DCMAKE_BUILD_TYPE=Release" in cmake_flags()
     assert build_dir(sanitize="address") != build_dir()
