@@ -1,7 +1,7 @@
 """The largest attention weight that each token ever got, kept up while the softmax tensors stream by.
 
-Source: arXiv 2509.05165, steps 2 and 3 of the method. A maximum is associative, so it is taken one
-micro-batch at a time, and no tensor of queries × tokens is ever held. Axes: layer L, query head Q, token
+Source: arXiv 2509.05165, steps 2 to 4 of the method. A maximum is associative, so it is taken one
+micro-batch at a time, and no tensor of queries × tokens is ever held. Axes: layer L, query head Q, KV head H, token
 (column) T.
 """
 
@@ -23,13 +23,16 @@ _MOST_SPARE = 1024
 
 
 class AttentionMax:
-    """Running maximum over queries of the softmax weight on each token, by layer and query head.
+    """Running maximum over queries of the softmax weight on each token, by layer and head.
 
-    ``n_heads`` is the number of query heads, one for all layers or one each. With ``exclude_nearest`` = n > 0 a query
+    ``n_heads`` is the number of heads that are told apart, one for all layers or one each. Where it is that of the KV
+    heads, the query heads that share one count with the mean of their maxima in a micro-batch: their score, but for
+    tokens that they need at different times, in a fraction of the memory. With ``exclude_nearest`` = n > 0 a query
     at position p counts for a token at position c only when ``p - c >= n``: every token looks at its neighbours, which
-    says nothing about who else needs them. Memory is that of the weights in ``dtype``, up to a quarter or what
-    :meth:`pick` reserves for columns to come, and one layer's while it is updated. ``dtype`` is float32, float16, or
-    uint8, which holds the middle bits of a float16: weights rounded down by a sixteenth at most, those above 1 to 1.
+    says nothing about who else needs them. Memory is that of the result in ``dtype``, up to a quarter or what
+    :meth:`pick` reserves for columns to come, and one layer's weights while it is updated. ``dtype`` is float32,
+    float16, or uint8, which holds the middle bits of a float16: rounded down by a sixteenth at most, what is above 1
+    to 1.
 
     >>> seen = AttentionMax(n_layers=24, n_heads=14)
     >>> seen.update(0, weights, slice(0, n_context))  # for every layer and micro-batch
@@ -37,16 +40,27 @@ class AttentionMax:
     """
 
     def __init__(
-        self, n_layers: int, n_heads: int | Sequence[int], exclude_nearest: int = 0, dtype: type[Any] = np.float32
+        self,
+        n_layers: int,
+        n_heads: int | Sequence[int],
+        exclude_nearest: int = 0,
+        dtype: type[Any] = np.float32,
+        *,
+        group: int | Sequence[int] = 1,
     ) -> None:
-        """Raises InvalidInput when a count is out of range or ``n_heads`` names another number of layers."""
+        """``group``: query heads that share one of the ``n_heads``, one number for all layers or one each.
+
+        Raises InvalidInput when a count is out of range or belongs to another number of layers.
+        """
         heads = list(n_heads) if isinstance(n_heads, Sequence) else [n_heads] * n_layers
-        if n_layers < 1 or len(heads) != n_layers or min(heads) < 1:
+        groups = list(group) if isinstance(group, Sequence) else [group] * n_layers
+        if n_layers < 1 or {len(heads), len(groups)} != {n_layers} or min(heads + groups) < 1:
             raise InvalidInput(f"attention needs layers and heads, not {n_layers} layers of {n_heads} heads")
         if exclude_nearest < 0:
             raise InvalidInput(f"exclude_nearest must be 0 or more tokens, not {exclude_nearest}")
         self._exclude_nearest = exclude_nearest
         self._dtype = np.dtype(dtype)
+        self._group = groups
         self._room = [np.zeros((n, 0), dtype) for n in heads]  # the first _n columns are in use
         self._n = [0] * n_layers
 
@@ -54,8 +68,10 @@ class AttentionMax:
     def over(
         cls, layers: Sequence[LayerShape], exclude_nearest: int = 0, dtype: type[Any] = np.float16
     ) -> AttentionMax:
-        """For the layers of an engine."""
-        return cls(len(layers), [layer.n_heads for layer in layers], exclude_nearest, dtype)
+        """For the KV heads of an engine's layers."""
+        heads = [layer.n_kv_heads for layer in layers]
+        group = [layer.n_heads // layer.n_kv_heads for layer in layers]
+        return cls(len(layers), heads, exclude_nearest, dtype, group=group)
 
     def update(
         self,
@@ -69,7 +85,7 @@ class AttentionMax:
     ) -> None:
         """Take in the softmax weights of one micro-batch: float32 (Q, n_queries, n_kv).
 
-        They may be those of fewer query heads, from ``head`` on.
+        They may be those of fewer query heads, from ``head`` on, in whole groups.
 
         They may be a strided view of foreign memory; they are never copied whole, and not kept. ``columns``
         (a slice, or int (T,)) says which of the n_kv columns to keep and in which order; column ``first`` + j of
@@ -86,9 +102,10 @@ class AttentionMax:
             raise InvalidInput(f"layer {layer} is not one of {len(self._room)}")
         if first < 0:
             raise InvalidInput(f"there is no column {first}")
-        largest = self._columns(layer)
-        n_heads = largest.shape[0]
-        if weights.ndim != 3 or weights.dtype != np.float32 or not 0 <= head <= n_heads - weights.shape[0] < n_heads:
+        largest, group = self._columns(layer), self._group[layer]
+        n_heads = largest.shape[0] * group
+        fits = weights.ndim == 3 and weights.dtype == np.float32
+        if not fits or not 0 <= head <= n_heads - len(weights) < n_heads or head % group or len(weights) % group:
             raise InvalidInput(
                 f"weights must be float32 ({n_heads}, queries, cells), not {weights.dtype} {weights.shape} "
                 f"from head {head}"
@@ -100,6 +117,8 @@ class AttentionMax:
             seen = weights.max(axis=1, initial=0)[:, kept]  # reduced before it is picked from: no copy
         if self._exclude_nearest and query_positions is not None:
             self._redo_nearest(seen, weights, kept, query_positions, column_positions)
+        if group > 1:
+            seen = seen.reshape(-1, group, seen.shape[1]).mean(axis=1)
         if not np.isfinite(seen).all():
             raise InvalidInput(f"attention weights of layer {layer} hold NaN or infinite values")
 
@@ -108,11 +127,11 @@ class AttentionMax:
             if end > self._room[layer].shape[1]:
                 # Not one micro-batch at a time: freed arrays of every size would stay with the allocator.
                 spare = min(max(end // 4, 64), _MOST_SPARE) if n_known else 0
-                self._room[layer] = np.zeros((n_heads, end + spare), self._dtype)
+                self._room[layer] = np.zeros((len(largest), end + spare), self._dtype)
                 self._room[layer][:, :n_known] = largest
             self._room[layer][:, n_known:end] = 0
             self._n[layer] = end
-        largest = self._room[layer][head : head + len(seen), first:end]
+        largest = self._room[layer][head // group :][: len(seen), first:end]
         if self._dtype == np.float16:
             largest[...] = np.maximum(largest, seen)  # in float32, which NumPy compares many times faster
         else:
@@ -125,7 +144,7 @@ class AttentionMax:
     def pick(self, layer: int, columns: NDArray[np.integer[Any]], reserve: int = 0) -> None:
         """Go on with these columns of a layer, in their order; 0 for those it has not seen.
 
-        ``columns`` is int (H, T): each row is that of Q / H heads which follow each other. There is room for
+        ``columns`` is int (H, T): each row is that of as many heads which follow each other. There is room for
         ``reserve`` more.
         """
         largest = self._columns(layer)
@@ -136,7 +155,7 @@ class AttentionMax:
         self._room[layer], self._n[layer] = picked, columns.shape[1]
 
     def take_back(self, largest: Sequence[FloatArray]) -> None:
-        """Go on from an earlier result, L float32 arrays (Q, T_l).
+        """Go on from an earlier result, L float32 arrays (heads, T_l).
 
         Raises InvalidInput, with nothing changed, where it cannot be one.
         """
@@ -160,7 +179,7 @@ class AttentionMax:
         return tuple(self._n)
 
     def of_layer(self, layer: int) -> FloatArray:
-        """Float (Q, T_l), (Q, 0) where never updated; later updates may change it."""
+        """Float (heads, T_l), (heads, 0) where never updated; later updates may change it."""
         columns = self._columns(layer)
         if self._dtype == np.uint8:
             halves = columns.astype(np.uint16)
@@ -173,7 +192,7 @@ class AttentionMax:
         return [self.of_layer(layer) for layer in range(len(self._room))]
 
     def stacked(self) -> FloatArray:
-        """The result as one array (L, Q, T). Raises InvalidInput when the layers differ in shape."""
+        """The result as one array (L, heads, T). Raises InvalidInput when the layers differ in shape."""
         layers = self.result()
         shapes = {largest.shape for largest in layers}
         if len(shapes) > 1:

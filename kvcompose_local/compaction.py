@@ -5,7 +5,7 @@ Tokens are read as live cells until the next ones would not fit beside the repla
 1. the live tokens, all but the newest few, are replayed in chunks, each dropped after use (chunks as in KVzip,
    arXiv 2505.23416), which gives the attention that every live cell receives; what was seen of it while the text was
    read is added, which costs nothing and halves the loss (docs/trials.md);
-2. attention becomes token scores (:mod:`scores`); composed cells bring the scores they were kept with;
+2. their sum is the token scores; composed cells bring those they were kept with;
 3. all compete for the arena's bytes, less what the live region needs (:mod:`budgets`);
 4. the winners are aligned into composite tokens (:mod:`selection`) and the engine rewrites its cells.
 
@@ -42,7 +42,6 @@ from kvcompose_local.interfaces import (
 )
 from kvcompose_local.interrupts import uninterrupted
 from kvcompose_local.profiles import Profile
-from kvcompose_local.scores import ReplayScores, token_scores
 from kvcompose_local.selection import select_composites
 
 
@@ -129,11 +128,9 @@ class CompactionReport:
         """One line for people."""
         low, high = min(self.composed), max(self.composed)
         cells = f"{low}" if low == high else f"{low}–{high}"
-        freed = self.bytes_before - self.bytes_after
         return (
             f"compacted: {self.tokens_seen} tokens seen, {cells} composed + {self.n_live} live cells a layer, "
-            f"{self.bytes_before / 2**20:.1f} → {self.bytes_after / 2**20:.1f} MiB "
-            f"({freed / 2**20:.1f} MiB freed) in {self.seconds:.1f} s"
+            f"{self.bytes_before / 2**20:.1f} → {self.bytes_after / 2**20:.1f} MiB in {self.seconds:.1f} s"
         )
 
 
@@ -142,7 +139,7 @@ class MemoryState:
     """All that a :class:`CacheMemory` knows, to go on from later.
 
     tokens: all that were seen; scores: float32 (H, K_l), what each layer's composed cells got in their replay; seen:
-    float32 (Q, at most K_l + n_live), the attention that a layer's rows, composed ones first, got while later text was
+    float32 (H, at most K_l + n_live), the attention that a layer's rows, composed ones first, got while later text was
     read; cells: as the engine gave them; pins: the (start, stop) of what is pinned.
     """
 
@@ -218,7 +215,7 @@ class CacheMemory:
         self._forget_replay()
 
     def _forget_replay(self) -> None:
-        self._replayed = ReplayScores(self.engine.shape.layers)
+        self._replayed = AttentionMax.over(self.engine.shape.layers, dtype=SCORE_DTYPE)
         self._n_replayed = 0  # live tokens that have been replayed
 
     @property
@@ -395,7 +392,7 @@ class CacheMemory:
         """The same, with what they got while later text was read."""
         scores = self._replay_score(layer, n_scored, pinned)
         seen = self._seen.of_layer(layer)[:, : scores.shape[1]]
-        scores[:, : seen.shape[1]] += token_scores(seen[None], len(scores), add_mean_across_heads=False)[0]
+        scores[:, : seen.shape[1]] += seen
         return scores
 
     def _follow(self, selection: Sequence[Selection], before: CacheLayout, n_scored: int) -> None:
@@ -423,7 +420,6 @@ class CacheMemory:
             self._furthest = max(self._furthest, len(self.tokens) + len(part))
             self.engine.replay(part, seen, near_chunk(start, stop))
             self._n_replayed = stop
-            self._replayed.settle(near_chunk(stop, stop).start)
         if progress is not None:
             progress(n, n)
 
@@ -589,7 +585,7 @@ class CacheMemory:
             del self.tokens[position:]
             n_live = layout.n_live - (layout.position - position)
             self._seen.trim(self._rows(self.engine.layout()))
-            self._replayed.trim(n_live)
+            self._replayed.trim([n_live] * len(layout.composed))
             self._n_replayed = min(self._n_replayed, n_live)
             return True
         again, pins = self.tokens[:position], self.pins

@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcompose_local.attention import AttentionMax
 from kvcompose_local.errors import InvalidInput
-from kvcompose_local.interfaces import FloatArray, IntArray, LayerShape
-from kvcompose_local.interrupts import uninterrupted
+from kvcompose_local.interfaces import FloatArray, IntArray
 
 Scores = NDArray[Any] | Sequence[NDArray[Any]]
 
@@ -50,64 +48,6 @@ def token_scores(attention_max: NDArray[Any], n_kv_heads: int, *, add_mean_acros
     if not np.isfinite(scores).all():
         raise InvalidInput("attention_max holds NaN or infinite values; collect the attention again")
     return scores
-
-
-class ReplayScores:
-    """Token scores of a replay that goes on from chunk to chunk: float16 (H, T) of each layer, no mean over KV heads.
-
-    A chunk shows few tokens before itself, so what it leaves behind is settled, reduced from query heads to KV heads: a
-    seventh of the memory where seven share one. Where text is taken back, what is replayed in its place adds nothing
-    to what was settled before it. An :class:`AttentionSink`.
-    """
-
-    def __init__(self, layers: Sequence[LayerShape]) -> None:
-        self._layers = layers
-        self._settled = [np.zeros((layer.n_kv_heads, 0), np.float16) for layer in layers]
-        self._open = AttentionMax.over(layers)  # of the columns after these
-
-    def update(
-        self,
-        layer: int,
-        weights: FloatArray,
-        columns: slice | IntArray,
-        query_positions: IntArray | None = None,
-        column_positions: IntArray | None = None,
-        first: int = 0,
-        head: int = 0,
-    ) -> None:
-        """As :meth:`AttentionMax.update`; columns that are settled take no more."""
-        known = max(self._settled[layer].shape[1] - first, 0)
-        if known:
-            columns = np.arange(weights.shape[2])[columns][known:]
-            column_positions = None if column_positions is None else column_positions[known:]
-        first = max(first - self._settled[layer].shape[1], 0)
-        self._open.update(layer, weights, columns, query_positions, column_positions, first, head)
-
-    def settle(self, n: int) -> None:
-        """No more is wanted to be known of the first ``n`` tokens."""
-        for i, settled in enumerate(self._settled):
-            n_new = n - settled.shape[1]
-            if n_new > 0:
-                scores = np.concatenate([settled, self._scores(i)[:, :n_new]], axis=1)
-                rest = np.tile(np.arange(n_new, self._open.n_columns[i]), (len(settled), 1))
-                with uninterrupted():  # a column stands in one of the two
-                    self._settled[i] = scores
-                    self._open.pick(i, rest)
-
-    def trim(self, n: int) -> None:
-        """Forget the tokens from number ``n`` on."""
-        with uninterrupted():
-            self._open.trim([max(n - settled.shape[1], 0) for settled in self._settled])
-            self._settled = [settled[:, :n] for settled in self._settled]
-
-    def of_layer(self, layer: int) -> FloatArray:
-        """float16 (H, T_l), (H, 0) where nothing was replayed."""
-        return np.concatenate([self._settled[layer], self._scores(layer)], axis=1)
-
-    def _scores(self, layer: int) -> FloatArray:
-        n_kv_heads = self._layers[layer].n_kv_heads
-        scores = token_scores(self._open.of_layer(layer)[None], n_kv_heads, add_mean_across_heads=False)
-        return np.asarray(scores[0], np.float16)
 
 
 def as_layers(scores: Scores) -> list[FloatArray]:

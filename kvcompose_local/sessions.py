@@ -3,7 +3,7 @@
 The container is safetensors. Its metadata are the manifest (JSON) and a checksum; its tensors, for layer ``l``::
 
     keys.l, values.l  U8 (K_l + n_live, row bytes)     scores.l  F32 (H, K_l)
-    seen.l            F32 (Q, at most K_l + n_live)
+    seen.l            F32 (H, at most K_l + n_live)
     tokens            I32 (position,)                  pending   I32 (n,)           window   U8 (bytes,)
     text              U8 (bytes,): JSON of system prompt, messages, draft, the text that was fed, steps and pins
 
@@ -41,7 +41,7 @@ from kvcompose_local.interfaces import CacheSnapshot, Lazy, ModelShape, Progress
 from kvcompose_local.pin import read_pin
 from kvcompose_local.resources import DISK_FULL, cache_folder, data_file
 
-FORMAT = 2
+FORMAT = 3
 SUFFIX = ".kvc"
 #: The session that the REPL leaves behind when it was given none.
 LAST = "last"
@@ -431,7 +431,7 @@ def _state_of(manifest: Manifest, tensors: Any, shape: ModelShape) -> ChatState:
     for i, (layer, k) in enumerate(zip(shape.layers, manifest.composed, strict=True)):
         n = _only(k + n_live)
         check(f"scores.{i}", "F32", _only(layer.n_kv_heads), _only(k))
-        check(f"seen.{i}", "F32", _only(layer.n_heads), range(k + n_live + 1))
+        check(f"seen.{i}", "F32", _only(layer.n_kv_heads), range(k + n_live + 1))
         _, width = check(f"keys.{i}", "U8", n, range(layer.row_bytes + 1))
         check(f"values.{i}", "U8", n, _only(layer.row_bytes - width))
 

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from kvcompose_local.attention import AttentionMax
 from kvcompose_local.errors import InvalidInput
+from kvcompose_local.interfaces import LayerShape
 
 
 def softmax_like(seed, n_heads, n_queries, n_kv):
@@ -173,6 +174,22 @@ def test_columns_from_a_number_on_and_without_positions():
     seen.trim([2])
     seen.update(0, np.full((1, 1, 3), 0.125, np.float32), slice(None))
     assert seen.result()[0].tolist() == [[0.5, 0.25, 0.125]]
+
+
+def test_query_heads_that_share_a_kv_head_count_with_their_mean():
+    weights, later = softmax_like(5, 6, 4, 9), softmax_like(6, 6, 4, 9)
+    expected = np.maximum(*(w.max(axis=1).reshape(2, 3, 9).mean(axis=1) for w in (weights, later)))
+    seen = AttentionMax(1, 2, group=3)
+    seen.update(0, weights, slice(None))
+    for head in (0, 3):  # one KV head at a time
+        seen.update(0, later[head : head + 3], slice(None), head=head)
+    np.testing.assert_array_equal(seen.result()[0], expected)
+    for wrong in ({"weights": weights[:2]}, {"weights": weights[:3], "head": 1}, {"weights": weights, "head": 3}):
+        with pytest.raises(InvalidInput, match=r"\(6, queries, cells\)"):
+            seen.update(0, **{"columns": slice(None), **wrong})
+    np.testing.assert_array_equal(seen.result()[0], expected)
+    layers = (LayerShape(0, 4, 2, 1024), LayerShape(1, 4, 4, 1024))
+    assert [layer.shape for layer in AttentionMax.over(layers).result()] == [(2, 0), (4, 0)]
 
 
 def test_half_precision_ranks_the_same():

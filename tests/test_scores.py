@@ -4,10 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from kvcompose_local.attention import AttentionMax
 from kvcompose_local.errors import InvalidInput
-from kvcompose_local.interfaces import LayerShape
-from kvcompose_local.scores import ReplayScores, as_layers, best_first_keys, key_indices, token_scores
+from kvcompose_local.scores import as_layers, best_first_keys, key_indices, token_scores
 
 FINITE = st.floats(-1e6, 1e6, width=32)
 
@@ -91,36 +89,3 @@ def test_refuses_what_are_not_scores(scores):
 def test_keys_order_by_score_then_index(scores):
     order = key_indices(np.sort(best_first_keys(scores, np.arange(scores.size))))
     assert order.tolist() == sorted(range(scores.size), key=lambda index: (-scores[index], index))
-
-
-LAYERS = (LayerShape(0, 4, 2, 1024), LayerShape(1, 4, 4, 1024))
-
-
-def test_scores_settled_chunk_by_chunk_are_those_of_the_whole_replay():
-    random = np.random.default_rng(0)
-    scores, whole = ReplayScores(LAYERS), AttentionMax.over(LAYERS)
-    for start, stop in ((0, 8), (4, 16), (12, 24)):  # each looks at four tokens of the one before
-        for layer in range(len(LAYERS)):
-            weights = random.random((4, 3, stop - start), np.float32)
-            scores.update(layer, weights, slice(0, stop - start), first=start)
-            whole.update(layer, weights, slice(0, stop - start), first=start)
-        scores.settle(stop - 4)
-    for layer, shape in enumerate(LAYERS):
-        expected = token_scores(whole.of_layer(layer)[None], shape.n_kv_heads, add_mean_across_heads=False)[0]
-        np.testing.assert_array_equal(scores.of_layer(layer), expected.astype(np.float16))
-
-
-def test_settled_scores_take_no_more_and_can_be_forgotten():
-    scores = ReplayScores(LAYERS)
-    low, high = (np.full((4, 3, 8), x, np.float32) for x in (0.25, 0.5))
-    for layer in range(2):
-        scores.update(layer, low, slice(0, 8))
-    scores.settle(6)
-    for columns in (slice(0, 8), np.arange(8)):
-        scores.update(0, high, columns)
-    np.testing.assert_array_equal(scores.of_layer(0)[0], [0.25] * 6 + [0.5] * 2)
-    scores.trim(7)
-    np.testing.assert_array_equal(scores.of_layer(0)[1], [0.25] * 6 + [0.5])
-    scores.trim(5)  # some of what is settled, after which text is replayed that looks at it
-    scores.update(0, high, slice(0, 8), first=3)
-    np.testing.assert_array_equal(scores.of_layer(0)[1], [0.25] * 5 + [0.5] * 6)

@@ -42,7 +42,7 @@ def measure_profile(
         policy = Policy.for_cells(len(tokens))
         engine.clear()
         stats = Statistics(engine, tokens, n_scratch=policy.n_scratch, n_lead_in=policy.n_lead_in)
-        scores = stats.scores(stats.both)
+        scores = stats.both
         ones, n_cells = [1] * len(scores), len(tokens) * len(scores)
         budgets.append(np.stack([allocate_tempered(scores, ones, int(keep * n_cells)) for keep in KEEPS]))
         lengths.append(len(tokens))

@@ -10,11 +10,10 @@ import numpy.typing as npt
 
 from kvcompose_local import profiles
 from kvcompose_local.attention import AttentionMax
-from kvcompose_local.compaction import N_NEAREST, SEEN_DTYPE, near_chunk
+from kvcompose_local.compaction import N_NEAREST, SCORE_DTYPE, SEEN_DTYPE, near_chunk
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.interfaces import FloatArray
 from kvcompose_local.profiles import Profile
-from kvcompose_local.scores import token_scores
 from kvcompose_local.sessions import model_digest
 
 #: Tokens of :attr:`Statistics.look_back`.
@@ -26,7 +25,7 @@ N_RECENT = 32
 class Statistics:
     """Of one context, which the engine's cache holds, uncompressed, when the attributes are first asked for.
 
-    All are lists of L arrays over the T tokens; attention is float32 (Q, T).
+    All are lists of L arrays over the T tokens; scores are float32 (H, T), as the program makes them.
     """
 
     def __init__(self, engine: LlamaEngine, tokens: Sequence[int], *, n_scratch: int, n_lead_in: int) -> None:
@@ -42,11 +41,6 @@ class Statistics:
     def n_tokens(self) -> int:
         return len(self.tokens)
 
-    def scores(self, attention: Sequence[FloatArray], *, mean: bool = False) -> list[FloatArray]:
-        """Token scores of each layer, float32 (H, T), of attention (Q, T); ``mean`` adds that over the KV heads."""
-        heads = [layer.n_kv_heads for layer in self.engine.shape.layers]
-        return [token_scores(a[None], h, add_mean_across_heads=mean)[0] for a, h in zip(attention, heads, strict=True)]
-
     @cached_property
     def seen(self) -> list[FloatArray]:
         """The most attention that any later token but the 16 nearest paid during prefill."""
@@ -55,7 +49,8 @@ class Statistics:
     @cached_property
     def replay(self) -> list[FloatArray]:
         """The most attention that any replayed token pays, replayed in the chat's chunks."""
-        chunk, seen = self.n_scratch - self.n_lead_in, AttentionMax.over(self.engine.shape.layers)
+        chunk = self.n_scratch - self.n_lead_in
+        seen = AttentionMax.over(self.engine.shape.layers, dtype=SCORE_DTYPE)
         for start in range(0, self.n_tokens, chunk):
             part = self.tokens[max(start - self.n_lead_in, 0) : start + chunk]
             self.engine.replay(part, seen, near_chunk(start, min(start + chunk, self.n_tokens)))
@@ -80,8 +75,8 @@ class Statistics:
 
     @cached_property
     def whole_replay(self) -> list[FloatArray]:
-        """The same, replayed in one piece as published: needs as much room again."""
-        seen = AttentionMax.over(self.engine.shape.layers)
+        """Attention, float32 (Q, T), replayed in one piece as published: needs as much room again."""
+        seen = AttentionMax(len(self.engine.shape.layers), [layer.n_heads for layer in self.engine.shape.layers])
         self.engine.replay(self.tokens, seen)
         return [layer.astype(np.float32) for layer in seen.result()]
 

@@ -10,35 +10,41 @@ from kvcompose_local.budgets import allocate_bytes, allocate_tempered
 from kvcompose_local.evaluation.methods import method
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.interfaces import FloatArray, IntArray
+from kvcompose_local.scores import token_scores
 from kvcompose_local.selection import select_composites
 
 
-def compose(stats: Statistics, scores: Sequence[FloatArray], n_cells: int) -> list[IntArray]:
+def compose(scores: Sequence[FloatArray], n_cells: int) -> list[IntArray]:
     """Composite tokens by scores, L arrays (H, T), the layers competing for the cells by the mean of their heads."""
     return select_composites(scores, allocate_bytes(scores, [1] * len(scores), n_cells))
+
+
+def with_mean(scores: Sequence[FloatArray]) -> list[FloatArray]:
+    """The scores, each plus the mean over the KV heads: float32 (H, T)."""
+    return [s + s.mean(axis=0, keepdims=True) for s in scores]
 
 
 @method("published")
 def published(stats: Statistics, n_cells: int) -> list[IntArray]:
     """One replay of the whole text, mean over the group, plus the mean over KV heads."""
-    return compose(stats, stats.scores(stats.whole_replay, mean=True), n_cells)
+    layers = zip(stats.whole_replay, stats.engine.shape.layers, strict=True)
+    return compose([token_scores(a[None], layer.n_kv_heads)[0] for a, layer in layers], n_cells)
 
 
 @method("replay")
 def replay(stats: Statistics, n_cells: int) -> list[IntArray]:
     """Chunked replay, plus the mean over KV heads."""
-    return compose(stats, stats.scores(stats.replay, mean=True), n_cells)
+    return compose(with_mean(stats.replay), n_cells)
 
 
 @method("kvcompose-local")
 def ours(stats: Statistics, n_cells: int) -> list[IntArray]:
     """What the program does: the sum of both attentions, no mean over KV heads, tempered layer budgets."""
-    scores = stats.scores(stats.both)
-    return select_composites(scores, allocate_tempered(scores, [1] * len(scores), n_cells))
+    return select_composites(stats.both, allocate_tempered(stats.both, [1] * len(stats.both), n_cells))
 
 
 @method("uniform")
 def uniform(stats: Statistics, n_cells: int) -> list[IntArray]:
     """The same scores, equally many cells in every layer: what stock llama.cpp can hold."""
-    scores = stats.scores(stats.both)
-    return select_composites(scores, np.full(len(scores), min(n_cells // len(scores), stats.n_tokens), np.int64))
+    n_layers = len(stats.both)
+    return select_composites(stats.both, np.full(n_layers, min(n_cells // n_layers, stats.n_tokens), np.int64))

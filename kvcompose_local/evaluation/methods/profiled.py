@@ -14,10 +14,10 @@ from kvcompose_local.selection import select_composites
 
 def _seen_or_replayed(stats: Statistics) -> list[FloatArray]:
     """Scores by attention seen; only what nothing was seen of is replayed."""
-    attention = [layer.copy() for layer in stats.seen]
-    for layer, replayed in zip(attention, stats.replay, strict=True):
+    scores = [layer.copy() for layer in stats.seen]
+    for layer, replayed in zip(scores, stats.replay, strict=True):
         layer[:, -N_UNSEEN:] += replayed[:, -N_UNSEEN:]
-    return stats.scores(attention)
+    return scores
 
 
 def _by_profile(stats: Statistics, scores: list[FloatArray], n_cells: int) -> list[IntArray]:
@@ -35,18 +35,16 @@ def profile(stats: Statistics, n_cells: int) -> list[IntArray]:
 @method("profile-look-back")
 def profile_look_back(stats: Statistics, n_cells: int) -> list[IntArray]:
     """The last 64 tokens are replayed and look at everything."""
-    attention = [a + b for a, b in zip(stats.look_back, stats.seen, strict=True)]
-    return _by_profile(stats, stats.scores(attention), n_cells)
+    return _by_profile(stats, [a + b for a, b in zip(stats.look_back, stats.seen, strict=True)], n_cells)
 
 
 @method("profile-replay")
 def profile_replay(stats: Statistics, n_cells: int) -> list[IntArray]:
     """The whole score with the profile's layer budgets: what the budgets alone cost."""
-    return _by_profile(stats, stats.scores(stats.both), n_cells)
+    return _by_profile(stats, stats.both, n_cells)
 
 
 @method("seen-budgets")
 def seen_with_whole_budgets(stats: Statistics, n_cells: int) -> list[IntArray]:
     """Attention seen with the layer budgets of the whole score: what the ranking alone costs."""
-    whole = stats.scores(stats.both)
-    return select_composites(stats.scores(stats.seen), allocate_tempered(whole, [1] * len(whole), n_cells))
+    return select_composites(stats.seen, allocate_tempered(stats.both, [1] * len(stats.both), n_cells))

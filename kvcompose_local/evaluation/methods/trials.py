@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from kvcompose_local.budgets import allocate_bytes
-from kvcompose_local.evaluation.methods import Method, by_kv_head, method
-from kvcompose_local.evaluation.methods.kvcompose import compose
+from kvcompose_local.evaluation.methods import Method, method
+from kvcompose_local.evaluation.methods.kvcompose import compose, with_mean
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.interfaces import FloatArray, IntArray
 from kvcompose_local.selection import select_composites
@@ -16,83 +16,66 @@ def _both(stats: Statistics, weight: float) -> list[FloatArray]:
     return [a + weight * b for a, b in zip(stats.replay, stats.seen, strict=True)]
 
 
-def _group_max(stats: Statistics, attention: list[FloatArray]) -> list[FloatArray]:
-    heads = [layer.n_kv_heads for layer in stats.engine.shape.layers]
-    return [by_kv_head(a, h).max(axis=1) for a, h in zip(attention, heads, strict=True)]
-
-
 @method("replay-own")
 def replay_own(stats: Statistics, n_cells: int) -> list[IntArray]:
     """Chunked replay; no mean over KV heads."""
-    return compose(stats, stats.scores(stats.replay), n_cells)
-
-
-@method("replay-max")
-def replay_max(stats: Statistics, n_cells: int) -> list[IntArray]:
-    """Chunked replay; the maximum over the group, no mean over KV heads (as KVzip, arXiv 2505.23416)."""
-    return compose(stats, _group_max(stats, stats.replay), n_cells)
+    return compose(stats.replay, n_cells)
 
 
 @method("seen")
 def seen(stats: Statistics, n_cells: int) -> list[IntArray]:
     """Attention seen during prefill, without a replay."""
-    return compose(stats, stats.scores(stats.seen), n_cells)
+    return compose(stats.seen, n_cells)
 
 
 @method("replay+seen")
 def replay_and_seen(stats: Statistics, n_cells: int) -> list[IntArray]:
     """The sum of both attentions; no mean over KV heads."""
-    return compose(stats, stats.scores(stats.both), n_cells)
+    return compose(stats.both, n_cells)
 
 
 @method("replay+seen-mean")
 def replay_and_seen_mean(stats: Statistics, n_cells: int) -> list[IntArray]:
     """The sum of both attentions, plus the mean over KV heads."""
-    return compose(stats, stats.scores(stats.both, mean=True), n_cells)
+    return compose(with_mean(stats.both), n_cells)
 
 
 @method("replay+seen-half")
 def replay_and_half_seen(stats: Statistics, n_cells: int) -> list[IntArray]:
     """Attention seen counts half."""
-    return compose(stats, stats.scores(_both(stats, 0.5)), n_cells)
+    return compose(_both(stats, 0.5), n_cells)
 
 
 @method("replay+seen-double")
 def replay_and_double_seen(stats: Statistics, n_cells: int) -> list[IntArray]:
     """Attention seen counts twice."""
-    return compose(stats, stats.scores(_both(stats, 2.0)), n_cells)
-
-
-@method("replay+seen-max")
-def replay_and_seen_max(stats: Statistics, n_cells: int) -> list[IntArray]:
-    """The sum of both attentions; the maximum over the group."""
-    return compose(stats, _group_max(stats, stats.both), n_cells)
+    return compose(_both(stats, 2.0), n_cells)
 
 
 @method("replay+seen-value")
 def replay_and_seen_value(stats: Statistics, n_cells: int) -> list[IntArray]:
     """The sum of both, times the norm of the value relative to its head's mean norm."""
-    scores = stats.scores(stats.both)
+    scores = stats.both
     weights = [v / v.mean(axis=1, keepdims=True) for v in stats.value_norms]
-    return compose(stats, [s * w for s, w in zip(scores, weights, strict=True)], n_cells)
+    return compose([s * w for s, w in zip(scores, weights, strict=True)], n_cells)
 
 
 @method("replay+seen-sinks")
 def replay_and_seen_sinks(stats: Statistics, n_cells: int) -> list[IntArray]:
     """The first four tokens are pinned in every layer."""
-    scores = [s.copy() for s in stats.scores(stats.both)]
+    scores = [s.copy() for s in stats.both]
     for layer in scores:
         layer[:, :4] = 3  # the sum of two softmax weights is at most 2
-    return compose(stats, scores, n_cells)
+    return compose(scores, n_cells)
 
 
 @method("replay+seen-recent")
 def replay_and_seen_recent(stats: Statistics, n_cells: int) -> list[IntArray]:
     """The last 32 tokens are pinned in every layer."""
-    scores = [s.copy() for s in stats.scores(stats.both)]
+    scores = [s.copy() for s in stats.both]
     for layer in scores:
         layer[:, -32:] = 3
-    return compose(stats, scores, n_cells)
+    return compose(scores, n_cells)
 
 
 def _power_mean(exponent: float, *, floor: float = 0.0, smooth: bool = False) -> Method:
@@ -103,7 +86,7 @@ def _power_mean(exponent: float, *, floor: float = 0.0, smooth: bool = False) ->
     """
 
     def chosen(stats: Statistics, n_cells: int) -> list[IntArray]:
-        scores = stats.scores(stats.both)
+        scores = stats.both
         if smooth:
             padded = [np.pad(s, ((0, 0), (1, 1))) for s in scores]
             scores = [s + np.float32(0.25) * (p[:, :-2] + p[:, 2:]) for s, p in zip(scores, padded, strict=True)]
@@ -143,11 +126,4 @@ def replay_and_seen_separators(stats: Statistics, n_cells: int) -> list[IntArray
     model = stats.engine.model
     bare = [not any(map(str.isalnum, model.token_bytes(t).decode("utf-8", "replace"))) for t in stats.tokens]
     weight = np.where(bare, 0.5, 1.0).astype(np.float32)
-    return compose(stats, [s * weight for s in stats.scores(stats.both)], n_cells)
-
-
-@method("replay+seen-root")
-def replay_and_seen_root(stats: Statistics, n_cells: int) -> list[IntArray]:
-    """The sum of the square roots: weak attention from both sources beats strong attention from one."""
-    roots = [np.sqrt(a) + np.sqrt(b) for a, b in zip(stats.replay, stats.seen, strict=True)]
-    return compose(stats, stats.scores(roots), n_cells)
+    return compose([s * weight for s in stats.both], n_cells)
