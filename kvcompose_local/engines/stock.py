@@ -40,8 +40,8 @@ def uniform_shape(model: Model, cache_type: str, *, scoring: bool) -> ModelShape
             raise ModelError(f"layers of {arch} differ in heads, which the stock engine cannot tell apart")
     sizes = [model.n_kv_heads * size for size in model.head_sizes("key_length", "value_length")]
     row = sum(map(row_bytes, type_numbers(cache_type), sizes))
-    n_heads = max(model.n_heads, 1)  # recurrent models have none
-    layers = tuple(LayerShape(i, n_heads, model.n_kv_heads, row) for i in range(model.n_layers))
+    n_heads, n_kv_heads = max(model.n_heads, 1), max(model.n_kv_heads, 1)  # recurrent models have none
+    layers = tuple(LayerShape(i, n_heads, n_kv_heads, row) for i in range(model.n_layers))
     return ModelShape(
         model.name, arch, model.n_ctx_train, model.n_vocab, layers, cache_type, 2 * sum(sizes) * len(layers)
     )
