@@ -56,7 +56,7 @@ class Statistics:
             self.engine.replay(part, seen, near_chunk(start, min(start + chunk, self.n_tokens)))
         return [layer.astype(np.float32) for layer in seen.result()]
 
-    @property
+    @cached_property
     def both(self) -> list[FloatArray]:
         """Their sum, which is what the chat ranks tokens by."""
         return [a + b for a, b in zip(self.replay, self.seen, strict=True)]
