@@ -131,7 +131,8 @@ class AttentionMax:
                 self._room[layer][:, :n_known] = largest
             self._room[layer][:, n_known:end] = 0
             self._n[layer] = end
-        largest = self._room[layer][head // group :][: len(seen), first:end]
+        start = head // group
+        largest = self._room[layer][start : start + len(seen), first:end]
         if self._dtype == np.float16:
             largest[...] = np.maximum(largest, seen)  # in float32, which NumPy compares many times faster
         else:
