@@ -43,7 +43,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.requested = False
         self.leaving = 0  # the number of the signal that ends the program
-        self._catching = False
+        self._waiting = False
 
     def __call__(self) -> bool:
         """Whether Ctrl-C was pressed."""
@@ -61,23 +61,24 @@ class Interrupts:
             self.requested = True
 
         signal.signal(signal.SIGINT, on_interrupt)
-        self._catching = True
         try:
             yield
         finally:
-            self._catching = False
             signal.signal(signal.SIGINT, before)
 
     @contextlib.contextmanager
     def leaving_in_order(self) -> Iterator[None]:
-        """In this block a closed window or ``kill`` is a Ctrl-C that sets ``leaving``: the chat can still be saved."""
+        """In this block a closed window or ``kill`` sets ``leaving`` and is a Ctrl-C: the chat can still be saved.
+
+        It raises nothing but in a block of ``waiting``, so that who is about to wait sees it and nothing is cut in two.
+        """
 
         def on_signal(number: int, _frame: FrameType | None) -> None:
             if self.leaving:  # a terminal that closes may say so twice, and the chat is being saved
                 return
             self.leaving = number
             self.requested = True
-            if not self._catching:
+            if self._waiting:
                 raise KeyboardInterrupt
 
         numbers = _SIGNALS[1:]
@@ -87,3 +88,14 @@ class Interrupts:
         finally:
             for number, handler in zip(numbers, before, strict=True):
                 signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """In this block nothing looks at ``leaving``, so KeyboardInterrupt tells of it, also where it is set before."""
+        self._waiting = True
+        try:
+            if self.leaving:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._waiting = False

@@ -124,7 +124,8 @@ def meanwhile(work: Callable[[Callable[[], bool]], None]) -> Iterator[None]:
             work(over.is_set)
 
     thread = threading.Thread(target=run, name="meanwhile", daemon=True)
-    thread.start()
+    with uninterrupted():
+        thread.start()
     try:
         yield
     finally:
@@ -197,7 +198,7 @@ class Repl:
         """Serve until the end of input, /quit or a signal that ends the program."""
         while not self.interrupts.leaving:
             try:
-                with meanwhile(self.idle):
+                with meanwhile(self.idle), self.interrupts.waiting():
                     message = self._read_message()
             except KeyboardInterrupt:
                 if self.interrupts.leaving:
@@ -210,6 +211,8 @@ class Repl:
                 continue
             try:
                 with self.interrupts.caught():
+                    if self.interrupts.leaving:  # it came after the message did
+                        return
                     if not isinstance(message, _Fenced) and self._is_command(message):
                         if self._command(message) == "quit":
                             return
@@ -362,7 +365,7 @@ class Repl:
         if not argument:
             if self.edit is None:
                 raise InvalidInput("/edit takes the new text")
-            with contextlib.suppress(KeyboardInterrupt):
+            with contextlib.suppress(KeyboardInterrupt), self.interrupts.waiting():
                 text = self.edit(before)
         if text and text.strip():
             self.explain_end(self._stream(self.chat.ask(text, max_tokens=self.max_tokens, instead=True)))

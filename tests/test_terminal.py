@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -39,6 +40,7 @@ def terminal(tiny_model: TinyModel, tmp_path: Path) -> Iterator[Terminal]:
         env = {k: v for k, v in os.environ.items() if not k.startswith("XDG_")}
         env |= {"KVCOMPOSE_CACHE": str(home / "cache"), "LLAMA_CPP_LIB_PATH": str(library_path().parent)}
         command = [
+            "-Xfaulthandler",
             "-m",
             "kvcompose_local.cli",
             "run",
@@ -64,6 +66,10 @@ def terminal(tiny_model: TinyModel, tmp_path: Path) -> Iterator[Terminal]:
 
     yield start
     for child in children:
+        if child.isalive():  # of a test that failed, this shows where it hangs
+            child.kill(signal.SIGABRT)
+            with contextlib.suppress(pexpect.ExceptionPexpect, OSError):
+                print(child.read())
         child.close(force=True)
 
 
@@ -375,14 +381,15 @@ def test_a_chat_is_saved_loaded_and_gone_on_with(terminal: Terminal, tmp_path: P
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("answering", [False, True])
-def test_a_chat_that_is_ended_from_outside_is_saved(terminal: Terminal, number: int, answering: bool) -> None:
+@pytest.mark.parametrize("while_", ["waiting", "answering", "editing"])
+def test_a_chat_that_is_ended_from_outside_is_saved(terminal: Terminal, number: int, while_: str) -> None:
     child = terminal("--max-tokens", "400")
-    if answering:
+    if while_ == "answering":
         begin_an_answer(child, "Go on and on.")
     else:
-        child.send("Hello.\r")
-        child.expect_exact(PROMPT)
+        say(child, "Hello.")
+    if while_ == "editing":
+        say(child, "/edit")
     child.kill(number)
     child.kill(number)  # as a closing terminal and its shell do
     child.expect(pexpect.EOF)
