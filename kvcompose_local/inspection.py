@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from kvcompose_local.engines import DEFAULT_CTX, default_cache_type
+from kvcompose_local.engines import DEFAULT_CTX, cells_bought, default_cache_type
 from kvcompose_local.errors import InvalidInput, ModelError
 from kvcompose_local.interfaces import BLOCK, share_of_f16
 from kvcompose_local.llama_ffi.cells import library_is_patched
@@ -51,8 +51,8 @@ class Inspection:
 
     def n_cells(self, budget: float) -> int:
         """Cells of each layer, on average, that a budget buys: as many of ``n_ctx`` tokens are kept."""
-        bought = budget * self.n_ctx / share_of_f16(self.type_at(budget), *self.head_sizes)
-        return min(int(bought), self.n_ctx) if budget < 1 else self.n_ctx
+        bought = cells_bought(self.n_ctx, budget, self.type_at(budget), self.head_sizes)
+        return min(bought, self.n_ctx) if budget < 1 else self.n_ctx
 
     def kv_bytes(self, budget: float) -> int:
         """Bytes of the cells of ``n_ctx`` positions under a budget."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -513,26 +514,33 @@ def test_wrong_input_changes_nothing(llama: PatchedEngine) -> None:
     llama.decode(TOKENS[100:120])
     before, layout, cells = exported(llama), llama.layout(), llama._cells
     good = uneven(np.random.default_rng(1), llama, 8)
-    live = llama._live_cells()
     raw = [np.zeros((2, 0), np.int64)] * 3
-    wrong_rows = [[*raw[:2], np.array([[row], [row]])] for row in (-1, 10**6, int(live[-1]), 2**31 - 1)]
+    n_cells = layout.composed[2] + layout.n_live
+    wrong = (-1, 10**6, n_cells, n_cells - 8, 2**16, 2**31 - 1, 2**32 - 1, 2**32)
+    wrong_rows = [[*raw[:2], np.array([[row], [row]])] for row in wrong]
     twice = [*raw[:2], np.array([[3, 3], [3, 4]])]
+    shapes = [[*raw[:2], np.zeros(shape, np.int64)] for shape in ((1, 1), (3, 1), (2,), (2, 1, 1))]
+    numbers = (ctypes.c_void_p * 3)()
+    counts = np.array([0, 0, 1], np.int32).ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
     for call in (
         lambda: llama.rewrite(good[:2], 8),
         lambda: llama.rewrite(good, 29),
         lambda: llama.rewrite(good, -1),
         lambda: llama.rewrite(raw, 0),
         lambda: llama.rewrite([g + 10**6 for g in good], 8),
-        *(lambda rows=rows: cells.rewrite(50, live[-8:], rows) for rows in [*wrong_rows, twice]),
-        lambda: cells.rewrite(0, live[-8:], raw),
-        lambda: cells.rewrite(7, live[-8:], raw),
-        lambda: cells.rewrite(2**31 - 1, live[-8:], raw),
-        lambda: cells.rewrite(-5, live[-8:], raw),
-        lambda: cells.rewrite(300, live[-8:], raw),
-        lambda: cells.rewrite(50, live[:8], raw),
-        lambda: cells.rewrite(50, live[-8:][::-1], raw),
-        lambda: cells.rewrite(50, np.array([-1]), raw),
-        lambda: cells.rewrite(50, np.array([10**8]), raw),
+        *(lambda rows=rows: cells.rewrite(50, 8, rows) for rows in [*wrong_rows, twice, *shapes]),
+        lambda: cells.rewrite(0, 8, raw),
+        lambda: cells.rewrite(7, 8, raw),
+        lambda: cells.rewrite(2**31 - 1, 8, raw),
+        lambda: cells.rewrite(-5, 8, raw),
+        lambda: cells.rewrite(300, 8, raw),
+        lambda: cells.rewrite(50, -1, raw),
+        lambda: cells.rewrite(50, layout.n_live + 1, raw),
+        lambda: cells.rewrite(50, 2**31 - 1, raw),
+        lambda: cells._call("rewrite", 50, 8, counts, None, 2),
+        lambda: cells._call("rewrite", 50, 8, counts, numbers, 2),
+        lambda: cells._call("rewrite", 50, 8, None, numbers, 2),
+        *(lambda size=size: cells._call("rewrite", 50, 8, counts, numbers, size) for size in (-2, 0, 1, 3, 8)),
         lambda: cells.set_layout(50, np.arange(3), 5, np.zeros(3, np.int64)),
         lambda: cells.set_layout(50, np.array([5, 5]), 5, np.zeros(3, np.int64)),
         lambda: cells.set_layout(50, np.array([5]), 5, np.array([6, 0, 0])),
@@ -567,7 +575,7 @@ def test_wrong_input_changes_nothing(llama: PatchedEngine) -> None:
 def test_more_than_the_arena_is_refused(llama: PatchedEngine) -> None:
     llama.decode(TOKENS[:250])
     with pytest.raises(ContextFull):
-        llama._cells.rewrite(30, llama._live_cells()[-8:], identity(llama, 8))
+        llama._cells.rewrite(30, 8, identity(llama, 8))
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])

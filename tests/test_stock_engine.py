@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -241,14 +240,22 @@ def test_numbers_are_checked_before_weights_are_read(tiny_model: Callable[..., P
 
 
 def test_cells_are_bought_exactly() -> None:
-    assert cells_for(4096, 0.5) == 2048
+    assert cells_for(2048, 0.5) == 1024
     assert cells_for(1000, 1.0) == 1024
     assert cells_for(2560, 0.3) == 768  # 0.3 as a decimal, not as the float below it
-    assert cells_for(8192, 0.25, Fraction(17, 32)) == 3840  # 3,855 of 34 bytes for every 32 numbers, in whole 256
-    assert cells_for(1000, 0.5, Fraction(17, 32)) == 768
-    assert cells_for(1000, 0.55, Fraction(17, 32)) == 1024  # all positions, and no more
-    assert cells_for(4096, 0.5, Fraction(2)) == 1024
+    assert cells_for(1000, 0.5, "q8_0") == 768
+    assert cells_for(1000, 0.55, "q8_0") == 1024  # all positions, and no more
+    assert cells_for(2048, 0.5, "f32") == 512
     assert physical_cores() >= 1
+
+
+def test_what_compacting_takes_is_bought_too_where_cells_are_many() -> None:
+    assert cells_for(8192, 0.25) == 2048  # 1,893 with it
+    assert cells_for(10240, 0.25) == 2304  # of 2,560: 256 bytes a head's key and value, 16 of softmax and 5 beside
+    # 104 bytes a head, 6.5 of softmax and 5 beside
+    assert cells_for(32768, 0.25, "q8_0/q4_0") == int(8192 * 256 / 115.5) // 256 * 256 == 17920
+    assert cells_for(32768, 0.25, "q8_0/q4_0", (128, 128)) == int(8192 * 512 / 226) // 256 * 256 == 18432
+    assert cells_for(32768, 0.9) == 27136  # of 29,491
 
 
 def test_the_softmax_tensor_stays_bounded() -> None:

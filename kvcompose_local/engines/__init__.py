@@ -12,7 +12,7 @@ import psutil
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.errors import InvalidInput, ModelError
-from kvcompose_local.interfaces import BLOCK, VALUE_BYTES, Sampling, share_of_f16
+from kvcompose_local.interfaces import BLOCK, SOFTMAX_SHARE, UPKEEP_BYTES, VALUE_BYTES, Sampling, share_of_f16
 from kvcompose_local.llama_ffi.cells import library_is_patched
 from kvcompose_local.llama_ffi.model import Model
 
@@ -33,11 +33,20 @@ def physical_cores() -> int:
     return max(1, min(cores, allowed))
 
 
-def cells_for(n_ctx: int, budget: float, share: Fraction = Fraction(1)) -> int:
-    """Cells that ``budget`` of the bytes of ``n_ctx`` F16 cells buys, at most ``n_ctx``.
+def cells_bought(n_ctx: int, budget: float, cache_type: str, head_sizes: tuple[int, int]) -> int:
+    """Cells that ``budget`` of the bytes of ``n_ctx`` F16 cells buys; head_sizes: numbers of a key and of a value.
 
-    share: of a cell's bytes in those of an F16 one. Rounded down to llama.cpp's padding, and up where all fit.
+    What compacting takes beside them is paid from the budget, too, but where there are few: rounding to llama.cpp's
+    padding leaves as much unused there, and would make more of it.
     """
+    share = share_of_f16(cache_type, *head_sizes)
+    whole = Fraction(str(budget)) * n_ctx
+    cells = whole / (share * (1 + SOFTMAX_SHARE) + Fraction(UPKEEP_BYTES) / (VALUE_BYTES["f16"] * sum(head_sizes)))
+    return int(cells if cells >= 8 * CELL_PADDING else whole / share)
+
+
+def cells_for(n_ctx: int, budget: float, cache_type: str = "f16", head_sizes: tuple[int, int] = (64, 64)) -> int:
+    """The same, at most ``n_ctx``, rounded down to llama.cpp's padding, and up where all fit."""
     if not 0 < budget <= 1 or not math.isfinite(budget):
         raise InvalidInput(f"--budget is a share in (0, 1], not {budget}")
     if n_ctx <= 0:
@@ -45,7 +54,7 @@ def cells_for(n_ctx: int, budget: float, share: Fraction = Fraction(1)) -> int:
     whole = -(-n_ctx // CELL_PADDING) * CELL_PADDING
     if budget == 1:
         return whole
-    cells = min(int(Fraction(str(budget)) * n_ctx / share) // CELL_PADDING * CELL_PADDING, whole)
+    cells = min(cells_bought(n_ctx, budget, cache_type, head_sizes) // CELL_PADDING * CELL_PADDING, whole)
     if cells == 0:
         raise InvalidInput(
             f"--budget {budget} of --ctx {n_ctx} is under {CELL_PADDING} cells, the least there is: raise one of them"
@@ -74,7 +83,7 @@ def open_engine(
     already. Raises InvalidInput for impossible numbers, before the weights are read where that can be known, and
     ModelError for models that cannot run.
     """
-    cells_for(DEFAULT_CTX if n_ctx is None else n_ctx, budget, share_of_f16(cache_type or QUANTIZED))
+    cells_for(DEFAULT_CTX if n_ctx is None else n_ctx, budget, cache_type or QUANTIZED)
     model = load(path, gpu_layers=gpu_layers, progress=progress)
     try:
         if not model.can_generate:
@@ -92,7 +101,7 @@ def open_engine(
                 f"--cache-type {cache_type} takes blocks of {BLOCK} values, and the heads of {model.name} are of "
                 f"{max(model.head_sizes('key_length', 'value_length'))}: leave it out"
             )
-        n_cells = cells_for(positions, budget, share_of(model, cache_type))
+        n_cells = cells_for(positions, budget, cache_type, sizes_of(model))
         open_ = _patched if patched else _stock
         engine = open_(model, n_cells, threads, cache_type, sampling, budget)
     except BaseException:
@@ -114,10 +123,10 @@ def has_whole_blocks(model: Model) -> bool:
     return all(size % BLOCK == 0 for size in sizes)
 
 
-def share_of(model: Model, cache_type: str) -> Fraction:
-    """What a cell of a model takes of the bytes of an F16 one."""
+def sizes_of(model: Model) -> tuple[int, int]:
+    """Numbers of a head's key and of its value; of a usual one where a model has none."""
     k_size, v_size = model.head_sizes("key_length", "value_length")
-    return share_of_f16(cache_type, k_size, v_size) if k_size + v_size else Fraction(1)
+    return (k_size, v_size) if k_size + v_size else (64, 64)
 
 
 def _patched(

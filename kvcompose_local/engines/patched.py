@@ -18,6 +18,7 @@ from kvcompose_local.engines.base import TILE, WATCH_STRIDE, LlamaEngine, ShownT
 from kvcompose_local.errors import ContextFull, InvalidInput
 from kvcompose_local.interfaces import (
     N_AROUND,
+    SOFTMAX_SHARE,
     CacheLayout,
     CacheSnapshot,
     FloatArray,
@@ -167,7 +168,7 @@ class PatchedEngine(LlamaEngine):
         n_heads = n_heads or max(layer.n_heads for layer in self.shape.layers)
         largest = min(largest, self._context.n_ubatch)
         # What a small cache saves must not be spent on it.
-        return softmax_queries(n_columns, n_heads, self.cache_bytes // 16, largest=largest)
+        return softmax_queries(n_columns, n_heads, int(self.cache_bytes * SOFTMAX_SHARE), largest=largest)
 
     def _replay_micro_batch(self, near: slice | None, n_tokens: int) -> int:
         if near is None or not isinstance(self._live_columns(), slice):  # a cache with gaps is looked at whole
@@ -205,16 +206,11 @@ class PatchedEngine(LlamaEngine):
             raise InvalidInput(f"cannot keep {n_tail} of {layout.n_live} live cells")
         if len(selection) != len(self.shape.layers):
             raise InvalidInput(f"{len(selection)} selections for {len(self.shape.layers)} layers")
-        live = self._live_cells()
-        live_cap = self._cells.info().n_live_cap
-        sources: list[npt.NDArray[np.int32]] = []
         for rows, n_composed in zip(selection, layout.composed, strict=True):
-            physical = np.concatenate([live_cap + np.arange(n_composed), live]).astype(np.int32)
-            if rows.size and not 0 <= rows.min() <= rows.max() < len(physical):
-                raise InvalidInput(f"the selection names rows outside the {len(physical)} of its layer")
-            sources.append(physical[rows])
+            if rows.size and not 0 <= rows.min() <= rows.max() < n_composed + layout.n_live:
+                raise InvalidInput(f"the selection names rows outside the {n_composed + layout.n_live} of its layer")
         composed = [rows.shape[1] for rows in selection]
-        self._cells.rewrite(self._fitting_live_cells(composed, n_tail), live[len(live) - n_tail :], sources)
+        self._cells.rewrite(self._fitting_live_cells(composed, n_tail), n_tail, selection)
         self._composed = tuple(composed)
         give_small_blocks_back()  # what the choice of cells took
 

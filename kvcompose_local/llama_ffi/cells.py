@@ -39,7 +39,7 @@ class _Arena(ctypes.Structure):
 
 
 _INT32_P = ctypes.POINTER(ctypes.c_int32)
-_KVC_VERSION = 4
+_KVC_VERSION = 5
 _kvc_version = bind("llama_kvc_version", ctypes.c_int32)
 _KVC_FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "supported": (),
@@ -47,7 +47,7 @@ _KVC_FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "get_layer": (ctypes.c_int32, ctypes.POINTER(_Layer)),
     "get_arena": (ctypes.c_int32, ctypes.POINTER(_Arena)),
     "get_positions": (_INT32_P, ctypes.c_int32),
-    "rewrite": (ctypes.c_int32, _INT32_P, ctypes.c_int32, _INT32_P, ctypes.POINTER(_INT32_P)),
+    "rewrite": (ctypes.c_int32, ctypes.c_int32, _INT32_P, ctypes.POINTER(ctypes.c_void_p), ctypes.c_int32),
     "set_layout": (ctypes.c_int32, _INT32_P, ctypes.c_int32, ctypes.c_int32, _INT32_P),
     "get_rows": (*(ctypes.c_int32,) * 4, ctypes.c_void_p, ctypes.c_size_t),
     "set_rows": (*(ctypes.c_int32,) * 4, ctypes.c_void_p, ctypes.c_size_t),
@@ -124,14 +124,20 @@ class PerLayerCells:
         self._call("get_positions", positions.ctypes.data_as(_INT32_P), positions.size)
         return positions
 
-    def rewrite(self, n_live_cap: int, tail: IntArray, sources: Sequence[npt.NDArray[np.integer[Any]]]) -> None:
-        """tail: int (n_tail,) live cells that stay; sources: a layer's int (H, K_l) physical rows."""
+    def rewrite(self, n_live_cap: int, n_tail: int, sources: Sequence[npt.NDArray[np.integer[Any]]]) -> None:
+        """n_tail: newest live cells that stay; sources: a layer's int (H, K_l), as a selection counts its cells."""
         self._check_layers(sources)
-        counts = [s.shape[1] for s in sources]
-        pointers = [_int32(s) for s in sources]  # a ctypes array of them would not keep NumPy's arrays alive
-        table = (_INT32_P * len(sources))(*pointers)
+        for i, cells in enumerate(sources):
+            if cells.ndim != 2 or len(cells) != self.layer(i).n_head_kv:
+                raise InvalidInput(f"layer {i} has {self.layer(i).n_head_kv} KV heads: {cells.shape} are no sources")
+            if cells.size and not 0 <= cells.min() <= cells.max() < 2**32:
+                raise InvalidInput(f"layer {i} has no cells {cells.min()} to {cells.max()}")
+        width = np.result_type(np.uint16, *(np.min_scalar_type(cells.max()) for cells in sources if cells.size))
+        arrays = [np.ascontiguousarray(cells, width) for cells in sources]
+        table = (ctypes.c_void_p * len(arrays))(*(cells.ctypes.data for cells in arrays))
         self._context.has_logits = False
-        self._call("rewrite", n_live_cap, _int32(tail), len(tail), _int32(counts), table)
+        counts = _int32([cells.shape[1] for cells in arrays])
+        self._call("rewrite", n_live_cap, n_tail, counts, table, width.itemsize)
 
     def set_layout(self, n_live_cap: int, live_positions: IntArray, end: int, n_composed: IntArray) -> None:
         """Empty the cache and lay it out for an import; composed cells take the positions before ``end``."""

@@ -79,58 +79,62 @@ class Walk:
         assert np.isfinite(self.context.logits()).all()
         assert self.cells.info().pos_next == info.pos_next + n
 
-    def choose(self) -> tuple[int, np.ndarray, list[np.ndarray]]:
-        """Room for live cells, a tail, and source rows for each layer and head."""
-        info, positions, live = self.cells.info(), self.cells.positions(), self.live()
-        n_tail = int(self.rng.integers(0, min(len(live), 20) + 1))
+    def choose(self) -> tuple[int, int, list[np.ndarray]]:
+        """Room for live cells, the length of a tail, and for each layer and head the cells to take."""
+        info, positions, n_live = self.cells.info(), self.cells.positions(), len(self.live())
+        n_tail = int(self.rng.integers(0, min(n_live, 20) + 1))
         sources = []
         for i, heads in enumerate(self.heads):
-            composed = info.n_live_cap + np.arange(self.cells.layer(i).n_composed)
-            pool = np.concatenate([composed[positions[composed] >= 0], live[: len(live) - n_tail]])
+            n_composed = self.cells.layer(i).n_composed
+            there = np.flatnonzero(positions[info.n_live_cap :][:n_composed] >= 0)
+            pool = np.concatenate([there, n_composed + np.arange(n_live - n_tail)])
             n = int(self.rng.choice([0, len(pool), self.rng.integers(len(pool) + 1)], p=[0.1, 0.1, 0.8]))
             sources.append(np.array([self.rng.permutation(pool)[:n] for _ in range(heads)]).reshape(heads, n))
-        return int(self.rng.integers(max(n_tail, 1), 150)), live[len(live) - n_tail :], sources
+        return int(self.rng.integers(max(n_tail, 1), 150)), n_tail, sources
 
     def rewrite(self) -> None:
         self.checked_rewrite(*self.choose())
 
     def wrong_rewrite(self) -> None:
-        n_live_cap, tail, sources = self.choose()
+        n_live_cap, n_tail, sources = self.choose()
         layer, far = int(self.rng.integers(self.n_layers)), int(self.rng.choice([-1, 10**6, 2**31 - 1, -(2**31)]))
-        heads = self.heads[layer]
+        heads, n_composed = self.heads[layer], self.cells.layer(layer).n_composed
+        n_live = len(self.live())
         kind = int(self.rng.integers(6))
         if kind == 0:
             n_live_cap = far
         elif kind == 1:
-            tail = np.append(tail, far)
+            n_tail = far
         elif kind == 2:
-            tail = np.append(tail, tail[:1])
+            n_tail = n_live + 1
         elif kind == 3:
             sources[layer] = np.full((heads, 1), far)
         elif kind == 4:
             sources[layer] = np.tile(np.append(sources[layer][:1, :1], sources[layer][:1, :1]), (heads, 1))
         else:
-            sources[layer] = np.tile(np.arange(self.cells.info().n_live_cap), (heads, 1))
-        self.checked_rewrite(n_live_cap, tail, sources)
+            sources[layer] = np.tile(np.arange(n_composed + n_live + 1), (heads, 1))
+        self.checked_rewrite(n_live_cap, n_tail, sources)
 
-    def checked_rewrite(self, n_live_cap: int, tail: np.ndarray, sources: list[np.ndarray]) -> None:
-        before, positions, info = self.rows(), self.cells.positions(), self.cells.info()
+    def checked_rewrite(self, n_live_cap: int, n_tail: int, sources: list[np.ndarray]) -> None:
+        before, positions, info, live = self.rows(), self.cells.positions(), self.cells.info(), self.live()
+        n_old = [self.cells.layer(i).n_composed for i in range(self.n_layers)]
         try:
-            self.cells.rewrite(n_live_cap, tail, sources)
+            self.cells.rewrite(n_live_cap, n_tail, sources)
         except KVComposeError:
             assert all((a == b).all() for a, b in zip(before, self.rows(), strict=True))
             assert (self.cells.positions() == positions).all()
             return
+        tail = live[len(live) - n_tail :]
         for i, (old, new) in enumerate(zip(before, self.rows(), strict=True)):
-            source = sources[i // 2]
+            source, row = sources[i // 2], np.append(info.n_live_cap + np.arange(n_old[i // 2]), live)
             expected = np.zeros((n_live_cap + source.shape[1], *old.shape[1:]), np.uint8)
-            expected[: len(tail)] = old[tail]
-            for h, rows in enumerate(source):
-                expected[n_live_cap:, h] = old[rows, h]
+            expected[:n_tail] = old[tail]
+            for h, cells in enumerate(source):
+                expected[n_live_cap:, h] = old[row[cells], h]
             assert (expected == new).all()
-        end = positions[tail[0]] if len(tail) else info.pos_next
+        end = positions[tail[0]] if n_tail else info.pos_next
         n_composed = max(s.shape[1] for s in sources)
-        unused = np.full(n_live_cap - len(tail), -1)
+        unused = np.full(n_live_cap - n_tail, -1)
         expected = np.concatenate([positions[tail], unused, np.arange(end - n_composed, end)])
         assert (self.cells.positions() == expected).all()
         assert self.cells.info().pos_next == info.pos_next
