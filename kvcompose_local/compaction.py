@@ -5,7 +5,7 @@ Tokens are read as live cells until the next ones would not fit beside the repla
 1. the live tokens, all but the newest few, are replayed in chunks, each dropped after use (chunks as in KVzip,
    arXiv 2505.23416), which gives the attention that every live cell receives; what was seen of it while the text was
    read is added, which costs nothing and halves the loss (docs/trials.md);
-2. their sum is the token scores; composed cells bring those they were kept with;
+2. their sum is the token scores; composed cells bring those they were kept with (:mod:`cell_scores`);
 3. all compete for the arena's bytes, less what the live region needs (:mod:`budgets`);
 4. the winners are aligned into composite tokens (:mod:`selection`) and the engine rewrites its cells.
 
@@ -24,8 +24,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from kvcompose_local.attention import AttentionMax
 from kvcompose_local.budgets import allocate_tempered
+from kvcompose_local.cell_scores import CellScores
 from kvcompose_local.errors import ContextFull, InvalidInput
 from kvcompose_local.interfaces import (
     N_AROUND,
@@ -35,9 +35,7 @@ from kvcompose_local.interfaces import (
     Engine,
     FloatArray,
     IntArray,
-    Lazy,
     Progress,
-    Selection,
     even_parts,
 )
 from kvcompose_local.interrupts import uninterrupted
@@ -74,18 +72,10 @@ class Policy:
         )
 
 
-#: The score of a pinned token: above any other, since those are sums of a few attention weights, which are at most 1.
-PINNED = 2.0**15
 #: Tokens of the tail that stay where pinned ones need its room, or the user asks for a compaction.
 LEAST_TAIL = 8
 #: Cells of a replay that is done while nobody waits: what is lost when it is stopped.
 _IDLE_CHUNK = 64
-#: Attention of a token to the ones just before it says nothing about who else needs them.
-N_NEAREST = 16
-#: What was seen of each row and its replay's score count in every later compaction, so they are always in memory.
-SEEN_DTYPE, SCORE_DTYPE = np.uint8, np.float16
-#: The newest tokens of watched text, at which at most the last watched token looked: every eighth is watched.
-N_UNSEEN = N_NEAREST + 8
 
 
 def near_chunk(start: int, stop: int) -> slice:
@@ -206,17 +196,7 @@ class CacheMemory:
         self.tokens: list[int] = []  # all that were seen, in their order
         self.pins: list[tuple[int, int]] = []  # (start, stop) in positions, read or yet to be read
         self._furthest = 0  # the highest position that a sliding window had to reach
-        self._forget_scores()
-
-    def _forget_scores(self) -> None:
-        layers = self.engine.shape.layers
-        self._scores = [np.zeros((layer.n_kv_heads, 0), SCORE_DTYPE) for layer in layers]
-        self._seen = AttentionMax.over(layers, exclude_nearest=N_NEAREST, dtype=SEEN_DTYPE)
-        self._forget_replay()
-
-    def _forget_replay(self) -> None:
-        self._replayed = AttentionMax.over(self.engine.shape.layers, dtype=SCORE_DTYPE)
-        self._n_replayed = 0  # live tokens that have been replayed
+        self._scores = CellScores(engine.shape.layers)
 
     @property
     def position(self) -> int:
@@ -263,10 +243,10 @@ class CacheMemory:
             watch = self.compose and len(piece) > 1
             try:
                 last = offset + len(piece) == len(tokens)
-                self.engine.decode(piece, piece_progress, self._seen if watch else None, logits=last)
+                self.engine.decode(piece, piece_progress, self._scores.seen if watch else None, logits=last)
             finally:
                 if watch:  # a micro-batch that failed was shown and taken back
-                    self._seen.trim(self._rows(self.engine.layout()))
+                    self._scores.trim(self.engine.layout())
                 self.tokens += piece[: self.engine.layout().position - len(self.tokens)]
                 self._furthest = max(self._furthest, len(self.tokens))
             done += len(piece)
@@ -302,31 +282,29 @@ class CacheMemory:
         if n_scored == 0 and (keep is None or not any(before.composed)):
             return None
         started = time.perf_counter()
-        self._replay(n_scored, self.policy.n_scratch, self._replayed, self.on_progress)
+        self._replay(n_scored, self.policy.n_scratch, self._scores.replayed, self.on_progress)
         replayed = time.perf_counter()
         n_composable = before.position - n_tail
         pinned = _in(self.pins, n_composable)
         new_pinned = pinned[n_composable - n_scored :]
-        # Scores are made a layer at a time, whenever they are needed: of all layers they take a sixtieth of the arena.
-        layers = range(len(before.composed))
         bytes_before = self._bytes_of(before)
         at_most = None if keep is None else int(keep * bytes_before)
         n_rows = [n + n_scored for n in before.composed]
         budgets = self._budgets(
-            (self._score(i, n_scored, new_pinned) for i in layers), n_rows, n_tail, at_most, int(pinned.sum())
+            (self._scores.of_layer(i, new_pinned) for i in range(len(n_rows))),
+            n_rows,
+            n_tail,
+            at_most,
+            int(pinned.sum()),
         )
         selection = [
-            select_composites([self._score(i, n_scored, new_pinned)], budgets[[i]])[0].astype(np.min_scalar_type(n))
+            select_composites([self._scores.of_layer(i, new_pinned)], budgets[[i]])[0].astype(np.min_scalar_type(n))
             for i, n in enumerate(n_rows)
         ]
         selected = time.perf_counter()
         with uninterrupted():
             self.engine.rewrite(selection, n_tail)
-            for i, rows in enumerate(selection):  # in place: twice the scores of all cells would be memory for nothing
-                kept = np.take_along_axis(self._replay_score(i, n_scored, new_pinned), rows, axis=1)
-                self._scores[i] = kept.astype(SCORE_DTYPE)
-            self._follow(selection, before, n_scored)
-            self._forget_replay()
+            self._scores.keep(selection, before, new_pinned, self.policy.n_headroom)
         after = self.engine.layout()
         report = CompactionReport(
             tokens_seen=after.position,
@@ -350,9 +328,10 @@ class CacheMemory:
         Where the others were scored while nobody waited, those that came since stay live, up to half of the headroom:
         then there is nothing to wait for.
         """
-        n_new, n_tail = n_live - self._n_replayed, self.policy.n_tail
+        n_replayed, n_tail = self._scores.n_replayed, self.policy.n_tail
+        n_new = n_live - n_replayed
         n_tail = max(n_tail - max(self.n_pinned - self._fitting(n_tail), 0), self._least_tail)
-        if self._n_replayed and n_tail < n_new <= self.policy.n_headroom // 2 and self.n_pinned <= self._fitting(n_new):
+        if n_replayed and n_tail < n_new <= self.policy.n_headroom // 2 and self.n_pinned <= self._fitting(n_new):
             n_tail = n_new
         return min(n_tail, n_live)
 
@@ -373,44 +352,19 @@ class CacheMemory:
             return
         with contextlib.suppress(_Stopped):
             n_scored = self.engine.layout().n_live - self.policy.n_tail
-            self._replay(n_scored, _IDLE_CHUNK, _Until(stop, self._replayed), None)
-
-    def _rows(self, layout: CacheLayout) -> list[int]:
-        """Rows of each layer."""
-        return [n + layout.n_live for n in layout.composed]
-
-    def _replay_score(self, layer: int, n_scored: int, pinned: npt.NDArray[np.bool_]) -> FloatArray:
-        """Of a layer's rows but the newest, float32 (H, K_l + n_scored): what they got in their replay."""
-        old = self._scores[layer]
-        new = np.zeros((len(old), n_scored), np.float32)
-        replayed = self._replayed.of_layer(layer)[:, :n_scored]  # none of them where a profile left nothing to replay
-        new[:, : replayed.shape[1]] = replayed
-        new[:, pinned] = PINNED
-        return np.concatenate([old, new], axis=1)
-
-    def _score(self, layer: int, n_scored: int, pinned: npt.NDArray[np.bool_]) -> FloatArray:
-        """The same, with what they got while later text was read."""
-        scores = self._replay_score(layer, n_scored, pinned)
-        seen = self._seen.of_layer(layer)[:, : scores.shape[1]]
-        scores[:, : seen.shape[1]] += seen
-        return scores
-
-    def _follow(self, selection: Sequence[Selection], before: CacheLayout, n_scored: int) -> None:
-        """What was seen stays with the rows that a selection kept, and with the newest ones."""
-        for i, (rows, n_composed) in enumerate(zip(selection, before.composed, strict=True)):
-            newest = np.arange(n_composed + n_scored, n_composed + before.n_live, dtype=np.int32)
-            self._seen.pick(i, np.concatenate([rows, np.tile(newest, (len(rows), 1))], axis=1), self.policy.n_headroom)
+            self._replay(n_scored, _IDLE_CHUNK, _Until(stop, self._scores.replayed), None)
 
     def _replay(self, n_scored: int, n_cells: int, seen: AttentionSink, progress: Progress | None) -> None:
         """Those of the first ``n_scored`` live tokens that were not, once more, in chunks of up to ``n_cells``."""
+        scores = self._scores
         if self.profile is not None:
-            self._n_replayed = max(self._n_replayed, self._n_seen())
-        if self._n_replayed >= n_scored:
+            scores.n_replayed = max(scores.n_replayed, scores.n_seen(self.engine.layout()))
+        if scores.n_replayed >= n_scored:
             return
         step = self._replay_room(max(n_cells, 1))
         lead_in = min(self.policy.n_lead_in, step // 2)
         n_before = len(self.tokens) - self.engine.layout().n_live
-        first, n = self._n_replayed, n_scored - self._n_replayed
+        first, n = scores.n_replayed, n_scored - scores.n_replayed
         for start, stop in even_parts(n, step - lead_in if n_before + first + n > step else step):
             if progress is not None:
                 progress(start, n)
@@ -419,7 +373,7 @@ class CacheMemory:
             part = self.tokens[max(n_before + start - lead_in, 0) : n_before + stop]
             self._furthest = max(self._furthest, len(self.tokens) + len(part))
             self.engine.replay(part, seen, near_chunk(start, stop))
-            self._n_replayed = stop
+            scores.n_replayed = stop
         if progress is not None:
             progress(n, n)
 
@@ -429,12 +383,6 @@ class CacheMemory:
         if room <= 0:
             raise ContextFull("no free cells are left to score the text in")
         return room
-
-    def _n_seen(self) -> int:
-        """Live tokens that later ones were seen to look at; the newest, and answers until text follows, are not."""
-        layers = zip(self._seen.n_columns, self.engine.layout().composed, strict=True)
-        n_shown = max(n - n_composed for n, n_composed in layers)
-        return max(0, n_shown - N_UNSEEN)
 
     def _budgets(
         self, scores: Iterable[FloatArray], n_rows: Sequence[int], n_tail: int, at_most: int | None, n_pinned: int
@@ -515,9 +463,7 @@ class CacheMemory:
 
     def view(self) -> MemoryState:
         """The same, but what is large is copied when it is looked at, layer by layer: good until anything changes."""
-        n = len(self._scores)
-        scores = Lazy(n, lambda i: self._scores[i].astype(np.float32))
-        seen = Lazy(n, lambda i: self._seen.of_layer(i).astype(np.float32))
+        scores, seen = self._scores.view()
         return MemoryState(tuple(self.tokens), scores, seen, self.engine.view(), tuple(self.pins))
 
     def restore(self, state: MemoryState) -> None:
@@ -526,35 +472,21 @@ class CacheMemory:
         Raises InvalidInput, before anything is changed, where it belongs to another model or contradicts itself, and
         ContextFull where it does not fit.
         """
-        cells, layers = state.cells, self.engine.shape.layers
+        cells = state.cells
         n_vocab = self.engine.shape.n_vocab
         if len(state.tokens) != cells.position or not all(0 <= token < n_vocab for token in state.tokens):
             raise InvalidInput("the tokens are not those of these cells")
-        fits = len(state.scores) == len(cells.composed) == len(layers)
-        for layer, scores, k in zip(layers, state.scores, cells.composed, strict=False):
-            fits = fits and scores.shape == (layer.n_kv_heads, k) and scores.dtype == np.float32
-            fits = fits and bool(np.isfinite(scores).all())
-        if not fits:
-            raise InvalidInput("the scores are not those of these cells")
-        if len(state.seen) != len(layers) or any(
-            seen.ndim != 2 or seen.shape[1] > k + cells.n_live
-            for seen, k in zip(state.seen, cells.composed, strict=True)
-        ):
-            raise InvalidInput("the attention is not that of these cells")
+        scores = self._scores.restored(state.scores, state.seen, cells.composed, cells.n_live)
         if any(not 0 <= start <= stop <= self.n_ctx for start, stop in state.pins):
             raise InvalidInput("the pins are not those of these tokens")
         self._check_room(cells)
         if self.compose:
             self._check_pinned(_n_in(state.pins))
-        seen = AttentionMax.over(layers, exclude_nearest=N_NEAREST, dtype=SEEN_DTYPE)
-        seen.take_back(state.seen)
         self.engine.restore(cells)
         self.tokens = [*state.tokens]
         self.pins = [*state.pins]
         self._furthest = cells.position + (self.engine.max_replay if cells.window.size else 0)
-        self._scores = [np.minimum(scores, PINNED).astype(SCORE_DTYPE) for scores in state.scores]
-        self._seen = seen
-        self._forget_replay()
+        self._scores = scores
 
     def _check_room(self, cells: CacheSnapshot) -> None:
         """Raises ContextFull unless the cells fit beside enough of the scratch for the next compaction."""
@@ -583,10 +515,7 @@ class CacheMemory:
             layout = self.engine.layout()
             self.engine.drop_tail(layout.position - position)
             del self.tokens[position:]
-            n_live = layout.n_live - (layout.position - position)
-            self._seen.trim(self._rows(self.engine.layout()))
-            self._replayed.trim([n_live] * len(layout.composed))
-            self._n_replayed = min(self._n_replayed, n_live)
+            self._scores.trim(self.engine.layout())
             return True
         again, pins = self.tokens[:position], self.pins
         self.clear()
@@ -606,4 +535,4 @@ class CacheMemory:
         self.tokens = []
         self.pins = []
         self._furthest = 0
-        self._forget_scores()
+        self._scores.clear()

@@ -77,8 +77,8 @@ class Inspection:
             )
         lines += [
             "",
-            f"for --ctx {self.n_ctx}. A chat of more tokens than cells compresses. Estimates: the compute buffer adds "
-            "some tens of MiB.",
+            f"for --ctx {self.n_ctx}. A chat of more tokens than cells compresses, and where cells are many the budget "
+            "pays for what that takes beside them. Estimates: the compute buffer adds some tens of MiB.",
         ]
         if self.n_window:
             lines.append(

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvcompose_local.attention import AttentionMax
-from kvcompose_local.compaction import N_NEAREST, SCORE_DTYPE, SEEN_DTYPE, CacheMemory, Policy
+from kvcompose_local.cell_scores import N_NEAREST, SCORE_DTYPE, SEEN_DTYPE
+from kvcompose_local.compaction import CacheMemory, Policy
 from kvcompose_local.interfaces import UPKEEP_BYTES, AttentionSink, CacheLayout, LayerShape, ModelShape, Selection
 
 N_LAYERS, N_QUERY_HEADS, N_KV_HEADS, HEAD_BYTES, N_CELLS = 24, 14, 2, 128, 8192
@@ -49,11 +50,11 @@ def test_a_compaction_needs_little_beside_the_cells() -> None:
     memory.tokens = list(range(24_000))
     tracemalloc.start()
     try:
-        memory._scores = [(engine.rng.random((N_KV_HEADS, k)) ** 6).astype(SCORE_DTYPE) for k in engine.composed]
-        memory._seen = AttentionMax.over(engine.shape.layers, N_NEAREST, SEEN_DTYPE)
+        memory._scores._kept = [(engine.rng.random((N_KV_HEADS, k)) ** 6).astype(SCORE_DTYPE) for k in engine.composed]
+        memory._scores.seen = AttentionMax.over(engine.shape.layers, N_NEAREST, SEEN_DTYPE)
         for i, k in enumerate(engine.composed):
             weights = engine.rng.random((N_QUERY_HEADS, 1, k + engine.n_live)).astype(np.float32) ** 8
-            memory._seen.update(i, weights, slice(None))
+            memory._scores.seen.update(i, weights, slice(None))
         del weights
         tracemalloc.reset_peak()
         rows = engine.arena_bytes[0] // ROW_BYTES

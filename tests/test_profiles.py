@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from test_cli import program, refused
 
 from kvcompose_local import profiles
-from kvcompose_local.compaction import N_UNSEEN, CacheMemory, Policy
+from kvcompose_local.cell_scores import N_UNSEEN
+from kvcompose_local.compaction import CacheMemory, Policy
 from kvcompose_local.errors import InvalidInput, KVComposeError
 from kvcompose_local.llama_ffi.library import library_path
 from kvcompose_local.profiles import Profile, average

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from kvcompose_local import profiles
 from kvcompose_local.attention import AttentionMax
-from kvcompose_local.compaction import N_NEAREST, SCORE_DTYPE, SEEN_DTYPE, near_chunk
+from kvcompose_local.cell_scores import N_NEAREST, SCORE_DTYPE, SEEN_DTYPE
+from kvcompose_local.compaction import near_chunk
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.interfaces import FloatArray
 from kvcompose_local.profiles import Profile

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvcompose_local.budgets import allocate_tempered
-from kvcompose_local.compaction import N_UNSEEN
+from kvcompose_local.cell_scores import N_UNSEEN
 from kvcompose_local.evaluation.methods import method
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.interfaces import FloatArray, IntArray

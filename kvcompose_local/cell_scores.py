@@ -1,0 +1,122 @@
+"""What is known of a cache's cells: the attention that says which of them to keep.
+
+Every row of a layer has what later text was seen to look at. Beside that a composed cell has what it got in the replay
+that it was chosen by, and a live one what it got in a replay since. Their sum competes. Axes: KV head H, row of a
+layer, its composed cells first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcompose_local.attention import AttentionMax
+from kvcompose_local.errors import InvalidInput
+from kvcompose_local.interfaces import CacheLayout, FloatArray, LayerShape, Lazy, Selection
+
+#: The score of a pinned token: above any other, since those are sums of a few attention weights, which are at most 1.
+PINNED = 2.0**15
+#: Attention of a token to the ones just before it says nothing about who else needs them.
+N_NEAREST = 16
+#: The newest tokens of watched text, at which at most the last watched token looked: every eighth is watched.
+N_UNSEEN = N_NEAREST + 8
+#: What was seen of each row and its replay's score count in every later compaction, so they are always in memory.
+SEEN_DTYPE, SCORE_DTYPE = np.uint8, np.float16
+
+
+class CellScores:
+    """The scores of all layers; those of one are made when they are asked for, since all take a sixtieth of the cells.
+
+    seen: takes in what text looks at while it is read; replayed: what a replay shows of the live tokens; n_replayed:
+    how many of those, oldest first, it has shown.
+    """
+
+    def __init__(self, layers: Sequence[LayerShape]) -> None:
+        self._layers = layers
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._kept = [np.zeros((layer.n_kv_heads, 0), SCORE_DTYPE) for layer in self._layers]
+        self.seen = AttentionMax.over(self._layers, exclude_nearest=N_NEAREST, dtype=SEEN_DTYPE)
+        self._forget_replay()
+
+    def _forget_replay(self) -> None:
+        self.replayed = AttentionMax.over(self._layers, dtype=SCORE_DTYPE)
+        self.n_replayed = 0
+
+    def of_layer(self, layer: int, pinned: npt.NDArray[np.bool_]) -> FloatArray:
+        """Of a layer's composed cells and its first live ones: float32 (H, K_l + n).
+
+        pinned: bool (n,), which of these are.
+        """
+        scores = self._in_replay(layer, pinned)
+        seen = self.seen.of_layer(layer)[:, : scores.shape[1]]
+        scores[:, : seen.shape[1]] += seen
+        return scores
+
+    def _in_replay(self, layer: int, pinned: npt.NDArray[np.bool_]) -> FloatArray:
+        """The same without what was seen."""
+        old = self._kept[layer]
+        new = np.zeros((len(old), len(pinned)), np.float32)
+        replayed = self.replayed.of_layer(layer)[:, : len(pinned)]  # none where a profile left nothing to replay
+        new[:, : replayed.shape[1]] = replayed
+        new[:, pinned] = PINNED
+        return np.concatenate([old, new], axis=1)
+
+    def keep(
+        self, selection: Sequence[Selection], before: CacheLayout, pinned: npt.NDArray[np.bool_], reserve: int
+    ) -> None:
+        """Follow a rewrite: ``selection`` is composed now, the live cells after those of ``pinned`` are the tail.
+
+        There is room for what is seen of ``reserve`` more.
+        """
+        for i, (rows, n_composed) in enumerate(zip(selection, before.composed, strict=True)):
+            # In place: twice the scores of all cells would be memory for nothing.
+            self._kept[i] = np.take_along_axis(self._in_replay(i, pinned), rows, axis=1).astype(SCORE_DTYPE)
+            tail = np.arange(n_composed + len(pinned), n_composed + before.n_live, dtype=np.int32)
+            self.seen.pick(i, np.concatenate([rows, np.tile(tail, (len(rows), 1))], axis=1), reserve)
+        self._forget_replay()
+
+    def trim(self, layout: CacheLayout) -> None:
+        """Forget what is not in the cache any more, its newest live cells."""
+        self.seen.trim([n + layout.n_live for n in layout.composed])
+        self.replayed.trim([layout.n_live] * len(layout.composed))
+        self.n_replayed = min(self.n_replayed, layout.n_live)
+
+    def n_seen(self, layout: CacheLayout) -> int:
+        """Live tokens that later ones were seen to look at; the newest, and answers until text follows, are not."""
+        n_shown = max(n - n_composed for n, n_composed in zip(self.seen.n_columns, layout.composed, strict=True))
+        return max(0, n_shown - N_UNSEEN)
+
+    def view(self) -> tuple[Sequence[FloatArray], Sequence[FloatArray]]:
+        """What :meth:`restored` takes: float32 (H, K_l) of composed cells' replays, and (H, rows) of what was seen.
+
+        Made when it is looked at, layer by layer: good until anything changes.
+        """
+        n = len(self._layers)
+        return (
+            Lazy(n, lambda i: self._kept[i].astype(np.float32)),
+            Lazy(n, lambda i: self.seen.of_layer(i).astype(np.float32)),
+        )
+
+    def restored(
+        self, kept: Sequence[FloatArray], seen: Sequence[FloatArray], composed: Sequence[int], n_live: int
+    ) -> CellScores:
+        """Those of another time, of a cache laid out so. Raises InvalidInput where they cannot be."""
+        fits = len(kept) == len(composed) == len(self._layers)
+        for layer, scores, k in zip(self._layers, kept, composed, strict=False):
+            fits = fits and scores.shape == (layer.n_kv_heads, k) and scores.dtype == np.float32
+            fits = fits and bool(np.isfinite(scores).all())
+        if not fits:
+            raise InvalidInput("the scores are not those of these cells")
+        if len(seen) != len(self._layers) or any(
+            rows.ndim != 2 or rows.shape[1] > k + n_live for rows, k in zip(seen, composed, strict=True)
+        ):
+            raise InvalidInput("the attention is not that of these cells")
+        result = CellScores(self._layers)
+        result.seen.take_back(seen)
+        result._kept = [np.minimum(scores, PINNED).astype(SCORE_DTYPE) for scores in kept]
+        return result
