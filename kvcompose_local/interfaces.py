@@ -51,7 +51,7 @@ def share_of_f16(cache_type: str, k_size: int = 1, v_size: int = 1) -> Fraction:
 #: Bytes beside a cell for each of its KV heads: what was seen of it, its score, and, while a compaction runs, its place
 #: in the selection.
 UPKEEP_BYTES = 1 + 2 + 2
-#: Of the bytes of all cells, what one explicit softmax may take.
+#: Of the bytes of all cells, what one explicit softmax may take; it works in half as much beside that.
 SOFTMAX_SHARE = Fraction(1, 16)
 
 #: Called with (tokens done, tokens in all); may raise KeyboardInterrupt to stop between micro-batches.

@@ -250,12 +250,12 @@ def test_cells_are_bought_exactly() -> None:
 
 
 def test_what_compacting_takes_is_bought_too_where_cells_are_many() -> None:
-    assert cells_for(8192, 0.25) == 2048  # 1,893 with it
-    assert cells_for(10240, 0.25) == 2304  # of 2,560: 256 bytes a head's key and value, 16 of softmax and 5 beside
-    # 104 bytes a head, 6.5 of softmax and 5 beside
-    assert cells_for(32768, 0.25, "q8_0/q4_0") == int(8192 * 256 / 115.5) // 256 * 256 == 17920
-    assert cells_for(32768, 0.25, "q8_0/q4_0", (128, 128)) == int(8192 * 512 / 226) // 256 * 256 == 18432
-    assert cells_for(32768, 0.9) == 27136  # of 29,491
+    assert cells_for(8192, 0.25) == 2048  # 1,841 with it
+    # a head's key and value 256 bytes, 24 of softmax and 5 beside; 104, 9.75 and 5; 208, 19.5 and 5
+    assert cells_for(16384, 0.25) == int(4096 * 256 / 285) // 256 * 256 == 3584
+    assert cells_for(32768, 0.25, "q8_0/q4_0") == int(8192 * 256 / 118.75) // 256 * 256 == 17408
+    assert cells_for(32768, 0.25, "q8_0/q4_0", (128, 128)) == int(8192 * 512 / 232.5) // 256 * 256 == 17920
+    assert cells_for(32768, 0.9) == 26368  # of 29,491
 
 
 def test_the_softmax_tensor_stays_bounded() -> None:

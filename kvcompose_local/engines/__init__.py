@@ -40,8 +40,9 @@ def cells_bought(n_ctx: int, budget: float, cache_type: str, head_sizes: tuple[i
     padding leaves as much unused there, and would make more of it.
     """
     share = share_of_f16(cache_type, *head_sizes)
+    beside = share * SOFTMAX_SHARE * Fraction(3, 2) + UPKEEP_BYTES / (VALUE_BYTES["f16"] * sum(head_sizes))
     whole = Fraction(str(budget)) * n_ctx
-    cells = whole / (share * (1 + SOFTMAX_SHARE) + Fraction(UPKEEP_BYTES) / (VALUE_BYTES["f16"] * sum(head_sizes)))
+    cells = whole / (share + beside)
     return int(cells if cells >= 8 * CELL_PADDING else whole / share)
 
 
