@@ -1,0 +1,88 @@
+"""Scores of cells, against what a compaction is told of them by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kvcompose_local.cell_scores import N_UNSEEN, PINNED, CellScores
+from kvcompose_local.errors import InvalidInput
+from kvcompose_local.interfaces import CacheLayout, LayerShape
+
+LAYERS = (LayerShape(0, 2, 1, 64, 0), LayerShape(1, 4, 2, 128, 0))
+NONE_PINNED = np.zeros(6, bool)
+
+
+def weights(n_heads: int, *values: float) -> np.ndarray:
+    """Of one query, the same in all heads: exact in every format that they are kept in."""
+    return np.tile(np.array(values, np.float32), (n_heads, 1, 1))
+
+
+def after_a_compaction() -> CellScores:
+    """Two composed cells and a tail of two in each layer, made of eight live ones."""
+    scores = CellScores(LAYERS)
+    for i, layer in enumerate(LAYERS):
+        scores.seen.update(i, weights(layer.n_heads, 0, 0.5, 0, 0.25, 0, 0, 0.125, 0), slice(None))
+        scores.replayed.update(i, weights(layer.n_heads, 0, 0, 0.5, 0.5, 0, 0.125), slice(None))
+    selection = [np.array([[3, 1]], np.uint16), np.array([[3, 1], [2, 5]], np.uint16)]
+    scores.keep(selection, CacheLayout((0, 0), 8, 92, 8), NONE_PINNED, reserve=4)
+    return scores
+
+
+def test_a_live_cell_counts_with_its_replay_and_what_was_seen() -> None:
+    scores = CellScores(LAYERS)
+    scores.seen.update(1, weights(4, 0.5, 0.25), slice(None))
+    scores.replayed.update(1, weights(4, 0.125, 0.125, 0.5), slice(None))
+    pinned = np.array([False, True, False, False])
+    assert scores.of_layer(1, pinned).tolist() == [[0.625, PINNED + 0.25, 0.5, 0]] * 2
+    assert scores.of_layer(0, pinned).tolist() == [[0, PINNED, 0, 0]]
+
+
+def test_what_was_seen_and_replayed_stays_with_what_a_rewrite_keeps() -> None:
+    scores = after_a_compaction()
+    assert scores.n_replayed == 0
+    two_more = np.zeros(2, bool)
+    # the composed cells, then the tail, of which only what was seen is known
+    assert scores.of_layer(0, two_more).tolist() == [[0.75, 0.5, 0.125, 0]]
+    assert scores.of_layer(1, two_more).tolist() == [[0.75, 0.5, 0.125, 0], [0.5, 0.125, 0.125, 0]]
+    # later text looks at a composed cell, and at a live one
+    scores.seen.update(1, weights(4, 0.5, 0, 0, 0, 0.25), slice(None))
+    assert scores.of_layer(1, np.zeros(3, bool))[1].tolist() == [1.0, 0.125, 0.125, 0, 0.25]
+
+
+def test_what_is_gone_from_the_cache_is_forgotten() -> None:
+    scores = after_a_compaction()
+    scores.replayed.update(0, weights(2, 0.5, 0.5), slice(None))
+    scores.n_replayed = 2
+    scores.trim(CacheLayout((2, 2), 1, 99, 7))
+    assert scores.n_replayed == 1
+    assert scores.seen.n_columns == (3, 3)
+    assert scores.of_layer(0, np.zeros(2, bool)).tolist() == [[0.75, 0.5, 0.625, 0]]
+
+
+def test_the_newest_live_cells_count_as_not_seen_yet() -> None:
+    scores = CellScores(LAYERS)
+    layout = CacheLayout((3, 3), 2 * N_UNSEEN, 0, 100)
+    assert scores.n_seen(layout) == 0
+    scores.seen.update(0, weights(2, *np.zeros(3 + N_UNSEEN + 5)), slice(None))
+    assert scores.n_seen(layout) == 5
+
+
+def test_scores_of_another_time_are_taken_back_or_refused() -> None:
+    scores = after_a_compaction()
+    kept, seen = ([*part] for part in scores.view())
+    again = CellScores(LAYERS).restored(kept, seen, (2, 2), 2)
+    for i in range(2):
+        assert again.of_layer(i, np.zeros(2, bool)).tolist() == scores.of_layer(i, np.zeros(2, bool)).tolist()
+    not_finite = [kept[0], np.full_like(kept[1], np.nan)]
+    for wrong_kept, wrong_seen, composed in (
+        (kept[:1], seen, (2, 2)),
+        (kept, seen, (2, 3)),
+        (not_finite, seen, (2, 2)),
+        ([kept[0], kept[1].astype(np.float64)], seen, (2, 2)),
+        (kept, seen[:1], (2, 2)),
+        (kept, [seen[0], seen[1][:1]], (2, 2)),
+        (kept, [seen[0], np.zeros((2, 5), np.float32)], (2, 2)),
+    ):
+        with pytest.raises(InvalidInput):
+            scores.restored(wrong_kept, wrong_seen, composed, 2)
