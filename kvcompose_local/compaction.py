@@ -297,9 +297,10 @@ class CacheMemory:
             at_most,
             int(pinned.sum()),
         )
+        small = np.min_scalar_type(max(n_rows))
         selection = [
-            select_composites([self._scores.of_layer(i, new_pinned)], budgets[[i]])[0].astype(np.min_scalar_type(n))
-            for i, n in enumerate(n_rows)
+            select_composites([self._scores.of_layer(i, new_pinned)], budgets[[i]])[0].astype(small)
+            for i in range(len(n_rows))
         ]
         selected = time.perf_counter()
         with uninterrupted():

@@ -9,7 +9,7 @@ import psutil
 
 from kvcompose_local.engines import DEFAULT_CTX, cells_bought, default_cache_type
 from kvcompose_local.errors import InvalidInput, ModelError
-from kvcompose_local.interfaces import BLOCK, share_of_f16
+from kvcompose_local.interfaces import BLOCK, TokenShape, share_of_f16
 from kvcompose_local.llama_ffi.cells import library_is_patched
 from kvcompose_local.llama_ffi.library import layers_to_offload
 from kvcompose_local.llama_ffi.model import Model
@@ -51,7 +51,8 @@ class Inspection:
 
     def n_cells(self, budget: float) -> int:
         """Cells of each layer, on average, that a budget buys: as many of ``n_ctx`` tokens are kept."""
-        bought = cells_bought(self.n_ctx, budget, self.type_at(budget), self.head_sizes)
+        token = TokenShape(*self.head_sizes, self.n_values // sum(self.head_sizes))
+        bought = cells_bought(self.n_ctx, budget, self.type_at(budget), token)
         return min(bought, self.n_ctx) if budget < 1 else self.n_ctx
 
     def kv_bytes(self, budget: float) -> int:
@@ -116,6 +117,8 @@ def inspect(path: Path, *, n_ctx: int | None = None, cache_type: str | None = No
             raise InvalidInput(f"--ctx {positions} is not in 1 to {n_ctx_train}, the positions that the model knows")
         head = number("embedding_length") // max(heads)
         widths = number("attention.key_length", head), number("attention.value_length", head)
+        if min(widths) < 0 or sum(widths) == 0:
+            raise ModelError(f"{path.name} says that its heads have {widths[0]} and {widths[1]} numbers")
         obstacle = ""
         if number("attention.kv_lora_rank"):
             obstacle = "its latent attention (MLA) has no cells by head"

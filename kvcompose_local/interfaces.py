@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -49,10 +49,21 @@ def share_of_f16(cache_type: str, k_size: int = 1, v_size: int = 1) -> Fraction:
 
 
 #: Bytes beside a cell for each of its KV heads: what was seen of it, its score, and, while a compaction runs, its place
-#: in the selection.
+#: in the selection (4 where a layer has more than 65,536 cells).
 UPKEEP_BYTES = 1 + 2 + 2
-#: Of the bytes of all cells, what one explicit softmax may take; it works in half as much beside that.
+#: Of the bytes of all cells, what one explicit softmax may take. What it works in is half as much.
 SOFTMAX_SHARE = Fraction(1, 16)
+#: Bounds of that in bytes.
+SOFTMAX_BYTES = 4 << 20, 32 << 20
+
+
+class TokenShape(NamedTuple):
+    """What a token leaves in a cache: numbers of a head's key and of its value, and KV heads of all layers."""
+
+    k_size: int
+    v_size: int
+    n_heads: int
+
 
 #: Called with (tokens done, tokens in all); may raise KeyboardInterrupt to stop between micro-batches.
 Progress = Callable[[int, int], None]

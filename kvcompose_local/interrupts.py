@@ -28,9 +28,9 @@ def uninterrupted() -> Iterator[None]:
     try:
         yield
     finally:
-        for known, handler in handlers.items():
+        for known, handler in reversed(handlers.items()):  # Ctrl-C last, whose handler may raise at once: here, ...
             signal.signal(known, handler)
-        for number in dict.fromkeys(waiting):
+        for number in sorted(set(waiting), key=lambda number: number == signal.SIGINT):  # ... and here
             signal.raise_signal(number)
 
 
@@ -70,7 +70,8 @@ class Interrupts:
     def leaving_in_order(self) -> Iterator[None]:
         """In this block a closed window or ``kill`` sets ``leaving`` and is a Ctrl-C: the chat can still be saved.
 
-        It raises nothing but in a block of ``waiting``, so that who is about to wait sees it and nothing is cut in two.
+        Neither they nor Ctrl-C raise but in a block of ``waiting``, so that who is about to wait sees it and nothing is
+        cut in two; elsewhere a Ctrl-C comes when what it would stop is over, unless it is ``caught``.
         """
 
         def on_signal(number: int, _frame: FrameType | None) -> None:
@@ -78,22 +79,25 @@ class Interrupts:
                 return
             self.leaving = number
             self.requested = True
+            on_interrupt(number, None)
+
+        def on_interrupt(_number: int, _frame: FrameType | None) -> None:
             if self._waiting:
                 raise KeyboardInterrupt
 
-        numbers = _SIGNALS[1:]
-        before: list[Any] = [signal.signal(number, on_signal) for number in numbers]
+        handlers = {number: on_interrupt if number == signal.SIGINT else on_signal for number in _SIGNALS}
+        before: list[Any] = [signal.signal(number, handler) for number, handler in handlers.items()]
         try:
             yield
         finally:
-            for number, handler in zip(numbers, before, strict=True):
+            for number, handler in reversed([*zip(handlers, before, strict=True)]):
                 signal.signal(number, handler)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """In this block nothing looks at ``leaving``, so KeyboardInterrupt tells of it, also where it is set before."""
-        self._waiting = True
         try:
+            self._waiting = True
             if self.leaving:
                 raise KeyboardInterrupt
             yield

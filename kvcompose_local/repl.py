@@ -124,14 +124,15 @@ def meanwhile(work: Callable[[Callable[[], bool]], None]) -> Iterator[None]:
             work(over.is_set)
 
     thread = threading.Thread(target=run, name="meanwhile", daemon=True)
-    with uninterrupted():
-        thread.start()
     try:
+        with uninterrupted():
+            thread.start()
         yield
     finally:
         over.set()
         with uninterrupted():  # two threads must never have the cache
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
 
 
 def read_text_file(path: Path) -> str:

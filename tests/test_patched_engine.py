@@ -572,6 +572,22 @@ def test_wrong_input_changes_nothing(llama: PatchedEngine) -> None:
     assert_same(gathered(before, good, 8), exported(llama))
 
 
+def test_sources_may_have_four_bytes(tiny_model: Callable[..., Path]) -> None:
+    """As they have where a layer has more than 65,536 cells."""
+    with patched(tiny_model("llama")) as small, patched(tiny_model("llama")) as large:
+        for engine in (small, large):
+            engine.decode(TOKENS[:100])
+        selection = uneven(np.random.default_rng(0), small, 8)
+        small.rewrite(selection, 8)
+        wide = [np.ascontiguousarray(rows, np.uint32) for rows in selection]
+        table = (ctypes.c_void_p * len(wide))(*(rows.ctypes.data for rows in wide))
+        counts = (ctypes.c_int32 * len(wide))(*(rows.shape[1] for rows in wide))
+        large._cells._call("rewrite", small._cells.info().n_live_cap, 8, counts, table, 4)
+        for i in range(len(wide)):
+            for values in (False, True):
+                assert (small._cells.rows(i, values=values) == large._cells.rows(i, values=values)).all()
+
+
 def test_more_than_the_arena_is_refused(llama: PatchedEngine) -> None:
     llama.decode(TOKENS[:250])
     with pytest.raises(ContextFull):

@@ -17,7 +17,7 @@ from kvcompose_local.engines import cells_for, open_engine, physical_cores
 from kvcompose_local.engines.base import softmax_queries
 from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput, ModelError
-from kvcompose_local.interfaces import FloatArray, IntArray, Sampling
+from kvcompose_local.interfaces import FloatArray, IntArray, Sampling, TokenShape
 from kvcompose_local.llama_ffi.context import Context
 from kvcompose_local.llama_ffi.model import Loading, Model
 
@@ -254,8 +254,21 @@ def test_what_compacting_takes_is_bought_too_where_cells_are_many() -> None:
     # a head's key and value 256 bytes, 24 of softmax and 5 beside; 104, 9.75 and 5; 208, 19.5 and 5
     assert cells_for(16384, 0.25) == int(4096 * 256 / 285) // 256 * 256 == 3584
     assert cells_for(32768, 0.25, "q8_0/q4_0") == int(8192 * 256 / 118.75) // 256 * 256 == 17408
-    assert cells_for(32768, 0.25, "q8_0/q4_0", (128, 128)) == int(8192 * 512 / 232.5) // 256 * 256 == 17920
+    assert cells_for(32768, 0.25, "q8_0/q4_0", TokenShape(128, 128, 8)) == int(8192 * 512 / 232.5) // 256 * 256 == 17920
     assert cells_for(32768, 0.9) == 26368  # of 29,491
+    # 128 KiB a token: no softmax takes more than 32 MiB, and 16 to work in
+    assert cells_for(131072, 0.25, "f16", TokenShape(128, 128, 256)) == int((32768 - 384) / (517 / 512)) // 256 * 256
+
+
+@pytest.mark.parametrize("cache_type", ["f16", "q8_0", "q8_0/q4_0"])
+def test_more_budget_never_buys_fewer_cells(cache_type: str) -> None:
+    for n_ctx in (2048, 8192, 131072):
+        for token in (TokenShape(64, 64, 48), TokenShape(128, 128, 256)):
+            cells = [cells_for(n_ctx, thousandth / 1000, cache_type, token) for thousandth in range(200, 1001)]
+            assert cells == sorted(cells)
+    assert [cells_for(n, 0.25, cache_type) for n in range(2048, 9000, 8)] == sorted(
+        cells_for(n, 0.25, cache_type) for n in range(2048, 9000, 8)
+    )
 
 
 def test_the_softmax_tensor_stays_bounded() -> None:

@@ -58,7 +58,7 @@ def terminal(tiny_model: TinyModel, tmp_path: Path) -> Iterator[Terminal]:
             encoding="utf-8",
             codec_errors="replace",
             dimensions=(50, 200),
-            timeout=30,
+            timeout=120,  # other programs may have the processor
         )
         children.append(child)
         child.expect_exact(PROMPT)
@@ -407,7 +407,7 @@ def test_a_window_that_is_closed_saves_the_chat(terminal: Terminal, answering: b
     else:
         say(child, "Hello.")
     child.ptyproc.fileobj.close()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while child.isalive():
         assert time.monotonic() < deadline
         time.sleep(0.05)

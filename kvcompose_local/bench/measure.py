@@ -25,7 +25,7 @@ from gguf import GGUFReader
 
 from kvcompose_local import profiles
 from kvcompose_local.compaction import CacheMemory
-from kvcompose_local.engines import cells_for, default_cache_type, has_whole_blocks, physical_cores, sizes_of
+from kvcompose_local.engines import cells_for, default_cache_type, has_whole_blocks, physical_cores, token_of
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.engines.stock import StockEngine
@@ -271,8 +271,8 @@ def measure(
         if cache_type is None:
             whole_blocks = has_whole_blocks(model)
             cache_type = default_cache_type(0.5, whole_blocks=whole_blocks, on_gpu=False, patched=True)
-        sizes = sizes_of(model)
-        cells = {f"budget {budget:g}": cells_for(n_tokens, budget, cache_type, sizes) for budget in budgets}
+        token = token_of(model)
+        cells = {f"budget {budget:g}": cells_for(n_tokens, budget, cache_type, token) for budget in budgets}
         tokens = text_tokens(model, sentences, n_tokens)
         n_cells = padded(n_tokens + _ANSWER_CELLS + 512)
         modes: list[Mode] = []

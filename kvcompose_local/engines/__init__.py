@@ -12,7 +12,16 @@ import psutil
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.errors import InvalidInput, ModelError
-from kvcompose_local.interfaces import BLOCK, SOFTMAX_SHARE, UPKEEP_BYTES, VALUE_BYTES, Sampling, share_of_f16
+from kvcompose_local.interfaces import (
+    BLOCK,
+    SOFTMAX_BYTES,
+    SOFTMAX_SHARE,
+    UPKEEP_BYTES,
+    VALUE_BYTES,
+    Sampling,
+    TokenShape,
+    share_of_f16,
+)
 from kvcompose_local.llama_ffi.cells import library_is_patched
 from kvcompose_local.llama_ffi.model import Model
 
@@ -23,6 +32,8 @@ QUANTIZED = "q8_0/q4_0"
 QUANTIZED_GPU = "q8_0"
 #: Positions a chat may span when the user does not say.
 DEFAULT_CTX = 8192
+#: Where nothing is known of a model yet.
+USUAL_TOKEN = TokenShape(64, 64, 0)
 
 
 def physical_cores() -> int:
@@ -33,20 +44,24 @@ def physical_cores() -> int:
     return max(1, min(cores, allowed))
 
 
-def cells_bought(n_ctx: int, budget: float, cache_type: str, head_sizes: tuple[int, int]) -> int:
-    """Cells that ``budget`` of the bytes of ``n_ctx`` F16 cells buys; head_sizes: numbers of a key and of a value.
+def cells_bought(n_ctx: int, budget: float, cache_type: str, token: TokenShape) -> int:
+    """Cells that ``budget`` of the bytes of ``n_ctx`` F16 cells buys.
 
-    What compacting takes beside them is paid from the budget, too, but where there are few: rounding to llama.cpp's
-    padding leaves as much unused there, and would make more of it.
+    They are charged with what compacting takes beside them, but for the first 2,048: where there are few, rounding to
+    llama.cpp's padding leaves as much unused, and would make more of it.
     """
-    share = share_of_f16(cache_type, *head_sizes)
-    beside = share * SOFTMAX_SHARE * Fraction(3, 2) + UPKEEP_BYTES / (VALUE_BYTES["f16"] * sum(head_sizes))
+    share = share_of_f16(cache_type, token.k_size, token.v_size)
+    token_bytes = VALUE_BYTES["f16"] * (token.k_size + token.v_size)  # of one head
+    upkeep = UPKEEP_BYTES / token_bytes
     whole = Fraction(str(budget)) * n_ctx
-    cells = whole / (share + beside)
-    return int(cells if cells >= 8 * CELL_PADDING else whole / share)
+    charged = whole / (share * (1 + SOFTMAX_SHARE * 3 / 2) + upkeep)
+    if token.n_heads:
+        largest = Fraction(SOFTMAX_BYTES[1]) / (token_bytes * token.n_heads)  # in cells
+        charged = max(charged, (whole - largest * 3 / 2) / (share + upkeep))
+    return int(max(charged, min(whole / share, Fraction(8 * CELL_PADDING))))
 
 
-def cells_for(n_ctx: int, budget: float, cache_type: str = "f16", head_sizes: tuple[int, int] = (64, 64)) -> int:
+def cells_for(n_ctx: int, budget: float, cache_type: str = "f16", token: TokenShape = USUAL_TOKEN) -> int:
     """The same, at most ``n_ctx``, rounded down to llama.cpp's padding, and up where all fit."""
     if not 0 < budget <= 1 or not math.isfinite(budget):
         raise InvalidInput(f"--budget is a share in (0, 1], not {budget}")
@@ -55,7 +70,7 @@ def cells_for(n_ctx: int, budget: float, cache_type: str = "f16", head_sizes: tu
     whole = -(-n_ctx // CELL_PADDING) * CELL_PADDING
     if budget == 1:
         return whole
-    cells = min(cells_bought(n_ctx, budget, cache_type, head_sizes) // CELL_PADDING * CELL_PADDING, whole)
+    cells = min(cells_bought(n_ctx, budget, cache_type, token) // CELL_PADDING * CELL_PADDING, whole)
     if cells == 0:
         raise InvalidInput(
             f"--budget {budget} of --ctx {n_ctx} is under {CELL_PADDING} cells, the least there is: raise one of them"
@@ -102,7 +117,7 @@ def open_engine(
                 f"--cache-type {cache_type} takes blocks of {BLOCK} values, and the heads of {model.name} are of "
                 f"{max(model.head_sizes('key_length', 'value_length'))}: leave it out"
             )
-        n_cells = cells_for(positions, budget, cache_type, sizes_of(model))
+        n_cells = cells_for(positions, budget, cache_type, token_of(model))
         open_ = _patched if patched else _stock
         engine = open_(model, n_cells, threads, cache_type, sampling, budget)
     except BaseException:
@@ -124,10 +139,10 @@ def has_whole_blocks(model: Model) -> bool:
     return all(size % BLOCK == 0 for size in sizes)
 
 
-def sizes_of(model: Model) -> tuple[int, int]:
-    """Numbers of a head's key and of its value; of a usual one where a model has none."""
+def token_of(model: Model) -> TokenShape:
+    """What a token of a model takes; a usual head's where it has none."""
     k_size, v_size = model.head_sizes("key_length", "value_length")
-    return (k_size, v_size) if k_size + v_size else (64, 64)
+    return TokenShape(k_size, v_size, model.n_layers * model.n_kv_heads) if k_size + v_size else USUAL_TOKEN
 
 
 def _patched(

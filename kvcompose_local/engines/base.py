@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from kvcompose_local.errors import ContextFull, InvalidInput
 from kvcompose_local.interfaces import (
+    SOFTMAX_BYTES,
     AttentionSink,
     CacheLayout,
     CacheSnapshot,
@@ -27,9 +28,6 @@ from kvcompose_local.interfaces import (
 from kvcompose_local.llama_ffi.context import Context, SoftmaxTap
 from kvcompose_local.llama_ffi.model import Model
 
-#: Bounds of the bytes that one explicit softmax, float32 (heads, queries, n_kv), may take in the compute buffer. What
-#: it works in is half as much.
-SOFTMAX_BYTES = 4 << 20, 32 << 20
 #: While text is read, every so many of its tokens show what they attend to: more of them make reading slower and the
 #: choice hardly better (docs/trials.md).
 WATCH_STRIDE = 8
@@ -40,7 +38,7 @@ TILE = 64
 
 
 def softmax_queries(n_cells: int, n_heads: int, wanted_bytes: int, *, largest: int = 512) -> int:
-    """Queries that keep the softmax tensor of ``n_cells`` columns within ``wanted_bytes`` and SOFTMAX_BYTES.
+    """Queries that keep a softmax, float32 (heads, queries, n_cells), within ``wanted_bytes`` and SOFTMAX_BYTES.
 
     A multiple of 4, at least that.
     """

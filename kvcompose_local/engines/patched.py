@@ -207,11 +207,15 @@ class PatchedEngine(LlamaEngine):
         if len(selection) != len(self.shape.layers):
             raise InvalidInput(f"{len(selection)} selections for {len(self.shape.layers)} layers")
         for rows, n_composed in zip(selection, layout.composed, strict=True):
+            if rows.ndim != 2:
+                raise InvalidInput(f"a selection is of heads and cells, not {rows.shape}")
             if rows.size and not 0 <= rows.min() <= rows.max() < n_composed + layout.n_live:
                 raise InvalidInput(f"the selection names rows outside the {n_composed + layout.n_live} of its layer")
         composed = [rows.shape[1] for rows in selection]
-        self._cells.rewrite(self._fitting_live_cells(composed, n_tail), n_tail, selection)
-        self._composed = tuple(composed)
+        try:
+            self._cells.rewrite(self._fitting_live_cells(composed, n_tail), n_tail, selection)
+        finally:  # a rewrite that fails half-way leaves the cache empty
+            self._composed = tuple(int(self._cells.layer(i).n_composed) for i in range(self._cells.n_layers))
         give_small_blocks_back()  # what the choice of cells took
 
     def _fitting_live_cells(self, composed: Sequence[int], n_live: int) -> int:

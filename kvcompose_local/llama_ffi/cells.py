@@ -133,7 +133,7 @@ class PerLayerCells:
             if cells.size and not 0 <= cells.min() <= cells.max() < 2**32:
                 raise InvalidInput(f"layer {i} has no cells {cells.min()} to {cells.max()}")
         width = np.result_type(np.uint16, *(np.min_scalar_type(cells.max()) for cells in sources if cells.size))
-        arrays = [np.ascontiguousarray(cells, width) for cells in sources]
+        arrays = [np.require(cells, width, ["C", "ALIGNED"]) for cells in sources]
         table = (ctypes.c_void_p * len(arrays))(*(cells.ctypes.data for cells in arrays))
         self._context.has_logits = False
         counts = _int32([cells.shape[1] for cells in arrays])

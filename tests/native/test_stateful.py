@@ -145,6 +145,14 @@ class Walk:
             assert self.cells.info().has_window  # more is gone than the window still holds: llama.cpp starts at 0
             self.clear()
 
+    def dig(self) -> None:
+        """Remove from the middle: live cells have holes then, and composed ones that are gone keep their number."""
+        info = self.cells.info()
+        if not info.has_window and info.pos_next > 2:
+            start, stop = np.sort(self.rng.choice(info.pos_next - 1, 2, replace=False))
+            self.context.remove(int(start), int(stop))
+            assert self.cells.info().pos_next == info.pos_next
+
     def clear(self) -> None:
         self.context.clear()
         info = self.cells.info()
@@ -219,8 +227,8 @@ class Walk:
     def step(self) -> str:
         operation = self.rng.choice(
             [self.decode] * 6 + [self.rewrite] * 4 + [self.wrong_rewrite] * 2
-            + [self.remove, self.clear, self.export, self.restore, self.wrong_layout, self.look, self.watch]
-            + [self.serialize]
+            + [self.remove, self.dig, self.dig, self.clear, self.export, self.restore, self.wrong_layout]
+            + [self.look, self.watch, self.serialize]
         )  # fmt: skip
         operation()
         info = self.cells.info()
