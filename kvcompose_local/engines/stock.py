@@ -76,7 +76,7 @@ class StockEngine(LlamaEngine):
         if scoring and cache_type != "f16":
             raise InvalidInput("the stock engine composes an F16 cache only; `kvcompose-local build` lifts that")
         shape = uniform_shape(model, cache_type, scoring=scoring)
-        # A sixth of the cache, since all reading goes through the explicit softmax here.
+        # A sixth of the cache, more than a budget is charged with, since all reading goes through the softmax here.
         scoring_queries = softmax_queries(n_cells, shape.layers[0].n_heads, n_cells * shape.row_bytes // 6)
         context = Context(
             model,
