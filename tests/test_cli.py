@@ -281,7 +281,20 @@ def test_closed_and_empty_standard_input(tiny_model: TinyModel) -> None:
 
 
 def test_a_terminal_that_is_not_utf8_gets_question_marks(tiny_model: TinyModel) -> None:
-    done = program("run", tiny_model(), *FAST, "-p", "x", "--temp", "5", env={"PYTHONIOENCODING": "ascii"})
+    done = program(
+        "run",
+        tiny_model(),
+        *FAST,
+        "-p",
+        "x",
+        "--temp",
+        "5",
+        "--seed",
+        "1",
+        "--max-tokens",
+        "40",
+        env={"PYTHONIOENCODING": "ascii"},
+    )
     assert done.returncode == 0
     assert "?" in done.stdout
 
