@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import pytest
 from click.testing import CliRunner
+from test_cli import program
 
 from kvcompose_local.cli import cli
 from kvcompose_local.engines import open_engine
@@ -44,6 +47,18 @@ def test_the_command(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
+def test_heads_without_numbers_are_one_line(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    path = tmp_path / "none.gguf"
+    shutil.copy(tiny_model("llama"), path)
+    reader = gguf.GGUFReader(path, "r+")
+    for name in ("key_length", "value_length"):
+        reader.fields[f"llama.attention.{name}"].parts[-1][0] = 0
+    reader.data.flush()
+    done = program("inspect", path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: none.gguf says that its heads have 0 and 0 numbers\n"
+
+
 def test_the_type_is_the_one_that_a_run_takes(tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     found = inspect(tiny_model())
     assert [found.type_at(budget) for budget in (1, 0.25)] == ["f16", "q8_0/q4_0"]

@@ -66,7 +66,7 @@ def terminal(tiny_model: TinyModel, tmp_path: Path) -> Iterator[Terminal]:
 
     yield start
     for child in children:
-        if child.isalive():  # of a test that failed, this shows where it hangs
+        if child.isalive():  # where a test failed, this shows what its chat was doing
             child.kill(signal.SIGABRT)
             with contextlib.suppress(pexpect.ExceptionPexpect, OSError):
                 print(child.read())
