@@ -511,7 +511,8 @@ def compress(
         full = memory.position * shape.uncompressed_row_bytes
     click.echo(
         f"{path}: {stats.prompt_tokens} tokens in {n_bytes / MIB:.1f} MiB (uncompressed: {full / MIB:.1f} MiB)\n"
-        f"ask about it: kvcompose-local run --session {shlex.quote(output)}"
+        f"ask about it: kvcompose-local run --session {shlex.quote(output)}\n"
+        "the chat is saved to it at the end; with --no-autosave it stays as it is"
     )
 
 

@@ -697,7 +697,8 @@ def test_a_document_is_read_once_and_answered_about_at_once(
     assert made.returncode == 0, made.stderr
     assert re.fullmatch(
         rf"{out}: {n} tokens in 0\.\d MiB \(uncompressed: 1\.1 MiB\)\n"
-        rf"ask about it: kvcompose-local run --session {out}\n",
+        rf"ask about it: kvcompose-local run --session {out}\n"
+        r"the chat is saved to it at the end; with --no-autosave it stays as it is\n",
         made.stdout,
     )
     assert f"compacted: {n} tokens seen" in made.stderr
