@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvcompose_local.budgets import allocate_bytes
+from kvcompose_local.budgets import allocate_bytes, allocate_tempered
 from kvcompose_local.evaluation.methods import Method, method
 from kvcompose_local.evaluation.methods.kvcompose import compose, with_mean
 from kvcompose_local.evaluation.statistics import Statistics
@@ -127,3 +127,22 @@ def replay_and_seen_separators(stats: Statistics, n_cells: int) -> list[IntArray
     bare = [not any(map(str.isalnum, model.token_bytes(t).decode("utf-8", "replace"))) for t in stats.tokens]
     weight = np.where(bare, 0.5, 1.0).astype(np.float32)
     return compose([s * weight for s in stats.both], n_cells)
+
+
+def _rooted(stats: Statistics) -> list[FloatArray]:
+    """Attention seen is raised where it is small beside its layer's mean: the geometric mean of both, four times."""
+    return [a + 4 * np.sqrt(b * b.mean()) for a, b in zip(stats.replay, stats.seen, strict=True)]
+
+
+@method("rooted")
+def rooted(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """The program's layer budgets; tokens are ranked by rooted attention."""
+    budgets = allocate_tempered(stats.both, [1] * len(stats.both), n_cells)
+    return select_composites(_rooted(stats), budgets)
+
+
+@method("rooted-own")
+def rooted_own(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """Rooted attention for both."""
+    scores = _rooted(stats)
+    return select_composites(scores, allocate_tempered(scores, [1] * len(scores), n_cells))
