@@ -19,6 +19,11 @@ def compose(scores: Sequence[FloatArray], n_cells: int) -> list[IntArray]:
     return select_composites(scores, allocate_bytes(scores, [1] * len(scores), n_cells))
 
 
+def tempered_budgets(scores: Sequence[FloatArray], n_cells: int) -> IntArray:
+    """The program's layer budgets for scores, L arrays (H, T): int64 (L,)."""
+    return allocate_tempered(scores, [1] * len(scores), n_cells)
+
+
 def with_mean(scores: Sequence[FloatArray]) -> list[FloatArray]:
     """The scores, each plus the mean over the KV heads: float32 (H, T)."""
     return [s + s.mean(axis=0, keepdims=True) for s in scores]
@@ -40,7 +45,7 @@ def replay(stats: Statistics, n_cells: int) -> list[IntArray]:
 @method("kvcompose-local")
 def ours(stats: Statistics, n_cells: int) -> list[IntArray]:
     """What the program does: the sum of both attentions, no mean over KV heads, tempered layer budgets."""
-    return select_composites(stats.both, allocate_tempered(stats.both, [1] * len(stats.both), n_cells))
+    return select_composites(stats.both, tempered_budgets(stats.both, n_cells))
 
 
 @method("uniform")

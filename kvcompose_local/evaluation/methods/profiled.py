@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvcompose_local.budgets import allocate_tempered
 from kvcompose_local.cell_scores import N_UNSEEN
 from kvcompose_local.evaluation.methods import method
+from kvcompose_local.evaluation.methods.kvcompose import tempered_budgets
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.interfaces import FloatArray, IntArray
 from kvcompose_local.selection import select_composites
@@ -47,4 +47,4 @@ def profile_replay(stats: Statistics, n_cells: int) -> list[IntArray]:
 @method("seen-budgets")
 def seen_with_whole_budgets(stats: Statistics, n_cells: int) -> list[IntArray]:
     """Attention seen with the layer budgets of the whole score: what the ranking alone costs."""
-    return select_composites(stats.seen, allocate_tempered(stats.both, [1] * len(stats.both), n_cells))
+    return select_composites(stats.seen, tempered_budgets(stats.both, n_cells))

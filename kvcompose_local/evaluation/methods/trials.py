@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvcompose_local.budgets import allocate_bytes, allocate_tempered
+from kvcompose_local.budgets import allocate_bytes
 from kvcompose_local.evaluation.methods import Method, method
-from kvcompose_local.evaluation.methods.kvcompose import compose, with_mean
+from kvcompose_local.evaluation.methods.kvcompose import compose, tempered_budgets, with_mean
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.interfaces import FloatArray, IntArray
 from kvcompose_local.selection import select_composites
@@ -130,19 +130,18 @@ def replay_and_seen_separators(stats: Statistics, n_cells: int) -> list[IntArray
 
 
 def _rooted(stats: Statistics) -> list[FloatArray]:
-    """Attention seen is raised where it is small beside its layer's mean: the geometric mean of both, four times."""
+    """Attention seen counts with four times its geometric mean with its layer's mean, which raises what is small."""
     return [a + 4 * np.sqrt(b * b.mean()) for a, b in zip(stats.replay, stats.seen, strict=True)]
 
 
 @method("rooted")
 def rooted(stats: Statistics, n_cells: int) -> list[IntArray]:
     """The program's layer budgets; tokens are ranked by rooted attention."""
-    budgets = allocate_tempered(stats.both, [1] * len(stats.both), n_cells)
-    return select_composites(_rooted(stats), budgets)
+    return select_composites(_rooted(stats), tempered_budgets(stats.both, n_cells))
 
 
 @method("rooted-own")
 def rooted_own(stats: Statistics, n_cells: int) -> list[IntArray]:
     """Rooted attention for both."""
     scores = _rooted(stats)
-    return select_composites(scores, allocate_tempered(scores, [1] * len(scores), n_cells))
+    return select_composites(scores, tempered_budgets(scores, n_cells))
