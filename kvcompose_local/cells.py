@@ -42,7 +42,7 @@ def type_sizes(ggml_type: int) -> tuple[int, int]:
 
 
 def row_bytes(ggml_type: int, n_elements: int) -> int:
-    """ByteArray of ``n_elements`` values of a ggml type. Raises StateFormatError where a block would be cut."""
+    """Bytes of ``n_elements`` values of a ggml type. Raises StateFormatError where a block would be cut."""
     block, size = type_sizes(ggml_type)
     if n_elements % block:
         raise StateFormatError(f"{n_elements} values are not whole blocks of {block}")

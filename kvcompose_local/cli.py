@@ -83,7 +83,14 @@ def cli(context: click.Context, debug: bool) -> None:
 )
 @click.option("--ctx", "n_ctx", type=int, help="Positions the chat may span.  [default: 8192, or what the model knows]")
 @click.option("-p", "--prompt", help="Ask this, print the answer and leave.")
-@click.option("-f", "--file", "files", multiple=True, type=click.Path(path_type=Path), help="Read this text first.")
+@click.option(
+    "-f",
+    "--file",
+    "files",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Read this text first; - is standard input.",
+)
 @click.option("--pin", is_flag=True, help="Keep every token of the -f texts when the cache is compressed.")
 @click.option("--system", help="System prompt.  [default: what models.txt or the model's template says]")
 @click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Longest answer.")
@@ -164,7 +171,7 @@ def run(
     from kvcompose_local import models, sessions
     from kvcompose_local.interfaces import Sampling
     from kvcompose_local.interrupts import Interrupts
-    from kvcompose_local.repl import COMMANDS, Repl, Status, read_text_file
+    from kvcompose_local.repl import COMMANDS, Repl, Status
 
     if prompt is not None and not prompt.strip():
         raise click.BadParameter("there is no question in it", param_hint="-p")
@@ -172,13 +179,16 @@ def run(
         raise click.UsageError("standard input is closed: ask with -p")
     if pin and not files:
         raise click.UsageError("--pin goes with -f: it keeps the texts read first")
+    if prompt is None and Path("-") in files:
+        raise click.UsageError("-f - reads standard input: ask with -p")
     interactive = prompt is None and sys.stdin.isatty()
     if as_json and interactive:
         raise click.UsageError("--json goes with -p or with piped input")
-    documents = [read_text_file(path) for path in files]
+    documents = [read_document(path) for path in files]
     interrupts = Interrupts()
     status = Status(sys.stderr, should_stop=interrupts)
     session_path = sessions.path_of(session) if session is not None else None
+    version = sessions.version_of(session_path) if session_path is not None else ()
     saved = sessions.read_manifest(session_path) if session_path is not None and session_path.exists() else None
     if saved is not None:
         chosen = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
@@ -189,6 +199,11 @@ def run(
             model = sessions.model_of(saved)
     if session_path is not None and not no_autosave:
         sessions.check_writable(session_path)
+    elif interactive and not no_autosave:
+        try:
+            sessions.check_writable(sessions.path_of(sessions.LAST))
+        except KVComposeError as error:
+            status.line(f"this chat will not be saved: {error}")
     model_path = models.resolve(model, pull=True, progress=status.fetching)
     models.check_gguf(model_path)
     if saved is not None:
@@ -215,15 +230,33 @@ def run(
         setup = sessions.Setup(model_path, chat.memory.engine.shape.cache_type, budget)
         if session is not None and not no_autosave and (why := chat.memory.engine.cannot_snapshot):
             raise KVComposeError(f"{why}, which cannot be saved: leave --session out")
+        if session_path is not None and saved is None and not no_autosave:
+            status.line(f"a new session: {session}")
         autosave, begun = session or sessions.LAST, chat.conversation
 
         def is_unsaved() -> bool:
             return chat.conversation != begun and chat.memory.position > 0 and not no_autosave
 
+        def own_name() -> str:
+            """Where the chat is saved unasked: beside its session where another chat was saved there meanwhile."""
+            if session_path is None or autosave != session or sessions.version_of(session_path) == version:
+                return autosave
+            other = str(sessions.beside(session_path))
+            status.line(f"another chat was saved as {session} meanwhile: this one is saved as {other}")
+            return other
+
+        def save_as(name: str) -> str:
+            nonlocal version
+            told = save_session(name, chat, setup, status.checking)
+            version = sessions.version_of(session_path) if session_path is not None else ()
+            return told
+
         def load_another(name: str) -> str:
             nonlocal autosave, begun
-            if session is not None and is_unsaved():
-                status.line(save_session(autosave, chat, setup, status.checking))
+            if is_unsaved():
+                if name and sessions.path_of(name) == sessions.path_of(autosave):
+                    raise InvalidInput(f"this chat would be lost: /save it under another name than {name} first")
+                status.line(save_session(own_name(), chat, setup, status.checking))
             told = load_session(name, chat, setup, status.checking)
             autosave, begun = sessions.LAST, chat.conversation  # not over the session that this chat began as
             return told
@@ -236,7 +269,7 @@ def run(
             interrupts=interrupts,
             max_tokens=max_tokens,
             describe=lambda: describe(chat),
-            save=lambda name: save_session(name, chat, setup, status.checking),
+            save=save_as,
             load=load_another,
             at_temperature=partial(drawn_at, chat.memory.engine, sampling),
         )
@@ -247,6 +280,8 @@ def run(
             status.line(loaded)
             begun = chat.conversation
         with interrupts.caught():
+            n_tokens = sum(len(chat.model.tokenize(text)) for text in documents)  # before minutes of reading some
+            chat.memory.check_positions(chat.memory.position, n_tokens)
             for path, text in zip(files, documents, strict=True):
                 stats = chat.read(text, pin=pin and budget < 1)
                 if stats.stopped:
@@ -263,7 +298,7 @@ def run(
                     repl.run()
                 finally:  # a terminal that is gone ends it by an error
                     if is_unsaved():
-                        save_at_the_end(autosave, session is not None, chat, setup, interrupts, status)
+                        save_at_the_end(own_name(), session is not None, chat, setup, interrupts, status)
             if interrupts.leaving:
                 context.exit(128 + interrupts.leaving)
             return
@@ -277,7 +312,7 @@ def run(
                     repl.explain_end(stats)
         finally:  # one line that fails does not take the others with it
             if session is not None and is_unsaved():
-                save_at_the_end(session, True, chat, setup, interrupts, status)
+                save_at_the_end(own_name(), True, chat, setup, interrupts, status)
         if as_json:
             click.echo(json.dumps(result(chat), ensure_ascii=False))
 
@@ -305,6 +340,13 @@ def begin_loading(context: click.Context, model: str | None, gpu_layers: int | N
     loading = Loading(path, gpu_layers=layers_to_offload(gpu_layers))
     context.call_on_close(loading.close)
     return loading
+
+
+def read_document(path: Path) -> str:
+    """The text of a file, or of standard input for -. Raises InvalidInput for what is not text."""
+    from kvcompose_local.repl import read_text_file
+
+    return "\n".join(stdin_lines()) if path == Path("-") else read_text_file(path)
 
 
 def stdin_lines() -> Iterator[str]:
@@ -468,14 +510,14 @@ def compress(
     from kvcompose_local import models, sessions
     from kvcompose_local.interfaces import Sampling
     from kvcompose_local.interrupts import Interrupts
-    from kvcompose_local.repl import Status, read_text_file
+    from kvcompose_local.repl import Status
 
     check_numbers(budget, n_ctx)
     if budget == 1:
         raise click.BadParameter("a budget of 1 never compresses", param_hint="--budget")
     path = sessions.path_of(output)
     sessions.check_writable(path)
-    text = "\n".join(stdin_lines()) if file == "-" else read_text_file(Path(file))
+    text = read_document(Path(file))
     if not text.strip():
         raise InvalidInput("there is no text to read")
     interrupts = Interrupts()

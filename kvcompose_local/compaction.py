@@ -225,6 +225,8 @@ class CacheMemory:
         """
         self.check_positions(self.position, len(tokens))
         done = 0
+        if progress is not None:
+            progress(0, len(tokens))
         while done < len(tokens):
             room = self._room()
             if room <= 0:
@@ -264,8 +266,13 @@ class CacheMemory:
             )
 
     def _room(self) -> int:
-        free = self.engine.layout().n_free
-        return free - self.policy.n_scratch if self.compose else free
+        layout = self.engine.layout()
+        spared = self.policy.n_scratch if self.compose and not self._fits_to_the_end(layout) else 0
+        return layout.n_free - spared
+
+    def _fits_to_the_end(self, layout: CacheLayout) -> bool:
+        """Whether each position that is left has a cell, so that nothing will have to be compacted any more."""
+        return layout.n_free >= self.n_ctx - layout.position
 
     def compact(self, keep: float | None = None) -> CompactionReport | None:
         """Run one compaction now; ``keep`` in (0, 1] bounds the bytes kept by that share of those in use.
@@ -304,8 +311,13 @@ class CacheMemory:
         ]
         selected = time.perf_counter()
         with uninterrupted():
-            self.engine.rewrite(selection, n_tail)
-            self._scores.keep(selection, before, new_pinned, self.policy.n_headroom)
+            try:
+                self.engine.rewrite(selection, n_tail)
+                self._scores.keep(selection, before, new_pinned, self.policy.n_headroom)
+            except BaseException:
+                if self.engine.layout() != before:  # it failed half-way: what is left is nobody's cells
+                    self._forget_cells()
+                raise
         after = self.engine.layout()
         report = CompactionReport(
             tokens_seen=after.position,
@@ -345,11 +357,11 @@ class CacheMemory:
         return int((self._composed_room(n_tail) // np.maximum(self._live_bytes(), 1)).min())
 
     def score(self, stop: Callable[[], bool]) -> None:
-        """Replay now what the next compaction would have to, until ``stop()`` says that there is no time left.
+        """Replay now what the next compaction will have to, until ``stop()`` says that there is no time left.
 
         Looked at for every layer of a short chunk, so that a user who is done typing waits for a moment only.
         """
-        if not self.compose:
+        if not self.compose or self._fits_to_the_end(self.engine.layout()):
             return
         with contextlib.suppress(_Stopped):
             n_scored = self.engine.layout().n_live - self.policy.n_tail
@@ -532,8 +544,12 @@ class CacheMemory:
 
     def clear(self) -> None:
         """Forget everything."""
+        self._forget_cells()
+        self.pins = []
+
+    def _forget_cells(self) -> None:
+        """Be empty, so that whoever has the transcript reads it again; pins are of positions, and stay."""
         self.engine.clear()
         self.tokens = []
-        self.pins = []
         self._furthest = 0
         self._scores.clear()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from kvcompose_local.engines import DEFAULT_CTX, cells_bought, default_cache_type
+from kvcompose_local.engines import DEFAULT_CTX, cells_for, default_cache_type
 from kvcompose_local.errors import InvalidInput, ModelError
 from kvcompose_local.interfaces import BLOCK, TokenShape, share_of_f16
 from kvcompose_local.llama_ffi.cells import library_is_patched
@@ -50,10 +50,15 @@ class Inspection:
         return int(2 * self.n_values * share_of_f16(self.type_at(budget), *self.head_sizes))
 
     def n_cells(self, budget: float) -> int:
-        """Cells of each layer, on average, that a budget buys: as many of ``n_ctx`` tokens are kept."""
+        """Cells of each layer, on average, that a budget buys: as many of ``n_ctx`` tokens are kept.
+
+        0 where that is less than there can be.
+        """
         token = TokenShape(*self.head_sizes, self.n_values // sum(self.head_sizes))
-        bought = cells_bought(self.n_ctx, budget, self.type_at(budget), token)
-        return min(bought, self.n_ctx) if budget < 1 else self.n_ctx
+        try:
+            return min(cells_for(self.n_ctx, budget, self.type_at(budget), token), self.n_ctx)
+        except InvalidInput:
+            return 0
 
     def kv_bytes(self, budget: float) -> int:
         """Bytes of the cells of ``n_ctx`` positions under a budget."""
@@ -70,6 +75,9 @@ class Inspection:
             f"{'budget':>8}{'cache MiB':>12}{'with weights MiB':>18}{'cells':>10}{'type':>12}",
         ]
         for budget in BUDGETS:
+            if not self.n_cells(budget):
+                lines.append(f"{budget:>8g}   too few cells: raise --ctx")
+                continue
             whole = self.kv_bytes(budget) + self.file_bytes
             fits = "" if whole < self.free_bytes else "   does not fit now"
             lines.append(

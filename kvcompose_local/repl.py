@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import threading
 import time
@@ -40,6 +41,8 @@ _FENCE = '"""'
 #: How often progress is shown, on a terminal and elsewhere; work of under a second shows none.
 _REDRAW_SECONDS, _LINE_SECONDS = 0.2, 10.0
 _BAR_WIDTH = 20
+#: Work on so many is shown before its first part is done, which may take seconds.
+_MANY = 256
 #: Commands that take no text; the others say themselves what they take.
 _ALONE = frozenset("/help /undo /forget /pin /stats /memory /clear /quit".split())
 
@@ -60,6 +63,7 @@ class Status:
         self.should_stop = should_stop
         self._terminal = stream.isatty()
         self._shown = False
+        self.inside_a_line = False  # an answer on the same terminal has not ended its line: what is told gets its own
         self._works: dict[str, tuple[float, int]] = {}  # when each began, and how far it is: one may stop another
         self._last = 0.0
 
@@ -76,7 +80,9 @@ class Status:
         if done >= total > 0:
             del self._works[what]
             self._erase()
-        elif now - self._last >= (_REDRAW_SECONDS if self._terminal else _LINE_SECONDS) and elapsed >= 1:
+        elif (now - self._last >= (_REDRAW_SECONDS if self._terminal else _LINE_SECONDS) and elapsed >= 1) or (
+            self._terminal and done == 0 and total >= _MANY
+        ):
             left = f", {elapsed / done * (total - done):.0f} s left" if done and total else ""
             text = f"{what} {done}/{total} {unit}{left}" if total else f"{what} {done} {unit}"
             self._write(f"\r\x1b[K{text}{_bar(done, total, len(text))}" if self._terminal else f"{text}\n")
@@ -106,6 +112,9 @@ class Status:
             self._shown = False
 
     def _write(self, text: str) -> None:
+        if self.inside_a_line:
+            self.inside_a_line = False
+            text = "\n" + text
         with contextlib.suppress(OSError):  # a window that is gone must not end what is done in its name
             self.stream.write(text)
             self.stream.flush()
@@ -229,6 +238,8 @@ class Repl:
         if line is None or not line.lstrip().startswith(_FENCE):
             return line
         text = line.lstrip()[len(_FENCE) :]
+        if self.edit is not None and not text.rstrip().endswith(_FENCE):
+            self.status.line(f"(several lines: {_FENCE} or Ctrl-D ends the message, Ctrl-C drops it)")
         while not text.rstrip().endswith(_FENCE):
             more = self.read_line()
             if more is None:
@@ -246,6 +257,7 @@ class Repl:
 
     def _stream(self, pieces: Generator[str]) -> TurnStats:
         line_begins = True
+        shared = self.out.isatty() and self.status.stream.isatty()
         with contextlib.closing(pieces):  # so that what was answered counts where it cannot be written any more
             for piece in pieces:
                 if line_begins or not piece.startswith("\n"):
@@ -253,8 +265,10 @@ class Repl:
                 self.out.write(piece)
                 self.out.flush()
                 line_begins = piece.endswith("\n")
+                self.status.inside_a_line = shared and not line_begins
         self.out.write("\n")
         self.out.flush()
+        self.status.inside_a_line = False
         self._warn_of_the_end()
         return self.chat.turns[-1]
 
@@ -269,8 +283,7 @@ class Repl:
         level = 2 if left < n_ctx // 50 else 1 if left < few else 0
         if left > 0 and level > self._warned and (line_begins or level == 2):
             self.status.line(
-                ("" if line_begins else "\n")
-                + f"{left} of {n_ctx} positions are left: /undo or /clear make room, or {self._more_positions()}"
+                f"{left} of {n_ctx} positions are left: /undo or /clear make room, or {self._more_positions()}"
             )
             self._warned = level
         self._warned = min(self._warned, level)
@@ -343,7 +356,7 @@ class Repl:
 
     def _unread(self) -> str:
         unread = self.chat.unread_tokens
-        return f"; stopped, {unread} tokens are read before your next message" if unread > 1 else ""
+        return f"; {unread} tokens are read before your next message" if unread > 1 else ""
 
     def _regen(self, argument: str) -> None:
         try:
@@ -406,7 +419,10 @@ class Repl:
     def _read_file(self, argument: str) -> None:
         if not argument:
             raise InvalidInput("/read takes a file name")
-        stats = self.chat.read(read_text_file(Path(argument).expanduser()))
+        path = Path(os.path.expanduser(argument))  # which leaves the name of no user as it is
+        if argument[0] == argument[-1] in "\"'" and not path.exists():  # as a shell would have it
+            path = Path(os.path.expanduser(argument[1:-1]))
+        stats = self.chat.read(read_text_file(path))
         self.status.line(
             f"read {stats.prompt_tokens} tokens of {argument}: ask about it"
             if stats.stopped != "interrupt"

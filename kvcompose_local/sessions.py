@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -115,12 +116,27 @@ def sessions_folder() -> Path:
 
 def path_of(name: str) -> Path:
     """The file of a session: a plain name is one of the sessions folder, what has a slash or a suffix is a path."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if os.sep in name or (os.altsep and os.altsep in name) or path.suffix:
         return path
     if not _NAME.fullmatch(name):
         raise InvalidInput(f"{name!r} cannot name a session: use letters, digits, - and _, or give a path")
     return sessions_folder() / (name + SUFFIX)
+
+
+def version_of(path: Path) -> tuple[int, ...]:
+    """What another chat changes by saving to the file; () where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def beside(path: Path) -> Path:
+    """A file next to this one that is not there yet: notes-2.kvc for notes.kvc."""
+    numbered = (path.with_name(f"{path.stem}-{i}{path.suffix}") for i in itertools.count(2))
+    return next(other for other in numbered if not other.exists())
 
 
 def names() -> list[str]:
@@ -132,12 +148,25 @@ def names() -> list[str]:
 
 
 def check_writable(path: Path) -> None:
-    """Raises SessionError where a session cannot be written for sure: better told before the chat than after it."""
+    """Raises SessionError where a session cannot be written for sure: better told before the chat than after it.
+
+    Nor is a file replaced that is something else: ``-o notes.txt`` is soon typed for ``-o notes.kvc``.
+    """
     folder = path.resolve().parent
     if path.is_dir():
         raise SessionError(f"{path} is a folder, and a session is a file")
-    if folder != sessions_folder().resolve() and not (folder.is_dir() and os.access(folder, os.W_OK)):
+    if folder == sessions_folder().resolve():
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise SessionError(f"cannot make {folder}: {error.strerror or error}") from error
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise SessionError(f"cannot write to {folder}: make the folder, or give another path")
+    if path.suffix != SUFFIX and path.is_file() and path.stat().st_size:
+        try:
+            read_manifest(path)
+        except SessionError as error:
+            raise SessionError(f"{path} is no session, and is not overwritten: give another name") from error
 
 
 # -- the model's identity ---------------------------------------------------------------------------------------------
@@ -177,6 +206,7 @@ def save(path: Path, chat: Chat, setup: Setup, progress: Progress | None = None)
 
     Raises SessionError, with nothing left behind, where it cannot be written.
     """
+    check_writable(path)
     digest = model_digest(setup.model, progress)
     state = chat.view()  # all cells must not be in memory a second time
     cells = state.memory.cells

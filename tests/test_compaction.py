@@ -403,3 +403,51 @@ def test_what_was_scored_is_forgotten_with_its_token() -> None:
     memory.compact(0.5)
     assert b"".join(engine.replayed[n_before:]).count(10) >= 16
     assert 250 not in engine.composed[0]
+
+
+def test_a_cell_for_every_position_is_used_without_a_compaction() -> None:
+    engine = FakeEngine(40)
+    memory = CacheMemory(engine, 40, policy=POLICY)
+    memory.feed([100] * 20)
+    memory.score(lambda: False)
+    memory.feed([100] * 20)
+    assert (memory.reports, engine.replayed) == ([], [])
+    assert engine.layout().n_free == 0
+
+
+@pytest.mark.parametrize("rewrites_first", [False, True])
+def test_a_rewrite_that_fails_half_way_leaves_an_empty_cache_and_the_pins(
+    rewrites_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has the transcript reads it again; nobody goes on from half of it."""
+    engine = FakeEngine(40)
+    memory = CacheMemory(engine, 1000, policy=POLICY)
+    memory.pin(0, 2)
+    memory.feed([100] * 30)
+
+    def fail(*_arguments: object, **_named: object) -> None:
+        if not rewrites_first:
+            engine.clear()
+        raise MemoryError
+
+    monkeypatch.setattr(memory._scores if rewrites_first else engine, "keep" if rewrites_first else "rewrite", fail)
+    with pytest.raises(MemoryError):
+        memory.feed([100] * 10)
+    assert (memory.position, memory.tokens, memory.pins) == (0, [], [(0, 2)])
+    monkeypatch.undo()
+    memory.feed([100] * 40)
+    assert memory.position == len(memory.tokens) == 40
+
+
+def test_a_refused_rewrite_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine(40)
+    memory = CacheMemory(engine, 1000, policy=POLICY)
+    memory.feed([100] * 30)
+
+    def refuse(*_arguments: object) -> None:
+        raise InvalidInput("no")
+
+    monkeypatch.setattr(engine, "rewrite", refuse)
+    with pytest.raises(InvalidInput):
+        memory.compact()
+    assert memory.position == len(memory.tokens) == 30

@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from kvcompose_local.cli import cli
-from kvcompose_local.engines import open_engine
+from kvcompose_local.engines import cells_for, open_engine
 from kvcompose_local.engines.patched import PatchedEngine
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.evaluation import report
@@ -23,6 +23,7 @@ from kvcompose_local.evaluation.methods import find_method, method_names
 from kvcompose_local.evaluation.quantized import quantized
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import TASKS, Question, make_item
+from kvcompose_local.interfaces import TokenShape, share_of_f16
 from kvcompose_local.llama_ffi.cells import library_is_patched
 from kvcompose_local.profiles import Profile
 
@@ -103,8 +104,9 @@ def test_results_by_hand(table: list[dict[str, Any]]) -> None:
     assert "| m | 4 | 0.75 (0.75–0.75) / 0.200 | 0.50 (0.50–0.50) / 0.400 | 0.79 | 40% | 2% |" in report.tables(table)
     assert "left out: hard" in report.tables(table)
     assert report.recommendation(table, "m", within=0.3) == (
-        "--budget 0.5 keeps 75% of the full cache's score on these 4 questions"
+        "0.5 of its bytes keeps 75% of the full cache's score on these 4 questions"
     )
+    assert "--budget 0.3 keeps 75%" in report.recommendation(table, "m", {0.5: 0.3}, within=0.3)
     assert "no budget" in report.recommendation(table, "m")
 
 
@@ -138,7 +140,7 @@ def test_a_run_on_a_tiny_model_goes_on_where_it_stopped(tiny_model: Callable[...
 
     first = run(trials[:2])
     with output.open("a") as file:
-        file.write('{"task": "needles_8", "se')  # the run was killed in a write
+        file.write('{"model": "Tiny random", "se')  # the run was killed in a write
     records = run(trials)
     assert records[: len(first)] == first
     assert len(records) == len(trials) * 8 == len(read_records(output))
@@ -193,8 +195,10 @@ def test_quick_asks_what_the_chat_would_do(
     done = CliRunner().invoke(cli, [*options, "--quick"])
     assert done.exit_code == 0, done.output
     kept = {(r["method"], round(r["kept"], 2)) for r in map(json.loads, out.read_text().splitlines())}
-    most = 0.41 if head == 32 else 0.5  # all cells take no more
-    assert kept == {("full", 1.0), (method, most), (method, 0.25), (method, 0.1)}
+    kind = "q8_0/q4_0" if head == 32 else "f16"
+    cells = [cells_for(8192, budget, kind, TokenShape(head, head, 4)) for budget in (0.5, 0.25, 0.1)]
+    share = float(share_of_f16(kind))
+    assert kept == {("full", 1.0)} | {(method, round(n / 8192 * share, 2)) for n in cells}
     if head == 40:
         refused = CliRunner().invoke(cli, [*options, "--methods", "full+q8_0"])
         assert "no whole blocks" in str(refused.exception)
@@ -287,3 +291,45 @@ def test_ours_beats_the_window_on_a_real_model(real_model: Callable[[str], Path]
     shares = {r["method"]: r["share"] for r in json.loads(done.stdout)["results"]}
     assert shares[FULL] == 1
     assert shares["kvcompose-local"] > 0.6 > shares["sinks+recent"]
+
+
+def test_a_measured_score_at_keep_1_is_not_replaced(table: list[dict[str, Any]]) -> None:
+    rows = [record("a", seed, "m", 1.0, 0.5, 0.1) for seed in (0, 1)]
+    found = report.results([r for r in table if r["method"] == FULL or r["keep"] == 0.5] + rows)
+    _, shares = report.curve(found, "m")
+    assert shares[-1] == 0.5
+
+
+def test_only_caches_above_all_of_which_pass_are_recommended(table: list[dict[str, Any]]) -> None:
+    rows = [r for r in table if r["method"] == FULL]
+    rows += [record(t, s, "m", keep, score) for t in "ab" for s in (0, 1) for keep, score in ((0.5, 0.0), (0.25, 1.0))]
+    assert "no budget" in report.recommendation(rows, "m")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"precious": 1}', "my notes", '{"model": "M"}\nmy notes', '{"mx', "[1, 2]", "\udcff"],
+)
+def test_a_file_that_is_no_evaluation_is_left_alone(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "notes.jsonl"
+    raw = text.encode("utf-8", "surrogateescape")
+    path.write_bytes(raw)
+    with pytest.raises(InvalidInput, match="no record of an evaluation"):
+        read_records(path)
+    assert path.read_bytes() == raw
+
+
+def test_a_last_line_cut_inside_a_character_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    facts = {"model": "M"} | record("a", 0, "m", 0.5, 1.0) | {"answer": "é"}
+    whole = json.dumps(facts, ensure_ascii=False).encode()
+    assert whole.startswith(b'{"model": ')
+    path.write_bytes(whole + b"\n" + whole[: whole.index("é".encode()) + 1])
+    assert len(read_records(path)) == 1
+    assert path.read_bytes() == whole + b"\n"
+
+
+@pytest.mark.parametrize("task", ["niah_multikey_2", "niah_single_2", "recall", "needles_8", "qa"])
+def test_texts_may_be_longer_than_the_book(task: str) -> None:
+    item = make_item(task, 0, 60_000, lambda text: len(text.split()))
+    assert len(item.context.split()) > 55_000

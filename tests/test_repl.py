@@ -7,8 +7,9 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fake_engine import FakeEngine, FakeModel
@@ -460,3 +461,35 @@ def test_what_was_answered_counts_where_it_cannot_be_written() -> None:
     assert [message["role"] for message in chat.messages] == ["user", "assistant"]
     assert chat.messages[-1]["content"].startswith("A lo")
     assert raised.value.__traceback__ is not None  # which keeps the frames alive that hold the generator
+
+
+def test_what_is_told_inside_an_answer_gets_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two share a terminal: progress must not wipe the words before it, nor a line be glued to them."""
+    monkeypatch.setenv("COLUMNS", "40")
+    screen = Tty()
+    status = Status(screen)
+
+    def pieces() -> Generator[str]:
+        yield "She dec"
+        status.progress("compacting:", 0, 300)
+        status.progress("compacting:", 300, 300)
+        status.line("compacted")
+        yield "ided"
+        yield " to go.\n"
+        status.line("compacted again")
+        yield "Then"
+
+    chat = SimpleNamespace(turns=["last"], memory=SimpleNamespace(n_ctx=10**6, position=0))
+    repl = Repl(chat, read_line=lambda: None, out=screen, status=status, interrupts=Interrupts(), max_tokens=9)
+    assert repl._stream(pieces()) == "last"
+    status.line("end")
+    assert screen.getvalue() == (
+        "She dec\n\r\x1b[Kcompacting: 0/300 tokens\r\x1b[Kcompacted\nided to go.\ncompacted again\nThen\nend\n"
+    )
+
+
+def test_long_work_is_shown_before_its_first_part_is_done() -> None:
+    for total, shown in ((300, True), (200, False)):
+        screen = Tty()
+        Status(screen).progress("reading:", 0, total)
+        assert bool(screen.getvalue()) == shown

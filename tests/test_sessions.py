@@ -631,9 +631,9 @@ def test_what_cannot_be_written(tmp_path: Path, setup: Setup) -> None:
     for path, words in ((tmp_path, "is a folder"), (tmp_path / "no" / "s.kvc", "make the folder")):
         with pytest.raises(SessionError, match=words):
             sessions.check_writable(path)
-        with pytest.raises(SessionError, match="cannot write"):
+        with pytest.raises(SessionError, match=words):
             sessions.save(path, talked(), setup)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["cache", "fake.gguf"]
+    assert [file.name for file in tmp_path.iterdir()] == ["fake.gguf"]
     with pytest.raises(SessionError, match="cannot read"):
         sessions.save(tmp_path / "s.kvc", talked(), replace(setup, model=tmp_path / "gone.gguf"))
     link = tmp_path / "link.kvc"
@@ -643,12 +643,38 @@ def test_what_cannot_be_written(tmp_path: Path, setup: Setup) -> None:
     sessions.load(tmp_path / "target.kvc", fake_chat(), setup)
 
 
+def test_a_file_that_is_no_session_is_not_overwritten(tmp_path: Path, setup: Setup) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("what I must not lose")
+    with pytest.raises(SessionError, match="not overwritten"):
+        sessions.save(notes, talked(), setup)
+    assert notes.read_text() == "what I must not lose"
+    notes.write_text("")
+    for _ in range(2):  # an empty file, then a session
+        sessions.save(notes, talked(), setup)
+    sessions.load(notes, fake_chat(), setup)
+
+
+def test_a_session_that_another_chat_wrote_is_noticed(tmp_path: Path, setup: Setup) -> None:
+    path = tmp_path / "s.kvc"
+    assert sessions.version_of(path) == ()
+    sessions.save(path, talked(), setup)
+    version = sessions.version_of(path)
+    assert version == sessions.version_of(path)
+    sessions.save(path, talked(), setup)
+    assert version != sessions.version_of(path)
+    assert sessions.beside(path) == tmp_path / "s-2.kvc"
+    sessions.beside(path).touch()
+    assert sessions.beside(path) == tmp_path / "s-3.kvc"
+
+
 def test_names_and_paths(tmp_path: Path, setup: Setup) -> None:
     folder = tmp_path / "state" / "sessions"
     assert sessions.names() == []
     assert sessions.path_of("notes") == folder / "notes.kvc"
     assert sessions.path_of("./notes") == Path("notes")
     assert sessions.path_of("notes.kvc") == Path("notes.kvc")
+    assert sessions.path_of("~no-such-user/notes") == Path("~no-such-user/notes")
     for name in ("", "..", "a?b", " ", "a\nb", "-"):
         if name != "-":
             with pytest.raises(InvalidInput):

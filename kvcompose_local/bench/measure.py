@@ -96,7 +96,7 @@ class LengthResult:
 
 
 def memory_bandwidth() -> float:
-    """Bytes a second that all cores together read, as the best of a few copies of 256 MiB."""
+    """Bytes a second that one core reads and writes, as the best of a few copies of 256 MiB."""
     source = np.ones(1 << 28, np.uint8)
     target = np.empty_like(source)
     best = 0.0

@@ -77,18 +77,24 @@ def eval_command(
     out. Results go to the output file as they come, Ctrl-C stops, and the same command goes on.
     """
     from kvcompose_local import models
-    from kvcompose_local.engines import has_whole_blocks, open_engine, physical_cores
+    from kvcompose_local.engines import (
+        DEFAULT_CTX,
+        cells_for,
+        has_whole_blocks,
+        open_engine,
+        physical_cores,
+        token_of,
+    )
     from kvcompose_local.engines.patched import PatchedEngine
     from kvcompose_local.errors import InvalidInput
     from kvcompose_local.evaluation import report
-    from kvcompose_local.evaluation.harness import FULL, Evaluation, cell_share, check_method, room_for
+    from kvcompose_local.evaluation.harness import FULL, Evaluation, check_method, room_for
     from kvcompose_local.evaluation.methods import method_names
     from kvcompose_local.evaluation.tasks import TASKS, make_item
     from kvcompose_local.repl import Status
 
     if quick:
         tasks, methods, items, length = QUICK_TASKS, (OURS,), 2, 1024
-        keeps = tuple(round(min(budget / cell_share(OURS), 1), 4) for budget in QUICK_BUDGETS)
     tasks = tasks or tuple(TASKS)
     if set(tasks) - set(TASKS):
         raise InvalidInput(f"the tasks are {', '.join(TASKS)}")
@@ -99,16 +105,25 @@ def eval_command(
     path = models.resolve(model, pull=True, progress=status.fetching)
     models.check_gguf(path)
     output = output or Path(f"{path.stem}.eval.jsonl")
-    n_cells = room_for(length, whole_replay="published" in methods)
+    n_cells = room_for(length, whole_replay=any(name.startswith("published") for name in methods))
     engine, _ = open_engine(path, n_ctx=n_cells, budget=1.0, n_threads=threads)
     with engine:
         if not isinstance(engine, PatchedEngine):
             raise InvalidInput("the evaluation needs the patched engine: run `kvcompose-local build`")
-        if quick and not has_whole_blocks(engine.model):
-            methods, keeps = (OURS.partition("+")[0],), QUICK_BUDGETS
+        budgets: dict[float, float] = {}
+        if quick:
+            name, _, kind = OURS.partition("+")
+            if not has_whole_blocks(engine.model):
+                methods, kind = (name,), "f16"
+            for budget in QUICK_BUDGETS:  # the keep ratio that it comes to in a chat
+                n_cells = cells_for(DEFAULT_CTX, budget, kind, token_of(engine.model))
+                budgets[round(min(n_cells / DEFAULT_CTX, 1), 4)] = budget
+            keeps = tuple(budgets)
         if not has_whole_blocks(engine.model) and any("+q" in name for name in methods):
             raise InvalidInput(f"heads of {path.name} are no whole blocks of a quantized type: choose other --methods")
         evaluation = Evaluation(engine, output, {"file": path.name}, n_threads=threads or physical_cores())
+        if others := {r.get("file", path.name) for r in evaluation.records} - {path.name}:
+            raise InvalidInput(f"{output} holds results of {', '.join(sorted(others))}: name another file with -o")
         trials = [(FULL, 1.0)]
         for name in methods:
             trials += [(name, keep) for keep in ((1.0,) if name.startswith(FULL) else keeps)]
@@ -132,7 +147,7 @@ def eval_command(
         records = [
             r
             for r in evaluation.records
-            if r["task"] in tasks and r["n_tokens"] == length and (r["method"], r["keep"]) in wanted
+            if (r["task"], r["seed"]) in plan and r["n_tokens"] == length and (r["method"], r["keep"]) in wanted
         ]
     if not records:
         return
@@ -142,7 +157,7 @@ def eval_command(
         click.echo(json.dumps({"tasks": report.tasks_that_count(records), "results": found}))
     else:
         click.echo(report.tables(records))
-        click.echo(f"\n{report.recommendation(records, ours)}")
+        click.echo(f"\n{report.recommendation(records, ours, budgets)}")
     if plot is not None:
         for file in report.plot(records, plot, ours):
             status.line(f"drew {file}")

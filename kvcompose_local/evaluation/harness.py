@@ -7,6 +7,7 @@ divergence from the full cache, teacher-forced along its answer, and that answer
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ _N_TURNS = 16
 #: What a method's name may end in: its cells are of this type, so that they take fewer bytes than the keep ratio says.
 QUANTIZED = ("+q8_0", "+q4_0", "+q8_0/q4_0")
 _GAP = "\x00"
+#: Of every record, as far as an interrupted run wrote it.
+_BEGINNING = b'{"model": '
 
 
 @dataclass(frozen=True)
@@ -312,7 +315,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    raw = path.read_bytes()
+    lines = raw.split(b"\n")
     for i, line in enumerate(lines):
         try:
             record = json.loads(line) if line else None
@@ -320,9 +324,10 @@ def read_records(path: Path) -> list[dict[str, Any]]:
                 _key(record)
                 records.append(record)
         except (ValueError, KeyError, TypeError) as error:
-            if i < len(lines) - 1:
+            begins = line[: len(_BEGINNING)] == _BEGINNING[: len(line)]
+            if i < len(lines) - 1 or not begins:
                 raise InvalidInput(f"{path} line {i + 1} is no record of an evaluation: name another file") from error
-            path.write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
+            os.truncate(path, len(raw) - len(line))
     return records
 
 

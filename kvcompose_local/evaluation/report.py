@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def _question(record: Record) -> tuple[Any, ...]:
 
 def curve(found: Sequence[Result], method: str) -> tuple[FloatList, FloatList]:
     """Keep ratios, ascending up to 1, and the share of the full score at each."""
-    points = {r.keep: r.share for r in found if r.method == method} | {1.0: 1.0}
+    points = {1.0: 1.0} | {r.keep: r.share for r in found if r.method == method}
     keeps = np.array(sorted(points))
     return keeps, np.array([points[keep] for keep in keeps])
 
@@ -163,15 +164,21 @@ def _bytes(result: Result) -> str:
     return "" if 0.95 * result.keep < result.kept <= result.keep + 1e-3 else f" at {result.kept:.0%} of the bytes"
 
 
-def recommendation(records: Sequence[Record], method: str, within: float = 0.05) -> str:
-    """One line: the smallest budget, a share of bytes, whose score stays within ``within`` of the full cache."""
+def recommendation(
+    records: Sequence[Record], method: str, budgets: Mapping[float, float] | None = None, within: float = 0.05
+) -> str:
+    """One line: the smallest cache whose score, and that of larger ones, stays within ``within`` of the full one's.
+
+    budgets: the ``--budget`` that a keep ratio comes to; a share of the bytes is told where there is none.
+    """
     found = [r for r in results(records) if r.method == method]
-    good = [r.keep for r in found if r.share >= 1 - within]
+    good = list(itertools.takewhile(lambda r: r.share >= 1 - within, sorted(found, key=lambda r: -r.keep)))
     if not good:
         return f"no budget that was tried keeps {1 - within:.0%} of the full cache's score"
-    best = next(r for r in found if r.keep == min(good))
-    budget = best.keep * cell_share(method)
-    return f"--budget {budget:.2g} keeps {best.share:.0%} of the full cache's score on these {best.n} questions"
+    best = good[-1]
+    budget = (budgets or {}).get(best.keep)
+    what = f"{best.keep * cell_share(method):.2g} of its bytes" if budget is None else f"--budget {budget:g}"
+    return f"{what} keeps {best.share:.0%} of the full cache's score on these {best.n} questions"
 
 
 def plot(records: Sequence[Record], folder: Path, method: str) -> list[Path]:

@@ -77,7 +77,8 @@ class _Writer:
 
     def keys(self, n: int) -> list[str]:
         pairs = [f"{a}-{b}" for a in ADJECTIVES for b in NOUNS]
-        return self.random.sample(pairs, n)
+        more = [f"{pair}-{i}" for i in range(2, -(-n // len(pairs)) + 1) for pair in pairs]  # for very long texts
+        return self.random.sample(pairs + more, n)
 
     def number(self) -> str:
         return str(self.random.randrange(10**6, 10**7))
@@ -85,11 +86,11 @@ class _Writer:
     def uuid(self) -> str:
         return str(uuid.UUID(int=self.random.getrandbits(128), version=4))
 
-    def prose(self) -> list[str]:
-        """Sentences from a random place of the book."""
+    def prose(self) -> Callable[[int], str]:
+        """The i-th sentence from a random place of the book on, which begins again at its end."""
         sentences = prose()
         start = self.random.randrange(len(sentences))
-        return [*sentences[start:], *sentences[:start]]
+        return lambda i: sentences[(start + i) % len(sentences)]
 
     def fill(self, hay: Callable[[int], str], needles: Sequence[str], sep: str = " ") -> str:
         """Needles spread over sentences ``hay(0)``, ``hay(1)``, … until the number of tokens is reached."""
@@ -142,8 +143,7 @@ def _niah(hay: str, n_keys: int, n_values: int, n_asked: int, kind: str) -> Call
         elif hay == "noise":
             context = w.fill(lambda i: NOISE[i % len(NOISE)], needles)
         else:
-            sentences = w.prose()
-            context = w.fill(sentences.__getitem__, needles)
+            context = w.fill(w.prose(), needles)
         asked = w.random.sample(names, n_asked)
         values = [value for name in asked for value in facts[name]]
         length = (26 if kind == "uuid" else 10) * len(values) + 14
@@ -240,7 +240,7 @@ def _documents(w: _Writer) -> Item:
         facts[person] = place
         documents.append(f"{person} worked as a {trade} and was born in {place}.")
         documents[-1] = f"\nDocument {i + 1}: {documents[-1]}"
-    text = w.fill(sentences.__getitem__, documents)
+    text = w.fill(sentences, documents)
     person = w.random.choice(people)
     question = Question(f"In which city was {person} born?", f"{person} was born in", (facts[person],), 8)
     return Item("", 0, "Read the following documents; you will be asked about them.\n" + text, (question,))
@@ -250,7 +250,7 @@ def _many_needles(w: _Writer) -> Item:
     """Eight needles in prose, and a question about each: the texts that the method was developed on."""
     facts = {key: w.number() for key in w.keys(8)}
     sentences = w.prose()
-    text = w.fill(sentences.__getitem__, [f"The special magic number for {k} is: {v}." for k, v in facts.items()])
+    text = w.fill(sentences, [f"The special magic number for {k} is: {v}." for k, v in facts.items()])
     questions = tuple(
         Question(f"What is the special magic number for {k}?", f"The special magic number for {k} is:", (v,), 12)
         for k, v in facts.items()
@@ -279,7 +279,7 @@ def _recall(w: _Writer) -> Item:
     sentences = w.prose()
 
     def talk(i: int) -> str:
-        return f"User: {sentences[2 * i]}\nAssistant: {sentences[2 * i + 1]}"
+        return f"User: {sentences(2 * i)}\nAssistant: {sentences(2 * i + 1)}"
 
     w.n_tokens, whole = w.n_tokens // 2, w.n_tokens
     first = w.fill(talk, told, "\n")

@@ -105,10 +105,9 @@ class Context:
         if callback_at_creation:
             params.cb_eval = self._callback
         clear_log()
-        self._ctx = lib.llama_init_from_model(model._model, params)
-        if not self._ctx:
+        self._pointer = lib.llama_init_from_model(model._model, params)
+        if not self._pointer:
             raise EngineError(f"llama_init_from_model failed: too little memory for {n_ctx} cells?{last_log()}")
-        self._memory = lib.llama_get_memory(self._ctx)
         self._sampler: Any = None
 
     def close(self) -> None:
@@ -116,9 +115,19 @@ class Context:
         if getattr(self, "_sampler", None):
             lib.llama_sampler_free(self._sampler)
             self._sampler = None
-        if getattr(self, "_ctx", None):
-            lib.llama_free(self._ctx)
-            self._ctx = None
+        if getattr(self, "_pointer", None):
+            lib.llama_free(self._pointer)
+            self._pointer = None
+
+    @property
+    def _ctx(self) -> Any:
+        if self._pointer is None:
+            raise EngineError("the model is closed")
+        return self._pointer
+
+    @property
+    def _memory(self) -> Any:
+        return lib.llama_get_memory(self._ctx)
 
     def __enter__(self) -> Context:
         return self

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvcompose_local.errors import EngineError, ModelError
 from kvcompose_local.llama_ffi.library import clear_log, last_log, lib
@@ -22,6 +23,9 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
+#: Characters of one kind.
+_RUN = re.compile(r"[^\W\d_]+|\d+|\s+|(?:[^\w\s]|_)+")
+_LONGEST_RUN = 4096
 #: Seconds that a thread may keep Python's lock. Read once: of two loadings neither may restore the other's.
 _USUAL_SWITCH, _SHORT_SWITCH = sys.getswitchinterval(), 1e-4
 
@@ -61,19 +65,28 @@ class Model:
 
         params.progress_callback = on_progress
         clear_log()
-        self._model = lib.llama_model_load_from_file(os.fsencode(path), params)
+        self._pointer = lib.llama_model_load_from_file(os.fsencode(path), params)
         if stopped:
             self.close()
             raise stopped[0]
-        if not self._model:
+        if not self._pointer:
             raise ModelError(f"llama.cpp cannot load {path.name}{last_log()}")
-        self._vocab = lib.llama_model_get_vocab(self._model)
+
+    @property
+    def _model(self) -> Any:
+        if self._pointer is None:
+            raise EngineError("the model is closed")
+        return self._pointer
+
+    @property
+    def _vocab(self) -> Any:
+        return lib.llama_model_get_vocab(self._model)
 
     def close(self) -> None:
         """Free the model; further use is an error."""
-        if getattr(self, "_model", None):
-            lib.llama_model_free(self._model)
-            self._model = None
+        if getattr(self, "_pointer", None):
+            lib.llama_model_free(self._pointer)
+            self._pointer = None
 
     def metadata(self, key: str) -> str | None:
         """The GGUF value of ``key`` as llama.cpp prints it (arrays as ``[a, b]``), or None."""
@@ -193,7 +206,14 @@ class Model:
 
     def tokenize(self, text: str, *, add_bos: bool = False, special: bool = True) -> list[int]:
         """Token ids of ``text``; ``special`` reads ``<|…|>`` markers as the tokens they name."""
-        raw = text.encode("utf-8", "replace")
+        parts = _without_long_runs(text) if len(text) > _LONGEST_RUN else [text]
+        return [
+            token
+            for i, part in enumerate(parts)
+            for token in self._tokens_of(part.encode("utf-8", "replace"), add_bos and i == 0, special)
+        ]
+
+    def _tokens_of(self, raw: bytes, add_bos: bool, special: bool) -> list[int]:
         size = len(raw) + 8
         for _ in range(2):
             buffer = (lib.llama_token * size)()
@@ -211,6 +231,20 @@ class Model:
             buffer = ctypes.create_string_buffer(-n)
             n = lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
         return buffer.raw[: max(n, 0)]
+
+
+def _without_long_runs(text: str) -> list[str]:
+    """A text in parts, none of which holds more than so many letters, digits, spaces or other signs in a row.
+
+    llama.cpp splits a text into words by ``std::regex`` for many vocabularies, which recurses once for each character
+    and takes the process with it at some ten thousand.
+    """
+    parts, begin = [], 0
+    for run in _RUN.finditer(text):
+        for end in range(run.start() + _LONGEST_RUN, run.end(), _LONGEST_RUN):
+            parts.append(text[begin:end])
+            begin = end
+    return [*parts, text[begin:]]
 
 
 class Loading:

@@ -1,0 +1,94 @@
+"""The vocabulary of a model, and what is left of it once it is closed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import pytest
+
+from kvcompose_local.engines import open_engine
+from kvcompose_local.errors import EngineError
+from kvcompose_local.llama_ffi.model import _LONGEST_RUN, Model, _without_long_runs
+
+
+def write_vocabulary(path: Path, pre: str) -> Path:
+    """A header with a byte-level BPE vocabulary whose words are split as those of ``pre``."""
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    signs = [chr(256 + others.index(byte)) if byte in others else chr(byte) for byte in range(256)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list([*signs, "aa", "<|end|>"])
+    writer.add_token_types([gguf.TokenType.NORMAL] * 257 + [gguf.TokenType.CONTROL])
+    writer.add_token_merges(["a a"])
+    writer.add_eos_token_id(257)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("pre", ["gpt-4o", "tekken", "deepseek-v3"])
+def test_a_word_of_a_hundred_thousand_letters_is_read(tmp_path: Path, pre: str) -> None:
+    """llama.cpp's own splitter takes the process with it, so this runs in one of its own."""
+    path = write_vocabulary(tmp_path / "vocabulary.gguf", pre)
+    program = """if True:
+        import sys
+        from pathlib import Path
+        from kvcompose_local.llama_ffi.model import Model
+        model = Model(Path(sys.argv[1]), header_only=True)
+        for text in ("a" * 100_000, " " * 50_000, "=" * 50_000, "1" * 50_000, "\\n" * 50_000, "ก" * 20_000):
+            tokens = model.tokenize("so " + text + " it is")
+            assert b"".join(map(model.token_bytes, tokens)).decode() == "so " + text + " it is"
+        print(len(model.tokenize("a" * 100_000)))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "50000"), done.stderr[-500:]
+
+
+def test_only_long_runs_are_cut() -> None:
+    n = _LONGEST_RUN
+    assert _without_long_runs("word " * n) == ["word " * n]
+    assert _without_long_runs("") == [""]
+    text = "so " + "a" * (2 * n + 1) + " " + "-_" * n + "b" * n + " end"
+    parts = _without_long_runs(text)
+    assert "".join(parts) == text
+    assert [len(part) for part in parts] == [3 + n, n, 2 + n, n + n + 4]
+
+
+def test_a_closed_model_says_so(tiny_model: Callable[..., Path]) -> None:
+    engine, _ = open_engine(tiny_model("llama"), n_ctx=256, budget=1.0, n_threads=1)
+    model = engine.model
+    tokens = model.tokenize("hello")
+    engine.close()
+    for use in (
+        lambda: model.tokenize("hello"),
+        lambda: model.token_bytes(3),
+        lambda: model.is_end(2),
+        lambda: model.n_vocab,
+        lambda: engine.decode(tokens),
+        lambda: engine.layout(),
+    ):
+        with pytest.raises(EngineError, match="closed"):
+            use()
+    model.close()  # again does nothing
+
+
+def test_a_header_that_was_closed_says_so(tmp_path: Path) -> None:
+    model = Model(write_vocabulary(tmp_path / "vocabulary.gguf", "gpt-2"), header_only=True)
+    model.close()
+    with pytest.raises(EngineError, match="closed"):
+        _ = model.name
