@@ -233,6 +233,7 @@ def run(
         if session_path is not None and saved is None and not no_autosave:
             status.line(f"a new session: {session}")
         autosave, begun = session or sessions.LAST, chat.conversation
+        kept = begun  # what /save wrote last
 
         def is_unsaved() -> bool:
             return chat.conversation != begun and chat.memory.position > 0 and not no_autosave
@@ -246,14 +247,15 @@ def run(
             return other
 
         def save_as(name: str) -> str:
-            nonlocal version
+            nonlocal version, kept
             told = save_session(name, chat, setup, status.checking)
+            kept = chat.conversation
             version = sessions.version_of(session_path) if session_path is not None else ()
             return told
 
         def load_another(name: str) -> str:
             nonlocal autosave, begun
-            if is_unsaved():
+            if is_unsaved() and chat.conversation != kept:
                 if name and sessions.path_of(name) == sessions.path_of(autosave):
                     raise InvalidInput(f"this chat would be lost: /save it under another name than {name} first")
                 status.line(save_session(own_name(), chat, setup, status.checking))
@@ -302,17 +304,24 @@ def run(
             if interrupts.leaving:
                 context.exit(128 + interrupts.leaving)
             return
-        try:
-            for line in [prompt] if prompt is not None else stdin_lines():
-                if line.strip():
-                    with interrupts.caught():
-                        stats = repl.answer(line)
-                    if stats.stopped == "interrupt":
-                        raise KVComposeError("stopped")
-                    repl.explain_end(stats)
-        finally:  # one line that fails does not take the others with it
-            if session is not None and is_unsaved():
-                save_at_the_end(own_name(), True, chat, setup, interrupts, status)
+        lines = iter([prompt]) if prompt is not None else stdin_lines()
+        with interrupts.leaving_in_order():
+            try:
+                while (line := awaited(lines, interrupts)) is not None:
+                    if line.strip():
+                        with interrupts.caught():
+                            stats = repl.answer(line)
+                        if stats.stopped == "interrupt":
+                            raise KVComposeError("stopped")
+                        repl.explain_end(stats)
+            except KVComposeError:
+                if not interrupts.leaving:
+                    raise
+            finally:  # one line that fails does not take the others with it
+                if session is not None and is_unsaved():
+                    save_at_the_end(own_name(), True, chat, setup, interrupts, status)
+        if interrupts.leaving:
+            context.exit(128 + interrupts.leaving)
         if as_json:
             click.echo(json.dumps(result(chat), ensure_ascii=False))
 
@@ -358,6 +367,15 @@ def stdin_lines() -> Iterator[str]:
             yield line.rstrip("\n")
     except UnicodeDecodeError as error:
         raise InvalidInput(f"standard input is not UTF-8 text (byte {error.start})") from error
+
+
+def awaited(lines: Iterator[str], interrupts: Interrupts) -> str | None:
+    """The next line, None at the end. Raises KVComposeError where the program is told to end meanwhile."""
+    try:
+        with interrupts.waiting():
+            return next(lines, None)
+    except KeyboardInterrupt as error:
+        raise KVComposeError("stopped") from error
 
 
 def save_session(name: str, chat: Chat, setup: Setup, progress: Progress | None = None) -> str:
@@ -466,6 +484,7 @@ def saved_on_abort(chat: Chat) -> Iterator[None]:
         messages = chat.messages + ([{"role": "assistant", "content": chat.answering}] if chat.answering else [])
         if messages:
             path = platformdirs.user_state_path("kvcompose-local", ensure_exists=True) / f"lost-{os.getpid()}.json"
+            path.touch(mode=0o600)
             path.write_text(json.dumps(messages, ensure_ascii=False, indent=1), encoding="utf-8")
             print(f"the conversation is kept in {path}", file=sys.stderr, flush=True)
 

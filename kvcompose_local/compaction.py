@@ -286,7 +286,7 @@ class CacheMemory:
         before = self.engine.layout()
         n_tail = self._n_tail(before.n_live) if keep is None else min(self._least_tail, before.n_live)
         n_scored = before.n_live - n_tail
-        if n_scored == 0 and (keep is None or not any(before.composed)):
+        if n_scored == 0 and not any(before.composed):
             return None
         started = time.perf_counter()
         self._replay(n_scored, self.policy.n_scratch, self._scores.replayed, self.on_progress)

@@ -16,6 +16,13 @@ from kvcompose_local.llama_ffi.model import Model
 
 BUDGETS = (1.0, 0.5, 0.25, 0.1)
 MIB = 2**20
+#: Why the cells of some kinds of cache cannot be composed.
+_OBSTACLES = {
+    "mla": "its latent attention (MLA) has no cells by head",
+    "recurrent": "it is recurrent",
+    "hybrid": "it is partly recurrent",
+    "m-rope": "its positions have several dimensions (M-RoPE)",
+}
 
 
 @dataclass(frozen=True)
@@ -127,11 +134,7 @@ def inspect(path: Path, *, n_ctx: int | None = None, cache_type: str | None = No
         widths = number("attention.key_length", head), number("attention.value_length", head)
         if min(widths) < 0 or sum(widths) == 0:
             raise ModelError(f"{path.name} says that its heads have {widths[0]} and {widths[1]} numbers")
-        obstacle = ""
-        if number("attention.kv_lora_rank"):
-            obstacle = "its latent attention (MLA) has no cells by head"
-        elif model.metadata(f"{arch}.ssm.state_size") or model.metadata(f"{arch}.wkv.head_size"):
-            obstacle = "it is recurrent, or partly so"
+        obstacle = _OBSTACLES.get(model.cache_kind(), "")
 
         def shown(values: list[int]) -> str:
             return str(values[0]) if len(set(values)) == 1 else f"{min(values)}–{max(values)}"

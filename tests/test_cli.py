@@ -325,6 +325,38 @@ def test_ctrl_c_during_a_long_answer(tiny_model: TinyModel) -> None:
     assert rest.endswith(b"\n"), "the shell's prompt must begin on a line of its own"
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_kill_saves_the_session_of_piped_questions(tiny_model: TinyModel, tmp_path: Path, waits: bool) -> None:
+    session = tmp_path / "s.kvc"
+    n_tokens = "4" if waits else "4000"
+    command = [*RUN, "run", str(endless(tiny_model)), *FAST, "--ctx", "4096", "--max-tokens", n_tokens, "--budget", "1"]
+    with subprocess.Popen(
+        [*command, "--session", str(session)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"Hello\n")
+        process.stdin.flush()
+        assert process.stdout.readline() if waits else process.stdout.read(1)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
+        assert process.returncode == 128 + signal.SIGTERM
+    done = program("run", "--session", str(session), "--no-autosave", "--max-tokens", "4", "-p", "And?")
+    assert done.returncode == 0, done.stderr
+    assert "loaded" in done.stderr
+
+
+def test_documents_that_cannot_fit_are_refused_before_they_are_read(tiny_model: TinyModel, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("word " * 80)
+    model = tiny_model()
+    options = ("run", model, *FAST, "--ctx", "512", "--budget", "1", "-p", "x")
+    refused(program(*options, "-f", text, "-f", text), 1, "do not fit: 0 of --ctx 512 positions")
+    done = program(*options, "-f", "-", "--max-tokens", "4", stdin="Some text.\n")
+    assert done.returncode == 0, done.stderr
+    refused(program("run", model, "-f", "-", stdin="x"), 2, "ask with -p")
+
+
 def test_ctrl_c_while_a_file_is_read(tiny_model: TinyModel, tmp_path: Path) -> None:
     fifo = tmp_path / "slow"
     os.mkfifo(fifo)

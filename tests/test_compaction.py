@@ -451,3 +451,17 @@ def test_a_refused_rewrite_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(InvalidInput):
         memory.compact()
     assert memory.position == len(memory.tokens) == 30
+
+
+def test_composed_cells_give_way_where_a_smaller_cache_has_no_room_to_read() -> None:
+    memory = CacheMemory(FakeEngine(60), 1000, policy=POLICY)
+    memory.feed([100] * 50)
+    memory.compact(1.0)
+    memory.compact(1.0)  # what was the tail is composed as well
+    cells = memory.engine.layout()
+    assert cells.n_live == POLICY.n_tail
+    n_cells = max(cells.composed) + cells.n_live + POLICY.n_scratch // 2
+    smaller = CacheMemory(FakeEngine(n_cells), 1000, policy=POLICY)
+    smaller.restore(memory.state())
+    smaller.feed([100] * 30)
+    assert smaller.position == 80

@@ -273,7 +273,7 @@ def test_pasted_lines_are_one_message(terminal: Terminal) -> None:
 
 def test_a_fenced_message_has_several_lines(terminal: Terminal) -> None:
     child = terminal()
-    assert say(child, '"""one') == ""
+    assert say(child, '"""one') == '(several lines: """ or Ctrl-D ends the message, Ctrl-C drops it)'
     say(child, 'two"""')
     assert f"positions: {1 + len('[user]one.two[/][assistant]') + 20} of 1024 used" in say(child, "/stats")
     leave(child)
@@ -378,6 +378,48 @@ def test_a_chat_is_saved_loaded_and_gone_on_with(terminal: Terminal, tmp_path: P
     leave(child)
     assert "saved" in child.before
     assert elsewhere.read_bytes() != kept
+
+
+def test_loading_another_chat_loses_none(terminal: Terminal) -> None:
+    child = terminal()
+    say(child, "One")
+    say(child, "/save one")
+    assert "loaded one: 2" in say(child, "/load one"), "what was just saved needs no other name"
+    say(child, "Two")
+    shown = say(child, "/load one")
+    assert "--session last goes on" in shown
+    assert "loaded one: 2" in shown
+    say(child, "Three")
+    say(child, "Four")
+    assert say(child, "/load last") == "error: this chat would be lost: /save it under another name than last first"
+    say(child, "/save six")
+    assert "loaded last: 4" in say(child, "/load last")
+    leave(child)
+
+
+def test_two_chats_on_one_session_both_stay(terminal: Terminal, tmp_path: Path) -> None:
+    shared = str(tmp_path / "s.kvc")
+    first, second = terminal("--session", shared), terminal("--session", shared)
+    assert f"a new session: {shared}" in plain(first.before)
+    say(first, "One")
+    say(second, "Two")
+    say(second, "Three")
+    leave(first)
+    leave(second)
+    assert f"another chat was saved as {shared} meanwhile" in plain(second.before)
+    for path, n_messages in ((shared, 2), (str(tmp_path / "s-2.kvc"), 4)):
+        child = terminal("--session", path)
+        assert f"loaded {path}: {n_messages} messages" in plain(child.before)
+        leave(child)
+
+
+def test_an_answer_that_is_held_up_by_a_compaction_stays_whole(terminal: Terminal) -> None:
+    child = terminal("--max-tokens", "300", "--ctx", "1024")
+    shown = say(child, "x" * 200)
+    assert re.search(r"[^\n]\ncompacted: \d+ tokens seen[^\n]*\n[^\n]", shown), (
+        "on a line of its own, inside the answer"
+    )
+    leave(child)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -329,8 +329,3 @@ def read_records(path: Path) -> list[dict[str, Any]]:
                 raise InvalidInput(f"{path} line {i + 1} is no record of an evaluation: name another file") from error
             os.truncate(path, len(raw) - len(line))
     return records
-
-
-def items(records: Sequence[dict[str, Any]]) -> Iterator[tuple[str, int]]:
-    """The (task, seed) pairs of some records, each once."""
-    return iter(dict.fromkeys((r["task"], r["seed"]) for r in records))

@@ -159,11 +159,7 @@ class Model:
             return "hybrid"
         if self.metadata(f"{arch}.attention.kv_lora_rank") is not None:
             return "mla"
-        if lib.llama_model_rope_type(self._model) not in (
-            -1,
-            0,
-            2,
-        ):  # none, normal, NeoX; the rest has 2D positions
+        if lib.llama_model_rope_type(self._model) not in (-1, 0, 2):  # none, normal, NeoX; the rest has 2D positions
             return "m-rope"
         if lib.llama_model_n_swa(self._model) > 0:
             return "sliding-window"
@@ -195,10 +191,6 @@ class Model:
     @property
     def adds_bos(self) -> bool:
         return bool(lib.llama_vocab_get_add_bos(self._vocab))
-
-    @property
-    def bos(self) -> int:
-        return int(lib.llama_vocab_bos(self._vocab))
 
     def is_end(self, token: int) -> bool:
         """Whether ``token`` ends an answer."""

@@ -61,7 +61,7 @@ class Profile:
                 raise ValueError("its shares fall")
             if not (isinstance(profile.model, str) and isinstance(profile.model_sha256, str)):
                 raise ValueError("it names no model")
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise InvalidInput(
                 f"this is no layer profile ({error}): measure one with `kvcompose-local profile`"
             ) from error
