@@ -325,7 +325,7 @@ class Chat:
         return self._steps[-1].begin
 
     def _last_message(self) -> Step:
-        if not any(message["role"] == "user" for message in self.messages):
+        if not self._steps or not any(message["role"] == "user" for message in self.messages):
             raise InvalidInput("there is no message yet")
         if self._steps[-1].n_messages == len(self.messages):
             raise InvalidInput("a document was read since your last message: /undo takes it back first")

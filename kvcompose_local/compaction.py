@@ -483,7 +483,7 @@ class CacheMemory:
         """Go on from a state, perhaps of another size of cache; the logits are gone.
 
         Raises InvalidInput, before anything is changed, where it belongs to another model or contradicts itself, and
-        ContextFull where it does not fit.
+        ContextFull where it does not fit. Where only the positions in the cells tell, the cache is empty afterwards.
         """
         cells = state.cells
         n_vocab = self.engine.shape.n_vocab
@@ -496,6 +496,10 @@ class CacheMemory:
         if self.compose:
             self._check_pinned(_n_in(state.pins))
         self.engine.restore(cells)
+        layout = self.engine.layout()
+        if (layout.composed, layout.n_live, layout.position) != (cells.composed, cells.n_live, cells.position):
+            self._forget_cells()
+            raise InvalidInput("the positions are not those of these cells")
         self.tokens = [*state.tokens]
         self.pins = [*state.pins]
         self._furthest = cells.position + (self.engine.max_replay if cells.window.size else 0)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvcompose_local.compaction import LEAST_TAIL, CacheMemory, CompactionReport, Policy
 from kvcompose_local.errors import ContextFull, InvalidInput
-from kvcompose_local.interfaces import Selection
+from kvcompose_local.interfaces import CacheSnapshot, Selection
 
 POLICY = Policy(n_tail=4, n_headroom=8, n_scratch=8, n_lead_in=2)
 
@@ -465,3 +465,22 @@ def test_composed_cells_give_way_where_a_smaller_cache_has_no_room_to_read() -> 
     smaller.restore(memory.state())
     smaller.feed([100] * 30)
     assert smaller.position == 80
+
+
+def test_cells_at_other_positions_than_they_say_are_not_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = CacheMemory(FakeEngine(60), 1000, policy=POLICY)
+    memory.feed([100] * 40)
+    engine = FakeEngine(60)
+    other = CacheMemory(engine, 1000, policy=POLICY)
+    other.feed([7] * 10)
+    other.pin(0, 2)
+    restore = engine.restore
+
+    def elsewhere(cells: CacheSnapshot) -> None:
+        restore(cells)
+        engine.position = -(2**31)
+
+    monkeypatch.setattr(engine, "restore", elsewhere)
+    with pytest.raises(InvalidInput, match="positions"):
+        other.restore(memory.state())
+    assert (other.position, other.tokens, other.pins) == (0, [], [(0, 2)])

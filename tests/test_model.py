@@ -16,7 +16,7 @@ from kvcompose_local.llama_ffi.model import _LONGEST_RUN, Model, _without_long_r
 
 
 def write_vocabulary(path: Path, pre: str) -> Path:
-    """A header with a byte-level BPE vocabulary whose words are split as those of ``pre``."""
+    """A header with a byte-level BPE vocabulary whose words are split as those of ``pre``, ``none``: without any."""
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(64)
     writer.add_embedding_length(32)
@@ -27,16 +27,24 @@ def write_vocabulary(path: Path, pre: str) -> Path:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     signs = [chr(256 + others.index(byte)) if byte in others else chr(byte) for byte in range(256)]
+    if pre == "none":
+        writer.add_tokenizer_model("none")
+        writer.add_vocab_size(8)
+        return written(writer)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list([*signs, "aa", "<|end|>"])
     writer.add_token_types([gguf.TokenType.NORMAL] * 257 + [gguf.TokenType.CONTROL])
     writer.add_token_merges(["a a"])
     writer.add_eos_token_id(257)
+    return written(writer)
+
+
+def written(writer: gguf.GGUFWriter) -> Path:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    return path
+    return Path(writer.path)
 
 
 @pytest.mark.parametrize("pre", ["gpt-4o", "tekken", "deepseek-v3"])
@@ -85,6 +93,12 @@ def test_a_closed_model_says_so(tiny_model: Callable[..., Path]) -> None:
         with pytest.raises(EngineError, match="closed"):
             use()
     model.close()  # again does nothing
+
+
+def test_a_model_without_a_vocabulary_cannot_chat(tmp_path: Path) -> None:
+    """llama.cpp asserts where it is given text."""
+    assert Model(write_vocabulary(tmp_path / "some.gguf", "gpt-2"), header_only=True).can_generate
+    assert not Model(write_vocabulary(tmp_path / "none.gguf", "none"), header_only=True).can_generate
 
 
 def test_a_header_that_was_closed_says_so(tmp_path: Path) -> None:

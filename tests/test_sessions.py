@@ -655,6 +655,13 @@ def test_a_file_that_is_no_session_is_not_overwritten(tmp_path: Path, setup: Set
     sessions.load(notes, fake_chat(), setup)
 
 
+def test_turns_that_a_session_does_not_tell_of_cannot_be_taken_back() -> None:
+    chat = fake_chat()
+    chat.restore(replace(talked().state(), steps=()))
+    with pytest.raises(InvalidInput, match="no message"):
+        list(chat.ask_again(max_tokens=3))
+
+
 def test_a_session_that_another_chat_wrote_is_noticed(tmp_path: Path, setup: Setup) -> None:
     path = tmp_path / "s.kvc"
     assert sessions.version_of(path) == ()

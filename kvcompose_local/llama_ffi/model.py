@@ -148,6 +148,7 @@ class Model:
             and not lib.llama_model_has_encoder(self._model)
             and not lib.llama_model_is_diffusion(self._model)
             and self.n_vocab > 0
+            and lib.llama_vocab_type(self._vocab) != lib.LLAMA_VOCAB_TYPE_NONE  # it asserts where text is tokenized
         )
 
     def cache_kind(self) -> str:
