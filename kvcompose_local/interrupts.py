@@ -85,7 +85,11 @@ class Interrupts:
             if self._waiting:
                 raise KeyboardInterrupt
 
-        handlers = {number: on_interrupt if number == signal.SIGINT else on_signal for number in _SIGNALS}
+        handlers = {
+            number: on_interrupt if number == signal.SIGINT else on_signal
+            for number in _SIGNALS
+            if signal.getsignal(number) is not signal.SIG_IGN  # nohup's wish
+        }
         before: list[Any] = [signal.signal(number, handler) for number, handler in handlers.items()]
         try:
             yield

@@ -58,3 +58,15 @@ def test_signals_wait_for_the_end_of_a_block_and_none_is_lost(number: signal.Sig
         assert done == [number]
         assert interrupts.leaving == number
         assert [signal.getsignal(n) for n in (signal.SIGINT, *ENDING)] == handlers
+
+
+def test_what_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        interrupts = Interrupts()
+        with interrupts.leaving_in_order():
+            signal.raise_signal(signal.SIGHUP)
+            assert not interrupts.leaving
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
