@@ -85,7 +85,7 @@ class LocalChat:
             progress=on_loading,
             load=load,
         )
-        self.setup = sessions.Setup(path, self._engine.shape.cache_type, budget)
+        self.setup = sessions.Setup(path, self._engine.shape.cache_type, budget, self._engine.model.file)
         self.memory = CacheMemory(
             self._engine,
             positions,

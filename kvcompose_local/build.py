@@ -42,7 +42,7 @@ from kvcompose_local.pin import (
     patch_series,
     read_pin,
 )
-from kvcompose_local.resources import cache_folder, data_file
+from kvcompose_local.resources import cache_folder, data_file, sha256_of
 
 #: Gets (what is going on, steps done, steps in all); ``(text, 0, 0)`` where steps cannot be counted. May raise to stop.
 Progress = Callable[[str, int, int], None]
@@ -108,11 +108,8 @@ def find_tool(name: str) -> str:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return sha256_of(file)
 
 
 @contextmanager

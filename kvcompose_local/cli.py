@@ -29,15 +29,15 @@ from kvcompose_local.evaluation.command import eval_command, profile_command
 from kvcompose_local.figures import describe, greeting, result
 
 if TYPE_CHECKING:
+    from kvcompose_local.api import LocalChat
     from kvcompose_local.chat import Chat
-    from kvcompose_local.interfaces import Progress, Sampling
+    from kvcompose_local.interfaces import Sampling
     from kvcompose_local.interrupts import Interrupts
     from kvcompose_local.llama_ffi.model import Loading
     from kvcompose_local.repl import Status
-    from kvcompose_local.sessions import Setup
 
 MIB = 2**20
-CACHE_TYPE_NAMES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q8_0/q4_0")
+CACHE_TYPE_NAMES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q8_0/q5_0", "q8_0/q4_0")
 
 
 class Real(click.FloatRange):
@@ -111,7 +111,8 @@ def cli(context: click.Context, debug: bool) -> None:
     "--cache-type",
     type=click.Choice(CACHE_TYPE_NAMES),
     help="How K and V are stored. Keys in q8_0 and values in q4_0 fit two and a half times as many tokens into the "
-    "budget; keys of fewer bits hurt small models.  [default: q8_0/q4_0 below --budget 1, q8_0 on a GPU, else f16]",
+    "budget; keys of fewer bits hurt small models.  [default below --budget 1: q8_0, q8_0/q5_0 or q8_0/q4_0, the first "
+    "with which all of --ctx fits, or the last; q8_0 on a GPU, else f16]",
 )
 @click.option(
     "--scoring",
@@ -169,6 +170,7 @@ def run(
     for name in ("kvcompose_local.chat_template", "kvcompose_local.api"):
         importlib.import_module(name)
     from kvcompose_local import models, sessions
+    from kvcompose_local.autosave import Autosave
     from kvcompose_local.interfaces import Sampling
     from kvcompose_local.interrupts import Interrupts
     from kvcompose_local.repl import COMMANDS, Repl, Status
@@ -226,43 +228,21 @@ def run(
         interrupts=interrupts,
         status=status,
         load=load,
-    ) as chat:
-        setup = sessions.Setup(model_path, chat.memory.engine.shape.cache_type, budget)
+    ) as local:
+        chat = local.chat
         if session is not None and not no_autosave and (why := chat.memory.engine.cannot_snapshot):
             raise KVComposeError(f"{why}, which cannot be saved: leave --session out")
         if session_path is not None and saved is None and not no_autosave:
             status.line(f"a new session: {session}")
-        autosave, begun = session or sessions.LAST, chat.conversation
-        kept = begun  # what /save wrote last
-
-        def is_unsaved() -> bool:
-            return chat.conversation != begun and chat.memory.position > 0 and not no_autosave
-
-        def own_name() -> str:
-            """Where the chat is saved unasked: beside its session where another chat was saved there meanwhile."""
-            if session_path is None or autosave != session or sessions.version_of(session_path) == version:
-                return autosave
-            other = str(sessions.beside(session_path))
-            status.line(f"another chat was saved as {session} meanwhile: this one is saved as {other}")
-            return other
-
-        def save_as(name: str) -> str:
-            nonlocal version, kept
-            told = save_session(name, chat, setup, status.checking)
-            kept = chat.conversation
-            version = sessions.version_of(session_path) if session_path is not None else ()
-            return told
-
-        def load_another(name: str) -> str:
-            nonlocal autosave, begun
-            if is_unsaved() and chat.conversation != kept:
-                if name and sessions.path_of(name) == sessions.path_of(autosave):
-                    raise InvalidInput(f"this chat would be lost: /save it under another name than {name} first")
-                status.line(save_session(own_name(), chat, setup, status.checking))
-            told = load_session(name, chat, setup, status.checking)
-            autosave, begun = sessions.LAST, chat.conversation  # not over the session that this chat began as
-            return told
-
+        autosave = Autosave(
+            chat,
+            local.setup,
+            session=session,
+            version=version,
+            is_on=not no_autosave and (interactive or session is not None),
+            status=status,
+            interrupts=interrupts,
+        )
         repl = Repl(
             chat,
             read_line=lambda: None,
@@ -271,16 +251,15 @@ def run(
             interrupts=interrupts,
             max_tokens=max_tokens,
             describe=lambda: describe(chat),
-            save=save_as,
-            load=load_another,
+            save=autosave.save,
+            load=autosave.load,
             at_temperature=partial(drawn_at, chat.memory.engine, sampling),
         )
         if session is not None and saved is not None:
-            loaded = load_session(session, chat, setup, status.checking)
+            loaded = autosave.resume()
             if system is not None and (system or None) != (chat.system or None):
                 raise KVComposeError("the session has a system prompt of its own: in the chat, /system sets another")
             status.line(loaded)
-            begun = chat.conversation
         with interrupts.caught():
             n_tokens = sum(len(chat.model.tokenize(text)) for text in documents)  # before minutes of reading some
             chat.memory.check_positions(chat.memory.position, n_tokens)
@@ -299,8 +278,7 @@ def run(
                 try:
                     repl.run()
                 finally:  # a terminal that is gone ends it by an error
-                    if is_unsaved():
-                        save_at_the_end(own_name(), session is not None, chat, setup, interrupts, status)
+                    autosave.at_the_end()
             if interrupts.leaving:
                 context.exit(128 + interrupts.leaving)
             return
@@ -318,8 +296,7 @@ def run(
                 if not interrupts.leaving:
                     raise
             finally:  # one line that fails does not take the others with it
-                if session is not None and is_unsaved():
-                    save_at_the_end(own_name(), True, chat, setup, interrupts, status)
+                autosave.at_the_end()
         if interrupts.leaving:
             context.exit(128 + interrupts.leaving)
         if as_json:
@@ -378,41 +355,6 @@ def awaited(lines: Iterator[str], interrupts: Interrupts) -> str | None:
         raise KVComposeError("stopped") from error
 
 
-def save_session(name: str, chat: Chat, setup: Setup, progress: Progress | None = None) -> str:
-    """Save a chat under a name or to a path; returns what to say of it."""
-    from kvcompose_local import sessions
-
-    if not name:
-        raise InvalidInput("/save takes a name")
-    n_bytes = sessions.save(sessions.path_of(name), chat, setup, progress)
-    return f"saved ({n_bytes / MIB:.1f} MiB): kvcompose-local run --session {shlex.quote(name)} goes on from here"
-
-
-def save_at_the_end(
-    name: str, is_wanted: bool, chat: Chat, setup: Setup, interrupts: Interrupts, status: Status
-) -> None:
-    """Save a chat that ends. Where the user did not ask for it, ``is_wanted`` False, a failure is only told."""
-    try:
-        with interrupts.caught():
-            told = save_session(name, chat, setup, status.checking)
-    except (KVComposeError, KeyboardInterrupt) as error:
-        if is_wanted:
-            raise
-        told = f"the chat is not saved: {str(error) or 'stopped'}"
-    status.line(told)
-
-
-def load_session(name: str, chat: Chat, setup: Setup, progress: Progress | None = None) -> str:
-    """Put a saved chat in place of this one; returns what to say of it."""
-    from kvcompose_local import sessions
-
-    if not name:
-        raise InvalidInput(f"/load takes a name: {', '.join(sessions.names()) or 'nothing is saved yet'}")
-    sessions.load(sessions.path_of(name), chat, setup, progress)
-    n_messages = sum(message["role"] != "system" for message in chat.messages)
-    return f"loaded {name}: {n_messages} messages, {chat.memory.position} tokens"
-
-
 @contextlib.contextmanager
 def open_chat(
     path: Path,
@@ -429,7 +371,7 @@ def open_chat(
     interrupts: Interrupts,
     status: Status,
     load: Loading | None = None,
-) -> Iterator[Chat]:
+) -> Iterator[LocalChat]:
     """A chat whose progress is shown, and whose conversation outlives an abort."""
     # llama.cpp is loaded only now, so that wrong usage and --help answer at once.
     from kvcompose_local.api import LocalChat
@@ -462,7 +404,7 @@ def open_chat(
                 "`kvcompose-local build` makes the better one"
             )
         with saved_on_abort(local.chat):
-            yield local.chat
+            yield local
 
 
 @contextlib.contextmanager
@@ -556,20 +498,19 @@ def compress(
             system=system,
             interrupts=interrupts,
             status=status,
-        ) as chat,
+        ) as local,
         interrupts.caught(),
     ):
-        stats = chat.read(text)
+        stats = local.read(text)
         if stats.stopped:
             raise KVComposeError("stopped while reading; nothing is written")
-        memory = chat.memory
+        memory = local.memory
         if memory.position * keep > 2 * memory.policy.n_tail:
             memory.compact(keep)
         else:
             status.line("the text is too short to compress: it is kept whole")
-        shape = memory.engine.shape
-        n_bytes = sessions.save(path, chat, sessions.Setup(model_path, shape.cache_type, budget), status.checking)
-        full = memory.position * shape.uncompressed_row_bytes
+        n_bytes = sessions.save(path, local.chat, local.setup, status.checking)
+        full = memory.position * memory.engine.shape.uncompressed_row_bytes
     click.echo(
         f"{path}: {stats.prompt_tokens} tokens in {n_bytes / MIB:.1f} MiB (uncompressed: {full / MIB:.1f} MiB)\n"
         f"ask about it: kvcompose-local run --session {shlex.quote(output)}\n"

@@ -261,8 +261,7 @@ class CacheMemory:
                 f"start again with --ctx up to {known}" if known > self.n_ctx else "the model knows no more: send less"
             )
             raise ContextFull(
-                f"{n_more} more tokens do not fit: {position} of --ctx {self.n_ctx} positions are used; "
-                f"{more}, or /clear"
+                f"{n_more} more tokens do not fit: {position} of --ctx {self.n_ctx} positions are used; {more}"
             )
 
     def _room(self) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from kvcompose_local.errors import DownloadError, ModelError
-from kvcompose_local.resources import DISK_FULL, ByteProgress, cache_folder, clear_disk_errors, data_file
+from kvcompose_local.resources import DISK_FULL, ByteProgress, cache_folder, clear_disk_errors, data_file, sha256_of
 
 DEFAULT_MODEL = "smollm2-135m"
 _CHUNK = 1 << 20
@@ -351,10 +351,7 @@ def _join(parts: list[Path], whole: Path) -> Path:
 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return sha256_of(file)
 
 
 # -- looking at a file ------------------------------------------------------------------------------------------------

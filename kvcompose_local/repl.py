@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from kvcompose_local.chat import Chat, TurnStats
-from kvcompose_local.errors import InvalidInput, KVComposeError
+from kvcompose_local.errors import ContextFull, InvalidInput, KVComposeError
 from kvcompose_local.interrupts import Interrupts, uninterrupted
 from kvcompose_local.memory_chart import ASCII_MARKS, UNICODE_MARKS, can_show, draw
 
@@ -202,10 +202,12 @@ class Repl:
         self.edit = edit
         self.at_temperature = at_temperature
         self.idle = idle
+        self._takes_commands = False  # as `run` does
         self._warned = 0  # which of the warnings that positions run out was given
 
     def run(self) -> None:
         """Serve until the end of input, /quit or a signal that ends the program."""
+        self._takes_commands = True
         while not self.interrupts.leaving:
             try:
                 with meanwhile(self.idle), self.interrupts.waiting():
@@ -231,7 +233,7 @@ class Repl:
             except KeyboardInterrupt:
                 self.status.line("stopped")
             except KVComposeError as error:
-                self.status.line(f"error: {error}")
+                self.status.line(f"error: {error}{', or /clear' if isinstance(error, ContextFull) else ''}")
 
     def _read_message(self) -> str | None:
         line = self.read_line()
@@ -282,26 +284,26 @@ class Repl:
         few = min(max(n_ctx // 10, 256, self.max_tokens), n_ctx // 2)
         level = 2 if left < n_ctx // 50 else 1 if left < few else 0
         if left > 0 and level > self._warned and (line_begins or level == 2):
-            self.status.line(
-                f"{left} of {n_ctx} positions are left: /undo or /clear make room, or {self._more_positions()}"
-            )
+            self.status.line(f"{left} of {n_ctx} positions are left: {self._more_positions()}")
             self._warned = level
         self._warned = min(self._warned, level)
 
     def _more_positions(self) -> str:
         """What can be done about positions."""
         n_ctx, known = self.chat.memory.n_ctx, self.chat.memory.engine.shape.n_ctx_train
+        if not self._takes_commands:
+            return f"start again with --ctx up to {known}" if known > n_ctx else "the model knows no more: send less"
         if known <= n_ctx:
-            return "another model: this one knows no more than that"
-        return f"/save NAME, then `kvcompose-local run --session NAME --ctx N` goes on with up to {known}"
+            return "/undo or /clear make room, or another model: this one knows no more than that"
+        return (
+            "/undo or /clear make room, or /save NAME, then `kvcompose-local run --session NAME --ctx N` goes on with up "
+            f"to {known}"
+        )
 
     def explain_end(self, stats: TurnStats) -> None:
         """Say why an answer ended where the model did not end it."""
         if stats.stopped == "context":
-            self.status.line(
-                f"the chat has used all {self.chat.memory.n_ctx} positions: /undo or /clear make room, or "
-                f"{self._more_positions()}"
-            )
+            self.status.line(f"the chat has used all {self.chat.memory.n_ctx} positions: {self._more_positions()}")
         elif stats.stopped == "length":
             self.status.line(f"(stopped after {self.max_tokens} tokens: --max-tokens allows more)")
         elif stats.stopped == "interrupt":

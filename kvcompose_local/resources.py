@@ -1,12 +1,14 @@
-"""Where things are: data files of the package, and the user's cache folder; what a disk may refuse."""
+"""Where things are: data files of the package, and the user's cache folder; what a disk may refuse; what a file is."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from kvcompose_local.errors import DownloadError, KVComposeError
 
@@ -32,6 +34,16 @@ def cache_folder() -> Path:
     from platformdirs import user_cache_path  # late: the build needs this module before anything is installed
 
     return user_cache_path("kvcompose-local")
+
+
+def sha256_of(file: BinaryIO, progress: ByteProgress = lambda _done, _total: None) -> str:
+    """The sha256 of a whole file, in hexadecimal. Raises OSError."""
+    total, digest = os.fstat(file.fileno()).st_size, hashlib.sha256()
+    file.seek(0)
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+        progress(file.tell(), total)
+    return digest.hexdigest()
 
 
 @contextmanager

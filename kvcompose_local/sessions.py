@@ -22,7 +22,7 @@ import re
 import stat
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,7 @@ from kvcompose_local.compaction import MemoryState
 from kvcompose_local.errors import InvalidInput, KVComposeError, SessionError
 from kvcompose_local.interfaces import CacheSnapshot, Lazy, ModelShape, Progress
 from kvcompose_local.pin import read_pin
-from kvcompose_local.resources import DISK_FULL, cache_folder, data_file
+from kvcompose_local.resources import DISK_FULL, cache_folder, data_file, sha256_of
 
 FORMAT = 3
 SUFFIX = ".kvc"
@@ -59,11 +59,15 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Setup:
-    """What a chat runs with, beside what its engine knows: the model's file, ``--cache-type`` and ``--budget``."""
+    """What a chat runs with, beside what its engine knows: the model's file, ``--cache-type`` and ``--budget``.
+
+    file: the model as it was when it was loaded; what stands at its path may be another by now, or none.
+    """
 
     model: Path
     cache_type: str
     budget: float
+    file: BinaryIO | None = None
 
 
 @dataclass(frozen=True)
@@ -172,30 +176,32 @@ def check_writable(path: Path) -> None:
 # -- the model's identity ---------------------------------------------------------------------------------------------
 
 
-def model_digest(path: Path, progress: Progress | None = None) -> str:
+def model_digest(path: Path, progress: Progress | None = None, file: BinaryIO | None = None) -> str:
     """The sha256 of a model file, kept in the cache folder for the file's path, size and time of change.
 
-    progress gets (MiB read, MiB in all). Raises SessionError when the file cannot be read.
+    progress gets (MiB read, MiB in all); file: the open file, in place of what stands at the path. Raises SessionError
+    when it cannot be read.
     """
+
+    def in_mib(done: int, total: int) -> None:
+        if progress is not None:
+            progress(done >> 20, total >> 20)
+
     try:
         path = path.resolve()
-        status = path.stat()
-        key = json.dumps([str(path), status.st_size, status.st_mtime_ns])
-        known = cache_folder() / "digests" / hashlib.sha256(key.encode()).hexdigest()
-        with suppress(OSError, UnicodeDecodeError):
-            if re.fullmatch("[0-9a-f]{64}", digest := known.read_text(encoding="ascii")):
-                return digest
-        sha256 = hashlib.sha256()
-        with open(path, "rb") as file:
-            while chunk := file.read(_CHUNK):
-                sha256.update(chunk)
-                if progress is not None:
-                    progress(file.tell() >> 20, status.st_size >> 20)
+        with open(path, "rb") if file is None else nullcontext(file) as model:
+            status = os.fstat(model.fileno())
+            key = json.dumps([str(path), status.st_size, status.st_mtime_ns])
+            known = cache_folder() / "digests" / hashlib.sha256(key.encode()).hexdigest()
+            with suppress(OSError, UnicodeDecodeError):
+                if re.fullmatch("[0-9a-f]{64}", digest := known.read_text(encoding="ascii")):
+                    return digest
+            digest = sha256_of(model, in_mib)
     except OSError as error:
         raise SessionError(f"cannot read {path}: {error.strerror or error}") from error
-    with suppress(SessionError), replacing(known) as file:  # a cache that cannot be written costs time, nothing else
-        file.write(sha256.hexdigest().encode())
-    return sha256.hexdigest()
+    with suppress(SessionError), replacing(known) as kept:  # a cache that cannot be written costs time, nothing else
+        kept.write(digest.encode())
+    return digest
 
 
 # -- saving -----------------------------------------------------------------------------------------------------------
@@ -207,7 +213,7 @@ def save(path: Path, chat: Chat, setup: Setup, progress: Progress | None = None)
     Raises SessionError, with nothing left behind, where it cannot be written.
     """
     check_writable(path)
-    digest = model_digest(setup.model, progress)
+    digest = model_digest(setup.model, progress, setup.file)
     state = chat.view()  # all cells must not be in memory a second time
     cells = state.memory.cells
     manifest = Manifest(
@@ -352,7 +358,7 @@ def model_of(manifest: Manifest) -> str:
 
 def check_model(manifest: Manifest, setup: Setup, progress: Progress | None = None) -> None:
     """Raises SessionError where the session belongs to another model or cache type."""
-    if model_digest(setup.model, progress) != manifest.model_sha256:
+    if model_digest(setup.model, progress, setup.file) != manifest.model_sha256:
         raise SessionError(
             f"the session belongs to another model: {Path(manifest.model_path).name}, not {setup.model.name}"
         )

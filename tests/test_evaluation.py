@@ -98,16 +98,35 @@ def test_results_by_hand(table: list[dict[str, Any]]) -> None:
     assert found["m", 0.5].low == found["m", 0.5].high == 0.75  # items of a task agree
     assert (found["m", 0.25].share, found["m", 0.25].n) == (0.5, 4)
     # trapezoids: (0.5 + 0.75) / 2 over a quarter, (0.75 + 1) / 2 over a half, of three quarters
-    assert report.area(list(found.values()), "m") == pytest.approx((0.625 * 0.25 + 0.875 * 0.5) / 0.75)
+    assert report.least_kept(list(found.values())) == {"m": 0.25}
+    assert report.area(list(found.values()), "m", 0.25) == pytest.approx((0.625 * 0.25 + 0.875 * 0.5) / 0.75)
+    # from keep 0.4 on, where the share is 0.65
+    assert report.area(list(found.values()), "m", 0.4) == pytest.approx((0.7 * 0.1 + 0.875 * 0.5) / 0.6)
     # 0.8 is crossed four fifths of the way from keep 1 (share 1) to keep 0.5 (share 0.75)
     assert report.most_removed(list(found.values()), "m", 0.2) == pytest.approx(0.4)
     assert "| m | 4 | 0.75 (0.75–0.75) / 0.200 | 0.50 (0.50–0.50) / 0.400 | 0.79 | 40% | 2% |" in report.tables(table)
     assert "left out: hard" in report.tables(table)
-    assert report.recommendation(table, "m", within=0.3) == (
-        "0.5 of its bytes keeps 75% of the full cache's score on these 4 questions"
+    caches = {("m", 0.5): "--budget 0.5", ("m", 0.25): "--budget 0.3"}
+    assert report.recommendation(table, caches, within=0.3) == (
+        "--budget 0.5 keeps 75% of the full cache's score on these 4 questions"
     )
-    assert "--budget 0.3 keeps 75%" in report.recommendation(table, "m", {0.5: 0.3}, within=0.3)
-    assert "no budget" in report.recommendation(table, "m")
+    assert "--budget 0.3 keeps 50%" in report.recommendation(table, caches, within=0.5)
+    assert "no budget" in report.recommendation(table, caches)
+
+
+def test_areas_of_a_table_are_of_the_same_bytes(table: list[dict[str, Any]]) -> None:
+    rows = [record(t, s, "m+q8_0", keep, 0.5) | {"kept": keep / 2} for t in "ab" for s in (0, 1) for keep in (0.5, 0.1)]
+    rows += [record(t, s, "full+q8_0", 1.0, 1.0) | {"kept": 0.53} for t in "ab" for s in (0, 1)]
+    text = report.tables(table + rows)
+    assert "| area from 25% of the bytes |" in text
+    # a half at a quarter of the bytes, all with all: the share is the middle of both
+    assert "| 0.75 |" in next(line for line in text.splitlines() if line.startswith("| m+q8_0 |"))
+    assert next(line for line in text.splitlines() if line.startswith("| full+q8_0 |")).endswith("|  |  |  |")
+
+
+def test_a_method_that_met_only_what_the_full_cache_fails_has_no_share(table: list[dict[str, Any]]) -> None:
+    rows = [r for r in table if r["method"] == FULL] + [record("a", 9, FULL, 1.0, 0.0), record("a", 9, "m", 0.5, 1.0)]
+    assert [r.method for r in report.results(rows)] == [FULL]
 
 
 def test_intervals_widen_where_items_differ(table: list[dict[str, Any]]) -> None:
@@ -186,26 +205,26 @@ def test_quantized_and_streaming_trials(tiny_model: Callable[..., Path], tmp_pat
 
 
 @needs_patch
-@pytest.mark.parametrize(("head", "method"), [(32, "kvcompose-local+q8_0/q4_0"), (40, "kvcompose-local")])
-def test_quick_asks_what_the_chat_would_do(
-    tiny_model: Callable[..., Path], tmp_path: Path, head: int, method: str
-) -> None:
+@pytest.mark.parametrize("head", [64, 40])
+def test_quick_asks_what_the_chat_would_do(tiny_model: Callable[..., Path], tmp_path: Path, head: int) -> None:
     model, out = tiny_model("llama", n_ctx=16384, n_layers=2, head=head), tmp_path / "out.jsonl"
     options = ["eval", str(model), "--threads", "1", "-o", str(out)]
     done = CliRunner().invoke(cli, [*options, "--quick"])
     assert done.exit_code == 0, done.output
     kept = {(r["method"], round(r["kept"], 2)) for r in map(json.loads, out.read_text().splitlines())}
-    kind = "q8_0/q4_0" if head == 32 else "f16"
-    cells = [cells_for(8192, budget, kind, TokenShape(head, head, 4)) for budget in (0.5, 0.25, 0.1)]
-    share = float(share_of_f16(kind))
-    assert kept == {("full", 1.0)} | {(method, round(n / 8192 * share, 2)) for n in cells}
+    expected = {("full", 1.0)}
+    for budget, rounded in ((0.5, "q8_0/q5_0"), (0.25, "q8_0/q4_0"), (0.1, "q8_0/q4_0")):
+        kind = rounded if head == 64 else "f16"
+        share = cells_for(8192, budget, kind, TokenShape(head, head, 4)) / 8192 * share_of_f16(kind)
+        expected.add(("kvcompose-local" + ("" if kind == "f16" else f"+{kind}"), round(float(share), 2)))
+    assert kept == expected
     if head == 40:
         refused = CliRunner().invoke(cli, [*options, "--methods", "full+q8_0"])
         assert "no whole blocks" in str(refused.exception)
 
 
 @needs_patch
-@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q8_0/q4_0"])
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q8_0/q5_0", "q8_0/q4_0"])
 def test_quantized_cells_are_llama_cpps_own(real_model: Callable[[str], Path], kind: str) -> None:
     """What llama.cpp stores itself is the oracle, in the first layer: those above see the errors of reading."""
     path, stored = real_model("smollm2-135m"), {}
@@ -303,7 +322,7 @@ def test_a_measured_score_at_keep_1_is_not_replaced(table: list[dict[str, Any]])
 def test_only_caches_above_all_of_which_pass_are_recommended(table: list[dict[str, Any]]) -> None:
     rows = [r for r in table if r["method"] == FULL]
     rows += [record(t, s, "m", keep, score) for t in "ab" for s in (0, 1) for keep, score in ((0.5, 0.0), (0.25, 1.0))]
-    assert "no budget" in report.recommendation(rows, "m")
+    assert "no budget" in report.recommendation(rows, {("m", 0.5): "a half", ("m", 0.25): "a quarter"})
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ ORDER = (
     "memory_chart",
     "figures",
     "repl",
+    "autosave",
     "prompt",
     "bench.command",
     "evaluation.command",

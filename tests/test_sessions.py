@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from safetensors.numpy import load_file
 from test_cli import endless, program, refused
 
 from kvcompose_local import sessions
+from kvcompose_local.api import LocalChat
 from kvcompose_local.chat import Chat, ChatState
 from kvcompose_local.compaction import CacheMemory
 from kvcompose_local.engines import open_engine
@@ -785,3 +787,23 @@ def test_what_compress_reads_and_refuses(private_program: None, tmp_path: Path, 
     assert json.loads(program("run", "--session", out, "-p", "x", "--json", "--threads", 1, "--max-tokens", 1).stdout)[
         "layer_cells"
     ][0] > len("A few words.")
+
+
+def test_a_chat_is_saved_when_its_model_was_moved_or_replaced(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model, moved, saved = tmp_path / "m.gguf", tmp_path / "moved.gguf", tmp_path / "s.kvc"
+    shutil.copy(tiny_model("llama"), model)
+    digest = hashlib.sha256(model.read_bytes()).hexdigest()
+    with LocalChat(model, budget=0.5, n_ctx=1024, n_threads=1) as chat:
+        chat.ask("hi", max_tokens=2)
+        model.rename(moved)
+        chat.save(saved)
+        assert sessions.read_manifest(saved).model_sha256 == digest
+        shutil.copy(tiny_model("qwen2"), model)
+        chat.save(saved)
+        assert sessions.read_manifest(saved).model_sha256 == digest, "of the model that the cells belong to"
+        chat.load(saved)
+    with (
+        LocalChat(model, budget=0.5, n_ctx=1024, n_threads=1) as other,
+        pytest.raises(SessionError, match="belongs to another model"),
+    ):
+        other.load(saved)

@@ -397,6 +397,19 @@ def test_loading_another_chat_loses_none(terminal: Terminal) -> None:
     leave(child)
 
 
+def test_a_session_that_was_only_compressed_is_saved(terminal: Terminal, tmp_path: Path) -> None:
+    session = tmp_path / "s.kvc"
+    child = terminal("--session", str(session))
+    say(child, "x" * 200)
+    leave(child)
+    before = session.stat().st_size
+    child = terminal("--session", str(session))
+    assert say(child, "/compress 0.3").startswith("compacted: ")
+    leave(child)
+    assert "saved" in plain(child.before)
+    assert session.stat().st_size < before
+
+
 def test_two_chats_on_one_session_both_stay(terminal: Terminal, tmp_path: Path) -> None:
     shared = str(tmp_path / "s.kvc")
     first, second = terminal("--session", shared), terminal("--session", shared)

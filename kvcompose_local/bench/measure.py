@@ -137,9 +137,10 @@ def block_weights(path: Path) -> int:
 def time_round(engine: LlamaEngine, n: int) -> tuple[float, float]:
     """Tokens a second over ``n`` greedy tokens, sampling included, after a short warm-up, and seconds of a question.
 
-    The latter is read at once, and one token sampled. The cache is left as it was.
+    The latter is read at once, and one token sampled. The tokens are fewer where the cache has no room for so many; it
+    is left as it was.
     """
-    token = 1
+    token, n = 1, min(n, engine.layout().n_free - _WARM_UP)
     for i in range(_WARM_UP + n):
         if i == _WARM_UP:
             started = time.perf_counter()
@@ -268,11 +269,18 @@ def measure(
     with ExitStack() as stack:
         model = Model(path)
         stack.callback(model.close)
-        if cache_type is None:
-            whole_blocks = has_whole_blocks(model)
-            cache_type = default_cache_type(0.5, whole_blocks=whole_blocks, on_gpu=False, patched=True)
-        token = token_of(model)
-        cells = {f"budget {budget:g}": cells_for(n_tokens, budget, cache_type, token) for budget in budgets}
+        token, whole_blocks = token_of(model), has_whole_blocks(model)
+
+        def type_at(budget: float) -> str:
+            return cache_type or default_cache_type(
+                n_tokens, budget, token, whole_blocks=whole_blocks, on_gpu=False, patched=True
+            )
+
+        kinds = {f"budget {budget:g}": type_at(budget) for budget in budgets}
+        cells = {
+            name: cells_for(n_tokens, budget, kind, token)
+            for (name, kind), budget in zip(kinds.items(), budgets, strict=True)
+        }
         tokens = text_tokens(model, sentences, n_tokens)
         n_cells = padded(n_tokens + _ANSWER_CELLS + 512)
         modes: list[Mode] = []
@@ -287,13 +295,13 @@ def measure(
             return engine
 
         full = read_whole(FULL, "f16")
-        if cache_type != "f16":
-            read_whole(f"{FULL}, {cache_type}", cache_type)
+        for kind in {kind: None for kind in kinds.values() if kind != "f16"}:
+            read_whole(f"{FULL}, {kind}", kind)
         whole = full.snapshot()
         rewrite_seconds = _rewrite_seconds(full, whole)
         profile = _profile(path)
         for name, n in cells.items():
-            engines[name] = small = stack.enter_context(_patched(model, n, threads, SMALL_MICRO_BATCH, cache_type))
+            engines[name] = small = stack.enter_context(_patched(model, n, threads, SMALL_MICRO_BATCH, kinds[name]))
             if profile is not None:
                 by_profile = _read_as_a_chat(f"{name}, profile", small, tokens, progress, profile)
                 modes.append(by_profile)  # which decodes as the other does

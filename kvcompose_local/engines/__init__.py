@@ -25,9 +25,9 @@ from kvcompose_local.interfaces import (
 from kvcompose_local.llama_ffi.cells import library_is_patched
 from kvcompose_local.llama_ffi.model import Model
 
-#: How cells are stored under a budget: two and a half times as many fit, which is worth far more than what rounding
-#: costs (docs/results.md). Keys need 8 bits, values 4.
-QUANTIZED = "q8_0/q4_0"
+#: How cells are stored under a budget, the finest first. Keys need 8 bits; with values of 4 two and a half times as
+#: many cells fit as in F16, which is worth far more than what rounding costs (docs/results.md).
+QUANTIZED = ("q8_0", "q8_0/q5_0", "q8_0/q4_0")
 #: The same where a GPU, whose flash attention mostly wants K and V of one type, may take part.
 QUANTIZED_GPU = "q8_0"
 #: Positions a chat may span when the user does not say.
@@ -99,7 +99,7 @@ def open_engine(
     already. Raises InvalidInput for impossible numbers, before the weights are read where that can be known, and
     ModelError for models that cannot run.
     """
-    cells_for(DEFAULT_CTX if n_ctx is None else n_ctx, budget, cache_type or QUANTIZED)
+    cells_for(DEFAULT_CTX if n_ctx is None else n_ctx, budget, cache_type or QUANTIZED[-1])
     model = load(path, gpu_layers=gpu_layers, progress=progress)
     try:
         if not model.can_generate:
@@ -110,8 +110,14 @@ def open_engine(
         threads = n_threads or physical_cores()
         patched = engine_name == "patched" or (engine_name is None and library_is_patched())
         if cache_type is None:
-            whole_blocks, on_gpu = has_whole_blocks(model), gpu_layers > 0
-            cache_type = default_cache_type(budget, whole_blocks=whole_blocks, on_gpu=on_gpu, patched=patched)
+            cache_type = default_cache_type(
+                positions,
+                budget,
+                token_of(model),
+                whole_blocks=has_whole_blocks(model),
+                on_gpu=gpu_layers > 0,
+                patched=patched,
+            )
         elif any(VALUE_BYTES[t] < 2 for t in cache_type.split("/")) and not has_whole_blocks(model):  # quantized
             raise InvalidInput(
                 f"--cache-type {cache_type} takes blocks of {BLOCK} values, and the heads of {model.name} are of "
@@ -126,11 +132,22 @@ def open_engine(
     return engine, positions
 
 
-def default_cache_type(budget: float, *, whole_blocks: bool, on_gpu: bool, patched: bool) -> str:
-    """How a budget's cells are stored where nobody says; whole_blocks: of :func:`has_whole_blocks`."""
+def default_cache_type(
+    n_ctx: int, budget: float, token: TokenShape, *, whole_blocks: bool, on_gpu: bool, patched: bool
+) -> str:
+    """How a budget's cells are stored where nobody says; whole_blocks: of :func:`has_whole_blocks`.
+
+    As finely as the budget pays for where every position then has a cell, and elsewhere as many as it buys.
+    """
     if budget == 1 or not whole_blocks or not patched:
         return "f16"
-    return QUANTIZED_GPU if on_gpu else QUANTIZED
+    if on_gpu:
+        return QUANTIZED_GPU
+
+    def fits(kind: str) -> bool:
+        return cells_bought(n_ctx, budget, kind, token) // CELL_PADDING * CELL_PADDING >= n_ctx
+
+    return next(filter(fits, QUANTIZED), QUANTIZED[-1])
 
 
 def has_whole_blocks(model: Model) -> bool:

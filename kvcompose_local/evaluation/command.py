@@ -6,8 +6,12 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from kvcompose_local.llama_ffi.model import Model
 
 KEEPS = (0.75, 0.5, 0.25, 0.15, 0.1, 0.05)
 #: What the chat does under a budget, in the registry of methods, and how it stores cells.
@@ -39,7 +43,7 @@ def _names(_context: click.Context, _parameter: click.Parameter, value: str) -> 
     callback=_names,
     default=OURS,
     show_default=True,
-    help="Comma-separated, or `all`; NAME+q8_0, NAME+q4_0 and NAME+q8_0/q4_0 keep their cells in that type "
+    help="Comma-separated, or `all`; NAME+q8_0 keeps its cells in that type, NAME+q8_0/q4_0 keys and values in two "
     "(full+q8_0: all of them), `streaming` reads turn by turn as the chat does.",
 )
 @click.option(
@@ -77,18 +81,11 @@ def eval_command(
     out. Results go to the output file as they come, Ctrl-C stops, and the same command goes on.
     """
     from kvcompose_local import models
-    from kvcompose_local.engines import (
-        DEFAULT_CTX,
-        cells_for,
-        has_whole_blocks,
-        open_engine,
-        physical_cores,
-        token_of,
-    )
+    from kvcompose_local.engines import has_whole_blocks, open_engine, physical_cores
     from kvcompose_local.engines.patched import PatchedEngine
     from kvcompose_local.errors import InvalidInput
     from kvcompose_local.evaluation import report
-    from kvcompose_local.evaluation.harness import FULL, Evaluation, check_method, room_for
+    from kvcompose_local.evaluation.harness import FULL, Evaluation, cell_share, check_method, room_for
     from kvcompose_local.evaluation.methods import method_names
     from kvcompose_local.evaluation.tasks import TASKS, make_item
     from kvcompose_local.repl import Status
@@ -110,23 +107,21 @@ def eval_command(
     with engine:
         if not isinstance(engine, PatchedEngine):
             raise InvalidInput("the evaluation needs the patched engine: run `kvcompose-local build`")
-        budgets: dict[float, float] = {}
         if quick:
-            name, _, kind = OURS.partition("+")
-            if not has_whole_blocks(engine.model):
-                methods, kind = (name,), "f16"
-            for budget in QUICK_BUDGETS:  # the keep ratio that it comes to in a chat
-                n_cells = cells_for(DEFAULT_CTX, budget, kind, token_of(engine.model))
-                budgets[round(min(n_cells / DEFAULT_CTX, 1), 4)] = budget
-            keeps = tuple(budgets)
-        if not has_whole_blocks(engine.model) and any("+q" in name for name in methods):
+            caches = chat_caches(engine.model)
+            trials = [(FULL, 1.0), *caches]
+            ours = trials[-1][0]
+        else:
+            ours = OURS if OURS in methods else methods[0]
+            caches = {(ours, keep): f"{keep * cell_share(ours):.2g} of its bytes" for keep in keeps}
+            trials = [(FULL, 1.0)]
+            for name in methods:
+                trials += [(name, keep) for keep in ((1.0,) if name.startswith(FULL) else keeps)]
+        if not has_whole_blocks(engine.model) and any(cell_share(name) < 1 for name, _ in trials):
             raise InvalidInput(f"heads of {path.name} are no whole blocks of a quantized type: choose other --methods")
         evaluation = Evaluation(engine, output, {"file": path.name}, n_threads=threads or physical_cores())
         if others := {r.get("file", path.name) for r in evaluation.records} - {path.name}:
             raise InvalidInput(f"{output} holds results of {', '.join(sorted(others))}: name another file with -o")
-        trials = [(FULL, 1.0)]
-        for name in methods:
-            trials += [(name, keep) for keep in ((1.0,) if name.startswith(FULL) else keeps)]
         plan = [(task, seed) for seed in range(first_seed, first_seed + items) for task in tasks]
         started, done = time.monotonic(), 0
         try:
@@ -143,7 +138,7 @@ def eval_command(
             status.line(f"stopped: what is done stands in {output}, and the same command goes on from it")
         finally:
             evaluation.close()
-        wanted = {(name, keep) for name, keep in trials}
+        wanted = set(trials)
         records = [
             r
             for r in evaluation.records
@@ -151,16 +146,28 @@ def eval_command(
         ]
     if not records:
         return
-    ours = OURS if OURS in methods else methods[0]
     if as_json:
         found = [result.__dict__ for result in report.results(records)]
         click.echo(json.dumps({"tasks": report.tasks_that_count(records), "results": found}))
     else:
         click.echo(report.tables(records))
-        click.echo(f"\n{report.recommendation(records, ours, budgets)}")
+        click.echo(f"\n{report.recommendation(records, caches)}")
     if plot is not None:
         for file in report.plot(records, plot, ours):
             status.line(f"drew {file}")
+
+
+def chat_caches(model: Model) -> dict[tuple[str, float], str]:
+    """The trials that keep what a chat does under a few budgets, and what to call them."""
+    from kvcompose_local.engines import DEFAULT_CTX, cells_for, default_cache_type, has_whole_blocks, token_of
+
+    method, caches = OURS.partition("+")[0], {}
+    token, whole_blocks = token_of(model), has_whole_blocks(model)
+    for budget in QUICK_BUDGETS:
+        kind = default_cache_type(DEFAULT_CTX, budget, token, whole_blocks=whole_blocks, on_gpu=False, patched=True)
+        keep = round(min(cells_for(DEFAULT_CTX, budget, kind, token) / DEFAULT_CTX, 1), 4)
+        caches[method if kind == "f16" else f"{method}+{kind}", keep] = f"--budget {budget:g}"
+    return caches
 
 
 @click.command("profile", short_help="Measure a model's layer budgets once, for run --scoring profile.")

@@ -25,15 +25,16 @@ from kvcompose_local.evaluation.methods import find_method
 from kvcompose_local.evaluation.quantized import quantized
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import Item, Question
-from kvcompose_local.interfaces import CacheSnapshot, IntArray, share_of_f16
+from kvcompose_local.interfaces import VALUE_BYTES, CacheSnapshot, IntArray, share_of_f16
 
 #: The name of the uncompressed cache among the methods.
 FULL = "full"
 #: The chat itself: the context is fed in turns to a cache of the size that the keep ratio names, scratch included.
 STREAMING = "streaming"
 _N_TURNS = 16
-#: What a method's name may end in: its cells are of this type, so that they take fewer bytes than the keep ratio says.
-QUANTIZED = ("+q8_0", "+q4_0", "+q8_0/q4_0")
+#: What a method's name may end in, as "+q8_0" or, K and V, "+q8_0/q4_0": its cells are of these types, so that they
+#: take fewer bytes than the keep ratio says.
+QUANTIZED_TYPES = {kind for kind in VALUE_BYTES if kind.startswith("q")}
 _GAP = "\x00"
 #: Of every record, as far as an interrupted run wrote it.
 _BEGINNING = b'{"model": '
@@ -71,7 +72,8 @@ def check_method(name: str) -> None:
 def _without_type(name: str) -> tuple[str, str]:
     """A method's name and the cache type that it ends in, if any."""
     base, _, kind = name.rpartition("+")
-    return (base, kind) if name.endswith(QUANTIZED) else (name, "")
+    types = kind.split("/")
+    return (base, kind) if base and len(types) <= 2 and set(types) <= QUANTIZED_TYPES else (name, "")
 
 
 def cell_share(name: str) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcompose_local.errors import KVComposeError
-from kvcompose_local.evaluation.harness import FULL, cell_share
+from kvcompose_local.evaluation.harness import FULL
 
 Record = dict[str, Any]
 FloatList = npt.NDArray[np.float64]
@@ -71,6 +70,8 @@ def results(records: Sequence[Record], *, seed: int = 0) -> list[Result]:
             items[r["task"]][r["seed"]].append((r["score"], full[_question(r)]))
         tables = [np.array([np.mean(pairs, axis=0) for pairs in seeds.values()]) for seeds in items.values()]
         score, whole = np.mean([table.mean(axis=0) for table in tables], axis=0)
+        if whole == 0:  # nothing of which the score could be a share
+            continue
         drawn = np.mean([_resample(table, rng) for table in tables], axis=0)  # (resamples, 2)
         low, high = np.quantile(drawn[:, 0] / np.maximum(drawn[:, 1], 1e-9), [0.025, 0.975])
         kl = float(np.mean([r["kl"] for r in group]))
@@ -93,29 +94,38 @@ def _question(record: Record) -> tuple[Any, ...]:
 
 
 def curve(found: Sequence[Result], method: str) -> tuple[FloatList, FloatList]:
-    """Keep ratios, ascending up to 1, and the share of the full score at each."""
-    points = {1.0: 1.0} | {r.keep: r.share for r in found if r.method == method}
-    keeps = np.array(sorted(points))
-    return keeps, np.array([points[keep] for keep in keeps])
+    """Shares of the full cache's bytes, ascending up to 1, and the share of the full score at each."""
+    points = {1.0: 1.0} | {r.kept: r.share for r in found if r.method == method}
+    kept = np.array(sorted(points))
+    return kept, np.array([points[share] for share in kept])
 
 
-def area(found: Sequence[Result], method: str) -> float:
-    """Area under the share of the full score over the keep ratios measured, 1 for the full cache."""
-    keeps, shares = curve(found, method)
-    if len(keeps) < 2:
-        return float("nan")
-    return float(((shares[1:] + shares[:-1]) / 2 * np.diff(keeps)).sum() / (keeps[-1] - keeps[0]))
+def least_kept(found: Sequence[Result]) -> dict[str, float]:
+    """The fewest bytes that each method was measured at, as a share.
+
+    Methods that keep all tokens, as quantized caches may, are points and no curves: they are left out.
+    """
+    ratios = {r.method for r in found if r.keep < 1}
+    return {method: float(curve(found, method)[0][0]) for method in ratios}
+
+
+def area(found: Sequence[Result], method: str, low: float) -> float:
+    """Area under the share of the full score over the shares of bytes from ``low`` to 1; 1 for the full cache."""
+    kept, shares = curve(found, method)
+    ends = np.array([low, *kept[kept > low]])
+    heights = np.interp(ends, kept, shares)
+    return float(((heights[1:] + heights[:-1]) / 2 * np.diff(ends)).sum() / (1 - low))
 
 
 def most_removed(found: Sequence[Result], method: str, within: float) -> float:
-    """The largest share removed with a score within ``within`` of the full one, interpolated between ratios."""
-    keeps, shares = curve(found, method)
+    """The most bytes removed, as a share, with a score within ``within`` of the full one; interpolated."""
+    kept, shares = curve(found, method)
     floor = 1 - within
-    for i in range(len(keeps) - 1, 0, -1):
+    for i in range(len(kept) - 1, 0, -1):
         if shares[i - 1] < floor:
             part = (shares[i] - floor) / (shares[i] - shares[i - 1])
-            return float(1 - (keeps[i] + part * (keeps[i - 1] - keeps[i])))
-    return float(1 - keeps[0])
+            return float(1 - (kept[i] + part * (kept[i - 1] - kept[i])))
+    return float(1 - kept[0])
 
 
 def tables(records: Sequence[Record]) -> str:
@@ -131,18 +141,22 @@ def tables(records: Sequence[Record]) -> str:
         lines += [f"Under {GATE:g} with the full cache, left out: {', '.join(missing)}."]
     heads = [f"keep {keep:g}" for keep in keeps]
     lines += ["", "Share of the full-cache score (95% interval) / KL in nats a token:", ""]
-    lines += ["| method | questions | " + " | ".join(heads) + " | area | removed within 20% | within 1% |"]
+    least = least_kept(found)
+    low = max(least.values(), default=1.0)
+    columns = [f"area from {low:.0%} of the bytes", "bytes removed within 20%", "within 1%"]
+    lines += ["| " + " | ".join(["method", "questions", *heads, *columns]) + " |"]
     lines += ["|---" * (len(heads) + 5) + "|"]
-    areas = {method: area(found, method) for method in {r.method for r in found} - {FULL}}
-    best_first = sorted(areas, key=lambda method: (math.isnan(areas[method]), -areas[method], method))
+    areas = {method: area(found, method, low) for method in least}
+    others = {r.method for r in found} - {FULL, *areas}
+    best_first = [*sorted(areas, key=lambda method: (-areas[method], method)), *sorted(others)]
     for method in best_first:
         by_keep = {r.keep: r for r in found if r.method == method}
         cells = [
             f"{r.share:.2f} ({r.low:.2f}–{r.high:.2f}) / {r.kl:.3f}{_bytes(r)}" if (r := by_keep.get(keep)) else ""
             for keep in keeps
         ]
-        ends = ["", "", ""]  # a quantized cache that keeps all cells has no curve
-        if not math.isnan(areas[method]):
+        ends = ["", "", ""]
+        if method in areas:
             ends = [f"{areas[method]:.2f}", *(f"{most_removed(found, method, x):.0%}" for x in (0.2, 0.01))]
         fewest, most = min(r.n for r in by_keep.values()), max(r.n for r in by_keep.values())
         asked = f"{most}" if fewest == most else f"{fewest}–{most}"
@@ -164,21 +178,18 @@ def _bytes(result: Result) -> str:
     return "" if 0.95 * result.keep < result.kept <= result.keep + 1e-3 else f" at {result.kept:.0%} of the bytes"
 
 
-def recommendation(
-    records: Sequence[Record], method: str, budgets: Mapping[float, float] | None = None, within: float = 0.05
-) -> str:
+def recommendation(records: Sequence[Record], caches: Mapping[tuple[str, float], str], within: float = 0.05) -> str:
     """One line: the smallest cache whose score, and that of larger ones, stays within ``within`` of the full one's.
 
-    budgets: the ``--budget`` that a keep ratio comes to; a share of the bytes is told where there is none.
+    caches: what to call each, by method and keep ratio.
     """
-    found = [r for r in results(records) if r.method == method]
-    good = list(itertools.takewhile(lambda r: r.share >= 1 - within, sorted(found, key=lambda r: -r.keep)))
+    found = [r for r in results(records) if (r.method, r.keep) in caches]
+    good = list(itertools.takewhile(lambda r: r.share >= 1 - within, sorted(found, key=lambda r: -r.kept)))
     if not good:
         return f"no budget that was tried keeps {1 - within:.0%} of the full cache's score"
     best = good[-1]
-    budget = (budgets or {}).get(best.keep)
-    what = f"{best.keep * cell_share(method):.2g} of its bytes" if budget is None else f"--budget {budget:g}"
-    return f"{what} keeps {best.share:.0%} of the full cache's score on these {best.n} questions"
+    cache = caches[best.method, best.keep]
+    return f"{cache} keeps {best.share:.0%} of the full cache's score on these {best.n} questions"
 
 
 def plot(records: Sequence[Record], folder: Path, method: str) -> list[Path]:

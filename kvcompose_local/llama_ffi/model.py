@@ -64,12 +64,17 @@ class Model:
             return True
 
         params.progress_callback = on_progress
+        try:
+            self.file = open(path, "rb")  # noqa: SIM115 -- as long as the model: what its path names may change
+        except OSError as error:
+            raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
         clear_log()
         self._pointer = lib.llama_model_load_from_file(os.fsencode(path), params)
         if stopped:
             self.close()
             raise stopped[0]
         if not self._pointer:
+            self.close()
             raise ModelError(f"llama.cpp cannot load {path.name}{last_log()}")
 
     @property
@@ -87,6 +92,7 @@ class Model:
         if getattr(self, "_pointer", None):
             lib.llama_model_free(self._pointer)
             self._pointer = None
+        self.file.close()
 
     def metadata(self, key: str) -> str | None:
         """The GGUF value of ``key`` as llama.cpp prints it (arrays as ``[a, b]``), or None."""
