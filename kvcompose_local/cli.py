@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shlex
+import stat
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -127,7 +128,7 @@ def cli(context: click.Context, debug: bool) -> None:
     "--session",
     metavar="NAME|FILE",
     shell_complete=complete_session,
-    help="Go on from this session, and save the chat to it at the end.",
+    help="Go on from this session, and save the chat to it at the end. What has a dot or a slash is a path.",
 )
 @click.option("--no-autosave", is_flag=True, help="Leave without saving.")
 @click.option("--json", "as_json", is_flag=True, help="With -p or piped input: one JSON object on stdout.")
@@ -189,6 +190,8 @@ def run(
     documents = [read_document(path) for path in files]
     interrupts = Interrupts()
     status = Status(sys.stderr, should_stop=interrupts)
+    if prompt is not None and Path("-") not in files and is_fed(sys.stdin):
+        status.line("what is piped in is not read beside -p: -f - reads it as a text")
     session_path = sessions.path_of(session) if session is not None else None
     version = sessions.version_of(session_path) if session_path is not None else ()
     saved = sessions.read_manifest(session_path) if session_path is not None and session_path.exists() else None
@@ -333,6 +336,19 @@ def read_document(path: Path) -> str:
     from kvcompose_local.repl import read_text_file
 
     return "\n".join(stdin_lines()) if path == Path("-") else read_text_file(path)
+
+
+def is_fed(stream: Any) -> bool:
+    """Whether something was piped into standard input by now; an empty pipe is what many programs start others with."""
+    try:
+        import fcntl  # not on Windows
+        import termios
+
+        status = os.fstat(stream.fileno())
+        waiting = fcntl.ioctl(stream.fileno(), termios.FIONREAD, bytes(4)) if stat.S_ISFIFO(status.st_mode) else b""
+    except (ImportError, OSError, ValueError, AttributeError):
+        return False
+    return any(waiting) or (stat.S_ISREG(status.st_mode) and status.st_size > 0)
 
 
 def stdin_lines() -> Iterator[str]:

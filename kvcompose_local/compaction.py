@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from kvcompose_local.budgets import allocate_tempered
 from kvcompose_local.cell_scores import CellScores
-from kvcompose_local.errors import ContextFull, InvalidInput
+from kvcompose_local.errors import ContextFull, InvalidInput, PositionsFull
 from kvcompose_local.interfaces import (
     N_AROUND,
     AttentionSink,
@@ -254,13 +254,13 @@ class CacheMemory:
             done += len(piece)
 
     def check_positions(self, position: int, n_more: int) -> None:
-        """Raises ContextFull unless ``n_more`` tokens fit behind the first ``position`` ones."""
+        """Raises PositionsFull unless ``n_more`` tokens fit behind the first ``position`` ones."""
         if position + n_more > self.n_ctx:
             known = self.engine.shape.n_ctx_train
             more = (
                 f"start again with --ctx up to {known}" if known > self.n_ctx else "the model knows no more: send less"
             )
-            raise ContextFull(
+            raise PositionsFull(
                 f"{n_more} more tokens do not fit: {position} of --ctx {self.n_ctx} positions are used; {more}"
             )
 

@@ -10,6 +10,7 @@
     ├── SessionError          a saved chat could not be written, read or verified
     └── EngineError           llama.cpp refused or failed; names the call
         ├── ContextFull       the tokens do not fit, and compaction cannot make room
+        │   └── PositionsFull there are not as many positions left
         └── StateFormatError  the cache's serialized state is not what this version knows
 """
 
@@ -50,6 +51,10 @@ class EngineError(KVComposeError):
 
 class ContextFull(EngineError):
     """There is no room for the tokens, and compaction cannot make any."""
+
+
+class PositionsFull(ContextFull):
+    """The tokens would span more positions than there are, whatever is compressed."""
 
 
 class StateFormatError(EngineError):

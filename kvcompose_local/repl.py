@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from kvcompose_local.chat import Chat, TurnStats
-from kvcompose_local.errors import ContextFull, InvalidInput, KVComposeError
+from kvcompose_local.errors import InvalidInput, KVComposeError, PositionsFull
 from kvcompose_local.interrupts import Interrupts, uninterrupted
 from kvcompose_local.memory_chart import ASCII_MARKS, UNICODE_MARKS, can_show, draw
 
@@ -233,7 +233,7 @@ class Repl:
             except KeyboardInterrupt:
                 self.status.line("stopped")
             except KVComposeError as error:
-                self.status.line(f"error: {error}{', or /clear' if isinstance(error, ContextFull) else ''}")
+                self.status.line(f"error: {error}{', or /clear' if isinstance(error, PositionsFull) else ''}")
 
     def _read_message(self) -> str | None:
         line = self.read_line()
@@ -296,8 +296,8 @@ class Repl:
         if known <= n_ctx:
             return "/undo or /clear make room, or another model: this one knows no more than that"
         return (
-            "/undo or /clear make room, or /save NAME, then `kvcompose-local run --session NAME --ctx N` goes on with up "
-            f"to {known}"
+            "/undo or /clear make room, or /save NAME, then `kvcompose-local run --session NAME --ctx N` goes on with "
+            f"up to {known}"
         )
 
     def explain_end(self, stats: TurnStats) -> None:

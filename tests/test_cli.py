@@ -354,7 +354,20 @@ def test_documents_that_cannot_fit_are_refused_before_they_are_read(tiny_model: 
     refused(program(*options, "-f", text, "-f", text), 1, "do not fit: 0 of --ctx 512 positions")
     done = program(*options, "-f", "-", "--max-tokens", "4", stdin="Some text.\n")
     assert done.returncode == 0, done.stderr
+    assert "piped in" not in done.stderr
     refused(program("run", model, "-f", "-", stdin="x"), 2, "ask with -p")
+    unread = "what is piped in is not read beside -p: -f - reads it as a text\n"
+    assert program(*options, "--max-tokens", "4", stdin="Some text.\n").stderr.startswith(unread)
+    assert unread not in program(*options, "--max-tokens", "4").stderr
+    assert program(*options, "--max-tokens", "4", redirection=f"<{text}").stderr.startswith(unread)
+
+
+def test_the_end_of_a_chat_that_takes_no_commands_names_none(tiny_model: TinyModel) -> None:
+    done = program(
+        "run", endless(tiny_model), *FAST, "--ctx", "256", "--budget", "1", "--max-tokens", 999, "-p", "Hello"
+    )
+    assert "the chat has used all 256 positions: start again with --ctx up to " in done.stderr
+    assert "/" not in done.stderr.split("positions: ")[1]
 
 
 def test_ctrl_c_while_a_file_is_read(tiny_model: TinyModel, tmp_path: Path) -> None:
