@@ -40,11 +40,11 @@ class Autosave:
         self.interrupts = interrupts
         self._name = session or sessions.LAST
         self._version = version
-        self._begun = self._kept = self._now()  # as it was loaded; as /save wrote it last
+        self._begun = self._kept = self._now()  # as it was loaded; as it was saved last
 
     def _now(self) -> tuple[Any, ...]:
-        """All of the chat that is worth a file, what `/compress` did to its cells among it."""
-        return self.chat.conversation, self.chat.memory.engine.layout().composed
+        """All that is worth a file, ``/compress`` included."""
+        return self.chat.conversation, self.chat.memory.n_asked
 
     @property
     def is_unsaved(self) -> bool:
@@ -55,19 +55,17 @@ class Autosave:
         """Save the chat under a name or to a path; returns what to say of it. Raises InvalidInput and SessionError."""
         if not name:
             raise InvalidInput("/save takes a name")
-        told = self._save(name)
-        self._kept = self._now()
-        if self.session is not None:
-            self._version = sessions.version_of(sessions.path_of(self.session))
-        return told
+        return self._save(name)
 
     def load(self, name: str) -> str:
         """Put a saved chat in place of this one, which is saved before; returns what to say of it.
 
         Raises InvalidInput where that would overwrite what is to be loaded, and SessionError.
         """
-        if self.is_unsaved and self._now() != self._kept:
-            if name and sessions.path_of(name) == sessions.path_of(self._name):
+        if not name:
+            raise InvalidInput(f"/load takes a name: {', '.join(sessions.names()) or 'nothing is saved yet'}")
+        if self.is_unsaved and self._now()[0] not in (self._begun[0], self._kept[0]):
+            if sessions.path_of(name) == sessions.path_of(self._name):
                 raise InvalidInput(f"this chat would be lost: /save it under another name than {name} first")
             self.status.line(self._save(self._own_name()))
         told = self._load(name)
@@ -98,18 +96,19 @@ class Autosave:
         path = sessions.path_of(self.session)
         if sessions.version_of(path) == self._version:
             return self._name
-        other = str(sessions.beside(path))
-        self.status.line(f"another chat was saved as {self.session} meanwhile: this one is saved as {other}")
-        return other
+        self._name = str(sessions.beside(path))
+        self.status.line(f"another chat was saved as {self.session} meanwhile: this one is saved as {self._name}")
+        return self._name
 
     def _save(self, name: str) -> str:
-        n_bytes = sessions.save(sessions.path_of(name), self.chat, self.setup, self.status.checking)
-        mib = n_bytes / 2**20
+        path = sessions.path_of(name)
+        mib = sessions.save(path, self.chat, self.setup, self.status.checking) / 2**20
+        self._kept = self._now()
+        if self.session is not None and path == sessions.path_of(self.session):
+            self._version = sessions.version_of(path)
         return f"saved ({mib:.1f} MiB): kvcompose-local run --session {shlex.quote(name)} goes on from here"
 
     def _load(self, name: str) -> str:
-        if not name:
-            raise InvalidInput(f"/load takes a name: {', '.join(sessions.names()) or 'nothing is saved yet'}")
         sessions.load(sessions.path_of(name), self.chat, self.setup, self.status.checking)
         self._begun = self._kept = self._now()
         n_messages = sum(message["role"] != "system" for message in self.chat.messages)

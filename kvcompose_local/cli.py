@@ -113,7 +113,7 @@ def cli(context: click.Context, debug: bool) -> None:
     type=click.Choice(CACHE_TYPE_NAMES),
     help="How K and V are stored. Keys in q8_0 and values in q4_0 fit two and a half times as many tokens into the "
     "budget; keys of fewer bits hurt small models.  [default below --budget 1: q8_0, q8_0/q5_0 or q8_0/q4_0, the first "
-    "with which all of --ctx fits, or the last; q8_0 on a GPU, else f16]",
+    "with which all of --ctx fits, or the last; q8_0 on a GPU or with --rpc; at budget 1 and on the stock engine f16]",
 )
 @click.option(
     "--scoring",
@@ -344,11 +344,12 @@ def is_fed(stream: Any) -> bool:
         import fcntl  # not on Windows
         import termios
 
-        status = os.fstat(stream.fileno())
-        waiting = fcntl.ioctl(stream.fileno(), termios.FIONREAD, bytes(4)) if stat.S_ISFIFO(status.st_mode) else b""
+        handle = stream.fileno()
+        mode = os.fstat(handle).st_mode
+        is_file = stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+        return is_file and any(fcntl.ioctl(handle, termios.FIONREAD, bytes(4)))  # what is left to read
     except (ImportError, OSError, ValueError, AttributeError):
         return False
-    return any(waiting) or (stat.S_ISREG(status.st_mode) and status.st_size > 0)
 
 
 def stdin_lines() -> Iterator[str]:

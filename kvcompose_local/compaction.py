@@ -193,6 +193,7 @@ class CacheMemory:
         self.on_compaction = on_compaction
         self.on_progress = on_progress
         self.reports: list[CompactionReport] = []
+        self.n_asked = 0  # compactions that somebody asked for
         self.tokens: list[int] = []  # all that were seen, in their order
         self.pins: list[tuple[int, int]] = []  # (start, stop) in positions, read or yet to be read
         self._furthest = 0  # the highest position that a sliding window had to reach
@@ -256,13 +257,16 @@ class CacheMemory:
     def check_positions(self, position: int, n_more: int) -> None:
         """Raises PositionsFull unless ``n_more`` tokens fit behind the first ``position`` ones."""
         if position + n_more > self.n_ctx:
-            known = self.engine.shape.n_ctx_train
-            more = (
-                f"start again with --ctx up to {known}" if known > self.n_ctx else "the model knows no more: send less"
-            )
             raise PositionsFull(
-                f"{n_more} more tokens do not fit: {position} of --ctx {self.n_ctx} positions are used; {more}"
+                f"{n_more} more tokens do not fit: {position} of --ctx {self.n_ctx} positions are used; "
+                f"{self.way_to_more_positions}"
             )
+
+    @property
+    def way_to_more_positions(self) -> str:
+        """What to do where they do not suffice."""
+        known = self.engine.shape.n_ctx_train
+        return f"start again with --ctx up to {known}" if known > self.n_ctx else "the model knows no more: send less"
 
     def _room(self) -> int:
         layout = self.engine.layout()
@@ -330,6 +334,7 @@ class CacheMemory:
             rewrite_seconds=time.perf_counter() - selected,
         )
         self.reports.append(report)
+        self.n_asked += keep is not None
         if self.on_compaction is not None:
             self.on_compaction(report)
         return report

@@ -292,7 +292,7 @@ class Repl:
         """What can be done about positions."""
         n_ctx, known = self.chat.memory.n_ctx, self.chat.memory.engine.shape.n_ctx_train
         if not self._takes_commands:
-            return f"start again with --ctx up to {known}" if known > n_ctx else "the model knows no more: send less"
+            return self.chat.memory.way_to_more_positions
         if known <= n_ctx:
             return "/undo or /clear make room, or another model: this one knows no more than that"
         return (

@@ -197,6 +197,8 @@ def model_digest(path: Path, progress: Progress | None = None, file: BinaryIO | 
                 if re.fullmatch("[0-9a-f]{64}", digest := known.read_text(encoding="ascii")):
                     return digest
             digest = sha256_of(model, in_mib)
+    except ValueError as error:
+        raise SessionError("the model is closed") from error
     except OSError as error:
         raise SessionError(f"cannot read {path}: {error.strerror or error}") from error
     with suppress(SessionError), replacing(known) as kept:  # a cache that cannot be written costs time, nothing else
@@ -365,7 +367,7 @@ def check_model(manifest: Manifest, setup: Setup, progress: Progress | None = No
     if setup.cache_type != manifest.cache_type:
         raise SessionError(
             f"the session's cells are {manifest.cache_type} and the cache is {setup.cache_type}: "
-            f"start with --cache-type {manifest.cache_type}"
+            f"start with --cache-type {manifest.cache_type}, or with --session, which brings its own"
         )
 
 

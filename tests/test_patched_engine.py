@@ -263,7 +263,7 @@ def test_a_type_that_heads_do_not_fit_is_refused_by_name(tiny_model: Callable[..
 
 
 @pytest.mark.parametrize("n_tokens", [1, 2, 3, 10, 100])
-@pytest.mark.parametrize("cache_type", ["q8_0", "q5_1", "q4_1", "q4_0", "q8_0/q5_0", "q8_0/q4_0"])
+@pytest.mark.parametrize("cache_type", ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q8_0/q5_0", "q8_0/q4_0"])
 def test_quantized_cells_are_read_in_tiles(tiny_model: Callable[..., Path], cache_type: str, n_tokens: int) -> None:
     """Of 64 queries, those of several heads, and of 64 cells, both with less than a whole one left over (patches 6, 7).
 

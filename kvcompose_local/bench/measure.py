@@ -276,10 +276,9 @@ def measure(
                 n_tokens, budget, token, whole_blocks=whole_blocks, on_gpu=False, patched=True
             )
 
-        kinds = {f"budget {budget:g}": type_at(budget) for budget in budgets}
-        cells = {
-            name: cells_for(n_tokens, budget, kind, token)
-            for (name, kind), budget in zip(kinds.items(), budgets, strict=True)
+        caches = {
+            f"budget {budget:g}": (kind := type_at(budget), cells_for(n_tokens, budget, kind, token))
+            for budget in budgets
         }
         tokens = text_tokens(model, sentences, n_tokens)
         n_cells = padded(n_tokens + _ANSWER_CELLS + 512)
@@ -295,13 +294,13 @@ def measure(
             return engine
 
         full = read_whole(FULL, "f16")
-        for kind in {kind: None for kind in kinds.values() if kind != "f16"}:
+        for kind in dict.fromkeys(kind for kind, _ in caches.values() if kind != "f16"):
             read_whole(f"{FULL}, {kind}", kind)
         whole = full.snapshot()
         rewrite_seconds = _rewrite_seconds(full, whole)
         profile = _profile(path)
-        for name, n in cells.items():
-            engines[name] = small = stack.enter_context(_patched(model, n, threads, SMALL_MICRO_BATCH, kinds[name]))
+        for name, (kind, n) in caches.items():
+            engines[name] = small = stack.enter_context(_patched(model, n, threads, SMALL_MICRO_BATCH, kind))
             if profile is not None:
                 by_profile = _read_as_a_chat(f"{name}, profile", small, tokens, progress, profile)
                 modes.append(by_profile)  # which decodes as the other does

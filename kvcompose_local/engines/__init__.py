@@ -62,20 +62,29 @@ def cells_bought(n_ctx: int, budget: float, cache_type: str, token: TokenShape) 
 
 
 def cells_for(n_ctx: int, budget: float, cache_type: str = "f16", token: TokenShape = USUAL_TOKEN) -> int:
-    """The same, at most ``n_ctx``, rounded down to llama.cpp's padding, and up where all fit."""
+    """The same, at most ``n_ctx``, rounded down to llama.cpp's padding, and up where every position has a cell."""
     if not 0 < budget <= 1 or not math.isfinite(budget):
         raise InvalidInput(f"--budget is a share in (0, 1], not {budget}")
     if n_ctx <= 0:
         raise InvalidInput(f"--ctx is a number of positions above 0, not {n_ctx}")
-    whole = -(-n_ctx // CELL_PADDING) * CELL_PADDING
-    if budget == 1:
-        return whole
-    cells = min(cells_bought(n_ctx, budget, cache_type, token) // CELL_PADDING * CELL_PADDING, whole)
+    if budget == 1 or all_fit(n_ctx, budget, cache_type, token):
+        return _padded(n_ctx)
+    cells = cells_bought(n_ctx, budget, cache_type, token) // CELL_PADDING * CELL_PADDING
     if cells == 0:
         raise InvalidInput(
             f"--budget {budget} of --ctx {n_ctx} is under {CELL_PADDING} cells, the least there is: raise one of them"
         )
     return cells
+
+
+def all_fit(n_ctx: int, budget: float, cache_type: str, token: TokenShape) -> bool:
+    """Whether a budget buys a cell for every position; what rounds them up must fit beside them."""
+    n_bytes = share_of_f16(cache_type, token.k_size, token.v_size) * _padded(n_ctx)  # of those of an F16 cell
+    return cells_bought(n_ctx, budget, cache_type, token) >= n_ctx and n_bytes <= Fraction(str(budget)) * n_ctx
+
+
+def _padded(n_cells: int) -> int:
+    return -(-n_cells // CELL_PADDING) * CELL_PADDING
 
 
 def open_engine(
@@ -143,11 +152,7 @@ def default_cache_type(
         return "f16"
     if on_gpu:
         return QUANTIZED_GPU
-
-    def fits(kind: str) -> bool:
-        return cells_bought(n_ctx, budget, kind, token) // CELL_PADDING * CELL_PADDING >= n_ctx
-
-    return next(filter(fits, QUANTIZED), QUANTIZED[-1])
+    return next((kind for kind in QUANTIZED if all_fit(n_ctx, budget, kind, token)), QUANTIZED[-1])
 
 
 def has_whole_blocks(model: Model) -> bool:

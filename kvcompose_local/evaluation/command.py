@@ -112,11 +112,11 @@ def eval_command(
             trials = [(FULL, 1.0), *caches]
             ours = trials[-1][0]
         else:
-            ours = OURS if OURS in methods else methods[0]
-            caches = {(ours, keep): f"{keep * cell_share(ours):.2g} of its bytes" for keep in keeps}
             trials = [(FULL, 1.0)]
             for name in methods:
                 trials += [(name, keep) for keep in ((1.0,) if name.startswith(FULL) else keeps)]
+            ours = OURS if OURS in methods else trials[-1][0]
+            caches = {(n, k): f"{k * cell_share(n):.2g} of its bytes" for n, k in trials if n == ours}
         if not has_whole_blocks(engine.model) and any(cell_share(name) < 1 for name, _ in trials):
             raise InvalidInput(f"heads of {path.name} are no whole blocks of a quantized type: choose other --methods")
         evaluation = Evaluation(engine, output, {"file": path.name}, n_threads=threads or physical_cores())

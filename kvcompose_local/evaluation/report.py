@@ -95,7 +95,7 @@ def _question(record: Record) -> tuple[Any, ...]:
 
 def curve(found: Sequence[Result], method: str) -> tuple[FloatList, FloatList]:
     """Shares of the full cache's bytes, ascending up to 1, and the share of the full score at each."""
-    points = {1.0: 1.0} | {r.kept: r.share for r in found if r.method == method}
+    points = {1.0: 1.0} | {min(r.kept, 1.0): r.share for r in found if r.method == method}
     kept = np.array(sorted(points))
     return kept, np.array([points[share] for share in kept])
 
@@ -105,7 +105,7 @@ def least_kept(found: Sequence[Result]) -> dict[str, float]:
 
     Methods that keep all tokens, as quantized caches may, are points and no curves: they are left out.
     """
-    ratios = {r.method for r in found if r.keep < 1}
+    ratios = {r.method for r in found if r.keep < 1 and r.kept < 1}
     return {method: float(curve(found, method)[0][0]) for method in ratios}
 
 
