@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from kvcompose_local.repl import Status
 
 MIB = 2**20
-CACHE_TYPE_NAMES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q8_0/q5_0", "q8_0/q4_0")
+CACHE_TYPE_NAMES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q8_0/q4_0")
 
 
 class Real(click.FloatRange):
@@ -112,8 +112,8 @@ def cli(context: click.Context, debug: bool) -> None:
     "--cache-type",
     type=click.Choice(CACHE_TYPE_NAMES),
     help="How K and V are stored. Keys in q8_0 and values in q4_0 fit two and a half times as many tokens into the "
-    "budget; keys of fewer bits hurt small models.  [default below --budget 1: q8_0, q8_0/q5_0 or q8_0/q4_0, the first "
-    "with which all of --ctx fits, or the last; q8_0 on a GPU or with --rpc; at budget 1 and on the stock engine f16]",
+    "budget; keys of fewer bits hurt small models.  [default: q8_0/q4_0 below --budget 1, q8_0 on a GPU or with --rpc; "
+    "f16 at budget 1 and on the stock engine]",
 )
 @click.option(
     "--scoring",

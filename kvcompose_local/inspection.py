@@ -48,19 +48,9 @@ class Inspection:
 
     def type_at(self, budget: float) -> str:
         """How cells are stored under a budget."""
-        return self.cache_type or default_cache_type(
-            self.n_ctx,
-            budget,
-            self.token,
-            whole_blocks=all(size % BLOCK == 0 for size in self.head_sizes),
-            on_gpu=layers_to_offload(None) > 0,
-            patched=library_is_patched(),
-        )
-
-    @property
-    def token(self) -> TokenShape:
-        """What a token takes."""
-        return TokenShape(*self.head_sizes, self.n_values // sum(self.head_sizes))
+        whole_blocks = all(size % BLOCK == 0 for size in self.head_sizes)
+        on_gpu, patched = layers_to_offload(None) > 0, library_is_patched()
+        return self.cache_type or default_cache_type(budget, whole_blocks=whole_blocks, on_gpu=on_gpu, patched=patched)
 
     def row_bytes(self, budget: float) -> int:
         """Bytes of one token over all layers, uncompressed."""
@@ -71,8 +61,9 @@ class Inspection:
 
         0 where that is less than there can be.
         """
+        token = TokenShape(*self.head_sizes, self.n_values // sum(self.head_sizes))
         try:
-            return min(cells_for(self.n_ctx, budget, self.type_at(budget), self.token), self.n_ctx)
+            return min(cells_for(self.n_ctx, budget, self.type_at(budget), token), self.n_ctx)
         except InvalidInput:
             return 0
 

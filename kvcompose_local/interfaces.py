@@ -38,7 +38,7 @@ VALUE_BYTES = {
     "q4_0": Fraction(18, 32),
 }
 #: How cells may be stored; ``K/V`` where the two differ.
-CACHE_TYPES = (*VALUE_BYTES, "q8_0/q5_0", "q8_0/q4_0")
+CACHE_TYPES = (*VALUE_BYTES, "q8_0/q4_0")
 
 
 def share_of_f16(cache_type: str, k_size: int = 1, v_size: int = 1) -> Fraction:

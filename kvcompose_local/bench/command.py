@@ -37,7 +37,7 @@ def _budgets(_context: click.Context, _parameter: click.Parameter, value: str) -
 @click.option("--budgets", callback=_budgets, default="0.5,0.25,0.1", show_default=True, help="As --budget of run.")
 @click.option(
     "--cache-type",
-    type=click.Choice(["q8_0/q4_0", "q8_0/q5_0", "q8_0", "f16"]),
+    type=click.Choice(["q8_0/q4_0", "q8_0", "f16"]),
     help="How cells are stored under a budget; in f16 a budget of 0.25 is a quarter of the tokens.  "
     "[default: as in run]",
 )

@@ -269,17 +269,11 @@ def measure(
     with ExitStack() as stack:
         model = Model(path)
         stack.callback(model.close)
-        token, whole_blocks = token_of(model), has_whole_blocks(model)
-
-        def type_at(budget: float) -> str:
-            return cache_type or default_cache_type(
-                n_tokens, budget, token, whole_blocks=whole_blocks, on_gpu=False, patched=True
-            )
-
-        caches = {
-            f"budget {budget:g}": (kind := type_at(budget), cells_for(n_tokens, budget, kind, token))
-            for budget in budgets
-        }
+        if cache_type is None:
+            whole_blocks = has_whole_blocks(model)
+            cache_type = default_cache_type(0.5, whole_blocks=whole_blocks, on_gpu=False, patched=True)
+        token = token_of(model)
+        cells = {f"budget {budget:g}": cells_for(n_tokens, budget, cache_type, token) for budget in budgets}
         tokens = text_tokens(model, sentences, n_tokens)
         n_cells = padded(n_tokens + _ANSWER_CELLS + 512)
         modes: list[Mode] = []
@@ -294,13 +288,13 @@ def measure(
             return engine
 
         full = read_whole(FULL, "f16")
-        for kind in dict.fromkeys(kind for kind, _ in caches.values() if kind != "f16"):
-            read_whole(f"{FULL}, {kind}", kind)
+        if cache_type != "f16":
+            read_whole(f"{FULL}, {cache_type}", cache_type)
         whole = full.snapshot()
         rewrite_seconds = _rewrite_seconds(full, whole)
         profile = _profile(path)
-        for name, (kind, n) in caches.items():
-            engines[name] = small = stack.enter_context(_patched(model, n, threads, SMALL_MICRO_BATCH, kind))
+        for name, n in cells.items():
+            engines[name] = small = stack.enter_context(_patched(model, n, threads, SMALL_MICRO_BATCH, cache_type))
             if profile is not None:
                 by_profile = _read_as_a_chat(f"{name}, profile", small, tokens, progress, profile)
                 modes.append(by_profile)  # which decodes as the other does

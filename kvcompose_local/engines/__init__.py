@@ -25,9 +25,9 @@ from kvcompose_local.interfaces import (
 from kvcompose_local.llama_ffi.cells import library_is_patched
 from kvcompose_local.llama_ffi.model import Model
 
-#: How cells are stored under a budget, the finest first. Keys need 8 bits; with values of 4 two and a half times as
-#: many cells fit as in F16, which is worth far more than what rounding costs (docs/results.md).
-QUANTIZED = ("q8_0", "q8_0/q5_0", "q8_0/q4_0")
+#: How cells are stored under a budget: two and a half times as many fit, which is worth far more than what rounding
+#: costs (docs/results.md). Keys need 8 bits, values 4.
+QUANTIZED = "q8_0/q4_0"
 #: The same where a GPU, whose flash attention mostly wants K and V of one type, may take part.
 QUANTIZED_GPU = "q8_0"
 #: Positions a chat may span when the user does not say.
@@ -62,29 +62,20 @@ def cells_bought(n_ctx: int, budget: float, cache_type: str, token: TokenShape) 
 
 
 def cells_for(n_ctx: int, budget: float, cache_type: str = "f16", token: TokenShape = USUAL_TOKEN) -> int:
-    """The same, at most ``n_ctx``, rounded down to llama.cpp's padding, and up where every position has a cell."""
+    """The same, at most ``n_ctx``, rounded down to llama.cpp's padding, and up where all fit."""
     if not 0 < budget <= 1 or not math.isfinite(budget):
         raise InvalidInput(f"--budget is a share in (0, 1], not {budget}")
     if n_ctx <= 0:
         raise InvalidInput(f"--ctx is a number of positions above 0, not {n_ctx}")
-    if budget == 1 or all_fit(n_ctx, budget, cache_type, token):
-        return _padded(n_ctx)
-    cells = cells_bought(n_ctx, budget, cache_type, token) // CELL_PADDING * CELL_PADDING
+    whole = -(-n_ctx // CELL_PADDING) * CELL_PADDING
+    if budget == 1:
+        return whole
+    cells = min(cells_bought(n_ctx, budget, cache_type, token) // CELL_PADDING * CELL_PADDING, whole)
     if cells == 0:
         raise InvalidInput(
             f"--budget {budget} of --ctx {n_ctx} is under {CELL_PADDING} cells, the least there is: raise one of them"
         )
     return cells
-
-
-def all_fit(n_ctx: int, budget: float, cache_type: str, token: TokenShape) -> bool:
-    """Whether a budget buys a cell for every position; what rounds them up must fit beside them."""
-    n_bytes = share_of_f16(cache_type, token.k_size, token.v_size) * _padded(n_ctx)  # of those of an F16 cell
-    return cells_bought(n_ctx, budget, cache_type, token) >= n_ctx and n_bytes <= Fraction(str(budget)) * n_ctx
-
-
-def _padded(n_cells: int) -> int:
-    return -(-n_cells // CELL_PADDING) * CELL_PADDING
 
 
 def open_engine(
@@ -108,7 +99,7 @@ def open_engine(
     already. Raises InvalidInput for impossible numbers, before the weights are read where that can be known, and
     ModelError for models that cannot run.
     """
-    cells_for(DEFAULT_CTX if n_ctx is None else n_ctx, budget, cache_type or QUANTIZED[-1])
+    cells_for(DEFAULT_CTX if n_ctx is None else n_ctx, budget, cache_type or QUANTIZED)
     model = load(path, gpu_layers=gpu_layers, progress=progress)
     try:
         if not model.can_generate:
@@ -119,14 +110,8 @@ def open_engine(
         threads = n_threads or physical_cores()
         patched = engine_name == "patched" or (engine_name is None and library_is_patched())
         if cache_type is None:
-            cache_type = default_cache_type(
-                positions,
-                budget,
-                token_of(model),
-                whole_blocks=has_whole_blocks(model),
-                on_gpu=gpu_layers > 0,
-                patched=patched,
-            )
+            whole_blocks, on_gpu = has_whole_blocks(model), gpu_layers > 0
+            cache_type = default_cache_type(budget, whole_blocks=whole_blocks, on_gpu=on_gpu, patched=patched)
         elif any(VALUE_BYTES[t] < 2 for t in cache_type.split("/")) and not has_whole_blocks(model):  # quantized
             raise InvalidInput(
                 f"--cache-type {cache_type} takes blocks of {BLOCK} values, and the heads of {model.name} are of "
@@ -141,18 +126,11 @@ def open_engine(
     return engine, positions
 
 
-def default_cache_type(
-    n_ctx: int, budget: float, token: TokenShape, *, whole_blocks: bool, on_gpu: bool, patched: bool
-) -> str:
-    """How a budget's cells are stored where nobody says; whole_blocks: of :func:`has_whole_blocks`.
-
-    As finely as the budget pays for where every position then has a cell, and elsewhere as many as it buys.
-    """
+def default_cache_type(budget: float, *, whole_blocks: bool, on_gpu: bool, patched: bool) -> str:
+    """How a budget's cells are stored where nobody says; whole_blocks: of :func:`has_whole_blocks`."""
     if budget == 1 or not whole_blocks or not patched:
         return "f16"
-    if on_gpu:
-        return QUANTIZED_GPU
-    return next((kind for kind in QUANTIZED if all_fit(n_ctx, budget, kind, token)), QUANTIZED[-1])
+    return QUANTIZED_GPU if on_gpu else QUANTIZED
 
 
 def has_whole_blocks(model: Model) -> bool:
