@@ -13,6 +13,7 @@ its checksum, blake2b over every byte, were looked at.
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import itertools
@@ -330,10 +331,13 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the new name last through a power cut."""
+    """Make the new name last through a power cut, where the file system can: some refuse, and the file is there."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
     finally:
         os.close(handle)
 

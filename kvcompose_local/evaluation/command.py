@@ -43,8 +43,8 @@ def _names(_context: click.Context, _parameter: click.Parameter, value: str) -> 
     callback=_names,
     default=OURS,
     show_default=True,
-    help="Comma-separated, or `all`; NAME+q8_0 keeps its cells in that type, NAME+q8_0/q4_0 keys and values in two "
-    "(full+q8_0: all of them), `streaming` reads turn by turn as the chat does.",
+    help="Comma-separated, or `all`, which leaves out trials; NAME+q8_0 keeps its cells in that type, NAME+q8_0/q4_0 "
+    "keys and values in two (full+q8_0: all of them), `streaming` reads turn by turn as the chat does.",
 )
 @click.option(
     "--keep", "keeps", callback=_numbers, default=",".join(map(str, KEEPS)), show_default=True, help="Keep ratios."
@@ -95,7 +95,7 @@ def eval_command(
     tasks = tasks or tuple(TASKS)
     if set(tasks) - set(TASKS):
         raise InvalidInput(f"the tasks are {', '.join(TASKS)}")
-    methods = tuple(method_names()) if methods == ("all",) else methods
+    methods = tuple(method_names(with_trials=False)) if methods == ("all",) else methods
     for name in methods:
         check_method(name)
     status = Status(sys.stderr)

@@ -36,9 +36,10 @@ def find_method(name: str) -> Method:
     return _METHODS[name]
 
 
-def method_names() -> list[str]:
-    """All names."""
-    return sorted(_METHODS)
+def method_names(*, with_trials: bool = True) -> list[str]:
+    """All names, or those without the variations that docs/trials.md is about."""
+    trials = f"{__name__}.trials"
+    return sorted(name for name, function in _METHODS.items() if with_trials or function.__module__ != trials)
 
 
 def by_kv_head(attention: FloatArray, n_kv_heads: int) -> FloatArray:

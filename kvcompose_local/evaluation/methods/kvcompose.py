@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from kvcompose_local.budgets import allocate_bytes, allocate_tempered
 from kvcompose_local.evaluation.methods import method
 from kvcompose_local.evaluation.statistics import Statistics
@@ -46,10 +44,3 @@ def replay(stats: Statistics, n_cells: int) -> list[IntArray]:
 def ours(stats: Statistics, n_cells: int) -> list[IntArray]:
     """What the program does: the sum of both attentions, no mean over KV heads, tempered layer budgets."""
     return select_composites(stats.both, tempered_budgets(stats.both, n_cells))
-
-
-@method("uniform")
-def uniform(stats: Statistics, n_cells: int) -> list[IntArray]:
-    """The same scores, equally many cells in every layer: what stock llama.cpp can hold."""
-    n_layers = len(stats.both)
-    return select_composites(stats.both, np.full(n_layers, min(n_cells // n_layers, stats.n_tokens), np.int64))
