@@ -72,8 +72,11 @@ def test_unknown_tasks_and_methods_are_named() -> None:
         make_item("qa", 0, 10, words)
     with pytest.raises(InvalidInput, match="key-norm"):
         find_method("nope")
-    assert set(method_names()) > set(method_names(with_trials=False)) > {"kvcompose-local", "published", "uniform"}
-    assert "replay+seen-mean" not in method_names(with_trials=False)
+    usual, trials = set(method_names(trials=False)), set(method_names(trials=True))
+    assert usual | trials == set(method_names())
+    assert usual > {"kvcompose-local", "published", "uniform"}
+    assert trials > {"replay+seen-mean", "replay+seen-power0.5"}
+    assert not usual & trials
 
 
 def record(task: str, seed: int, method: str, keep: float, score: float, kl: float = 0.0) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def _names(_context: click.Context, _parameter: click.Parameter, value: str) -> 
     callback=_names,
     default=OURS,
     show_default=True,
-    help="Comma-separated, or `all`, which leaves out trials; NAME+q8_0 keeps its cells in that type, NAME+q8_0/q4_0 "
+    help="Comma-separated; `all` are all but `trials`; NAME+q8_0 keeps its cells in that type, NAME+q8_0/q4_0 "
     "keys and values in two (full+q8_0: all of them), `streaming` reads turn by turn as the chat does.",
 )
 @click.option(
@@ -95,7 +95,8 @@ def eval_command(
     tasks = tasks or tuple(TASKS)
     if set(tasks) - set(TASKS):
         raise InvalidInput(f"the tasks are {', '.join(TASKS)}")
-    methods = tuple(method_names(with_trials=False)) if methods == ("all",) else methods
+    groups = {"all": method_names(trials=False), "trials": method_names(trials=True)}
+    methods = tuple(name for part in methods for name in groups.get(part, [part]))
     for name in methods:
         check_method(name)
     status = Status(sys.stderr)

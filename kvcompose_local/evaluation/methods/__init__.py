@@ -36,10 +36,10 @@ def find_method(name: str) -> Method:
     return _METHODS[name]
 
 
-def method_names(*, with_trials: bool = True) -> list[str]:
-    """All names, or those without the variations that docs/trials.md is about."""
-    trials = f"{__name__}.trials"
-    return sorted(name for name, function in _METHODS.items() if with_trials or function.__module__ != trials)
+def method_names(*, trials: bool | None = None) -> list[str]:
+    """All names; only or without the variations that docs/trials.md is about."""
+    module = f"{__name__}.trials"
+    return sorted(name for name, made in _METHODS.items() if trials in (None, made.__module__ == module))
 
 
 def by_kv_head(attention: FloatArray, n_kv_heads: int) -> FloatArray:
