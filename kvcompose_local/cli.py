@@ -406,9 +406,9 @@ def open_chat(
             workers=workers,
             sampling=sampling,
             system=system,
-            on_compaction=lambda report: status.line(report.line()),
+            on_compaction=status.compacted,
             on_loading=lambda done, total: status.progress("loading:", done, total, "%"),
-            on_reading=lambda done, total: status.progress("reading:", done, total),
+            on_reading=status.reading,
             on_compacting=lambda done, total: status.progress("compacting:", done, total),
             on_rebuild=lambda n: status.line(f"that part is compressed already: reading {n} tokens again"),
             should_stop=interrupts,
@@ -421,7 +421,10 @@ def open_chat(
                 "`kvcompose-local build` makes the better one"
             )
         with saved_on_abort(local.chat):
-            yield local
+            try:
+                yield local
+            finally:
+                status.settle()
 
 
 @contextlib.contextmanager

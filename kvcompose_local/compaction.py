@@ -114,13 +114,15 @@ class CompactionReport:
     def seconds(self) -> float:
         return self.replay_seconds + self.select_seconds + self.rewrite_seconds
 
-    def line(self) -> str:
-        """One line for people."""
+    def line(self, *earlier: CompactionReport) -> str:
+        """One line for people, which counts in ``earlier`` ones that were not told."""
         low, high = min(self.composed), max(self.composed)
         cells = f"{low}" if low == high else f"{low}–{high}"
+        seconds = sum(report.seconds for report in (*earlier, self))
+        times = f", {len(earlier) + 1} times" if earlier else ""
         return (
             f"compacted: {self.tokens_seen} tokens seen, {cells} composed + {self.n_live} live cells a layer, "
-            f"{self.bytes_before / 2**20:.1f} → {self.bytes_after / 2**20:.1f} MiB in {self.seconds:.1f} s"
+            f"{self.bytes_before / 2**20:.1f} → {self.bytes_after / 2**20:.1f} MiB in {seconds:.1f} s{times}"
         )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from kvcompose_local.chat import Chat, TurnStats
+from kvcompose_local.compaction import CompactionReport
 from kvcompose_local.errors import InvalidInput, KVComposeError, PositionsFull
 from kvcompose_local.interrupts import Interrupts, uninterrupted
 from kvcompose_local.memory_chart import ASCII_MARKS, UNICODE_MARKS, can_show, draw
@@ -64,6 +65,8 @@ class Status:
         self._terminal = stream.isatty()
         self._shown = False
         self.inside_a_line = False  # an answer on the same terminal has not ended its line: what is told gets its own
+        self._reading = False
+        self._untold: list[CompactionReport] = []  # of the text that is being read
         self._works: dict[str, tuple[float, int]] = {}  # when each began, and how far it is: one may stop another
         self._last = 0.0
 
@@ -91,7 +94,32 @@ class Status:
         if self.should_stop():
             self._works.clear()
             self._erase()
+            self.settle()
             raise KeyboardInterrupt
+
+    def reading(self, done: int, total: int) -> None:
+        """Progress of reading, in tokens."""
+        self._reading = done < total
+        self.progress("reading:", done, total)
+        if not self._reading:
+            self.settle()
+
+    def compacted(self, report: CompactionReport) -> None:
+        """Tell of a compaction: at once, or all those of a text in one line when it is read."""
+        self._untold.append(report)
+        if not self._reading:
+            self.settle()
+
+    def settle(self) -> None:
+        """Tell what is untold: nothing is being read any more."""
+        self._reading = False
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._untold:
+            *earlier, last = self._untold
+            self._untold = []
+            self.line(last.line(*earlier))
 
     def fetching(self, done: int, total: int) -> None:
         """Progress of a download, in bytes."""
@@ -103,6 +131,7 @@ class Status:
 
     def line(self, text: str) -> None:
         """Print one line."""
+        self._tell()
         self._erase()
         self._write(text + "\n")
 
@@ -234,6 +263,8 @@ class Repl:
                 self.status.line("stopped")
             except KVComposeError as error:
                 self.status.line(f"error: {error}{', or /clear' if isinstance(error, PositionsFull) else ''}")
+            finally:
+                self.status.settle()
 
     def _read_message(self) -> str | None:
         line = self.read_line()

@@ -302,6 +302,10 @@ def test_the_report_line() -> None:
     assert report.line() == (
         "compacted: 900 tokens seen, 10–300 composed + 8 live cells a layer, 3.0 → 1.0 MiB in 1.0 s"
     )
+    earlier = CompactionReport(700, 700, (9, 250), 8, 3 << 20, 2 << 20, 1.5, 0.0, 0.0)
+    assert report.line(earlier, earlier) == (
+        "compacted: 900 tokens seen, 10–300 composed + 8 live cells a layer, 3.0 → 1.0 MiB in 4.0 s, 3 times"
+    )
 
 
 def test_policies_fit_their_arena() -> None:

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcompose_local.chat import Chat
-from kvcompose_local.compaction import CacheMemory
+from kvcompose_local.compaction import CacheMemory, CompactionReport
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.interfaces import CacheLayout, LayerShape, ModelShape
 from kvcompose_local.interrupts import Interrupts, uninterrupted
@@ -352,6 +352,44 @@ def test_work_that_is_held_up_by_other_work_knows_its_time(monkeypatch: pytest.M
         "",
         "reading: 50/100 tokens, 5 s left",
     ]
+
+
+def test_compactions_of_a_text_are_one_line_and_none_is_kept_back() -> None:
+    pressed = False
+    out = io.StringIO()
+    status = Status(out, should_stop=lambda: pressed)
+    report = CompactionReport(900, 800, (10, 300), 8, 3 << 20, 1 << 20, 1.0, 0.0, 0.0)
+
+    def told() -> list[str]:
+        lines = [line.rpartition(" MiB in ")[2] for line in out.getvalue().splitlines()]
+        out.seek(0)
+        out.truncate()
+        return lines
+
+    status.compacted(report)  # while something is answered
+    assert told() == ["1.0 s"]
+    status.reading(0, 100)
+    for done in (30, 60, 90):
+        status.compacted(report)
+        status.reading(done, 100)
+    assert told() == []
+    status.reading(100, 100)
+    assert told() == ["3.0 s, 3 times"]
+    status.reading(0, 100)
+    status.compacted(report)
+    pressed = True
+    with pytest.raises(KeyboardInterrupt):
+        status.reading(50, 100)
+    assert told() == ["1.0 s"]
+    pressed = False
+    status.compacted(report)  # /compress
+    assert told() == ["1.0 s"]
+    status.reading(0, 100)
+    status.compacted(report)
+    status.line("error: it failed")
+    assert told() == ["1.0 s", "error: it failed"]
+    status.settle()
+    assert told() == []
 
 
 def test_ctrl_c_waits_for_what_must_not_be_cut_short() -> None:
