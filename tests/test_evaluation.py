@@ -129,6 +129,11 @@ def test_areas_of_a_table_are_of_the_same_bytes(table: list[dict[str, Any]]) -> 
     assert next(line for line in text.splitlines() if line.startswith("| full+q8_0 |")).endswith("|  |  |  |")
 
 
+def test_a_text_that_is_too_long_is_told_as_such(tiny_model: Callable[..., Path]) -> None:
+    done = CliRunner().invoke(cli, ["eval", str(tiny_model()), "--length", "9000"])
+    assert "--length 9000 takes a cache of 11264 cells: --ctx 11264 is beyond the 4096 positions" in str(done.exception)
+
+
 def test_a_method_that_met_only_what_the_full_cache_fails_has_no_share(table: list[dict[str, Any]]) -> None:
     rows = [r for r in table if r["method"] == FULL] + [record("a", 9, FULL, 1.0, 0.0), record("a", 9, "m", 0.5, 1.0)]
     assert [r.method for r in report.results(rows)] == [FULL]

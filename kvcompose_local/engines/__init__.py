@@ -106,10 +106,7 @@ def open_engine(
             raise ModelError(f"{path.name} is not a language model that can chat")
         positions = min(DEFAULT_CTX, model.n_ctx_train) if n_ctx is None else n_ctx
         if positions > model.n_ctx_train:
-            raise InvalidInput(
-                f"{positions} positions are more than the {model.n_ctx_train} that {model.name} knows: "
-                "lower --ctx, or --length where texts are made"
-            )
+            raise InvalidInput(f"--ctx {positions} is beyond the {model.n_ctx_train} positions {model.name} knows")
         threads = n_threads or physical_cores()
         patched = engine_name == "patched" or (engine_name is None and library_is_patched())
         if cache_type is None:

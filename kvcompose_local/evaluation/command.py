@@ -104,7 +104,10 @@ def eval_command(
     models.check_gguf(path)
     output = output or Path(f"{path.stem}.eval.jsonl")
     n_cells = room_for(length, whole_replay=any(name.startswith("published") for name in methods))
-    engine, _ = open_engine(path, n_ctx=n_cells, budget=1.0, n_threads=threads)
+    try:
+        engine, _ = open_engine(path, n_ctx=n_cells, budget=1.0, n_threads=threads)
+    except InvalidInput as error:
+        raise InvalidInput(f"--length {length} takes a cache of {n_cells} cells: {error}") from error
     with engine:
         if not isinstance(engine, PatchedEngine):
             raise InvalidInput("the evaluation needs the patched engine: run `kvcompose-local build`")
