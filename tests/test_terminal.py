@@ -59,6 +59,7 @@ def terminal(tiny_model: TinyModel, tmp_path: Path) -> Iterator[Terminal]:
             codec_errors="replace",
             dimensions=(50, 200),
             timeout=120,  # other programs may have the processor
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup may run these tests
         )
         children.append(child)
         child.expect_exact(PROMPT)
