@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvcompose_local import sessions
@@ -34,12 +35,15 @@ class Autosave:
     ) -> None:
         self.chat = chat
         self.setup = setup
-        self.session = session
         self.is_on = is_on
         self.status = status
         self.interrupts = interrupts
-        self._name = session or sessions.LAST
-        self._version = version
+        self._is_wanted = session is not None
+        self._name = session or sessions.LAST  # of what is saved unasked
+        # What is known of that file, which another chat may have written since; None where any chat may replace it.
+        self._version = version if session is not None else None
+        self._holds_last = session is not None and _is_same(session, sessions.LAST)
+        self._wrote = False  # that file, since the chat was begun or loaded
         self._begun = self._kept = self._now()  # as it was loaded; as it was saved last
 
     def _now(self) -> tuple[Any, ...]:
@@ -48,8 +52,8 @@ class Autosave:
 
     @property
     def is_unsaved(self) -> bool:
-        """Whether there is something to save at the end."""
-        return self.is_on and self.chat.memory.position > 0 and self._now() != self._begun
+        """Whether there may be something to save at the end."""
+        return self.is_on and self.chat.memory.position > 0 and (self._wrote or self._now() != self._begun)
 
     def save(self, name: str) -> str:
         """Save the chat under a name or to a path; returns what to say of it. Raises InvalidInput and SessionError."""
@@ -65,11 +69,12 @@ class Autosave:
         if not name:
             raise InvalidInput(f"/load takes a name: {', '.join(sessions.names()) or 'nothing is saved yet'}")
         if self.is_unsaved and self._now()[0] not in (self._begun[0], self._kept[0]):
-            if sessions.path_of(name) == sessions.path_of(self._name):
+            if _is_same(name, self._name):
                 raise InvalidInput(f"this chat would be lost: /save it under another name than {name} first")
             self.status.line(self._save(self._own_name()))
         told = self._load(name)
-        self._name = sessions.LAST  # not over the session that this chat began as
+        # Over no session that a chat of this program began as or was saved to.
+        self._name, self._version = (_beside(sessions.LAST), ()) if self._holds_last else (sessions.LAST, None)
         return told
 
     def resume(self) -> str:
@@ -84,32 +89,43 @@ class Autosave:
             with self.interrupts.caught():
                 told = self._save(self._own_name())
         except (KVComposeError, KeyboardInterrupt) as error:
-            if self.session is not None:
+            if self._is_wanted:
                 raise
             told = f"the chat is not saved: {str(error) or 'stopped'}"
         self.status.line(told)
 
     def _own_name(self) -> str:
         """Where the chat is saved unasked: beside its session where another chat was saved there meanwhile."""
-        if self.session is None or self._name != self.session:
-            return self._name
-        path = sessions.path_of(self.session)
-        if sessions.version_of(path) == self._version:
-            return self._name
-        self._name = str(sessions.beside(path))
-        self.status.line(f"another chat was saved as {self.session} meanwhile: this one is saved as {self._name}")
+        if self._version is not None and sessions.version_of(sessions.path_of(self._name)) != self._version:
+            name, self._name, self._version = self._name, _beside(self._name), ()
+            self.status.line(f"another chat was saved as {name} meanwhile: this one is saved as {self._name}")
         return self._name
 
     def _save(self, name: str) -> str:
         path = sessions.path_of(name)
         mib = sessions.save(path, self.chat, self.setup, self.status.checking) / 2**20
         self._kept = self._now()
-        if self.session is not None and path == sessions.path_of(self.session):
-            self._version = sessions.version_of(path)
+        self._holds_last |= _is_same(name, sessions.LAST)
+        if _is_same(name, self._name):
+            self._wrote = True
+            self._version = None if self._version is None else sessions.version_of(path)
         return f"saved ({mib:.1f} MiB): kvcompose-local run --session {shlex.quote(name)} goes on from here"
 
     def _load(self, name: str) -> str:
         sessions.load(sessions.path_of(name), self.chat, self.setup, self.status.checking)
         self._begun = self._kept = self._now()
+        self._wrote = False
         n_messages = sum(message["role"] != "system" for message in self.chat.messages)
         return f"loaded {name}: {n_messages} messages, {self.chat.memory.position} tokens"
+
+
+def _is_same(one: str, other: str) -> bool:
+    """Whether two names are of one session, however they are spelled."""
+    first, second = sessions.path_of(one), sessions.path_of(other)
+    return first.resolve() == second.resolve() or (first.exists() and second.exists() and first.samefile(second))
+
+
+def _beside(name: str) -> str:
+    """A name that is free, next to this one."""
+    path = sessions.beside(sessions.path_of(name))
+    return str(path) if Path(name).suffix or Path(name).parent != Path() else path.stem

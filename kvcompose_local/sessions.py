@@ -13,7 +13,6 @@ its checksum, blake2b over every byte, were looked at.
 
 from __future__ import annotations
 
-import errno
 import glob
 import hashlib
 import itertools
@@ -188,6 +187,8 @@ def model_digest(path: Path, progress: Progress | None = None, file: BinaryIO | 
         if progress is not None:
             progress(done >> 20, total >> 20)
 
+    if file is not None and file.closed:
+        raise SessionError("the model is closed")
     try:
         path = path.resolve()
         with open(path, "rb") if file is None else nullcontext(file) as model:
@@ -198,8 +199,6 @@ def model_digest(path: Path, progress: Progress | None = None, file: BinaryIO | 
                 if re.fullmatch("[0-9a-f]{64}", digest := known.read_text(encoding="ascii")):
                     return digest
             digest = sha256_of(model, in_mib)
-    except ValueError as error:
-        raise SessionError("the model is closed") from error
     except OSError as error:
         raise SessionError(f"cannot read {path}: {error.strerror or error}") from error
     with suppress(SessionError), replacing(known) as kept:  # a cache that cannot be written costs time, nothing else
@@ -331,15 +330,13 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the new name last through a power cut, where the file system can: some refuse, and the file is there."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-            raise
-    finally:
-        os.close(handle)
+    """Make the new name last through a power cut, where the file system lets us: the file is there all the same."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _pin() -> str:
@@ -371,7 +368,7 @@ def check_model(manifest: Manifest, setup: Setup, progress: Progress | None = No
     if setup.cache_type != manifest.cache_type:
         raise SessionError(
             f"the session's cells are {manifest.cache_type} and the cache is {setup.cache_type}: "
-            f"start with --cache-type {manifest.cache_type}, or with --session, which brings its own"
+            f"start with --cache-type {manifest.cache_type}, or with --session and no --cache-type"
         )
 
 

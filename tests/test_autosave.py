@@ -79,16 +79,18 @@ def test_a_copy_does_not_make_the_session_ones_own_again(begin: Begin, tmp_path:
     second.at_the_end()
     first.save("copy")
     first.at_the_end()
-    assert "another chat was saved as s meanwhile" in told.getvalue()
-    assert [n_messages(begin, name) for name in ("s", "copy", str(tmp_path / "s-2.kvc"))] == [4, 2, 2]
+    assert "another chat was saved as s meanwhile: this one is saved as s-2\n" in told.getvalue()
+    assert [n_messages(begin, name) for name in ("s", "copy", "s-2")] == [4, 2, 2]
 
 
 def test_a_load_that_fails_saves_once(begin: Begin, tmp_path: Path, told: io.StringIO) -> None:
     autosave = begin("s", "One")[1]
     with pytest.raises(InvalidInput, match="takes a name: nothing is saved yet"):
         autosave.load("")
-    with pytest.raises(SessionError, match="cannot read"):
-        autosave.load("typo")
+    for _ in range(2):
+        with pytest.raises(SessionError, match="cannot read"):
+            autosave.load("typo")
+    assert told.getvalue().count("saved (") == 1
     autosave.at_the_end()
     assert "meanwhile" not in told.getvalue()
     assert sessions.names() == ["s"]
@@ -102,7 +104,60 @@ def test_a_chat_beside_its_session_stays_there(begin: Begin, tmp_path: Path) -> 
     list(chat.ask("More", max_tokens=9))
     first.at_the_end()
     assert sorted(path.name for path in tmp_path.glob("*.kvc")) == ["s-2.kvc", "s.kvc"]
-    assert n_messages(begin, str(tmp_path / "s-2.kvc")) == 4
+    assert n_messages(begin, "s-2") == 4
+
+
+def test_a_chat_beside_its_session_overwrites_none_there_either(begin: Begin, told: io.StringIO) -> None:
+    chat, first = begin("s", "One")
+    begin("s", "Two", "Three")[1].at_the_end()
+    with pytest.raises(SessionError):
+        first.load("typo")  # saves it as s-2 ...
+    begin("s-2", "Four", "Five")[1].at_the_end()  # ... with which another goes on
+    list(chat.ask("More", max_tokens=9))
+    first.at_the_end()
+    assert "another chat was saved as s-2 meanwhile: this one is saved as s-2-2\n" in told.getvalue()
+    assert [n_messages(begin, name) for name in ("s", "s-2", "s-2-2")] == [4, 6, 4]
+
+
+def test_what_was_taken_back_after_saving_is_taken_back_in_the_file(begin: Begin) -> None:
+    begin("s", "One")[1].at_the_end()
+    chat, autosave = begin("s", "Two")
+    autosave.save("s")
+    assert n_messages(begin, "s") == 4
+    chat.undo()
+    autosave.at_the_end()
+    assert n_messages(begin, "s") == 2
+
+
+def test_a_session_is_the_same_however_it_is_spelled(begin: Begin, tmp_path: Path, told: io.StringIO) -> None:
+    path = str(tmp_path / "s.kvc")
+    chat, autosave = begin("s", "One")
+    autosave.save(path)
+    list(chat.ask("Two", max_tokens=9))
+    with pytest.raises(InvalidInput, match="would be lost"):
+        autosave.load(path)
+    (tmp_path / "link.kvc").symlink_to(path)
+    with pytest.raises(InvalidInput, match="would be lost"):
+        autosave.load("link")
+    autosave.at_the_end()
+    assert "meanwhile" not in told.getvalue()
+    assert n_messages(begin, "s") == 4
+
+
+def test_no_chat_of_a_program_is_saved_over_another_of_it(begin: Begin, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        begin(name, "One")[1].at_the_end()
+    for session in (None, "last"):  # the second goes on from what the first left as last
+        before = n_messages(begin, "last") if session else 0
+        chat, autosave = begin(session, "Two")
+        for name in ("a", "b"):
+            autosave.load(name)
+            list(chat.ask("Three", max_tokens=9))
+        autosave.at_the_end()
+        assert n_messages(begin, "last") == before + 2
+    # each time two chats more: what came of a and of b
+    assert sorted(path.stem for path in tmp_path.glob("last*.kvc")) == ["last", "last-2", "last-3", "last-4", "last-5"]
+    assert [n_messages(begin, name) for name in ("a", "b", "last-2", "last-5")] == [2, 2, 4, 4]
 
 
 def test_what_was_compressed_alone_is_saved_or_taken_back(begin: Begin, tmp_path: Path) -> None:

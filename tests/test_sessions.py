@@ -759,7 +759,11 @@ def test_a_document_is_read_once_and_answered_about_at_once(
     short = ["run", "--session", out, "-p", "Who?", "--threads", 1]
     refused(program(*short, "--ctx", 512), 1, "raise --ctx")
     refused(program(*short, "--budget", 0.125), 1, "raise --budget")
-    refused(program(*short, "--cache-type", "f16"), 1, "start with --cache-type q8_0/q4_0, or with --session")
+    refused(
+        program(*short, "--cache-type", "f16"),
+        1,
+        "start with --cache-type q8_0/q4_0, or with --session and no --cache-type",
+    )
     refused(program(*short, "--system", "Other."), 1, "a system prompt of its own")
     refused(program("run", tiny_model("llama", seed=5), *short[1:]), 1, "belongs to another model: model.gguf")
     moved = model.rename(tmp_path / "moved.gguf")

@@ -392,10 +392,16 @@ def test_loading_another_chat_loses_none(terminal: Terminal) -> None:
     assert "loaded one: 2" in shown
     say(child, "Three")
     say(child, "Four")
-    assert say(child, "/load last") == "error: this chat would be lost: /save it under another name than last first"
-    say(child, "/save six")
-    assert "loaded last: 4" in say(child, "/load last")
+    shown = say(child, "/load last")
+    assert "--session last-2 goes on" in shown, "last is the chat before it"
+    assert "loaded last: 4" in shown
+    say(child, "Five")
     leave(child)
+    assert "--session last-3 goes on" in plain(child.before)
+    for name, n_messages in (("one", 2), ("last", 4), ("last-2", 6), ("last-3", 6)):
+        child = terminal("--session", name, "--no-autosave")
+        assert f"loaded {name}: {n_messages} messages" in plain(child.before)
+        leave(child)
 
 
 def test_a_session_that_was_only_compressed_is_saved(terminal: Terminal, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from kvcompose_local.engines.patched import PatchedEngine
     from kvcompose_local.llama_ffi.model import Model
 
 KEEPS = (0.75, 0.5, 0.25, 0.15, 0.1, 0.05)
@@ -43,8 +44,9 @@ def _names(_context: click.Context, _parameter: click.Parameter, value: str) -> 
     callback=_names,
     default=OURS,
     show_default=True,
-    help="Comma-separated; `all` are all but `trials`; NAME+q8_0 keeps its cells in that type, NAME+q8_0/q4_0 "
-    "keys and values in two (full+q8_0: all of them), `streaming` reads turn by turn as the chat does.",
+    help="Comma-separated; `all`; `trials`, variations of ours (docs/trials.md). NAME+q8_0 keeps its cells in that "
+    "type, NAME+q8_0/q4_0 keys and values in two (full+q8_0: all of them), `streaming` reads turn by turn as the chat "
+    "does.",
 )
 @click.option(
     "--keep", "keeps", callback=_numbers, default=",".join(map(str, KEEPS)), show_default=True, help="Keep ratios."
@@ -81,8 +83,7 @@ def eval_command(
     out. Results go to the output file as they come, Ctrl-C stops, and the same command goes on.
     """
     from kvcompose_local import models
-    from kvcompose_local.engines import has_whole_blocks, open_engine, physical_cores
-    from kvcompose_local.engines.patched import PatchedEngine
+    from kvcompose_local.engines import has_whole_blocks, physical_cores
     from kvcompose_local.errors import InvalidInput
     from kvcompose_local.evaluation import report
     from kvcompose_local.evaluation.harness import FULL, Evaluation, cell_share, check_method, room_for
@@ -97,6 +98,8 @@ def eval_command(
         raise InvalidInput(f"the tasks are {', '.join(TASKS)}")
     groups = {"all": method_names(trials=False), "trials": method_names(trials=True)}
     methods = tuple(name for part in methods for name in groups.get(part, [part]))
+    if not methods:
+        raise InvalidInput("name some --methods")
     for name in methods:
         check_method(name)
     status = Status(sys.stderr)
@@ -104,13 +107,7 @@ def eval_command(
     models.check_gguf(path)
     output = output or Path(f"{path.stem}.eval.jsonl")
     n_cells = room_for(length, whole_replay=any(name.startswith("published") for name in methods))
-    try:
-        engine, _ = open_engine(path, n_ctx=n_cells, budget=1.0, n_threads=threads)
-    except InvalidInput as error:
-        raise InvalidInput(f"--length {length} takes a cache of {n_cells} cells: {error}") from error
-    with engine:
-        if not isinstance(engine, PatchedEngine):
-            raise InvalidInput("the evaluation needs the patched engine: run `kvcompose-local build`")
+    with open_uncompressed(path, length, n_cells, threads) as engine:
         if quick:
             caches = chat_caches(engine.model)
             trials = [(FULL, 1.0), *caches]
@@ -119,7 +116,8 @@ def eval_command(
             trials = [(FULL, 1.0)]
             for name in methods:
                 trials += [(name, keep) for keep in ((1.0,) if name.startswith(FULL) else keeps)]
-            ours = OURS if OURS in methods else trials[-1][0]
+            trials = list(dict.fromkeys(trials))
+            ours = next((name for name in (OURS, OURS.partition("+")[0]) if name in methods), methods[0])
             caches = {(n, k): f"{k * cell_share(n):.2g} of its bytes" for n, k in trials if n == ours}
         if not has_whole_blocks(engine.model) and any(cell_share(name) < 1 for name, _ in trials):
             raise InvalidInput(f"heads of {path.name} are no whole blocks of a quantized type: choose other --methods")
@@ -155,10 +153,26 @@ def eval_command(
         click.echo(json.dumps({"tasks": report.tasks_that_count(records), "results": found}))
     else:
         click.echo(report.tables(records))
-        click.echo(f"\n{report.recommendation(records, caches)}")
+        click.echo(f"\n{'' if quick else f'{ours}: '}{report.recommendation(records, caches)}")
     if plot is not None:
         for file in report.plot(records, plot, ours):
             status.line(f"drew {file}")
+
+
+def open_uncompressed(path: Path, length: int, n_cells: int, n_threads: int | None) -> PatchedEngine:
+    """An engine with room for texts of ``--length``. Raises InvalidInput for what is too long, and without patches."""
+    from kvcompose_local.engines import open_engine
+    from kvcompose_local.engines.patched import PatchedEngine
+    from kvcompose_local.errors import InvalidInput
+
+    try:
+        engine, _ = open_engine(path, n_ctx=n_cells, budget=1.0, n_threads=n_threads)
+    except InvalidInput as error:
+        raise InvalidInput(f"--length {length} takes a cache of {n_cells} cells: {error}") from error
+    if not isinstance(engine, PatchedEngine):
+        engine.close()
+        raise InvalidInput("this needs the patched engine: run `kvcompose-local build`")
+    return engine
 
 
 def chat_caches(model: Model) -> dict[tuple[str, float], str]:
@@ -189,9 +203,6 @@ def profile_command(model: str | None, texts: int, length: int, output: Path | N
     may be shared: it belongs to the GGUF file's sha256, and counts from the cache folder's `profiles`.
     """
     from kvcompose_local import models, profiles
-    from kvcompose_local.engines import open_engine
-    from kvcompose_local.engines.patched import PatchedEngine
-    from kvcompose_local.errors import InvalidInput
     from kvcompose_local.evaluation.harness import room_for
     from kvcompose_local.evaluation.profiling import measure_profile
     from kvcompose_local.repl import Status
@@ -201,10 +212,7 @@ def profile_command(model: str | None, texts: int, length: int, output: Path | N
     path = models.resolve(model, pull=True, progress=status.fetching)
     models.check_gguf(path)
     digest = model_digest(path, status.checking)
-    engine, _ = open_engine(path, n_ctx=room_for(length), budget=1.0, n_threads=threads)
-    with engine:
-        if not isinstance(engine, PatchedEngine):
-            raise InvalidInput("a profile needs the patched engine: run `kvcompose-local build`")
+    with open_uncompressed(path, length, room_for(length), threads) as engine:
         profile = measure_profile(
             engine,
             digest,
