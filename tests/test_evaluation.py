@@ -129,6 +129,23 @@ def test_areas_of_a_table_are_of_the_same_bytes(table: list[dict[str, Any]]) -> 
     assert next(line for line in text.splitlines() if line.startswith("| full+q8_0 |")).endswith("|  |  |  |")
 
 
+@needs_patch
+def test_the_recommendation_is_about_this_program(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    options = ["--tasks", "needles_8", "--length", "500", "--items", "1", "--keep", "0.3", "--threads", "1"]
+    for methods, ours in (
+        ("kvcompose-local,random,full+q8_0", "kvcompose-local"),
+        ("random,random,full+q8_0", "random"),
+    ):
+        out = tmp_path / f"{ours}.jsonl"
+        done = CliRunner().invoke(
+            cli, ["eval", str(tiny_model("llama", n_ctx=16384)), *options, "--methods", methods, "-o", str(out)]
+        )
+        assert done.exit_code == 0, done.output
+        rows = [(r["method"], r["question"]) for r in map(json.loads, out.read_text().splitlines())]
+        assert len(rows) == len(set(rows)), "a method that is named twice runs once"
+        assert done.stdout.splitlines()[-1].startswith(f"{ours}: ")
+
+
 def test_a_text_that_is_too_long_is_told_as_such(tiny_model: Callable[..., Path]) -> None:
     done = CliRunner().invoke(cli, ["eval", str(tiny_model()), "--length", "9000"])
     assert "--length 9000 takes a cache of 11264 cells: --ctx 11264 is beyond the 4096 positions" in str(done.exception)
