@@ -96,7 +96,8 @@ class Autosave:
 
     def _own_name(self) -> str:
         """Where the chat is saved unasked: beside its session where another chat was saved there meanwhile."""
-        if self._version is not None and sessions.version_of(sessions.path_of(self._name)) != self._version:
+        found = sessions.version_of(sessions.path_of(self._name))
+        if self._version is not None and found not in (self._version, ()):  # one that was deleted can be written
             name, self._name, self._version = self._name, _beside(self._name), ()
             self.status.line(f"another chat was saved as {name} meanwhile: this one is saved as {self._name}")
         return self._name

@@ -119,6 +119,15 @@ def test_a_chat_beside_its_session_overwrites_none_there_either(begin: Begin, to
     assert [n_messages(begin, name) for name in ("s", "s-2", "s-2-2")] == [4, 6, 4]
 
 
+def test_a_session_that_was_deleted_meanwhile_is_written_again(begin: Begin, tmp_path: Path, told: io.StringIO) -> None:
+    begin("s", "One")[1].at_the_end()
+    autosave = begin("s", "Two")[1]
+    (tmp_path / "s.kvc").unlink()
+    autosave.at_the_end()
+    assert "meanwhile" not in told.getvalue()
+    assert n_messages(begin, "s") == 4
+
+
 def test_what_was_taken_back_after_saving_is_taken_back_in_the_file(begin: Begin) -> None:
     begin("s", "One")[1].at_the_end()
     chat, autosave = begin("s", "Two")
