@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +68,8 @@ class Model:
         try:
             self.file = open(path, "rb")  # noqa: SIM115 -- as long as the model: what its path names may change
         except OSError as error:
-            raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
+            raise ModelError(f"cannot load {path.name}: {error.strerror or error}") from error
+        weakref.finalize(self, self.file.close)
         clear_log()
         self._pointer = lib.llama_model_load_from_file(os.fsencode(path), params)
         if stopped:
