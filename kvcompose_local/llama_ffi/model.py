@@ -69,7 +69,7 @@ class Model:
             self.file = open(path, "rb")  # noqa: SIM115 -- as long as the model: what its path names may change
         except OSError as error:
             raise ModelError(f"cannot load {path.name}: {error.strerror or error}") from error
-        weakref.finalize(self, self.file.close)
+        weakref.finalize(self, self.file.close)  # Python warns of an open file that is dropped, not of a model
         clear_log()
         self._pointer = lib.llama_model_load_from_file(os.fsencode(path), params)
         if stopped:
