@@ -20,6 +20,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -98,7 +99,10 @@ def _n_in(spans: Sequence[tuple[int, int]]) -> int:
 
 @dataclass(frozen=True)
 class CompactionReport:
-    """What one compaction did. Bytes are of cells in use, seconds of wall time."""
+    """What one compaction did. Bytes are of cells in use, seconds of wall time.
+
+    reduce_seconds: of the replay's, what went into the maxima of the attention that it showed.
+    """
 
     tokens_seen: int
     tokens_scored: int
@@ -107,6 +111,7 @@ class CompactionReport:
     bytes_before: int
     bytes_after: int
     replay_seconds: float
+    reduce_seconds: float
     select_seconds: float
     rewrite_seconds: float
 
@@ -153,19 +158,23 @@ class _Until:
     stop: Callable[[], bool]
     sink: AttentionSink
 
-    def update(
-        self,
-        layer: int,
-        weights: FloatArray,
-        columns: slice | IntArray,
-        query_positions: IntArray | None = None,
-        column_positions: IntArray | None = None,
-        first: int = 0,
-        head: int = 0,
-    ) -> None:
+    def update(self, *shown: Any, **places: Any) -> None:
         if self.stop():
             raise _Stopped
-        self.sink.update(layer, weights, columns, query_positions, column_positions, first, head)
+        self.sink.update(*shown, **places)
+
+
+@dataclass
+class _Timed:
+    """Hands attention on, and says how long that took."""
+
+    sink: AttentionSink
+    seconds: float = 0.0
+
+    def update(self, *shown: Any, **places: Any) -> None:
+        started = time.perf_counter()
+        self.sink.update(*shown, **places)
+        self.seconds += time.perf_counter() - started
 
 
 class CacheMemory:
@@ -294,7 +303,8 @@ class CacheMemory:
         if n_scored == 0 and not any(before.composed):
             return None
         started = time.perf_counter()
-        self._replay(n_scored, self.policy.n_scratch, self._scores.replayed, self.on_progress)
+        seen = _Timed(self._scores.replayed)
+        self._replay(n_scored, self.policy.n_scratch, seen, self.on_progress)
         replayed = time.perf_counter()
         n_composable = before.position - n_tail
         pinned = _in(self.pins, n_composable)
@@ -332,6 +342,7 @@ class CacheMemory:
             bytes_before=bytes_before,
             bytes_after=self._bytes_of(after),
             replay_seconds=replayed - started,
+            reduce_seconds=seen.seconds,
             select_seconds=selected - replayed,
             rewrite_seconds=time.perf_counter() - selected,
         )

@@ -298,11 +298,11 @@ def test_a_window_that_moved_on_is_not_rewound_into() -> None:
 
 
 def test_the_report_line() -> None:
-    report = CompactionReport(900, 800, (10, 300), 8, 3 << 20, 1 << 20, 0.5, 0.25, 0.25)
+    report = CompactionReport(900, 800, (10, 300), 8, 3 << 20, 1 << 20, 0.5, 0.1, 0.25, 0.25)
     assert report.line() == (
         "compacted: 900 tokens seen, 10–300 composed + 8 live cells a layer, 3.0 → 1.0 MiB in 1.0 s"
     )
-    earlier = CompactionReport(700, 700, (9, 250), 8, 3 << 20, 2 << 20, 1.5, 0.0, 0.0)
+    earlier = CompactionReport(700, 700, (9, 250), 8, 3 << 20, 2 << 20, 1.5, 0.0, 0.0, 0.0)
     assert report.line(earlier, earlier) == (
         "compacted: 900 tokens seen, 10–300 composed + 8 live cells a layer, 3.0 → 1.0 MiB in 4.0 s, 3 times"
     )

@@ -358,7 +358,7 @@ def test_compactions_of_a_text_are_one_line_and_none_is_kept_back() -> None:
     pressed = False
     out = io.StringIO()
     status = Status(out, should_stop=lambda: pressed)
-    report = CompactionReport(900, 800, (10, 300), 8, 3 << 20, 1 << 20, 1.0, 0.0, 0.0)
+    report = CompactionReport(900, 800, (10, 300), 8, 3 << 20, 1 << 20, 1.0, 0.0, 0.0, 0.0)
 
     def told() -> list[str]:
         lines = [line.rpartition(" MiB in ")[2] for line in out.getvalue().splitlines()]

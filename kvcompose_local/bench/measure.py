@@ -50,8 +50,8 @@ _ANSWER_CELLS = 256
 class Mode:
     """One way to read and decode: its cache, its compute buffers, what reading took, and what each round measured.
 
-    Seconds are wall time over the whole text, those of all its compactions included; rates are tokens a second;
-    question_seconds go from a question to the first token of its answer.
+    Seconds are wall time over the whole text, those of all its compactions included; reduce_seconds are a part of
+    replay_seconds; rates are tokens a second; question_seconds go from a question to the first token of its answer.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Mode:
     read_seconds: float | None = None
     n_compactions: int = 0
     replay_seconds: float = 0.0
+    reduce_seconds: float = 0.0
     select_seconds: float = 0.0
     rewrite_seconds: float = 0.0
     rates: list[float] = field(default_factory=list)
@@ -358,6 +359,7 @@ def _read_as_a_chat(
         seconds,
         len(reports),
         sum(r.replay_seconds for r in reports),
+        sum(r.reduce_seconds for r in reports),
         sum(r.select_seconds for r in reports),
         sum(r.rewrite_seconds for r in reports),
     )
@@ -405,16 +407,17 @@ def tables(results: Sequence[LengthResult], model_bytes: int, bandwidth: float, 
             )
     lines += [
         "",
-        "| tokens | mode | reading s | × uncompressed | its floor s | compactions | their replays s | choices s "
-        "| rewrites s | compactions, × uncompressed reading |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| tokens | mode | reading s | × uncompressed | its floor s | compactions | their replays s "
+        "| of it reduction s | choices s | rewrites s | compactions, × uncompressed reading |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         base = result.mode(FULL).read_seconds or 1.0
         lines += [
             f"| {result.n_tokens} | {m.name} | {m.read_seconds:.1f} | {m.read_seconds / base:.2f} "
             f"| {result.multiply_adds / matmul:.1f} | {m.n_compactions} | {m.replay_seconds:.1f} "
-            f"| {m.select_seconds:.2f} | {m.rewrite_seconds:.2f} | {m.compaction_seconds / base:.2f} |"
+            f"| {m.reduce_seconds:.2f} | {m.select_seconds:.2f} | {m.rewrite_seconds:.2f} "
+            f"| {m.compaction_seconds / base:.2f} |"
             for m in result.modes
             if m.read_seconds is not None
         ]
