@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvcompose_local import sessions
 from kvcompose_local.errors import InvalidInput, KVComposeError
+from kvcompose_local.figures import MIB
 
 if TYPE_CHECKING:
     from kvcompose_local.chat import Chat
@@ -104,7 +105,7 @@ class Autosave:
 
     def _save(self, name: str) -> str:
         path = sessions.path_of(name)
-        mib = sessions.save(path, self.chat, self.setup, self.status.checking) / 2**20
+        mib = sessions.save(path, self.chat, self.setup, self.status.checking) / MIB
         self._kept = self._now()
         self._holds_last |= _is_same(name, sessions.LAST)
         if _is_same(name, self._name):

@@ -27,7 +27,7 @@ from kvcompose_local import __version__
 from kvcompose_local.bench.command import bench_command
 from kvcompose_local.errors import InvalidInput, KVComposeError
 from kvcompose_local.evaluation.command import eval_command, profile_command
-from kvcompose_local.figures import describe, greeting, result
+from kvcompose_local.figures import MIB, describe, greeting, result
 
 if TYPE_CHECKING:
     from kvcompose_local.api import LocalChat
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from kvcompose_local.llama_ffi.model import Loading
     from kvcompose_local.repl import Status
 
-MIB = 2**20
 CACHE_TYPE_NAMES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q8_0/q4_0")
 
 

@@ -220,11 +220,6 @@ class CacheMemory:
         """Bytes of the cells in use."""
         return self._bytes_of(self.engine.layout())
 
-    @property
-    def live_tokens(self) -> tuple[int, ...]:
-        """The tokens that stand uncompressed, oldest first."""
-        return tuple(self.tokens[len(self.tokens) - self.engine.layout().n_live :])
-
     def _bytes_of(self, layout: CacheLayout) -> int:
         layers = zip(self.engine.shape.layers, layout.composed, strict=True)
         return sum(layer.row_bytes * (k + layout.n_live) for layer, k in layers)

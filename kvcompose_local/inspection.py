@@ -9,13 +9,13 @@ import psutil
 
 from kvcompose_local.engines import DEFAULT_CTX, cells_for, default_cache_type
 from kvcompose_local.errors import InvalidInput, ModelError
+from kvcompose_local.figures import MIB
 from kvcompose_local.interfaces import BLOCK, TokenShape, share_of_f16
 from kvcompose_local.llama_ffi.cells import library_is_patched
 from kvcompose_local.llama_ffi.library import layers_to_offload
 from kvcompose_local.llama_ffi.model import Model
 
 BUDGETS = (1.0, 0.5, 0.25, 0.1)
-MIB = 2**20
 #: Why the cells of some kinds of cache cannot be composed.
 _OBSTACLES = {
     "mla": "its latent attention (MLA) has no cells by head",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import textwrap
 
+from kvcompose_local.figures import MIB
 from kvcompose_local.interfaces import CacheLayout, ModelShape
 
-MIB = 2**20
 #: Marks of composed and live cells, where the terminal can show them and elsewhere.
 UNICODE_MARKS, ASCII_MARKS = "█░", "#."
 _SHORTEST_BAR = 4
