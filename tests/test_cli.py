@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from kvcompose_local import models
-from kvcompose_local.cli import cli
+from kvcompose_local.cli import cli, is_fed
 
 TinyModel = Callable[..., Path]
 RUN = [sys.executable, "-m", "kvcompose_local.cli"]
@@ -360,6 +360,23 @@ def test_documents_that_cannot_fit_are_refused_before_they_are_read(tiny_model: 
     assert program(*options, "--max-tokens", "4", stdin="Some text.\n").stderr.startswith(unread)
     assert unread not in program(*options, "--max-tokens", "4").stderr
     assert program(*options, "--max-tokens", "4", redirection=f"<{text}").stderr.startswith(unread)
+
+
+def test_what_is_left_to_read_is_fed(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Some text.\n")
+    with open(text, encoding="utf-8") as stream:
+        assert is_fed(stream)
+        stream.seek(0, os.SEEK_END)
+        assert not is_fed(stream), "at its end, as after `{ read line; kvcompose-local run -p …; } <file`"
+    end, other = os.pipe()
+    with open(end, encoding="utf-8") as stream:
+        assert not is_fed(stream)
+        os.write(other, b"x")
+        assert is_fed(stream)
+        os.close(other)
+    assert not is_fed(stream), "closed"
+    assert not is_fed(None)
 
 
 def test_the_end_of_a_chat_that_takes_no_commands_names_none(tiny_model: TinyModel) -> None:
