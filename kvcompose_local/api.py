@@ -9,7 +9,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
@@ -39,7 +40,11 @@ class LocalChat:
     what ``models.txt`` says, or the template.
     on_compaction is told of each compaction, on_rebuild how many tokens are read again because a turn was taken back;
     on_loading, on_reading and on_compacting get (done, in all), and may raise KeyboardInterrupt; should_stop is asked
-    between tokens; load: a :class:`Loading` of the same model, begun earlier.
+    between tokens, and where it stops something, ``chat.turns[-1].stopped`` says so; load: a :class:`Loading` of the
+    same model, begun earlier.
+
+    A KeyboardInterrupt in the middle of reading or answering loses nothing: what was read and said stays, what is
+    unread is read before the next message.
 
     Raises ModelError and InvalidInput, each with one line that says what to do.
     """
@@ -85,23 +90,26 @@ class LocalChat:
             progress=on_loading,
             load=load,
         )
-        self.setup = sessions.Setup(path, self._engine.shape.cache_type, budget, self._engine.model.file)
-        self.memory = CacheMemory(
-            self._engine,
-            positions,
-            compose=budget < 1,
-            profile=profile,
-            on_compaction=on_compaction,
-            on_progress=on_compacting,
-        )
-        self.chat = Chat(
-            self._engine.model,
-            self.memory,
-            system=models.system_prompt(path) if system is None else system,
-            should_stop=should_stop,
-            on_read=on_reading,
-            on_rebuild=on_rebuild,
-        )
+        with ExitStack() as stack:
+            stack.callback(self._engine.close)
+            self.setup = sessions.Setup(path, self._engine.shape.cache_type, budget, self._engine.model.file)
+            self.memory = CacheMemory(
+                self._engine,
+                positions,
+                compose=budget < 1,
+                profile=profile,
+                on_compaction=on_compaction,
+                on_progress=on_compacting,
+            )
+            self.chat = Chat(
+                self._engine.model,
+                self.memory,
+                system=models.system_prompt(path) if system is None else system,
+                should_stop=should_stop,
+                on_read=on_reading,
+                on_rebuild=on_rebuild,
+            )
+            stack.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -127,15 +135,26 @@ class LocalChat:
 
     def read(self, text: str) -> TurnStats:
         """Read a document now: the next question is about it. Raises ContextFull where the positions run out."""
-        return self.chat.read(text)
+        stats = self.chat.read(text)
+        self._raise_interrupt()
+        return stats
 
     def ask(self, message: str, *, max_tokens: int = 1024) -> str:
         """The whole answer to a message."""
         return "".join(self.stream(message, max_tokens=max_tokens))
 
-    def stream(self, message: str, *, max_tokens: int = 1024) -> Iterator[str]:
-        """The answer in pieces of whole characters, as they come."""
-        return self.chat.ask(message, max_tokens=max_tokens)
+    def stream(self, message: str, *, max_tokens: int = 1024) -> Generator[str]:
+        """The answer in pieces of whole characters, as they come.
+
+        Take all of it, or close it, before anything else.
+        """
+        yield from self.chat.ask(message, max_tokens=max_tokens)
+        self._raise_interrupt()
+
+    def _raise_interrupt(self) -> None:
+        """The chat has put itself in order after a Ctrl-C; a script that knows nothing of it must not go on."""
+        if self.chat.turns[-1].stopped == "interrupt" and not self.chat.should_stop():
+            raise KeyboardInterrupt
 
     def compress(self, keep: float) -> CompactionReport | None:
         """Compress now, to at most the share ``keep`` in (0, 1] of the bytes in use; None where nothing is new."""

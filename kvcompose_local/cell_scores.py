@@ -109,7 +109,7 @@ class CellScores:
         fits = len(kept) == len(composed) == len(self._layers)
         for layer, scores, k in zip(self._layers, kept, composed, strict=False):
             fits = fits and scores.shape == (layer.n_kv_heads, k) and scores.dtype == np.float32
-            fits = fits and bool(np.isfinite(scores).all())
+            fits = fits and bool((np.isfinite(scores) & (scores >= 0)).all())
         if not fits:
             raise InvalidInput("the scores are not those of these cells")
         if len(seen) != len(self._layers) or any(

@@ -127,6 +127,7 @@ class Chat:
         self.on_rebuild = on_rebuild
         self.turns: list[TurnStats] = []
         self.answering = ""  # the answer so far, while one is being given
+        self._is_answering = False
         self.messages: list[dict[str, str]] = []
         self._stop_text = "" if model.chat_template() else _PLAIN_STOP
         self._reset()
@@ -165,6 +166,7 @@ class Chat:
         Raises InvalidInput, before anything is changed, where it belongs to another model or contradicts itself, and
         ContextFull where it does not fit. After any other error the conversation is empty.
         """
+        self._check_idle()
         n_vocab = self.memory.engine.shape.n_vocab
         if not all(0 <= token < n_vocab for token in state.pending):
             raise InvalidInput("the tokens to be read are not of this model")
@@ -193,6 +195,7 @@ class Chat:
 
         Raises ContextFull, with nothing changed, when it does not fit the positions there are.
         """
+        self._check_idle()
         with self._taken_back_on_failure():
             self.system = text or None
             self._retell()
@@ -206,6 +209,7 @@ class Chat:
         """
         if not document.strip():
             raise InvalidInput("there is no text to read")
+        self._check_idle()
         stats = TurnStats()
         with self._taken_back_on_failure():
             self._follow_template()
@@ -224,6 +228,7 @@ class Chat:
         ``turns[-1]`` holds the counts, and in ``stopped`` why it ended: ``end``, ``length``, ``context`` or
         ``interrupt``. Raises ContextFull, with the message taken back, when it does not fit the positions left.
         """
+        self._check_idle()
         replaced = self._last_message() if instead else None
         if not text.strip() and not (replaced.draft if replaced else self._draft):
             raise InvalidInput("the message is empty")
@@ -246,6 +251,7 @@ class Chat:
 
         An interrupt before its first token leaves the old answer in place. Raises InvalidInput without a message.
         """
+        self._check_idle()
         step = self._last_message()
         if step.answer is None:
             yield from self.ask(self.last_message, max_tokens=max_tokens, instead=True)
@@ -271,6 +277,7 @@ class Chat:
 
         Raises InvalidInput when there is nothing.
         """
+        self._check_idle()
         if not self._steps:
             raise InvalidInput("there is nothing to take back")
         step = self._steps[-1]
@@ -316,6 +323,10 @@ class Chat:
         return end - begin
 
     # -- the transcript -----------------------------------------------------------------------------------------------
+
+    def _check_idle(self) -> None:
+        if self._is_answering:
+            raise InvalidInput("an answer is still being given: take all of it, or close it, before anything else")
 
     def _end(self) -> Place:
         return Place(len(self._tokens), len(self._fed))
@@ -446,11 +457,29 @@ class Chat:
 
     def _queue(self, text: str) -> None:
         first = not self._fed
-        add_bos = first and self._adds_bos(text)
+        add_bos, start = first and self._adds_bos(text), 0
+        for begin, end in [*self._said_with_markers(text), (len(text), len(text))]:
+            self._tokens += self.model.tokenize(text[start:begin], add_bos=add_bos and start == 0)
+            self._tokens += self.model.tokenize(text[begin:end], special=False)
+            start = end
         self._fed += text
-        self._tokens += self.model.tokenize(text, add_bos=add_bos)
         if first:
             self._pin_system(text)
+
+    def _said_with_markers(self, text: str) -> Iterator[tuple[int, int]]:
+        """(begin, end) of what was said or read, not put there by the template, and holds markers like ``<|im_end|>``.
+
+        They are text there: what is read must not be able to begin a turn of its own.
+        """
+        texts = [*(message["content"] for message in self.messages), self._draft]
+        if self._steps:  # of a message that was read in part, only the rest is new
+            texts += [said[len(self._steps[-1].draft) :] for said in texts[-2:]]
+        start = 0
+        for said in filter(None, map(str.strip, texts)):
+            begin = text.find(said, start)
+            if begin >= 0 and self.model.tokenize(said) != self.model.tokenize(said, special=False):
+                start = begin + len(said)
+                yield begin, start
 
     def _adds_bos(self, text: str) -> bool:
         """Whether a transcript that begins with ``text`` begins with a token that is not in it."""
@@ -513,14 +542,14 @@ class Chat:
         return sum(report.seconds for report in self.memory.reports[since:])
 
     def _answer(self, stats: TurnStats, max_tokens: int) -> Iterator[str]:
-        self.answering = ""
+        self.answering, self._is_answering = "", True
         try:
             if not stats.stopped:
                 for piece in self._generate(stats, max_tokens):
                     self.answering += piece
                     yield piece
         finally:
-            answer, self.answering = self.answering, ""
+            answer, self.answering, self._is_answering = self.answering, "", False
             self.messages.append({"role": "assistant", "content": answer.strip() if self._stop_text else answer})
 
     def _generate(self, stats: TurnStats, max_tokens: int) -> Iterator[str]:

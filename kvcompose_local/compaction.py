@@ -254,10 +254,11 @@ class CacheMemory:
                 last = offset + len(piece) == len(tokens)
                 self.engine.decode(piece, piece_progress, self._scores.seen if watch else None, logits=last)
             finally:
-                if watch:  # a micro-batch that failed was shown and taken back
-                    self._scores.trim(self.engine.layout())
-                self.tokens += piece[: self.engine.layout().position - len(self.tokens)]
-                self._furthest = max(self._furthest, len(self.tokens))
+                with uninterrupted():
+                    if watch:  # a micro-batch that failed was shown and taken back
+                        self._scores.trim(self.engine.layout())
+                    self.tokens += piece[: self.position - len(self.tokens)]
+                    self._furthest = max(self._furthest, len(self.tokens))
             done += len(piece)
 
     def check_positions(self, position: int, n_more: int) -> None:
@@ -293,6 +294,16 @@ class CacheMemory:
         if not self.compose:
             raise InvalidInput("this chat runs at budget 1: start it with --budget below 1 to compress")
         before = self.engine.layout()
+        # A chat that fits to its end spares no cells for a replay: the newest tokens give theirs, and are read again.
+        n_short = min(self.policy.n_scratch // 2 - before.n_free, before.n_live)
+        if n_short > 0 and self.can_drop(before.position - n_short):
+            again = self.tokens[before.position - n_short :]
+            self.rewind(before.position - n_short)
+            try:
+                return self.compact(keep)
+            finally:
+                if len(self.tokens) + len(again) == before.position:  # unless a failure left nothing
+                    self.feed(again)
         n_tail = self._n_tail(before.n_live) if keep is None else min(self._least_tail, before.n_live)
         n_scored = before.n_live - n_tail
         if n_scored == 0 and not any(before.composed):
@@ -518,12 +529,19 @@ class CacheMemory:
         self._scores = scores
 
     def _check_room(self, cells: CacheSnapshot) -> None:
-        """Raises ContextFull unless the cells fit beside enough of the scratch for the next compaction."""
+        """Raises ContextFull unless the cells fit beside enough of the scratch for the next compaction, or of the rest.
+
+        Where every position that is left has a cell, there will be no compaction.
+        """
         engine = self.engine
         if cells.position > self.n_ctx:
             raise ContextFull(f"{cells.position} positions are more than --ctx {self.n_ctx}: raise --ctx")
-        n_live = cells.n_live + (self.policy.n_scratch // 2 if self.compose else 0)
-        for device, arena_bytes in enumerate(engine.arena_bytes if self.compose else ()):
+        if not self.compose:
+            return
+        n_live = cells.n_live + min(self.policy.n_scratch // 2, self.n_ctx - cells.position)
+        if not any(cells.composed) and n_live <= engine.cache_bytes // engine.shape.row_bytes:
+            return  # uncompressed, the whole cache is there: nothing is lost to alignment
+        for device, arena_bytes in enumerate(engine.arena_bytes):
             layers = zip(engine.shape.layers, cells.composed, strict=True)
             needed = sum(layer.row_bytes * (k + n_live) for layer, k in layers if layer.device == device)
             if needed > arena_bytes:
@@ -541,10 +559,10 @@ class CacheMemory:
         if not 0 <= position <= self.position:
             raise InvalidInput(f"cannot go back to position {position}: {self.position} tokens were seen")
         if self.can_drop(position):
-            layout = self.engine.layout()
-            self.engine.drop_tail(layout.position - position)
-            del self.tokens[position:]
-            self._scores.trim(self.engine.layout())
+            with uninterrupted():
+                self.engine.drop_tail(self.position - position)
+                del self.tokens[position:]
+                self._scores.trim(self.engine.layout())
             return True
         again, pins = self.tokens[:position], self.pins
         self.clear()
@@ -565,7 +583,8 @@ class CacheMemory:
 
     def _forget_cells(self) -> None:
         """Be empty, so that whoever has the transcript reads it again; pins are of positions, and stay."""
-        self.engine.clear()
-        self.tokens = []
-        self._furthest = 0
-        self._scores.clear()
+        with uninterrupted():
+            self.engine.clear()
+            self.tokens = []
+            self._furthest = 0
+            self._scores.clear()

@@ -75,10 +75,12 @@ def test_scores_of_another_time_are_taken_back_or_refused() -> None:
     for i in range(2):
         assert again.of_layer(i, np.zeros(2, bool)).tolist() == scores.of_layer(i, np.zeros(2, bool)).tolist()
     not_finite = [kept[0], np.full_like(kept[1], np.nan)]
+    negative = [kept[0], np.full_like(kept[1], -1)]
     for wrong_kept, wrong_seen, composed in (
         (kept[:1], seen, (2, 2)),
         (kept, seen, (2, 3)),
         (not_finite, seen, (2, 2)),
+        (negative, seen, (2, 2)),
         ([kept[0], kept[1].astype(np.float64)], seen, (2, 2)),
         (kept, seen[:1], (2, 2)),
         (kept, [seen[0], seen[1][:1]], (2, 2)),

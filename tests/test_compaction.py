@@ -163,6 +163,31 @@ def test_ctrl_c_while_cells_are_rewritten_waits_for_their_scores() -> None:
     assert [layer.shape[1] for layer in memory.state().scores] == list(composed)
 
 
+def test_ctrl_c_while_tokens_are_forgotten_waits_until_all_of_them_are() -> None:
+    class PressesCtrlC(FakeEngine):
+        def clear(self) -> None:
+            super().clear()
+            if self.is_read:
+                signal.raise_signal(signal.SIGINT)
+
+        def drop_tail(self, n: int) -> None:
+            super().drop_tail(n)
+            signal.raise_signal(signal.SIGINT)
+
+        is_read = False
+
+    engine = PressesCtrlC(200)
+    memory = CacheMemory(engine, 1000)
+    memory.feed(range(100))
+    engine.is_read = True
+    with pytest.raises(KeyboardInterrupt):
+        memory.rewind(90)
+    assert memory.position == len(memory.tokens) == 90
+    with pytest.raises(KeyboardInterrupt):
+        memory.clear()
+    assert memory.position == len(memory.tokens) == 0
+
+
 def test_an_arena_too_small_is_told() -> None:
     memory = CacheMemory(FakeEngine(16), 1000, policy=POLICY)
     with pytest.raises(ContextFull, match="raise --ctx or --budget"):
@@ -417,6 +442,34 @@ def test_a_cell_for_every_position_is_used_without_a_compaction() -> None:
     memory.feed([100] * 20)
     assert (memory.reports, engine.replayed) == ([], [])
     assert engine.layout().n_free == 0
+    again = CacheMemory(FakeEngine(40), 40, policy=POLICY)
+    again.restore(memory.state())
+    assert again.position == 40
+    with pytest.raises(ContextFull, match="raise --budget"):
+        CacheMemory(FakeEngine(40), 1000, policy=POLICY).restore(memory.state())
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_compressing_a_full_cache_makes_its_own_room(stops: bool) -> None:
+    def on_progress(done: int, _total: int) -> None:
+        if stops and done:
+            raise KeyboardInterrupt
+
+    engine = FakeEngine(40, per_layer=True)
+    memory = CacheMemory(engine, 40, policy=POLICY, on_progress=on_progress)
+    memory.feed(range(40))
+    if stops:
+        with pytest.raises(KeyboardInterrupt):
+            memory.compact(0.5)
+        assert engine.live == [*range(40)]
+    else:
+        report = memory.compact(0.5)
+        assert report is not None
+        assert report.bytes_after <= 0.5 * report.bytes_before
+        assert max(map(len, engine.replayed)) > 1, "not one token at a time"
+        assert engine.live[-POLICY.n_scratch // 2 :] == [36, 37, 38, 39]
+    assert memory.position == 40
+    assert memory.tokens == [*range(40)]
 
 
 @pytest.mark.parametrize("rewrites_first", [False, True])

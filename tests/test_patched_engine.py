@@ -241,6 +241,7 @@ def test_the_explicit_softmax_gives_what_flash_attention_gives(tiny_model: Calla
         (0.5, {}, {}, "q8_0/q4_0"),
         (0.5, {"gpu_layers": 1}, {}, "q8_0"),
         (0.5, {}, {"head": 40}, "f16"),
+        (0.5, {}, {"n_heads": 8}, "q8_0/q4_0"),  # heads of 32 where the width divided by their number is 16
         (1.0, {}, {}, "f16"),
         (0.5, {"cache_type": "q5_1"}, {}, "q5_1"),
     ],

@@ -24,8 +24,8 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
-#: Characters of one kind.
-_RUN = re.compile(r"[^\W\d_]+|\d+|\s+|(?:[^\w\s]|_)+")
+#: What vocabularies may take as one word: some of them letters with digits or marks.
+_RUN = re.compile(r"\s+|\S+")
 _LONGEST_RUN = 4096
 #: Seconds that a thread may keep Python's lock. Read once: of two loadings neither may restore the other's.
 _USUAL_SWITCH, _SHORT_SWITCH = sys.getswitchinterval(), 1e-4
@@ -130,9 +130,16 @@ class Model:
         return self.n_heads
 
     def head_sizes(self, *names: str) -> list[int]:
-        """Numbers of a head, by the keys of the GGUF header that tell them, ``key_length`` and such."""
+        """Numbers of a head, by the keys of the GGUF header that tell them, ``key_length`` and such.
+
+        Those of sliding-window layers, ``key_length_swa``, are the others' where the header does not tell.
+        """
         head = self.n_embd // max(self.n_heads, 1)
-        return [int(self.metadata(f"{self.architecture}.attention.{name}") or head) for name in names]
+
+        def told(name: str) -> str | None:
+            return self.metadata(f"{self.architecture}.attention.{name}")
+
+        return [int(told(name) or told(name.removesuffix("_swa")) or head) for name in names]
 
     @property
     def n_kv_heads(self) -> int:
@@ -235,7 +242,7 @@ class Model:
 
 
 def _without_long_runs(text: str) -> list[str]:
-    """A text in parts, none of which holds more than so many letters, digits, spaces or other signs in a row.
+    """A text in parts, none of which holds more than so many spaces or other characters in a row.
 
     llama.cpp splits a text into words by ``std::regex`` for many vocabularies, which recurses once for each character
     and takes the process with it at some ten thousand.

@@ -142,7 +142,7 @@ def find(model_sha256: str) -> Profile:
     if own.exists():
         try:
             return Profile.parse(own.read_text(encoding="utf-8", errors="replace"))
-        except InvalidInput as error:
+        except (InvalidInput, OSError) as error:
             raise InvalidInput(f"{own}: {error}") from error
     for path in sorted(Path(__file__).parent.glob("*.json")):
         profile = Profile.parse(path.read_text(encoding="utf-8"))
