@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +22,9 @@ if TYPE_CHECKING:
 class Autosave:
     """Saves and loads one chat: on ``/save`` and ``/load``, and unasked at its end.
 
-    session: what ``--session`` named; None saves the chat as :data:`sessions.LAST` in the end, where no failure is one
-    of the program. version: of that file when it was looked at first; is_on: False saves nothing unasked.
+    session: what ``--session`` named; None saves the chat as :data:`sessions.LAST` in the end, in place of the chat
+    before, where no failure is one of the program. version: of that file when it was looked at first; is_on: False
+    saves nothing unasked.
     """
 
     def __init__(
@@ -39,10 +43,10 @@ class Autosave:
         self.is_on = is_on
         self.status = status
         self.interrupts = interrupts
-        self._is_wanted = session is not None
+        self._session = session
         self._name = session or sessions.LAST  # of what is saved unasked
-        # What is known of that file, which another chat may have written since; None where any chat may replace it.
-        self._version = version if session is not None else None
+        # What is known of that file, which another chat may write meanwhile.
+        self._version = version if session is not None else _version_of(self._name)
         self._holds_last = session is not None and _is_same(session, sessions.LAST)
         self._wrote = False  # that file, since the chat was begun or loaded
         self._begun = self._kept = self._now()  # as it was loaded; as it was saved last
@@ -53,8 +57,9 @@ class Autosave:
 
     @property
     def is_unsaved(self) -> bool:
-        """Whether there may be something to save at the end."""
-        return self.is_on and self.chat.memory.position > 0 and (self._wrote or self._now() != self._begun)
+        """Whether there may be something to save at the end; a session that was emptied is."""
+        is_worth_a_file = self.chat.memory.position > 0 or self._name == self._session
+        return self.is_on and is_worth_a_file and (self._wrote or self._now() != self._begun)
 
     def save(self, name: str) -> str:
         """Save the chat under a name or to a path; returns what to say of it. Raises InvalidInput and SessionError."""
@@ -75,7 +80,8 @@ class Autosave:
             self.status.line(self._save(self._own_name()))
         told = self._load(name)
         # Over no session that a chat of this program began as or was saved to.
-        self._name, self._version = (_beside(sessions.LAST), ()) if self._holds_last else (sessions.LAST, None)
+        self._name = _beside(sessions.LAST) if self._holds_last else sessions.LAST
+        self._version = _version_of(self._name)
         return told
 
     def resume(self) -> str:
@@ -83,22 +89,34 @@ class Autosave:
         return self._load(self._name)
 
     def at_the_end(self) -> None:
-        """Save what is unsaved. Raises SessionError where the user asked for it by ``--session``."""
+        """Save what is unsaved, where it cannot be elsewhere.
+
+        Raises SessionError where it is not what the user asked for by ``--session``.
+        """
         if not self.is_unsaved:
             return
         try:
             with self.interrupts.caught():
                 told = self._save(self._own_name())
         except (KVComposeError, KeyboardInterrupt) as error:
-            if self._is_wanted:
+            elsewhere = self._saved_elsewhere() if isinstance(error, KVComposeError) else ""
+            if elsewhere:
+                self.status.line(f"not where it should be, but {elsewhere}")
+            if self._session is not None:
                 raise
             told = f"the chat is not saved: {str(error) or 'stopped'}"
         self.status.line(told)
 
+    def _saved_elsewhere(self) -> str:
+        """Save what has no place where it belongs beside the last chat, or among temporary files; says where."""
+        for name in (_beside(sessions.LAST), str(Path(tempfile.gettempdir()) / f"kvcompose-{os.getpid()}.kvc")):
+            with contextlib.suppress(KVComposeError, KeyboardInterrupt):
+                return self._save(name)
+        return ""
+
     def _own_name(self) -> str:
         """Where the chat is saved unasked: beside its session where another chat was saved there meanwhile."""
-        found = sessions.version_of(sessions.path_of(self._name))
-        if self._version is not None and found not in (self._version, ()):  # one that was deleted can be written
+        if _version_of(self._name) not in (self._version, ()):  # one that was deleted can be written
             name, self._name, self._version = self._name, _beside(self._name), ()
             self.status.line(f"another chat was saved as {name} meanwhile: this one is saved as {self._name}")
         return self._name
@@ -110,7 +128,7 @@ class Autosave:
         self._holds_last |= _is_same(name, sessions.LAST)
         if _is_same(name, self._name):
             self._wrote = True
-            self._version = None if self._version is None else sessions.version_of(path)
+            self._version = sessions.version_of(path)
         return f"saved ({mib:.1f} MiB): kvcompose-local run --session {shlex.quote(name)} goes on from here"
 
     def _load(self, name: str) -> str:
@@ -119,6 +137,10 @@ class Autosave:
         self._wrote = False
         n_messages = sum(message["role"] != "system" for message in self.chat.messages)
         return f"loaded {name}: {n_messages} messages, {self.chat.memory.position} tokens"
+
+
+def _version_of(name: str) -> tuple[int, ...]:
+    return sessions.version_of(sessions.path_of(name))
 
 
 def _is_same(one: str, other: str) -> bool:

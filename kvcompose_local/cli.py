@@ -267,8 +267,12 @@ def run(
             chat.memory.check_positions(chat.memory.position, n_tokens)
             for path, text in zip(files, documents, strict=True):
                 stats = chat.read(text, pin=pin and budget < 1)
-                if stats.stopped:
+                if stats.stopped and not interactive:
                     raise KVComposeError(f"stopped while reading {path}")
+                if stats.stopped:
+                    unread = f"the other {chat.unread_tokens} tokens of {path} are read before your next message"
+                    status.line(f"stopped; {unread}{', the files after it are not' if path != files[-1] else ''}")
+                    break
         if interactive:
             from kvcompose_local.prompt import line_reader
 
@@ -296,6 +300,8 @@ def run(
                         repl.explain_end(stats)
             except KVComposeError:
                 if not interrupts.leaving:
+                    if as_json and any(message["role"] == "assistant" for message in chat.messages):
+                        click.echo(json.dumps(result(chat), ensure_ascii=False))
                     raise
             finally:  # one line that fails does not take the others with it
                 autosave.at_the_end()
@@ -524,8 +530,12 @@ def compress(
         if stats.stopped:
             raise KVComposeError("stopped while reading; nothing is written")
         memory = local.memory
-        if memory.position * keep > 2 * memory.policy.n_tail:
+        least = 2 * memory.policy.n_tail / memory.position
+        if least < keep:
             memory.compact(keep)
+        elif least < 0.5:
+            status.line(f"--keep {keep:g} leaves too little of this text to read on by: {least:.2f} of it is kept")
+            memory.compact(least)
         else:
             status.line("the text is too short to compress: it is kept whole")
         n_bytes = sessions.save(path, local.chat, local.setup, status.checking)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 
 import platformdirs
 from prompt_toolkit import PromptSession
@@ -31,6 +32,14 @@ class CommandCompleter(Completer):
             yield from (Completion(c, start_position=-len(text)) for c in self._commands if c.startswith(text))
 
 
+class _History(FileHistory):
+    """A chat goes on where its history cannot be written."""
+
+    def store_string(self, string: str) -> None:
+        with suppress(OSError):
+            super().store_string(string)
+
+
 def _history() -> History:
     try:
         folder = platformdirs.user_state_path("kvcompose-local", ensure_exists=True)
@@ -38,7 +47,7 @@ def _history() -> History:
         history.touch(mode=0o600)
     except OSError:
         return InMemoryHistory()
-    return FileHistory(str(history))
+    return _History(str(history))
 
 
 def line_reader(commands: Sequence[str], sessions: Callable[[], Sequence[str]]) -> Callable[[str], str | None]:

@@ -49,6 +49,8 @@ LAST = "last"
 #: A manifest and the names of some hundred tensors take 100 kB.
 _MAX_HEADER_BYTES = 4 << 20
 _CHUNK = 1 << 20
+#: Bytes of a file name, almost everywhere.
+_LONGEST_NAME = 255
 _CHECKSUM = b'"checksum": "'
 _DIGITS = 64
 _DTYPES = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4"), "U8": np.dtype("u1")}
@@ -151,6 +153,11 @@ def names() -> list[str]:
     return [name for _, name in sorted(found, reverse=True) if _NAME.fullmatch(name)]
 
 
+def _part_of(path: Path) -> Path:
+    """What a session is written to before it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
 def check_writable(path: Path) -> None:
     """Raises SessionError where a session cannot be written for sure: better told before the chat than after it.
 
@@ -159,6 +166,10 @@ def check_writable(path: Path) -> None:
     folder = path.resolve().parent
     if path.is_dir():
         raise SessionError(f"{path} is a folder, and a session is a file")
+    if path.exists() and not path.is_file():
+        raise SessionError(f"{path} is a device or a pipe, and a session is a file: give another name")
+    if len(os.fsencode(_part_of(path).name)) > _LONGEST_NAME:
+        raise SessionError(f"a file name of {len(os.fsencode(path.name))} bytes is too long: give a shorter one")
     if folder == sessions_folder().resolve():
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -304,7 +315,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         if any(path.is_relative_to(own.resolve()) for own in (sessions_folder(), cache_folder())):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         _remove_leftovers(path)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        part = _part_of(path)
         try:
             with open(part, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
                 yield file
@@ -363,7 +374,8 @@ def check_model(manifest: Manifest, setup: Setup, progress: Progress | None = No
     """Raises SessionError where the session belongs to another model or cache type."""
     if model_digest(setup.model, progress, setup.file) != manifest.model_sha256:
         raise SessionError(
-            f"the session belongs to another model: {Path(manifest.model_path).name}, not {setup.model.name}"
+            f"the session belongs to another model: {Path(manifest.model_path).name}, not {setup.model.name}; "
+            "`kvcompose-local run --session` without MODEL takes its own"
         )
     if setup.cache_type != manifest.cache_type:
         raise SessionError(

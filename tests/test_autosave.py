@@ -73,6 +73,55 @@ def test_what_was_said_is_saved_and_silence_is_not(begin: Begin, tmp_path: Path,
     assert sorted(sessions.names()) == ["last", "s"]
 
 
+def test_a_session_that_was_emptied_is_empty(begin: Begin, tmp_path: Path) -> None:
+    begin("s", "my secret is 42")[1].at_the_end()
+    chat, autosave = begin("s")
+    chat.clear()
+    autosave.at_the_end()
+    assert n_messages(begin, "s") == 0
+    chat, autosave = begin(None, "Hi")
+    chat.clear()
+    autosave.at_the_end()
+    assert sessions.names() == ["s"], "no empty file that nobody asked for"
+
+
+def test_two_chats_without_a_name_are_both_saved(begin: Begin, told: io.StringIO) -> None:
+    first, second = begin(None, "One")[1], begin(None, "Two", "Three")[1]
+    second.at_the_end()
+    first.at_the_end()
+    assert "another chat was saved as last meanwhile: this one is saved as last-2\n" in told.getvalue()
+    assert [n_messages(begin, name) for name in ("last", "last-2")] == [4, 2]
+    begin(None, "Four")[1].at_the_end()
+    assert n_messages(begin, "last") == 2, "one after the other, the newer takes the place of the older"
+
+
+@pytest.mark.parametrize("state_folder_is_full", [False, True])
+def test_a_chat_that_cannot_be_saved_in_its_place_is_saved_elsewhere(
+    begin: Begin, tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch, state_folder_is_full: bool
+) -> None:
+    folder, other = tmp_path / "gone", tmp_path / "temporary"
+    folder.mkdir()
+    other.mkdir()
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(other))
+    autosave = begin(str(folder / "s.kvc"), "Hi")[1]
+    folder.rmdir()
+    if state_folder_is_full:
+        save = sessions.save
+
+        def refuse(path: Path, *rest: Any) -> int:
+            if path.parent == tmp_path:
+                raise SessionError("the disk is full")
+            return save(path, *rest)
+
+        monkeypatch.setattr(sessions, "save", refuse)
+    with pytest.raises(SessionError, match="make the folder"):
+        autosave.at_the_end()
+    name = str(next(other.iterdir())) if state_folder_is_full else "last-2"
+    assert told.getvalue().startswith("not where it should be, but saved (")
+    assert f"--session {name} goes on from here" in told.getvalue()
+    assert n_messages(begin, name) == 2
+
+
 def test_a_copy_does_not_make_the_session_ones_own_again(begin: Begin, tmp_path: Path, told: io.StringIO) -> None:
     """Another chat wrote the session meanwhile, and a /save elsewhere changes nothing about that."""
     first, second = begin("s", "One")[1], begin("s", "Two", "Three")[1]

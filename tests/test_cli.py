@@ -502,6 +502,14 @@ def test_every_piped_line_is_a_turn_of_one_chat(tiny_model: TinyModel) -> None:
     assert told["prompt_tokens"] >= 1 + len(spelled)  # one BOS: the later turns go on where the earlier ended
 
 
+def test_answers_before_a_line_that_fails_are_told(tiny_model: TinyModel) -> None:
+    options = ("--budget", "1", "--ctx", "512", "--json")
+    done = program("run", tiny_model(), *FAST, *options, stdin="One\n" + "word " * 200 + "\nThree\n")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: "), done.stderr
+    assert len(json.loads(done.stdout)["answers"]) == 1
+
+
 def test_a_piped_line_is_answered_before_the_next_arrives(tiny_model: TinyModel) -> None:
     command = [*RUN, "run", str(tiny_model()), *FAST]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

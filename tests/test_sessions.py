@@ -630,12 +630,19 @@ def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path: Path, setup: S
 
 
 def test_what_cannot_be_written(tmp_path: Path, setup: Setup) -> None:
-    for path, words in ((tmp_path, "is a folder"), (tmp_path / "no" / "s.kvc", "make the folder")):
+    os.mkfifo(tmp_path / "pipe")
+    for path, words in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "no" / "s.kvc", "make the folder"),
+        (tmp_path / "pipe", "is a device or a pipe"),
+        (tmp_path / ("b" * 243 + ".kvc"), "file name of 247 bytes is too long"),
+    ):
         with pytest.raises(SessionError, match=words):
             sessions.check_writable(path)
         with pytest.raises(SessionError, match=words):
             sessions.save(path, talked(), setup)
-    assert [file.name for file in tmp_path.iterdir()] == ["fake.gguf"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["fake.gguf", "pipe"]
+    assert (tmp_path / "pipe").is_fifo()
     with pytest.raises(SessionError, match="cannot read"):
         sessions.save(tmp_path / "s.kvc", talked(), replace(setup, model=tmp_path / "gone.gguf"))
     link = tmp_path / "link.kvc"
@@ -785,6 +792,9 @@ def test_what_compress_reads_and_refuses(private_program: None, tmp_path: Path, 
     refused(program(*compress, "-o", tmp_path / "no" / "out.kvc", stdin="x"), 1, "make the folder")
     refused(program("compress", tiny_model(), tmp_path / "none.txt", "-o", out), 2, "cannot read")
     assert not out.exists()
+    little = program(*compress, "--keep", 1e-9, stdin="some words " * 50)
+    assert little.returncode == 0
+    assert little.stderr.startswith("--keep 1e-09 leaves too little of this text to read on by: 0."), little.stderr
     short = program(*compress, stdin="A few words.\n")
     assert short.returncode == 0
     assert short.stderr == "the text is too short to compress: it is kept whole\n"

@@ -315,6 +315,17 @@ def test_the_history_is_private_and_comes_back(terminal: Terminal, tmp_path: Pat
     leave(child)
 
 
+def test_a_history_that_cannot_be_written_stops_nothing(terminal: Terminal, tmp_path: Path) -> None:
+    child = terminal("--no-autosave")
+    kept = next(path for path in (tmp_path / "home").rglob("history") if path.is_file())
+    kept.unlink()
+    kept.parent.rename(tmp_path / "elsewhere")
+    say(child, "/system Be brief.")
+    leave(child)
+    assert "Traceback" not in (child.before or "")
+    assert "exception" not in (child.before or "")
+
+
 def test_tab_completes_commands_and_file_names(terminal: Terminal, tmp_path: Path) -> None:
     (tmp_path / "unmistakable.txt").write_text("text")
     child = terminal()
