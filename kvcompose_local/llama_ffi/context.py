@@ -13,7 +13,7 @@ import numpy as np
 from kvcompose_local.errors import EngineError, InvalidInput
 from kvcompose_local.interfaces import ByteArray, FloatArray, Sampling
 from kvcompose_local.interrupts import uninterrupted
-from kvcompose_local.llama_ffi.library import bind, clear_log, last_log, layers_to_offload, lib
+from kvcompose_local.llama_ffi.library import bind, clear_log, last_log, lib
 from kvcompose_local.llama_ffi.model import Model
 
 #: ggml's type numbers of what K and V may be stored as.
@@ -87,8 +87,8 @@ class Context:
         self.watch: tuple[int, WatchTap] | None = None  # of every so many queries (a patched llama.cpp)
         self.has_logits = False
         self._n_queries = 0
-        # Tensors may stand in device memory where there is a device, even for layers that are not offloaded.
-        self._host_tensors = max(model.gpu_layers, layers_to_offload(None)) == 0
+        # Tensors of offloaded layers stand in device memory and must be fetched.
+        self._host_tensors = model.gpu_layers == 0
         self._callback_error: BaseException | None = None
         self._callback = lib.ggml_backend_sched_eval_callback(self._on_tensor)
         params = lib.llama_context_default_params()
