@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import gguf
 import numpy as np
 import pytest
+from ggml_ops import POINTER, operations, packed, rounded
 
 from kvcompose_local.llama_ffi.cells import library_is_patched
 from kvcompose_local.llama_ffi.library import bind
@@ -18,25 +19,13 @@ pytestmark = pytest.mark.skipif(
     not library_is_patched() or not _sized, reason="the library of this run does not take quantized cells in tiles"
 )
 
-POINTER, SIZE = ctypes.c_void_p, ctypes.c_size_t
 F32, F16 = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16
 Q8_0, Q4_0, Q5_1 = (gguf.GGMLQuantizationType[name] for name in ("Q8_0", "Q4_0", "Q5_1"))
 
 
-class InitParams(ctypes.Structure):
-    _fields_ = (("mem_size", SIZE), ("mem_buffer", POINTER), ("no_alloc", ctypes.c_bool))
-
-
-ggml_init = bind("ggml_init", POINTER, InitParams)
-ggml_free = bind("ggml_free", None, POINTER)
-ggml_new_tensor = bind("ggml_new_tensor_4d", POINTER, POINTER, ctypes.c_int, *[ctypes.c_int64] * 4)
 ggml_permute = bind("ggml_permute", POINTER, POINTER, POINTER, *[ctypes.c_int] * 4)
-ggml_get_data = bind("ggml_get_data", POINTER, POINTER)
 ggml_flash_attn_ext = bind("ggml_flash_attn_ext", POINTER, *[POINTER] * 5, *[ctypes.c_float] * 3)
 ggml_add_sinks = bind("ggml_flash_attn_ext_add_sinks", None, POINTER, POINTER)
-ggml_new_graph = bind("ggml_new_graph", POINTER, POINTER)
-ggml_build_forward_expand = bind("ggml_build_forward_expand", None, POINTER, POINTER)
-ggml_compute = bind("ggml_graph_compute_with_ctx", ctypes.c_int, POINTER, POINTER, ctypes.c_int)
 
 
 @dataclass
@@ -116,48 +105,25 @@ class Case:
 
     def computed(self, n_threads: int, k: np.ndarray | None = None, v: np.ndarray | None = None) -> np.ndarray:
         """llama.cpp's float32 (queries, heads, DV); k and v are packed bytes to take instead."""
-        context = ggml_init(InitParams(256 << 20, None, False))
-        try:
-
-            def tensor(data: np.ndarray, kind: gguf.GGMLQuantizationType, shape: tuple[int, ...]) -> int:
-                made: int = ggml_new_tensor(context, int(kind), *shape[::-1], *[1] * (4 - len(shape)))
-                data = np.ascontiguousarray(data)
-                ctypes.memmove(ggml_get_data(made), data.ctypes.data, data.nbytes)
-                return made
+        with operations() as ggml:
 
             def by_head(made: int) -> int:  # the cells of one head, whose rows stand apart, as in a cache
-                return int(ggml_permute(context, made, 0, 2, 1, 3))
+                return int(ggml_permute(ggml.context, made, 0, 2, 1, 3))
 
             k, v = packed(self.k, self.k_type) if k is None else k, packed(self.v, self.v_type) if v is None else v
             out = ggml_flash_attn_ext(
-                context,
-                by_head(tensor(self.q, F32, self.q.shape)),
-                by_head(tensor(k, self.k_type, self.k.shape)),
-                by_head(tensor(v, self.v_type, self.v.shape)),
-                tensor(self.mask.astype(np.float16), F16, self.mask.shape),
+                ggml.context,
+                by_head(ggml.tensor(self.q, F32, self.q.shape)),
+                by_head(ggml.tensor(k, self.k_type, self.k.shape)),
+                by_head(ggml.tensor(v, self.v_type, self.v.shape)),
+                ggml.tensor(self.mask.astype(np.float16), F16, self.mask.shape),
                 self.scale,
                 self.max_bias,
                 self.softcap,
             )
             if self.sinks is not None:
-                ggml_add_sinks(out, tensor(self.sinks, F32, self.sinks.shape))
-            graph = ggml_new_graph(context)
-            ggml_build_forward_expand(graph, out)
-            assert ggml_compute(context, graph, n_threads) == 0
-            shape = self.q.shape[0], self.q.shape[1], self.v.shape[2]
-            n_bytes = 4 * int(np.prod(shape))
-            return np.frombuffer(ctypes.string_at(ggml_get_data(out), n_bytes), np.float32).reshape(shape)
-        finally:
-            ggml_free(context)
-
-
-def packed(x: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
-    """uint8 of blocks, last axis of bytes."""
-    return np.asarray(gguf.quants.quantize(x, kind))
-
-
-def rounded(x: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
-    return np.asarray(gguf.quants.dequantize(packed(x, kind), kind)).reshape(x.shape)
+                ggml_add_sinks(out, ggml.tensor(self.sinks, F32, self.sinks.shape))
+            return ggml.computed(out, (self.q.shape[0], self.q.shape[1], self.v.shape[2]), n_threads)
 
 
 @pytest.mark.parametrize("seed", range(60))
