@@ -165,6 +165,7 @@ def run(
     REPL saves the chat as the session "last".
     """
     check_numbers(budget, n_ctx)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # nothing here uses them, and they spin while a model loads
     load = begin_loading(context, model, gpu_layers) if session is None and rpc is None else None
     # Imported while the model is loaded, some of it for what comes later.
     for name in ("kvcompose_local.chat_template", "kvcompose_local.api"):

@@ -56,13 +56,18 @@ def _bar(done: int, total: int, n_before: int) -> str:
     return f" [{'#' * full}{'.' * (_BAR_WIDTH - full)}]"
 
 
+def _fitting(line: str) -> str:
+    """As much of a line as stays on one of the terminal's: what wraps cannot be redrawn."""
+    return line[: max(shutil.get_terminal_size().columns - 1, 1)]
+
+
 class Status:
     """Progress and statistics on stderr: one line that is redrawn on a terminal, a line now and then otherwise."""
 
     def __init__(self, stream: TextIO, *, should_stop: Callable[[], bool] = lambda: False) -> None:
         self.stream = stream
         self.should_stop = should_stop
-        self._terminal = stream.isatty()
+        self._terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
         self._shown = False
         self.inside_a_line = False  # an answer on the same terminal has not ended its line: what is told gets its own
         self._reading = False
@@ -88,7 +93,8 @@ class Status:
         ):
             left = f", {elapsed / done * (total - done):.0f} s left" if done and total else ""
             text = f"{what} {done}/{total} {unit}{left}" if total else f"{what} {done} {unit}"
-            self._write(f"\r\x1b[K{text}{_bar(done, total, len(text))}" if self._terminal else f"{text}\n")
+            text += _bar(done, total, len(text)) if self._terminal else "\n"
+            self._write(f"\r\x1b[K{_fitting(text)}" if self._terminal else text)
             self._shown = self._terminal
             self._last = now
         if self.should_stop():

@@ -25,6 +25,12 @@ from kvcompose_local.memory_chart import UNICODE_MARKS, can_show, draw
 from kvcompose_local.repl import HELP, Repl, Status, meanwhile, read_text_file
 
 
+@pytest.fixture(autouse=True)
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs the tests may have a dumb one."""
+    monkeypatch.setenv("TERM", "xterm")
+
+
 class Tty(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -524,6 +530,24 @@ def test_what_is_told_inside_an_answer_gets_a_line_of_its_own(monkeypatch: pytes
     assert screen.getvalue() == (
         "She dec\n\r\x1b[Kcompacting: 0/300 tokens\r\x1b[Kcompacted\nided to go.\ncompacted again\nThen\nend\n"
     )
+
+
+def test_progress_stays_on_one_line_of_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "16")
+    screen = Tty()
+    Status(screen).progress("reading:", 0, 300)
+    assert screen.getvalue() == "\r\x1b[Kreading: 0/300 "
+
+
+def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("kvcompose_local.repl.time.monotonic", lambda: clock[0])
+    monkeypatch.setenv("TERM", "dumb")
+    screen = Tty()
+    status = Status(screen)
+    for clock[0], done in ((0.0, 0), (5.0, 50), (15.0, 75), (16.0, 100)):
+        status.progress("reading:", done, 100)
+    assert screen.getvalue() == "reading: 75/100 tokens, 5 s left\n"
 
 
 def test_long_work_is_shown_before_its_first_part_is_done() -> None:
