@@ -717,7 +717,3 @@ def _give_up_stdout() -> None:
     """Let what is left in the buffer vanish: Python's flush at exit would fail again, with a traceback."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-if __name__ == "__main__":
-    main()

@@ -21,7 +21,7 @@ from kvcompose_local import models
 from kvcompose_local.cli import cli, is_fed
 
 TinyModel = Callable[..., Path]
-RUN = [sys.executable, "-m", "kvcompose_local.cli"]
+RUN = [sys.executable, "-m", "kvcompose_local"]
 #: Greedy, so that an endless model is one; one thread: two crawl on a machine whose cores are busy.
 FAST = ["--ctx", "1024", "--max-tokens", "8", "--temp", "0", "--threads", "1"]
 
@@ -650,3 +650,20 @@ def test_a_line_that_fails_leaves_the_session_the_others(tiny_model: TinyModel, 
     again = program("run", *session, "-p", "More", "--json")
     assert "loaded" in again.stderr
     assert len(json.loads(again.stdout)["answers"]) == 2
+
+
+def test_ctrl_c_while_the_program_is_imported_ends_in_one_line() -> None:
+    code = """if True:
+        import sys
+
+        class Interrupted:
+            def find_spec(self, name, *_):
+                if name == "kvcompose_local.cli":
+                    raise KeyboardInterrupt
+
+        sys.meta_path.insert(0, Interrupted())
+        from kvcompose_local.__main__ import main
+        main()
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: stopped\n")

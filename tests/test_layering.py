@@ -66,6 +66,7 @@ ORDER = (
     "bench.command",
     "evaluation.command",
     "cli",
+    "__main__",
 )
 PURE = (
     "errors",

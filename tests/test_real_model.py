@@ -18,7 +18,7 @@ QUESTION = "What is the special magic number for silver-otter?"
 
 def run(model: Path, *options: str, stdin: str = "") -> tuple[dict[str, Any], str]:
     """(the JSON object, stderr) of a greedy run that must succeed."""
-    command = [sys.executable, "-m", "kvcompose_local.cli", "run", str(model), "--temp", "0", "--json"]
+    command = [sys.executable, "-m", "kvcompose_local", "run", str(model), "--temp", "0", "--json"]
     # Two threads that wait for each other crawl where the cores are busy, and one is fast enough here.
     command += ["--threads", "1", *options]
     done = subprocess.run(

@@ -18,7 +18,7 @@ from kvcompose_local.llama_ffi.cells import library_is_patched
 from kvcompose_local.llama_ffi.rpc import add_workers, is_loopback, parse_endpoint
 
 pytestmark = pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
-PROGRAM = [sys.executable, "-m", "kvcompose_local.cli"]
+PROGRAM = [sys.executable, "-m", "kvcompose_local"]
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def terminal(tiny_model: TinyModel, tmp_path: Path) -> Iterator[Terminal]:
         command = [
             "-Xfaulthandler",
             "-m",
-            "kvcompose_local.cli",
+            "kvcompose_local",
             "run",
             str(model or endless(tiny_model)),
             "--threads",
