@@ -406,12 +406,13 @@ def _run(
 
 def progress_printer(stream: TextIO) -> Progress:
     """Steps as lines on ``stream``: one that is redrawn on a terminal, about ten for the whole build elsewhere."""
+    redrawn = stream.isatty() and os.environ.get("TERM") != "dumb"
     last_tenth = -1
 
     def show(text: str, done: int, total: int) -> None:
         nonlocal last_tenth
         line = f"{text} {done}/{total}" if total else text
-        if total and stream.isatty():
+        if total and redrawn:
             print(f"\r\x1b[K{line}", end="\n" if done == total else "", file=stream, flush=True)
         elif not total or done * 10 // total != last_tenth:
             print(line, file=stream, flush=True)

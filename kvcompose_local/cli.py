@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import io
 import json
-import math
 import os
 import shlex
 import stat
@@ -28,6 +27,7 @@ from kvcompose_local.bench.command import bench_command
 from kvcompose_local.errors import InvalidInput, KVComposeError
 from kvcompose_local.evaluation.command import eval_command, profile_command
 from kvcompose_local.figures import MIB, describe, greeting, result
+from kvcompose_local.options import Real, threads_option
 
 if TYPE_CHECKING:
     from kvcompose_local.api import LocalChat
@@ -38,16 +38,6 @@ if TYPE_CHECKING:
     from kvcompose_local.repl import Status
 
 CACHE_TYPE_NAMES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q8_0/q4_0")
-
-
-class Real(click.FloatRange):
-    """A float inside its range; click's own lets NaN through, which no comparison keeps out."""
-
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float:
-        number = float(super().convert(value, parameter, context))
-        if math.isnan(number):
-            self.fail(f"{value} is not a number", parameter, context)
-        return number
 
 
 def complete_session(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
@@ -105,7 +95,7 @@ def cli(context: click.Context, debug: bool) -> None:
 @click.option("--top-p", type=Real(0, 1), default=0.95, show_default=True, help="Nucleus sampling.")
 @click.option("--min-p", type=Real(0, 1), default=0.05, show_default=True, help="Share of the best token.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Repeat a random answer.")
-@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: physical cores]")
+@threads_option
 @click.option("--gpu-layers", type=click.IntRange(0), help="Layers on the GPU.  [default: all with Metal, else 0]")
 @click.option(
     "--cache-type",
@@ -474,7 +464,7 @@ def saved_on_abort(chat: Chat) -> Iterator[None]:
 @click.option("--keep", type=Real(0, 1, min_open=True), default=0.5, show_default=True, help="Share of bytes to keep.")
 @click.option("--cache-type", type=click.Choice(CACHE_TYPE_NAMES), help="As in run.")
 @click.option("--system", help="System prompt, which stands before the document.")
-@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: physical cores]")
+@threads_option
 @click.option("--gpu-layers", type=click.IntRange(0), help="Layers on the GPU.  [default: all with Metal, else 0]")
 def compress(
     model: str,
@@ -504,6 +494,8 @@ def compress(
         raise click.BadParameter("a budget of 1 never compresses", param_hint="--budget")
     path = sessions.path_of(output)
     sessions.check_writable(path)
+    if path.is_file() and path.stat().st_size:
+        raise InvalidInput(f"{path} exists, and may hold a chat by now: remove it, or give another name")
     text = read_document(Path(file))
     if not text.strip():
         raise InvalidInput("there is no text to read")
@@ -551,7 +543,7 @@ def compress(
 @cli.command("rpc-server", short_help="Let other machines compute on this one.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(1, 65535), default=50052, show_default=True, help="Port to listen on.")
-@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: physical cores]")
+@threads_option
 def rpc_server(host: str, port: int, threads: int | None) -> None:
     """Be a worker for `run --rpc HOST:PORT` on another machine, until Ctrl-C."""
     from kvcompose_local.engines import physical_cores

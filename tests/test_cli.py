@@ -189,6 +189,7 @@ def test_unknown_names_are_told_with_a_hint() -> None:
         ("--min-p", "nan", "--min-p"),
         ("--seed", "-1", "--seed"),
         ("--threads", "0", "--threads"),
+        ("--threads", "1000000", f"1<=x<={os.cpu_count()}"),
         ("--gpu-layers", "-1", "--gpu-layers"),
         ("-p", "", "-p"),
     ],

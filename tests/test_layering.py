@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "kvcompose_local"
 #: Upstream first: a module may import those before it.
 ORDER = (
     "errors",
+    "options",
     "interfaces",
     "interrupts",
     "resources",

@@ -795,6 +795,10 @@ def test_what_compress_reads_and_refuses(private_program: None, tmp_path: Path, 
     little = program(*compress, "--keep", 1e-9, stdin="some words " * 50)
     assert little.returncode == 0
     assert little.stderr.startswith("--keep 1e-09 leaves too little of this text to read on by: 0."), little.stderr
+    made = out.read_bytes()
+    refused(program(*compress, stdin="some words " * 50), 2, f"{out} exists, and may hold a chat by now")
+    assert out.read_bytes() == made
+    out.unlink()
     short = program(*compress, stdin="A few words.\n")
     assert short.returncode == 0
     assert short.stderr == "the text is too short to compress: it is kept whole\n"

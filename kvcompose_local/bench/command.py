@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from kvcompose_local.options import threads_option
+
 
 def _lengths(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...]:
     try:
@@ -43,7 +45,7 @@ def _budgets(_context: click.Context, _parameter: click.Parameter, value: str) -
 )
 @click.option("--rounds", type=click.IntRange(1, 100), default=5, show_default=True, help="Rounds of each mode.")
 @click.option("--tokens", type=click.IntRange(4, 200), default=24, show_default=True, help="Tokens decoded in a round.")
-@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: physical cores]")
+@threads_option
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw decode speed against length into this PNG file.")
 def bench_command(
     model: str | None,

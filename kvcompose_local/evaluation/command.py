@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from kvcompose_local.options import threads_option
+
 if TYPE_CHECKING:
     from kvcompose_local.engines.patched import PatchedEngine
     from kvcompose_local.llama_ffi.model import Model
@@ -61,7 +63,7 @@ def _names(_context: click.Context, _parameter: click.Parameter, value: str) -> 
     help="JSON lines; a run goes on from it.  [default: MODEL.eval.jsonl]",
 )
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw figures into this folder.")
-@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: physical cores]")
+@threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print the results as one JSON object.")
 def eval_command(
     model: str | None,
@@ -195,7 +197,7 @@ def chat_caches(model: Model) -> dict[tuple[str, float], str]:
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="JSON file to write.  [default: one in the cache folder]"
 )
-@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: physical cores]")
+@threads_option
 def profile_command(model: str | None, texts: int, length: int, output: Path | None, threads: int | None) -> None:
     """How many tokens each layer of MODEL needs: nearly the same for every text, so it is measured once.
 
