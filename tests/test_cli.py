@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from kvcompose_local import models
-from kvcompose_local.cli import cli, is_fed
+from kvcompose_local.chat_commands import is_fed
+from kvcompose_local.cli import cli
 
 TinyModel = Callable[..., Path]
 RUN = [sys.executable, "-m", "kvcompose_local"]

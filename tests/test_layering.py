@@ -66,6 +66,7 @@ ORDER = (
     "prompt",
     "bench.command",
     "evaluation.command",
+    "chat_commands",
     "cli",
     "__main__",
 )
