@@ -546,21 +546,23 @@ def test_progress_is_a_few_lines_off_a_terminal() -> None:
     assert len(lines) == 12
 
 
-def test_progress_is_one_line_on_a_terminal_that_can_redraw_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "shown"),
+    [
+        ("xterm", "\r\x1b[Kcompiling 1/2\r\x1b[Kcompiling 2/2\n"),
+        ("dumb", "compiling 1/2\ncompiling 2/2\n"),
+    ],
+)
+def test_progress_is_one_line_on_a_terminal_that_can_redraw_it(
+    monkeypatch: pytest.MonkeyPatch, kind: str, shown: str
+) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
 
-    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("TERM", kind)
     stream = Terminal()
     show = build.progress_printer(stream)
     show("compiling", 1, 2)
     show("compiling", 2, 2)
-    assert stream.getvalue() == "\r\x1b[Kcompiling 1/2\r\x1b[Kcompiling 2/2\n"
-
-    monkeypatch.setenv("TERM", "dumb")
-    stream = Terminal()
-    show = build.progress_printer(stream)
-    show("compiling", 1, 2)
-    show("compiling", 2, 2)
-    assert stream.getvalue() == "compiling 1/2\ncompiling 2/2\n"
+    assert stream.getvalue() == shown
