@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -44,6 +45,18 @@ def test_a_run_and_its_json(tiny_model: Callable[..., Path], tmp_path: Path) -> 
     assert small[0] <= full * 0.4
     assert small[1] <= full * 0.25
     assert "| 1100 | budget 0.25 |" in done.stdout
+    decoding, reading, rewriting = (
+        [line.split(" | ") for line in table.splitlines()] for table in done.stdout.split("\n\n")[:3]
+    )
+    speed, bandwidth = found["multiply_adds_per_second"], found["memory_bandwidth_bytes_per_second"]
+    longer = found["lengths"][1]
+    uncompressed = longer["modes"][0]
+    shown = next(row for row in decoding if row[:2] == ["| 1100", measure.FULL])
+    floor = max((found["model_bytes"] + full) / bandwidth, longer["question_multiply_adds"] / speed)
+    assert shown[11] == f"{floor / statistics.median(uncompressed['question_seconds']):.0%} |"
+    shown = next(row for row in reading if row[:2] == ["| 1100", measure.FULL])
+    assert shown[5] == f"{longer['multiply_adds'] / speed / uncompressed['read_seconds']:.0%}"
+    assert rewriting[3][3] == f"{full / 2 / bandwidth / longer['rewrite_seconds']:.0%}"
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
 
 

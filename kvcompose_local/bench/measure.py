@@ -83,12 +83,14 @@ class Mode:
 class LengthResult:
     """Everything measured at one context length.
 
-    rewrite_seconds: of one rewrite of the whole uncompressed cache; multiply_adds: that reading takes at least.
+    rewrite_seconds: of one rewrite of the whole uncompressed cache that keeps a quarter; multiply_adds,
+    question_multiply_adds: that reading takes at least, and a question.
     """
 
     n_tokens: int
     modes: list[Mode]
     multiply_adds: int
+    question_multiply_adds: int
     rewrite_seconds: float
     rss_bytes: int
 
@@ -322,10 +324,12 @@ def measure(
                 if number:  # the first round warms up
                     mode.rates.append(rate)
                     mode.question_seconds.append(seconds)
+        n_block_weights = block_weights(path)
         return LengthResult(
             n_tokens,
             modes,
-            reading_multiply_adds(model, full.shape.layers, block_weights(path), n_tokens),
+            reading_multiply_adds(model, full.shape.layers, n_block_weights, n_tokens),
+            n_block_weights * _QUESTION,
             rewrite_seconds,
             psutil.Process().memory_info().rss,
         )
@@ -385,37 +389,41 @@ def _mib(n_bytes: int | None) -> str:
 
 
 def tables(results: Sequence[LengthResult], model_bytes: int, bandwidth: float, matmul: float) -> str:
-    """The results as Markdown.
+    """The results as Markdown, with the floor of what is measured and the share of that floor which is reached.
 
     Buffers are what graphs are computed in, at their largest so far. The floor of decoding is to read the weights and
-    the cache once a token, that of reading its multiply-adds.
+    the cache once a token; that of reading its multiply-adds; that of a question the larger of both, without its
+    attention; that of a rewrite to read and write the quarter that it keeps.
     """
     lines = [
         "| tokens | mode | decode tokens/s (min–max) | × uncompressed | cache MiB | buffers MiB | floor tokens/s "
-        f"| share of it | question of {_QUESTION} tokens ms | × uncompressed |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| share of it | question of {_QUESTION} tokens ms | × uncompressed | floor ms | share of it |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         full = result.mode(FULL)
         for mode in filter(lambda mode: mode.rates, result.modes):
-            floor = bandwidth / (model_bytes + mode.kv_bytes)
+            token_seconds = (model_bytes + mode.kv_bytes) / bandwidth
+            question_seconds = max(token_seconds, result.question_multiply_adds / matmul)
             lines.append(
                 f"| {result.n_tokens} | {mode.name} | {mode.median:.1f} ({min(mode.rates):.1f}–{max(mode.rates):.1f}) "
                 f"| {mode.median / full.median:.2f} | {mode.kv_bytes / 2**20:.0f} | {_mib(mode.compute_bytes)} "
-                f"| {floor:.0f} | {mode.median / floor:.0%} | {1000 * mode.median_question:.0f} "
-                f"| {mode.median_question / full.median_question:.2f} |"
+                f"| {1 / token_seconds:.0f} | {mode.median * token_seconds:.0%} | {1000 * mode.median_question:.0f} "
+                f"| {mode.median_question / full.median_question:.2f} "
+                f"| {1000 * question_seconds:.0f} | {question_seconds / mode.median_question:.0%} |"
             )
     lines += [
         "",
-        "| tokens | mode | reading s | × uncompressed | its floor s | compactions | their replays s "
+        "| tokens | mode | reading s | × uncompressed | its floor s | share of it | compactions | their replays s "
         "| of it reduction s | choices s | rewrites s | compactions, × uncompressed reading |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         base = result.mode(FULL).read_seconds or 1.0
+        floor = result.multiply_adds / matmul
         lines += [
             f"| {result.n_tokens} | {m.name} | {m.read_seconds:.1f} | {m.read_seconds / base:.2f} "
-            f"| {result.multiply_adds / matmul:.1f} | {m.n_compactions} | {m.replay_seconds:.1f} "
+            f"| {floor:.1f} | {floor / m.read_seconds:.0%} | {m.n_compactions} | {m.replay_seconds:.1f} "
             f"| {m.reduce_seconds:.2f} | {m.select_seconds:.2f} | {m.rewrite_seconds:.2f} "
             f"| {m.compaction_seconds / base:.2f} |"
             for m in result.modes
@@ -423,10 +431,15 @@ def tables(results: Sequence[LengthResult], model_bytes: int, bandwidth: float, 
         ]
     lines += [
         "",
-        "| tokens | rewrite of the whole cache ms | RSS MiB |",
-        "|---|---|---|",
+        "| tokens | rewrite of the whole cache ms | floor ms | share of it | RSS MiB |",
+        "|---|---|---|---|---|",
     ]
-    lines += [f"| {r.n_tokens} | {1000 * r.rewrite_seconds:.0f} | {r.rss_bytes / 2**20:.0f} |" for r in results]
+    for result in results:
+        floor = 2 * (result.mode(FULL).kv_bytes / 4) / bandwidth
+        lines.append(
+            f"| {result.n_tokens} | {1000 * result.rewrite_seconds:.0f} | {1000 * floor:.1f} "
+            f"| {floor / result.rewrite_seconds:.0%} | {result.rss_bytes / 2**20:.0f} |"
+        )
     return "\n".join(lines)
 
 
