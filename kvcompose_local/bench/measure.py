@@ -392,8 +392,8 @@ def tables(results: Sequence[LengthResult], model_bytes: int, bandwidth: float, 
     """The results as Markdown, with the floor of what is measured and the share of that floor which is reached.
 
     Buffers are what graphs are computed in, at their largest so far. The floor of decoding is to read the weights and
-    the cache once a token; that of reading its multiply-adds; that of a question the larger of both, without its
-    attention; that of a rewrite to read and write the quarter that it keeps.
+    the cache once a token; that of reading its multiply-adds, attention to the uncompressed cache among them; that of
+    a question the larger of both, without attention; that of a rewrite to read and write the quarter that it keeps.
     """
     lines = [
         "| tokens | mode | decode tokens/s (min–max) | × uncompressed | cache MiB | buffers MiB | floor tokens/s "
