@@ -138,16 +138,25 @@ def allocate_tempered(
     row_bytes: Sequence[int] | NDArray[Any],
     byte_budget: int | Sequence[int] | NDArray[Any],
     device: Sequence[int] | NDArray[Any] | None = None,
+    *,
+    weights: Sequence[float] | None = None,
 ) -> IntArray:
     """As :func:`allocate_bytes`, but layers need the cells of their composite tokens in more than one head: int64 (L,).
 
-    A composite token is worth the power mean of exponent 1/2 of its heads' scores, not their arithmetic mean, and
-    :data:`SHARED_EVENLY` of each limit is shared out evenly before layers compete. Both are this project's own, and
-    halve the KL divergence at a tenth of the cells (docs/trials.md). Each layer's scores are looked at
-    once. Raises InvalidInput as :func:`allocate_bytes` does, and for negative scores.
+    A composite token is worth the power mean of exponent 1/2 of its heads' scores, not their arithmetic mean, times
+    its layer's of the L ``weights`` where there are any, and :data:`SHARED_EVENLY` of each limit is shared out evenly
+    before layers compete. All three are this project's own; the first two halve the KL divergence at a tenth of the
+    cells (docs/trials.md). Each layer's scores are looked at once. Raises InvalidInput as :func:`allocate_bytes` does,
+    and for negative scores or weights.
     """
     # The rank by the mean of the roots is that by its square, which is the power mean. One layer's roots at a time.
     composites = _composite_scores(_roots(layer) for layer in each_layer(scores))
+    if weights is not None:
+        factors = np.asarray(weights, np.float64)
+        if factors.shape != (len(composites),) or not (np.isfinite(factors) & (factors >= 0)).all():
+            raise InvalidInput(f"layers need {len(composites)} finite weights of 0 or more")
+        roots = np.sqrt(factors).astype(np.float32)
+        composites = [layer * root for layer, root in zip(composites, roots, strict=True)]
     limits = _Limits.checked(len(composites), row_bytes, byte_budget, device)
     floors = [
         int(limit * SHARED_EVENLY) // needed

@@ -40,7 +40,7 @@ from kvcompose_local.interfaces import (
     even_parts,
 )
 from kvcompose_local.interrupts import uninterrupted
-from kvcompose_local.profiles import Profile
+from kvcompose_local.profiles import Profile, faded
 from kvcompose_local.selection import select_composites
 
 
@@ -182,7 +182,8 @@ class CacheMemory:
 
     n_ctx: positions the chat may span; on_compaction is told of each; on_progress gets (tokens replayed, in all) and
     may raise KeyboardInterrupt, which leaves the cache as it was. ``compose`` False never compacts (budget 1).
-    ``profile`` takes the place of the replay, which costs answers and saves nearly all of a compaction's time.
+    ``profile`` takes the place of the replay, which costs answers and saves nearly all of a compaction's time;
+    ``weights``, one a layer, are those of a profile that was tuned.
     """
 
     def __init__(
@@ -193,6 +194,7 @@ class CacheMemory:
         compose: bool = True,
         policy: Policy | None = None,
         profile: Profile | None = None,
+        weights: Sequence[float] | None = None,
         on_compaction: Callable[[CompactionReport], None] | None = None,
         on_progress: Progress | None = None,
     ) -> None:
@@ -201,6 +203,7 @@ class CacheMemory:
         self.compose = compose
         self.policy = policy or Policy.for_cells(sum(engine.arena_bytes) // max(engine.shape.row_bytes, 1))
         self.profile = profile
+        self.weights = weights
         self.on_compaction = on_compaction
         self.on_progress = on_progress
         self.reports: list[CompactionReport] = []
@@ -439,7 +442,9 @@ class CacheMemory:
             n_tokens = self.position - n_tail
             return self.profile.budgets(n_tokens, n_rows, row_bytes, room.tolist(), device, min_per_layer=n_pinned)
         if self.engine.per_layer:
-            return allocate_tempered(scores, row_bytes, room.tolist(), device=device)
+            keep = float(room.sum() / max((self.position - n_tail) * self.engine.shape.row_bytes, 1))
+            weights = faded(self.weights, keep)
+            return allocate_tempered(scores, row_bytes, room.tolist(), device=device, weights=weights)
         fitting = int((room // np.maximum(live_bytes, 1)).min())
         return np.minimum(fitting, np.array(n_rows, np.int64))
 

@@ -244,3 +244,23 @@ def test_tempered_budgets_fill_their_limit(scores, byte_budget, row_bytes):
 def test_tempered_refuses(arguments):
     with pytest.raises(InvalidInput):
         allocate_tempered(**{"scores": SCORES, "row_bytes": [8, 8], "byte_budget": 16, **arguments})
+
+
+def test_weights_are_factors_of_scores() -> None:
+    """As if each layer's scores had been multiplied; weights of 1 change nothing."""
+    rng = np.random.default_rng(3)
+    scores = [rng.random((2, 40), np.float32) for _ in range(3)]
+    weights = [0.25, 1.0, 4.0]
+    by_hand = [layer * np.float32(weight) for layer, weight in zip(scores, weights, strict=True)]
+    weighted = allocate_tempered(scores, [1] * 3, 60, weights=weights)
+    assert weighted.tolist() == allocate_tempered(by_hand, [1] * 3, 60).tolist()
+    assert weighted.tolist() != allocate_tempered(scores, [1] * 3, 60).tolist()
+    assert allocate_tempered(scores, [1] * 3, 60, weights=[1] * 3).tolist() == (
+        allocate_tempered(scores, [1] * 3, 60).tolist()
+    )
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [1.0, -1.0, 1.0], [1.0, float("nan"), 1.0], [1.0, float("inf"), 1.0]])
+def test_wrong_weights_are_refused(weights: list[float]) -> None:
+    with pytest.raises(InvalidInput, match="3 finite weights"):
+        allocate_tempered(np.ones((3, 2, 4), np.float32), [1] * 3, 6, weights=weights)

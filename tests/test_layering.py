@@ -54,6 +54,7 @@ ORDER = (
     "evaluation.methods.trials",
     "evaluation.quantized",
     "evaluation.harness",
+    "evaluation.tuning",
     "evaluation.report",
     "evaluation",
     "bench.measure",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,52 @@ TWO = Profile("Two layers", "ab", (0.25, 0.5, 1.0), ((0.1, 0.4), (0.2, 0.8), (1.
 
 def test_a_file_gives_the_same_profile() -> None:
     assert Profile.parse(TWO.dump()) == TWO
+    tuned = replace(TWO, weights=(0.5, 4.0), model_bytes=10)
+    assert Profile.parse(tuned.dump()) == tuned
+
+
+def test_a_file_of_before_weights_is_one() -> None:
+    values = json.loads(TWO.dump())
+    del values["weights"], values["model_bytes"]
+    assert Profile.parse(json.dumps(values)) == TWO
+
+
+def test_weights_are_those_of_the_file(private_cache: Path) -> None:
+    def untouched() -> str:
+        raise AssertionError("no profile is of a file of this size: it need not be read")
+
+    own = profiles.user_path("ab")
+    own.parent.mkdir(parents=True)
+    assert profiles.weights_of(10, untouched) is None
+    own.write_text(TWO.dump())
+    assert profiles.weights_of(0, untouched) is None, "its layers were not tuned"
+    own.write_text(replace(TWO, weights=(0.5, 4.0), model_bytes=10).dump())
+    (own.parent / "damaged.json").write_text("{")
+    assert profiles.weights_of(10, lambda: "ab") == (0.5, 4.0)
+    assert profiles.weights_of(10, lambda: "cd") is None, "another file of the same size"
+    assert profiles.weights_of(11, untouched) is None
+
+
+def test_weights_fade_where_cells_are_many() -> None:
+    assert profiles.faded((0.5, 4.0), 0.0) == [0.5, 4.0]
+    assert profiles.faded((0.25, 4.0), 0.25) == pytest.approx([0.5, 2.0])
+    assert profiles.faded((0.5, 4.0), 0.5) == profiles.faded((0.5, 4.0), 0.9) == [1.0, 1.0]
+    assert profiles.faded(None, 0.1) is None
+    assert profiles.faded((), 0.1) is None
+
+
+def test_weights_move_cells_between_layers() -> None:
+    """Two layers of equal scores share evenly; one whose cells are worth four times as much gets the most it can."""
+    kept = {}
+    for weights in (None, (1.0, 1.0), (1.0, 4.0), (4.0, 1.0)):
+        engine = FakeEngine(200, per_layer=True)
+        memory = CacheMemory(engine, 1000, policy=Policy(4, 16, 64), weights=weights)
+        memory.feed([*range(50, 200)])
+        memory.compact(0.3)
+        kept[weights] = [cells.shape[1] for cells in engine.composed]
+    assert kept[None] == kept[1.0, 1.0]
+    assert kept[1.0, 4.0][1] > kept[None][1] > kept[4.0, 1.0][1]
+    assert kept[1.0, 4.0][0] < kept[None][0] < kept[4.0, 1.0][0]
 
 
 @pytest.mark.parametrize(
@@ -42,6 +89,10 @@ def test_a_file_gives_the_same_profile() -> None:
         {"shares": 3},
         {"model": 3},
         {"more": 1},
+        {"weights": [1]},
+        {"weights": [1, 0]},
+        {"weights": [1, float("inf")]},
+        {"weights": [[1, 1]]},
     ],
     ids=str,
 )
@@ -149,6 +200,10 @@ def test_profile_and_run(
     written = Path(re.search(r"wrote (.*\.json)$", done.stderr, re.M)[1])  # type: ignore[index]
     assert written.is_relative_to(private_cache)
     assert Profile.parse(written.read_text()).n_texts == 2
+    assert Profile.parse(written.read_text()).weights == ()
+    written.write_text(replace(Profile.parse(written.read_text()), weights=(1.0, 2.0, 0.5)).dump())
+    assert program("profile", model, "--texts", "1", "--length", "300").returncode == 0
+    assert Profile.parse(written.read_text()).weights == (1.0, 2.0, 0.5), "measured again, they stay"
     done = program(*chat, "--scoring", "profile", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["compactions"]

@@ -23,7 +23,7 @@ from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, S
 from kvcompose_local.errors import InvalidInput, KVComposeError
 from kvcompose_local.evaluation.methods import find_method
 from kvcompose_local.evaluation.quantized import quantized
-from kvcompose_local.evaluation.statistics import Statistics
+from kvcompose_local.evaluation.statistics import Statistics, layer_weights
 from kvcompose_local.evaluation.tasks import Item, Question
 from kvcompose_local.interfaces import VALUE_BYTES, CacheSnapshot, IntArray, share_of_f16
 
@@ -222,7 +222,7 @@ class Evaluation:
         n_cells = max(round(keep * len(tokens) / CELL_PADDING), 1) * CELL_PADDING  # the record says how many they are
         small = self._new_engine(n_cells, kind or "f16", SMALL_MICRO_BATCH)
         try:
-            memory = CacheMemory(small, len(tokens))
+            memory = CacheMemory(small, len(tokens), weights=layer_weights(self.engine.model.path))
             size = -(-len(tokens) // _N_TURNS)
             for start in range(0, len(tokens), size):
                 memory.feed(tokens[start : start + size])

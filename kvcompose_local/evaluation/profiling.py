@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from kvcompose_local.compaction import Policy
 from kvcompose_local.engines.patched import PatchedEngine
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import make_item
-from kvcompose_local.profiles import KEEPS, Profile
+from kvcompose_local.profiles import KEEPS, Profile, faded
 
 #: Kinds of text that differ: facts in prose, documents, a conversation, code-like assignments.
 TASKS = ("needles_8", "qa", "recall", "vt")
@@ -26,9 +26,10 @@ def measure_profile(
     *,
     n_texts: int = 8,
     n_tokens: int = 2048,
+    weights: Sequence[float] = (),
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Profile:
-    """The mean over ``n_texts`` texts of about ``n_tokens`` tokens.
+    """The mean over ``n_texts`` texts of about ``n_tokens`` tokens; layers compete by ``weights`` if there are any.
 
     engine: uncompressed and empty, with room for a text and its replay; progress gets (texts done, in all).
     """
@@ -44,7 +45,11 @@ def measure_profile(
         stats = Statistics(engine, tokens, n_scratch=policy.n_scratch, n_lead_in=policy.n_lead_in)
         scores = stats.both
         ones, n_cells = [1] * len(scores), len(tokens) * len(scores)
-        budgets.append(np.stack([allocate_tempered(scores, ones, int(keep * n_cells)) for keep in KEEPS]))
+        budgets.append(
+            np.stack(
+                [allocate_tempered(scores, ones, int(keep * n_cells), weights=faded(weights, keep)) for keep in KEEPS]
+            )
+        )
         lengths.append(len(tokens))
     progress(n_texts, n_texts)
-    return profiles.average(model.name, model_sha256, budgets, lengths)
+    return profiles.average(model.name, model_sha256, budgets, lengths, weights, model.path.stat().st_size)

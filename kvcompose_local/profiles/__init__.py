@@ -1,14 +1,16 @@
-"""Layer budgets measured once a model, so that a compaction needs no replay.
+"""What was measured once a model: what its layers' cells are worth, and layer budgets that need no replay.
 
 Which layers need many tokens is nearly the same for every text. A *profile* holds the share of the tokens that each
-layer keeps at some keep ratios, as ``kvcompose-local profile`` measured it; it is keyed by the sha256 of the GGUF file.
-The ones beside this module come with the program, those that a user measures stand in the cache folder.
+layer keeps at some keep ratios, as ``kvcompose-local profile`` measured it, and the weights by which layers' scores
+compete; it is keyed by the sha256 of the GGUF file. The ones beside this module come with the program, those that a
+user measures stand in the cache folder.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,7 +34,8 @@ class Profile:
 
     model: name, for people; model_sha256: of the GGUF; keeps: R rising ratios, the last one 1; shares: R lists of L
     shares in [0, 1], none of which falls from one ratio to the next; n_texts, n_tokens: texts measured, and the length
-    of each.
+    of each; weights: L factors of scores where layers compete for few cells (:func:`faded`), 0.5 for a layer whose
+    cells are worth half of what attention says, none where they were not tuned; model_bytes: of the GGUF.
     """
 
     model: str
@@ -41,6 +44,8 @@ class Profile:
     shares: tuple[tuple[float, ...], ...]
     n_texts: int
     n_tokens: int
+    weights: tuple[float, ...] = ()
+    model_bytes: int = 0
 
     @classmethod
     def parse(cls, text: str) -> Profile:
@@ -51,6 +56,7 @@ class Profile:
                 raise ValueError("it has another format")
             values["keeps"] = tuple(map(float, values["keeps"]))
             values["shares"] = tuple(tuple(map(float, row)) for row in values["shares"])
+            values["weights"] = tuple(map(float, values.get("weights", ())))
             profile = cls(**values)
             keeps, shares = np.array(profile.keeps), np.array(profile.shares)
             if shares.ndim != 2 or keeps.shape != shares.shape[:1] or not keeps.size or not shares.size:
@@ -59,6 +65,9 @@ class Profile:
                 raise ValueError("its keep ratios do not rise to 1")
             if not ((np.diff(shares, axis=0, prepend=np.zeros((1, shares.shape[1]))) >= 0).all()):
                 raise ValueError("its shares fall")
+            weights = np.array(profile.weights)
+            if weights.size and (weights.shape != shares.shape[1:] or not (np.isfinite(weights) & (weights > 0)).all()):
+                raise ValueError("its weights do not fit")
             if not (isinstance(profile.model, str) and isinstance(profile.model_sha256, str)):
                 raise ValueError("it names no model")
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
@@ -120,12 +129,28 @@ class Profile:
         return np.array([np.interp(keep, keeps, column) for column in shares.T])
 
 
-def average(model: str, model_sha256: str, budgets: Sequence[NDArray[np.int64]], n_tokens: Sequence[int]) -> Profile:
+def average(
+    model: str,
+    model_sha256: str,
+    budgets: Sequence[NDArray[np.int64]],
+    n_tokens: Sequence[int],
+    weights: Sequence[float] = (),
+    model_bytes: int = 0,
+) -> Profile:
     """The profile of some texts: of each the budgets int (R, L) at :data:`KEEPS`, and its tokens."""
     shares = np.mean([b / n for b, n in zip(budgets, n_tokens, strict=True)], axis=0)
     shares[-1] = 1.0
     rising = np.maximum.accumulate(np.floor(shares * 1e4) / 1e4, axis=0)
-    return Profile(model, model_sha256, KEEPS, tuple(map(tuple, rising.tolist())), len(budgets), int(np.mean(n_tokens)))
+    return Profile(
+        model,
+        model_sha256,
+        KEEPS,
+        tuple(map(tuple, rising.tolist())),
+        len(budgets),
+        int(np.mean(n_tokens)),
+        tuple(weights),
+        model_bytes,
+    )
 
 
 def user_path(model_sha256: str) -> Path:
@@ -144,8 +169,47 @@ def find(model_sha256: str) -> Profile:
             return Profile.parse(own.read_text(encoding="utf-8", errors="replace"))
         except (InvalidInput, OSError) as error:
             raise InvalidInput(f"{own}: {error}") from error
-    for path in sorted(Path(__file__).parent.glob("*.json")):
-        profile = Profile.parse(path.read_text(encoding="utf-8"))
+    for profile in _shipped():
         if profile.model_sha256 == model_sha256:
             return profile
     raise KVComposeError("this model has no layer profile yet: `kvcompose-local profile MODEL` measures one")
+
+
+def faded(weights: Sequence[float] | None, keep: float) -> list[float] | None:
+    """Weights for a cache of this share of the tokens seen: those of a profile are for the smallest.
+
+    A layer that attention leaves with too few cells has enough where there are many, so that a weight's exponent falls
+    from 1 to 0 at a half (docs/trials.md).
+    """
+    if not weights:
+        return None
+    exponent = max(0.0, 1 - 2 * keep)
+    return [float(weight**exponent) for weight in weights]
+
+
+def weights_of(n_bytes: int, digest: Callable[[], str]) -> tuple[float, ...] | None:
+    """By what factors the layers' scores compete in the model of a file of this size, None where they were not tuned.
+
+    digest: its sha256, asked for only where some profile is of a file as large, since it may take seconds. Raises
+    InvalidInput where the user's profile is damaged.
+    """
+    if n_bytes not in {profile.model_bytes for profile in (*_shipped(), *_own()) if profile.weights}:
+        return None
+    try:
+        return find(digest()).weights or None
+    except InvalidInput:
+        raise
+    except KVComposeError:
+        return None
+
+
+def _shipped() -> Iterator[Profile]:
+    for path in sorted(Path(__file__).parent.glob("*.json")):
+        yield Profile.parse(path.read_text(encoding="utf-8"))
+
+
+def _own() -> Iterator[Profile]:
+    """Those in the cache folder that can be read."""
+    for path in sorted((cache_folder() / "profiles").glob("*.json")):
+        with suppress(InvalidInput, OSError):
+            yield Profile.parse(path.read_text(encoding="utf-8", errors="replace"))

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvcompose_local.budgets import allocate_bytes, allocate_tempered
+from kvcompose_local.cell_scores import PINNED
+from kvcompose_local.compaction import LEAST_TAIL
 from kvcompose_local.evaluation.methods import method
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.interfaces import FloatArray, IntArray
+from kvcompose_local.profiles import faded
 from kvcompose_local.scores import token_scores
 from kvcompose_local.selection import select_composites
 
@@ -17,9 +20,18 @@ def compose(scores: Sequence[FloatArray], n_cells: int) -> list[IntArray]:
     return select_composites(scores, allocate_bytes(scores, [1] * len(scores), n_cells))
 
 
-def tempered_budgets(scores: Sequence[FloatArray], n_cells: int) -> IntArray:
-    """The program's layer budgets for scores, L arrays (H, T): int64 (L,)."""
-    return allocate_tempered(scores, [1] * len(scores), n_cells)
+def tempered_budgets(scores: Sequence[FloatArray], n_cells: int, weights: Sequence[float] | None = None) -> IntArray:
+    """The program's layer budgets for scores, L arrays (H, T), and a profile's L weights: int64 (L,)."""
+    n_all = sum(layer.shape[1] for layer in scores)
+    return allocate_tempered(scores, [1] * len(scores), n_cells, weights=faded(weights, n_cells / n_all))
+
+
+def with_newest(scores: Sequence[FloatArray]) -> list[FloatArray]:
+    """The scores with those of the newest tokens, which a compaction leaves alone, above all others."""
+    pinned = [s.copy() for s in scores]
+    for layer in pinned:
+        layer[:, -LEAST_TAIL:] = PINNED
+    return pinned
 
 
 def with_mean(scores: Sequence[FloatArray]) -> list[FloatArray]:
@@ -42,5 +54,6 @@ def replay(stats: Statistics, n_cells: int) -> list[IntArray]:
 
 @method("kvcompose-local")
 def ours(stats: Statistics, n_cells: int) -> list[IntArray]:
-    """What the program does: the sum of both attentions, no mean over KV heads, tempered layer budgets."""
-    return select_composites(stats.both, tempered_budgets(stats.both, n_cells))
+    """What the program does: the sum of both attentions, no mean over KV heads, tempered and weighted layer budgets."""
+    scores = with_newest(stats.both)
+    return select_composites(scores, tempered_budgets(scores, n_cells, stats.weights))

@@ -6,7 +6,7 @@ import numpy as np
 
 from kvcompose_local.budgets import allocate_bytes
 from kvcompose_local.evaluation.methods import Method, method
-from kvcompose_local.evaluation.methods.kvcompose import compose, tempered_budgets, with_mean
+from kvcompose_local.evaluation.methods.kvcompose import compose, tempered_budgets, with_mean, with_newest
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.interfaces import FloatArray, IntArray
 from kvcompose_local.selection import select_composites
@@ -118,6 +118,19 @@ for _name, _method in {
     "tempered": _power_mean(1, floor=0.1),
 }.items():
     method(f"replay+seen-{_name}")(_method)
+
+
+@method("unweighted")
+def unweighted(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """The program before its layers were weighted and the newest tokens kept."""
+    return select_composites(stats.both, tempered_budgets(stats.both, n_cells))
+
+
+@method("newest")
+def newest(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """The program for a model whose layers were not tuned."""
+    scores = with_newest(stats.both)
+    return select_composites(scores, tempered_budgets(scores, n_cells))
 
 
 @method("replay+seen-separators")
