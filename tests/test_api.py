@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 import kvcompose_local
-from kvcompose_local import LocalChat, Sampling
+from kvcompose_local import LocalChat, Sampling, profiles
 from kvcompose_local.errors import InvalidInput, SessionError
+from kvcompose_local.llama_ffi.library import library_path
+from kvcompose_local.sessions import model_digest
 
 EXAMPLE = Path(__file__).parent.parent / "docs" / "library.py"
 
@@ -111,3 +113,24 @@ def test_names_are_imported_on_first_use() -> None:
     assert done.stdout == "LocalChat\n"
     with pytest.raises(AttributeError):
         kvcompose_local.nothing  # noqa: B018
+
+
+def test_a_chat_goes_by_the_models_own_weights(
+    tiny_model: Callable[..., Path], private_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a profile that was tuned, and only under a budget; without one no model is read for its digest."""
+    monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(library_path().parent))
+    model = tiny_model()
+    with LocalChat(model, budget=0.5, n_ctx=512, n_threads=1) as chat:
+        assert chat.memory.weights is None
+        n_layers = len(chat.memory.engine.shape.layers)
+    assert not (private_cache / "digests").exists()
+    weights, even = tuple(range(1, n_layers + 1)), (1.0,) * n_layers
+    digest, size = model_digest(model), model.stat().st_size
+    own = profiles.user_path(digest)
+    own.parent.mkdir(parents=True)
+    own.write_text(profiles.Profile("tiny", digest, (1.0,), (even,), 1, 10, weights, size).dump())
+    with LocalChat(model, budget=0.5, n_ctx=512, n_threads=1) as chat:
+        assert chat.memory.weights == weights
+    with LocalChat(model, budget=1, n_ctx=512, n_threads=1) as chat:
+        assert chat.memory.weights is None

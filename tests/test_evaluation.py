@@ -338,6 +338,21 @@ def test_tuned_weights_are_nearer_to_the_full_cache(
 
 
 @needs_patch
+def test_profile_tunes(
+    tiny_model: Callable[..., Path], tmp_path: Path, private_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "TASKS", ("niah_single_2",))
+    model, file = tiny_model("llama", n_ctx=4096), tmp_path / "profile.json"
+    command = ["profile", str(model), "--tune", "--texts", "1", "--length", "256", "--threads", "1", "-o", str(file)]
+    done = CliRunner().invoke(cli, command)
+    assert done.exit_code == 0, done.output
+    profile = Profile.parse(file.read_text())
+    assert len(profile.weights) == 3
+    assert profile.model_bytes == model.stat().st_size
+    assert f"wrote {file}" in done.stderr
+
+
+@needs_patch
 def test_the_command_on_a_tiny_model(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     command = ["eval", str(tiny_model("llama", n_ctx=8192)), "--tasks", "qa", "--length", "256", "--items", "1"]
     command += ["-o", str(tmp_path / "o.jsonl"), "--keep", "0.5", "--threads", "1"]
