@@ -183,7 +183,7 @@ class CacheMemory:
     n_ctx: positions the chat may span; on_compaction is told of each; on_progress gets (tokens replayed, in all) and
     may raise KeyboardInterrupt, which leaves the cache as it was. ``compose`` False never compacts (budget 1).
     ``profile`` takes the place of the replay, which costs answers and saves nearly all of a compaction's time;
-    ``weights``, one a layer, are those of a profile that was tuned.
+    ``weights``, one a layer, are those of a profile that was tuned. Raises InvalidInput for another number of them.
     """
 
     def __init__(
@@ -203,6 +203,8 @@ class CacheMemory:
         self.compose = compose
         self.policy = policy or Policy.for_cells(sum(engine.arena_bytes) // max(engine.shape.row_bytes, 1))
         self.profile = profile
+        if weights is not None and len(weights) != len(engine.shape.layers):
+            raise InvalidInput(f"{len(weights)} weights for {len(engine.shape.layers)} layers: measure the profile again")
         self.weights = weights
         self.on_compaction = on_compaction
         self.on_progress = on_progress

@@ -138,6 +138,11 @@ def test_budgets_fit_and_leave_little_unused(available: list[int], cost: list[in
         assert used > limit - sum(cost) - 1 or used == int((np.array(floor) * cost).sum())
 
 
+def test_weights_of_another_model_are_refused() -> None:
+    with pytest.raises(InvalidInput, match="3 weights for 2 layers"):
+        CacheMemory(FakeEngine(200, per_layer=True), 1000, weights=(1.0, 2.0, 3.0))
+
+
 def test_the_average_of_texts_is_a_profile() -> None:
     rows = np.linspace(0, 100, len(profiles.KEEPS)).astype(np.int64)
     profile = average("m", "ab", [np.stack([rows, rows], 1), np.stack([2 * rows, 0 * rows], 1)], [100, 200])
