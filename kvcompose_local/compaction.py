@@ -204,7 +204,9 @@ class CacheMemory:
         self.policy = policy or Policy.for_cells(sum(engine.arena_bytes) // max(engine.shape.row_bytes, 1))
         self.profile = profile
         if weights is not None and len(weights) != len(engine.shape.layers):
-            raise InvalidInput(f"{len(weights)} weights for {len(engine.shape.layers)} layers: measure the profile again")
+            raise InvalidInput(
+                f"{len(weights)} weights for {len(engine.shape.layers)} layers: measure the profile again"
+            )
         self.weights = weights
         self.on_compaction = on_compaction
         self.on_progress = on_progress
