@@ -18,7 +18,7 @@ from kvcompose_local.compaction import LEAST_TAIL
 from kvcompose_local.engines import cells_for, open_engine
 from kvcompose_local.engines.patched import PatchedEngine
 from kvcompose_local.errors import InvalidInput
-from kvcompose_local.evaluation import report, tuning
+from kvcompose_local.evaluation import report
 from kvcompose_local.evaluation.harness import FULL, Evaluation, read_records, room_for
 from kvcompose_local.evaluation.methods import find_method, method_names
 from kvcompose_local.evaluation.quantized import quantized
@@ -306,50 +306,6 @@ def test_methods_keep_what_they_say(tiny_model: Callable[..., Path]) -> None:
         assert sinks == [0, 1, 2, 3, *range(120 - 26, 120)]
         assert len(layers) == 3
         assert engine.layout().position == 120  # the context stands as it was
-
-
-@needs_patch
-def test_tuned_weights_are_nearer_to_the_full_cache(
-    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of two texts, by the measure that it goes by; a layer that gets all it can have is left as it is."""
-    monkeypatch.setattr(tuning, "TASKS", ("qa", "niah_single_2"))
-    monkeypatch.setattr(tuning, "_LEAST_GAIN", 0.0)
-    seen: list[tuple[str, int, int]] = []
-    tried = []
-    measured = tuning._divergences
-
-    def watched(engine: PatchedEngine, texts: Any, weights: Any) -> Any:
-        tried.append((tuple(weights.tolist()), measured(engine, texts, weights)))
-        return tried[-1][1]
-
-    monkeypatch.setattr(tuning, "_divergences", watched)
-    engine, _ = open_engine(tiny_model("llama", n_ctx=4096), n_ctx=1024, budget=1.0, n_threads=1)
-    with engine:
-        assert isinstance(engine, PatchedEngine)
-        weights = tuning.tune_weights(engine, n_tokens=256, progress=lambda *what: seen.append(what))
-    found = dict(tried)
-    assert len(weights) == 3
-    assert set(np.log2(weights)) <= set(range(-4, 5))
-    assert len(tried) > 3
-    assert found[weights].mean() <= found[1.0, 1.0, 1.0].mean()
-    assert seen[0] == ("reading", 0, 2)
-    assert seen[-1] == ("tuning", 3, 3)
-
-
-@needs_patch
-def test_profile_tunes(
-    tiny_model: Callable[..., Path], tmp_path: Path, private_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tuning, "TASKS", ("niah_single_2",))
-    model, file = tiny_model("llama", n_ctx=4096), tmp_path / "profile.json"
-    command = ["profile", str(model), "--tune", "--texts", "1", "--length", "256", "--threads", "1", "-o", str(file)]
-    done = CliRunner().invoke(cli, command)
-    assert done.exit_code == 0, done.output
-    profile = Profile.parse(file.read_text())
-    assert len(profile.weights) == 3
-    assert profile.model_bytes == model.stat().st_size
-    assert f"wrote {file}" in done.stderr
 
 
 @needs_patch

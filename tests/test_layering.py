@@ -54,7 +54,6 @@ ORDER = (
     "evaluation.methods.trials",
     "evaluation.quantized",
     "evaluation.harness",
-    "evaluation.tuning",
     "evaluation.report",
     "evaluation",
     "bench.measure",

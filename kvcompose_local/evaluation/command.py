@@ -197,27 +197,18 @@ def chat_caches(model: Model) -> dict[tuple[str, float], str]:
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="JSON file to write.  [default: one in the cache folder]"
 )
-@click.option(
-    "--tune",
-    is_flag=True,
-    help="First try what the cells of each layer are worth, by answers: every later chat with MODEL under a small "
-    "budget keeps more of them right. Takes several times as long.",
-)
 @threads_option
-def profile_command(
-    model: str | None, texts: int, length: int, output: Path | None, tune: bool, threads: int | None
-) -> None:
+def profile_command(model: str | None, texts: int, length: int, output: Path | None, threads: int | None) -> None:
     """How many tokens each layer of MODEL needs: nearly the same for every text, so it is measured once.
 
     `run MODEL --scoring profile` then compresses without reading anything twice. The file is small, holds no text and
-    may be shared: it belongs to the GGUF file's sha256, and counts from the cache folder's `profiles`. What --tune once
-    found there stays when it is measured again.
+    may be shared: it belongs to the GGUF file's sha256, and counts from the cache folder's `profiles`. Weights of
+    layers that one has stay when it is measured again.
     """
     from kvcompose_local import models, profiles
     from kvcompose_local.evaluation.harness import room_for
     from kvcompose_local.evaluation.profiling import measure_profile
     from kvcompose_local.evaluation.statistics import layer_weights
-    from kvcompose_local.evaluation.tuning import tune_weights
     from kvcompose_local.repl import Status
     from kvcompose_local.sessions import model_digest, replacing
 
@@ -226,21 +217,12 @@ def profile_command(
     models.check_gguf(path)
     digest = model_digest(path, status.checking)
     with open_uncompressed(path, length, room_for(length), threads) as engine:
-        weights = layer_weights(path)
-        if tune:
-            weights = tune_weights(
-                engine,
-                n_tokens=length,
-                progress=lambda what, done, total: status.progress(
-                    f"{what}:", done, total, "texts" if what == "reading" else "layers"
-                ),
-            )
         profile = measure_profile(
             engine,
             digest,
             n_texts=texts,
             n_tokens=length,
-            weights=weights or (),
+            weights=layer_weights(path) or (),
             progress=lambda done, total: status.progress("measuring:", done, total, "texts"),
         )
     file = output or profiles.user_path(digest)
