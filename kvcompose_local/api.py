@@ -78,7 +78,7 @@ class LocalChat:
             raise InvalidInput(f"there is no scoring {scoring}: {', '.join(SCORINGS)}")
         composing = scoring == "profile" and budget < 1
         profile = profiles.find(sessions.model_digest(path)) if composing else None
-        weights = profiles.weights_of(path.stat().st_size, lambda: sessions.model_digest(path)) if budget < 1 else None
+        weights = profiles.weights_of(path, sessions.model_digest) if budget < 1 else ()
         add_workers(list(workers))
         self._engine, positions = open_engine(
             path,

@@ -139,7 +139,7 @@ def allocate_tempered(
     byte_budget: int | Sequence[int] | NDArray[Any],
     device: Sequence[int] | NDArray[Any] | None = None,
     *,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float] = (),
 ) -> IntArray:
     """As :func:`allocate_bytes`, but layers need the cells of their composite tokens in more than one head: int64 (L,).
 
@@ -151,7 +151,7 @@ def allocate_tempered(
     """
     # The rank by the mean of the roots is that by its square, which is the power mean. One layer's roots at a time.
     composites = _composite_scores(_roots(layer) for layer in each_layer(scores))
-    if weights is not None:
+    if len(weights):
         factors = np.asarray(weights, np.float64)
         if factors.shape != (len(composites),) or not (np.isfinite(factors) & (factors >= 0)).all():
             raise InvalidInput(f"layers need {len(composites)} finite weights of 0 or more")

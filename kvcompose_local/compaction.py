@@ -194,7 +194,7 @@ class CacheMemory:
         compose: bool = True,
         policy: Policy | None = None,
         profile: Profile | None = None,
-        weights: Sequence[float] | None = None,
+        weights: Sequence[float] = (),
         on_compaction: Callable[[CompactionReport], None] | None = None,
         on_progress: Progress | None = None,
     ) -> None:
@@ -203,7 +203,7 @@ class CacheMemory:
         self.compose = compose
         self.policy = policy or Policy.for_cells(sum(engine.arena_bytes) // max(engine.shape.row_bytes, 1))
         self.profile = profile
-        if weights is not None and len(weights) != len(engine.shape.layers):
+        if len(weights) not in (0, len(engine.shape.layers)):
             raise InvalidInput(
                 f"{len(weights)} weights for {len(engine.shape.layers)} layers: measure the profile again"
             )

@@ -122,7 +122,7 @@ def test_a_chat_goes_by_the_models_own_weights(
     monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(library_path().parent))
     model = tiny_model()
     with LocalChat(model, budget=0.5, n_ctx=512, n_threads=1) as chat:
-        assert chat.memory.weights is None
+        assert chat.memory.weights == ()
         n_layers = len(chat.memory.engine.shape.layers)
     assert not (private_cache / "digests").exists()
     weights, even = tuple(range(1, n_layers + 1)), (1.0,) * n_layers
@@ -133,4 +133,4 @@ def test_a_chat_goes_by_the_models_own_weights(
     with LocalChat(model, budget=0.5, n_ctx=512, n_threads=1) as chat:
         assert chat.memory.weights == weights
     with LocalChat(model, budget=1, n_ctx=512, n_threads=1) as chat:
-        assert chat.memory.weights is None
+        assert chat.memory.weights == ()

@@ -37,42 +37,58 @@ def test_a_file_of_before_weights_is_one() -> None:
     assert Profile.parse(json.dumps(values)) == TWO
 
 
-def test_weights_are_those_of_the_file(private_cache: Path) -> None:
-    def untouched() -> str:
+def test_weights_are_those_of_the_file(private_cache: Path, tmp_path: Path) -> None:
+    def untouched(_: Path) -> str:
         raise AssertionError("no profile is of a file of this size: it need not be read")
 
+    ten, eleven = tmp_path / "10", tmp_path / "11"
+    ten.write_bytes(bytes(10))
+    eleven.write_bytes(bytes(11))
     own = profiles.user_path("ab")
     own.parent.mkdir(parents=True)
-    assert profiles.weights_of(10, untouched) is None
-    own.write_text(TWO.dump())
-    assert profiles.weights_of(0, untouched) is None, "its layers were not tuned"
+    assert profiles.weights_of(ten, untouched) == ()
+    own.write_text(replace(TWO, model_bytes=10).dump())
+    assert profiles.weights_of(ten, untouched) == (), "its layers were not tuned"
     own.write_text(replace(TWO, weights=(0.5, 4.0), model_bytes=10).dump())
     (own.parent / "damaged.json").write_text("{")
-    assert profiles.weights_of(10, lambda: "ab") == (0.5, 4.0)
-    assert profiles.weights_of(10, lambda: "cd") is None, "another file of the same size"
-    assert profiles.weights_of(11, untouched) is None
+    assert profiles.weights_of(ten, lambda _: "ab") == (0.5, 4.0)
+    assert profiles.weights_of(ten, lambda _: "cd") == (), "another file of the same size"
+    assert profiles.weights_of(eleven, untouched) == ()
+
+
+def test_a_profile_measured_again_does_not_hide_the_weights_that_ship(private_cache: Path, tmp_path: Path) -> None:
+    shipped = next(profile for profile in profiles._shipped() if profile.weights)
+    model = tmp_path / "model"
+    with model.open("wb") as file:
+        file.truncate(shipped.model_bytes)  # takes no room
+    own = profiles.user_path(shipped.model_sha256)
+    own.parent.mkdir(parents=True)
+    own.write_text(replace(shipped, weights=(), model_bytes=0).dump())
+    assert profiles.weights_of(model, lambda _: shipped.model_sha256) == shipped.weights
+    mine = tuple(2 * weight for weight in shipped.weights)
+    own.write_text(replace(shipped, weights=mine).dump())
+    assert profiles.weights_of(model, lambda _: shipped.model_sha256) == mine
 
 
 def test_weights_fade_where_cells_are_many() -> None:
     assert profiles.faded((0.5, 4.0), 0.0) == [0.5, 4.0]
     assert profiles.faded((0.25, 4.0), 0.25) == pytest.approx([0.5, 2.0])
     assert profiles.faded((0.5, 4.0), 0.5) == profiles.faded((0.5, 4.0), 0.9) == [1.0, 1.0]
-    assert profiles.faded(None, 0.1) is None
-    assert profiles.faded((), 0.1) is None
+    assert profiles.faded((), 0.1) == []
 
 
 def test_weights_move_cells_between_layers() -> None:
     """Two layers of equal scores share evenly; one whose cells are worth four times as much gets the most it can."""
-    kept = {}
-    for weights in (None, (1.0, 1.0), (1.0, 4.0), (4.0, 1.0)):
+    kept: dict[tuple[float, ...], list[int]] = {}
+    for weights in ((), (1.0, 1.0), (1.0, 4.0), (4.0, 1.0)):
         engine = FakeEngine(200, per_layer=True)
         memory = CacheMemory(engine, 1000, policy=Policy(4, 16, 64), weights=weights)
         memory.feed([*range(50, 200)])
         memory.compact(0.3)
         kept[weights] = [cells.shape[1] for cells in engine.composed]
-    assert kept[None] == kept[1.0, 1.0]
-    assert kept[1.0, 4.0][1] > kept[None][1] > kept[4.0, 1.0][1]
-    assert kept[1.0, 4.0][0] < kept[None][0] < kept[4.0, 1.0][0]
+    assert kept[()] == kept[1.0, 1.0]
+    assert kept[1.0, 4.0][1] > kept[()][1] > kept[4.0, 1.0][1]
+    assert kept[1.0, 4.0][0] < kept[()][0] < kept[4.0, 1.0][0]
 
 
 @pytest.mark.parametrize(

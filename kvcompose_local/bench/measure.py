@@ -30,7 +30,6 @@ from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import EngineError, InvalidInput, KVComposeError
-from kvcompose_local.evaluation.statistics import layer_weights
 from kvcompose_local.interfaces import CacheSnapshot, LayerShape, Sampling
 from kvcompose_local.llama_ffi.library import library_path
 from kvcompose_local.llama_ffi.model import Model
@@ -351,7 +350,7 @@ def _read_as_a_chat(
     profile: Profile | None = None,
 ) -> Mode:
     """Read tokens into a cache that is too small for them, and leave it compacted."""
-    weights = layer_weights(engine.model.path)
+    weights = profiles.weights_of(engine.model.path, model_digest)
     memory = CacheMemory(engine, len(tokens) + _ANSWER_CELLS, profile=profile, weights=weights)
     started = time.perf_counter()
     memory.feed(tokens, lambda done, total: progress(f"reading, {name}:", done, total))

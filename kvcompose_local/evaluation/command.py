@@ -208,7 +208,6 @@ def profile_command(model: str | None, texts: int, length: int, output: Path | N
     from kvcompose_local import models, profiles
     from kvcompose_local.evaluation.harness import room_for
     from kvcompose_local.evaluation.profiling import measure_profile
-    from kvcompose_local.evaluation.statistics import layer_weights
     from kvcompose_local.repl import Status
     from kvcompose_local.sessions import model_digest, replacing
 
@@ -222,7 +221,7 @@ def profile_command(model: str | None, texts: int, length: int, output: Path | N
             digest,
             n_texts=texts,
             n_tokens=length,
-            weights=layer_weights(path) or (),
+            weights=profiles.weights_of(path, model_digest),
             progress=lambda done, total: status.progress("measuring:", done, total, "texts"),
         )
     file = output or profiles.user_path(digest)

@@ -23,7 +23,7 @@ from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, S
 from kvcompose_local.errors import InvalidInput, KVComposeError
 from kvcompose_local.evaluation.methods import find_method
 from kvcompose_local.evaluation.quantized import quantized
-from kvcompose_local.evaluation.statistics import Statistics, layer_weights
+from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import Item, Question
 from kvcompose_local.interfaces import VALUE_BYTES, CacheSnapshot, IntArray, share_of_f16
 
@@ -192,7 +192,7 @@ class Evaluation:
         for name, keep in [(FULL, 1.0), *trials]:
             base, kind = _without_type(name)
             if base == STREAMING:
-                starts[name, keep] = self._streamed(tokens, keep, kind)
+                starts[name, keep] = self._streamed(stats, keep, kind)
                 continue
             started = time.perf_counter()
             selection = None if base == FULL else find_method(base)(stats, int(keep * n_full))
@@ -217,12 +217,13 @@ class Evaluation:
             self._others[kind] = self._new_engine(self._n_cells, kind)
         return self._others[kind]
 
-    def _streamed(self, tokens: Sequence[int], keep: float, kind: str) -> _Start:
+    def _streamed(self, stats: Statistics, keep: float, kind: str) -> _Start:
         """The context as a chat would read it, turn by turn, in a cache of ``keep`` of its cells."""
+        tokens = stats.tokens
         n_cells = max(round(keep * len(tokens) / CELL_PADDING), 1) * CELL_PADDING  # the record says how many they are
         small = self._new_engine(n_cells, kind or "f16", SMALL_MICRO_BATCH)
         try:
-            memory = CacheMemory(small, len(tokens), weights=layer_weights(self.engine.model.path))
+            memory = CacheMemory(small, len(tokens), weights=stats.weights)
             size = -(-len(tokens) // _N_TURNS)
             for start in range(0, len(tokens), size):
                 memory.feed(tokens[start : start + size])

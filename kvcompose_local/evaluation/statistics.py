@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +21,6 @@ from kvcompose_local.sessions import model_digest
 N_LOOKING_BACK = 64
 #: Queries of a recent-query method (SnapKV, arXiv 2404.14469, uses 32 with short contexts).
 N_RECENT = 32
-
-
-def layer_weights(path: Path) -> tuple[float, ...] | None:
-    """Those that a chat with the model of this file uses."""
-    return profiles.weights_of(path.stat().st_size, lambda: model_digest(path))
 
 
 class Statistics:
@@ -81,9 +75,9 @@ class Statistics:
         return profiles.find(model_digest(self.engine.model.path))
 
     @cached_property
-    def weights(self) -> tuple[float, ...] | None:
-        """By what factors the program lets the model's layers compete, None where they were not tuned."""
-        return layer_weights(self.engine.model.path)
+    def weights(self) -> tuple[float, ...]:
+        """By what factors the program lets the model's layers compete, none where they were not tuned."""
+        return profiles.weights_of(self.engine.model.path, model_digest)
 
     @cached_property
     def whole_replay(self) -> list[FloatArray]:

@@ -175,32 +175,25 @@ def find(model_sha256: str) -> Profile:
     raise KVComposeError("this model has no layer profile yet: `kvcompose-local profile MODEL` measures one")
 
 
-def faded(weights: Sequence[float] | None, keep: float) -> list[float] | None:
+def faded(weights: Sequence[float], keep: float) -> list[float]:
     """Weights for a cache of this share of the tokens seen: those of a profile are for the smallest.
 
     A layer that attention leaves with too few cells has enough where there are many, so that a weight's exponent falls
     from 1 to 0 at a half (docs/trials.md).
     """
-    if not weights:
-        return None
     exponent = max(0.0, 1 - 2 * keep)
     return [float(weight**exponent) for weight in weights]
 
 
-def weights_of(n_bytes: int, digest: Callable[[], str]) -> tuple[float, ...] | None:
-    """By what factors the layers' scores compete in the model of a file of this size, None where they were not tuned.
+def weights_of(path: Path, digest: Callable[[Path], str]) -> tuple[float, ...]:
+    """By what factors the layers' scores compete in the model of a file, the user's own first; none: they do not.
 
-    digest: its sha256, asked for only where some profile is of a file as large, since it may take seconds. Raises
-    InvalidInput where the user's profile is damaged.
+    digest: gives a file's sha256, asked only where some tuned profile is of a file as large, since it may take seconds.
     """
-    if n_bytes not in {profile.model_bytes for profile in (*_shipped(), *_own()) if profile.weights}:
-        return None
-    try:
-        return find(digest()).weights or None
-    except InvalidInput:
-        raise
-    except KVComposeError:
-        return None
+    n_bytes = path.stat().st_size
+    tuned = [profile for profile in (*_own(), *_shipped()) if profile.weights and profile.model_bytes == n_bytes]
+    model_sha256 = digest(path) if tuned else ""
+    return next((profile.weights for profile in tuned if profile.model_sha256 == model_sha256), ())
 
 
 def _shipped() -> Iterator[Profile]:

@@ -20,7 +20,7 @@ def compose(scores: Sequence[FloatArray], n_cells: int) -> list[IntArray]:
     return select_composites(scores, allocate_bytes(scores, [1] * len(scores), n_cells))
 
 
-def tempered_budgets(scores: Sequence[FloatArray], n_cells: int, weights: Sequence[float] | None = None) -> IntArray:
+def tempered_budgets(scores: Sequence[FloatArray], n_cells: int, weights: Sequence[float] = ()) -> IntArray:
     """The program's layer budgets for scores, L arrays (H, T), and a profile's L weights: int64 (L,)."""
     n_all = sum(layer.shape[1] for layer in scores)
     return allocate_tempered(scores, [1] * len(scores), n_cells, weights=faded(weights, n_cells / n_all))
