@@ -1,8 +1,8 @@
 """What is known of a cache's cells: the attention that says which of them to keep.
 
 Every row of a layer has what later text was seen to look at. Beside that a composed cell has what it got in the replay
-that it was chosen by, and a live one what it got in a replay since. Their sum competes. Axes: KV head H, row of a
-layer, its composed cells first.
+that it was chosen by, and a live one what it got in a replay since. Their sum competes, with the token's popularity
+(:mod:`popularity`), which composed cells bring along. Axes: KV head H, row of a layer, its composed cells first.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from kvcompose_local import popularity
 from kvcompose_local.attention import AttentionMax
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.interfaces import CacheLayout, FloatArray, LayerShape, Lazy, Selection
@@ -40,12 +41,37 @@ class CellScores:
     def clear(self) -> None:
         """Forget everything."""
         self._kept = [np.zeros((layer.n_kv_heads, 0), SCORE_DTYPE) for layer in self._layers]
+        self._popularity = [np.zeros(kept.shape, np.uint8) for kept in self._kept]
         self.seen = AttentionMax.over(self._layers, exclude_nearest=N_NEAREST, dtype=SEEN_DTYPE)
         self._forget_replay()
 
     def _forget_replay(self) -> None:
         self.replayed = AttentionMax.over(self._layers, dtype=SCORE_DTYPE)
         self.n_replayed = 0
+
+    def popularity_of_live(self, pinned: npt.NDArray[np.bool_]) -> FloatArray:
+        """The popularity of the first live tokens: float32 (n,), 1 for those of bool (n,) ``pinned``."""
+        found = popularity.popularity_of(self._live(i, len(pinned)) for i in range(len(self._layers)))
+        found[pinned] = 1
+        return found
+
+    def for_budgets(self, layer: int, pinned: npt.NDArray[np.bool_], live: FloatArray) -> FloatArray:
+        """By what a layer competes with others: as :meth:`of_layer`, with ``live``, the popularity of its live ones."""
+        return popularity.for_budgets(self.of_layer(layer, pinned), self._popularity_of(layer, live))
+
+    def for_ranks(self, layer: int, pinned: npt.NDArray[np.bool_], live: FloatArray) -> FloatArray:
+        """By what a head's rows compete, as :meth:`for_budgets`."""
+        sharp = popularity.sharpness(self._live(layer, len(pinned)))
+        return popularity.for_ranks(self.of_layer(layer, pinned), self._popularity_of(layer, live), sharp)
+
+    def _live(self, layer: int, n: int) -> FloatArray:
+        """The scores of the first ``n`` live tokens, pinned or not: float32 (H, n)."""
+        return self.of_layer(layer, np.zeros(n, bool))[:, self._kept[layer].shape[1] :]
+
+    def _popularity_of(self, layer: int, live: FloatArray) -> FloatArray:
+        """Of all rows that :meth:`of_layer` has: float32 (H, K_l + n)."""
+        composed = popularity.unpacked(self._popularity[layer])
+        return np.concatenate([composed, np.tile(live, (len(composed), 1))], axis=1)
 
     def of_layer(self, layer: int, pinned: npt.NDArray[np.bool_]) -> FloatArray:
         """Of a layer's composed cells and its first live ones: float32 (H, K_l + n).
@@ -67,15 +93,23 @@ class CellScores:
         return np.concatenate([old, new], axis=1)
 
     def keep(
-        self, selection: Sequence[Selection], before: CacheLayout, pinned: npt.NDArray[np.bool_], reserve: int
+        self,
+        selection: Sequence[Selection],
+        before: CacheLayout,
+        pinned: npt.NDArray[np.bool_],
+        live: FloatArray,
+        reserve: int,
     ) -> None:
         """Follow a rewrite: ``selection`` is composed now, the live cells after those of ``pinned`` are the tail.
 
-        There is room for what is seen of ``reserve`` more.
+        live: their popularity, (n,) as ``pinned``. There is room for what is seen of ``reserve`` more.
         """
+        codes = popularity.packed(live)
         for i, (rows, n_composed) in enumerate(zip(selection, before.composed, strict=True)):
             # In place: twice the scores of all cells would be memory for nothing.
             self._kept[i] = np.take_along_axis(self._in_replay(i, pinned), rows, axis=1).astype(SCORE_DTYPE)
+            of_rows = np.concatenate([self._popularity[i], np.tile(codes, (len(rows), 1))], axis=1)
+            self._popularity[i] = np.take_along_axis(of_rows, rows, axis=1)
             tail = np.arange(n_composed + len(pinned), n_composed + before.n_live, dtype=np.int32)
             self.seen.pick(i, np.concatenate([rows, np.tile(tail, (len(rows), 1))], axis=1), reserve)
         self._forget_replay()
@@ -91,24 +125,32 @@ class CellScores:
         n_shown = max(n - n_composed for n, n_composed in zip(self.seen.n_columns, layout.composed, strict=True))
         return max(0, n_shown - N_UNSEEN)
 
-    def view(self) -> tuple[Sequence[FloatArray], Sequence[FloatArray]]:
-        """What :meth:`restored` takes: float32 (H, K_l) of composed cells' replays, and (H, rows) of what was seen.
+    def view(self) -> tuple[Sequence[FloatArray], Sequence[npt.NDArray[np.uint8]], Sequence[FloatArray]]:
+        """What :meth:`restored` takes, of composed cells float32 (H, K_l) of their replays and uint8 (H, K_l) of their
+        popularity (:func:`~kvcompose_local.popularity.packed`), and float32 (H, rows) of what was seen.
 
         Made when it is looked at, layer by layer: good until anything changes.
         """
         n = len(self._layers)
         return (
             Lazy(n, lambda i: self._kept[i].astype(np.float32)),
+            Lazy(n, lambda i: self._popularity[i].copy()),
             Lazy(n, lambda i: self.seen.of_layer(i).astype(np.float32)),
         )
 
     def restored(
-        self, kept: Sequence[FloatArray], seen: Sequence[FloatArray], composed: Sequence[int], n_live: int
+        self,
+        kept: Sequence[FloatArray],
+        codes: Sequence[npt.NDArray[np.uint8]],
+        seen: Sequence[FloatArray],
+        composed: Sequence[int],
+        n_live: int,
     ) -> CellScores:
         """Those of another time, of a cache laid out so. Raises InvalidInput where they cannot be."""
-        fits = len(kept) == len(composed) == len(self._layers)
-        for layer, scores, k in zip(self._layers, kept, composed, strict=False):
-            fits = fits and scores.shape == (layer.n_kv_heads, k) and scores.dtype == np.float32
+        fits = len(kept) == len(codes) == len(composed) == len(self._layers)
+        for layer, scores, code, k in zip(self._layers, kept, codes, composed, strict=False):
+            fits = fits and scores.shape == code.shape == (layer.n_kv_heads, k)
+            fits = fits and scores.dtype == np.float32 and code.dtype == np.uint8
             fits = fits and bool((np.isfinite(scores) & (scores >= 0)).all())
         if not fits:
             raise InvalidInput("the scores are not those of these cells")
@@ -119,4 +161,5 @@ class CellScores:
         result = CellScores(self._layers)
         result.seen.take_back(seen)
         result._kept = [np.minimum(scores, PINNED).astype(SCORE_DTYPE) for scores in kept]
+        result._popularity = [np.array(code) for code in codes]
         return result

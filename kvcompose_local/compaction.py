@@ -5,7 +5,8 @@ Tokens are read as live cells until the next ones would not fit beside the repla
 1. the live tokens, all but the newest few, are replayed in chunks, each dropped after use (chunks as in KVzip,
    arXiv 2505.23416), which gives the attention that every live cell receives; what was seen of it while the text was
    read is added, which costs nothing and halves the loss (docs/trials.md);
-2. their sum is the token scores; composed cells bring those they were kept with (:mod:`cell_scores`);
+2. their sum is the token scores, beside which a token's popularity counts (:mod:`popularity`); composed cells bring
+   those they were kept with (:mod:`cell_scores`);
 3. all compete for the arena's bytes, less what the live region needs (:mod:`budgets`);
 4. the winners are aligned into composite tokens (:mod:`selection`) and the engine rewrites its cells.
 
@@ -135,13 +136,15 @@ class CompactionReport:
 class MemoryState:
     """All that a :class:`CacheMemory` knows, to go on from later.
 
-    tokens: all that were seen; scores: float32 (H, K_l), what each layer's composed cells got in their replay; seen:
-    float32 (H, at most K_l + n_live), the attention that a layer's rows, composed ones first, got while later text was
-    read; cells: as the engine gave them; pins: the (start, stop) of what is pinned.
+    tokens: all that were seen; scores: float32 (H, K_l), what each layer's composed cells got in their replay;
+    popularity: uint8 (H, K_l), theirs, packed; seen: float32 (H, at most K_l + n_live), the attention that a layer's
+    rows, composed ones first, got while later text was read; cells: as the engine gave them; pins: the (start, stop) of
+    what is pinned.
     """
 
     tokens: tuple[int, ...]
     scores: Sequence[FloatArray]
+    popularity: Sequence[npt.NDArray[np.uint8]]
     seen: Sequence[FloatArray]
     cells: CacheSnapshot
     pins: tuple[tuple[int, int], ...] = ()
@@ -322,11 +325,12 @@ class CacheMemory:
         n_composable = before.position - n_tail
         pinned = _in(self.pins, n_composable)
         new_pinned = pinned[n_composable - n_scored :]
+        popularity = self._scores.popularity_of_live(new_pinned)
         bytes_before = self._bytes_of(before)
         at_most = None if keep is None else int(keep * bytes_before)
         n_rows = [n + n_scored for n in before.composed]
         budgets = self._budgets(
-            (self._scores.of_layer(i, new_pinned) for i in range(len(n_rows))),
+            (self._scores.for_budgets(i, new_pinned, popularity) for i in range(len(n_rows))),
             n_rows,
             n_tail,
             at_most,
@@ -334,14 +338,14 @@ class CacheMemory:
         )
         small = np.min_scalar_type(max(n_rows))
         selection = [
-            select_composites([self._scores.of_layer(i, new_pinned)], budgets[[i]])[0].astype(small)
+            select_composites([self._scores.for_ranks(i, new_pinned, popularity)], budgets[[i]])[0].astype(small)
             for i in range(len(n_rows))
         ]
         selected = time.perf_counter()
         with uninterrupted():
             try:
                 self.engine.rewrite(selection, n_tail)
-                self._scores.keep(selection, before, new_pinned, self.policy.n_headroom)
+                self._scores.keep(selection, before, new_pinned, popularity, self.policy.n_headroom)
             except BaseException:
                 if self.engine.layout() != before:  # it failed half-way: what is left is nobody's cells
                     self._forget_cells()
@@ -504,12 +508,12 @@ class CacheMemory:
     def state(self) -> MemoryState:
         """A copy of everything, for :meth:`restore`."""
         view = self.view()
-        return replace(view, scores=tuple(view.scores), seen=tuple(view.seen), cells=self.engine.snapshot())
+        copies = {name: tuple(getattr(view, name)) for name in ("scores", "popularity", "seen")}
+        return replace(view, **copies, cells=self.engine.snapshot())
 
     def view(self) -> MemoryState:
         """The same, but what is large is copied when it is looked at, layer by layer: good until anything changes."""
-        scores, seen = self._scores.view()
-        return MemoryState(tuple(self.tokens), scores, seen, self.engine.view(), tuple(self.pins))
+        return MemoryState(tuple(self.tokens), *self._scores.view(), self.engine.view(), tuple(self.pins))
 
     def restore(self, state: MemoryState) -> None:
         """Go on from a state, perhaps of another size of cache; the logits are gone.
@@ -521,7 +525,7 @@ class CacheMemory:
         n_vocab = self.engine.shape.n_vocab
         if len(state.tokens) != cells.position or not all(0 <= token < n_vocab for token in state.tokens):
             raise InvalidInput("the tokens are not those of these cells")
-        scores = self._scores.restored(state.scores, state.seen, cells.composed, cells.n_live)
+        scores = self._scores.restored(state.scores, state.popularity, state.seen, cells.composed, cells.n_live)
         if any(not 0 <= start <= stop <= self.n_ctx for start, stop in state.pins):
             raise InvalidInput("the pins are not those of these tokens")
         self._check_room(cells)

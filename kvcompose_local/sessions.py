@@ -3,7 +3,7 @@
 The container is safetensors. Its metadata are the manifest (JSON) and a checksum; its tensors, for layer ``l``::
 
     keys.l, values.l  U8 (K_l + n_live, row bytes)     scores.l  F32 (H, K_l)
-    seen.l            F32 (H, at most K_l + n_live)
+    seen.l            F32 (H, at most K_l + n_live)    popularity.l  U8 (H, K_l)
     tokens            I32 (position,)                  pending   I32 (n,)           window   U8 (bytes,)
     text              U8 (bytes,): JSON of system prompt, messages, draft, the text that was fed, steps and pins
 
@@ -40,9 +40,12 @@ from kvcompose_local.compaction import MemoryState
 from kvcompose_local.errors import InvalidInput, KVComposeError, SessionError
 from kvcompose_local.interfaces import CacheSnapshot, Lazy, ModelShape, Progress
 from kvcompose_local.pin import read_pin
+from kvcompose_local.popularity import packed
 from kvcompose_local.resources import DISK_FULL, cache_folder, data_file, sha256_of
 
-FORMAT = 3
+FORMAT = 4
+#: Before there was popularity; it counts for nothing then.
+_WITHOUT_POPULARITY = 3
 SUFFIX = ".kvc"
 #: The session that the REPL leaves behind when it was given none.
 LAST = "last"
@@ -95,7 +98,7 @@ class Manifest:
         values = json.loads(text)
         if not isinstance(values, dict):
             raise ValueError("it is not an object")
-        if (version := values.get("format")) != FORMAT and isinstance(version, int):
+        if (version := values.get("format")) not in (_WITHOUT_POPULARITY, FORMAT) and isinstance(version, int):
             raise SessionError(
                 f"has format {version} and was made by version {str(values.get('program'))[:20]} of this program; "
                 f"this is version {__version__}, which reads format {FORMAT}"
@@ -277,6 +280,7 @@ def _arrays_of(state: ChatState) -> dict[str, Callable[[], Array]]:
     kinds: dict[str, Sequence[Array]] = {
         "scores": memory.scores,
         "seen": memory.seen,
+        "popularity": memory.popularity,
         "keys": cells.keys,
         "values": cells.values,
     }
@@ -475,13 +479,17 @@ def _state_of(manifest: Manifest, tensors: Any, shape: ModelShape) -> ChatState:
         check(name, dtype, *sizes)
         return tensors.get_tensor(name)  # type: ignore[no-any-return]
 
-    kinds = ("scores", "seen", "keys", "values")
+    kinds = ["scores", "seen", "keys", "values"]
+    if manifest.format != _WITHOUT_POPULARITY:
+        kinds.append("popularity")
     expected = {"tokens", "pending", "window", "text"} | {f"{k}.{i}" for k in kinds for i in range(len(shape.layers))}
     if set(tensors.keys()) != expected:
         raise ValueError("its tensors are not those of this model")
     for i, (layer, k) in enumerate(zip(shape.layers, manifest.composed, strict=True)):
         n = _only(k + n_live)
         check(f"scores.{i}", "F32", _only(layer.n_kv_heads), _only(k))
+        if "popularity" in kinds:
+            check(f"popularity.{i}", "U8", _only(layer.n_kv_heads), _only(k))
         check(f"seen.{i}", "F32", _only(layer.n_kv_heads), range(k + n_live + 1))
         _, width = check(f"keys.{i}", "U8", n, range(layer.row_bytes + 1))
         check(f"values.{i}", "U8", n, _only(layer.row_bytes - width))
@@ -489,14 +497,18 @@ def _state_of(manifest: Manifest, tensors: Any, shape: ModelShape) -> ChatState:
     def planes(kind: str) -> Lazy:
         return Lazy(len(shape.layers), lambda i: tensors.get_tensor(f"{kind}.{i}"))
 
-    scores, seen, keys, values = map(planes, kinds)
+    def indifferent(i: int) -> Array:
+        return packed(np.ones((shape.layers[i].n_kv_heads, manifest.composed[i]), np.float32))
+
+    scores, seen, keys, values = map(planes, kinds[:4])
+    popularity = planes("popularity") if "popularity" in kinds else Lazy(len(shape.layers), indifferent)
     anything = range(2**31)  # the file is there, so it is no larger than memory
     tokens = tensor("tokens", "I32", _only(position))
     pending = tensor("pending", "I32", anything)
     window = tensor("window", "U8", anything)
     text, pins = _text(tensor("text", "U8", anything).tobytes())
     cells = CacheSnapshot(tuple(manifest.composed), n_live, position, keys, values, window)
-    memory = MemoryState(tuple(tokens.tolist()), scores, seen, cells, pins)
+    memory = MemoryState(tuple(tokens.tolist()), scores, popularity, seen, cells, pins)
     return ChatState(**text, pending=tuple(pending.tolist()), memory=memory)
 
 

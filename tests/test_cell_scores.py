@@ -11,6 +11,7 @@ from kvcompose_local.interfaces import CacheLayout, LayerShape
 
 LAYERS = (LayerShape(0, 2, 1, 64, 0), LayerShape(1, 4, 2, 128, 0))
 NONE_PINNED = np.zeros(6, bool)
+POPULARITY = np.array([1, 0.5, 1, 4, 1, 1], np.float32)
 
 
 def weights(n_heads: int, *values: float) -> np.ndarray:
@@ -25,7 +26,7 @@ def after_a_compaction() -> CellScores:
         scores.seen.update(i, weights(layer.n_heads, 0, 0.5, 0, 0.25, 0, 0, 0.125, 0), slice(None))
         scores.replayed.update(i, weights(layer.n_heads, 0, 0, 0.5, 0.5, 0, 0.125), slice(None))
     selection = [np.array([[3, 1]], np.uint16), np.array([[3, 1], [2, 5]], np.uint16)]
-    scores.keep(selection, CacheLayout((0, 0), 8, 92, 8), NONE_PINNED, reserve=4)
+    scores.keep(selection, CacheLayout((0, 0), 8, 92, 8), NONE_PINNED, POPULARITY, reserve=4)
     return scores
 
 
@@ -50,6 +51,34 @@ def test_what_was_seen_and_replayed_stays_with_what_a_rewrite_keeps() -> None:
     assert scores.of_layer(1, np.zeros(3, bool))[1].tolist() == [1.0, 0.125, 0.125, 0, 0.25]
 
 
+def test_popularity_comes_with_composed_cells_and_counts_for_ranks_and_within_bounds_for_budgets() -> None:
+    scores = after_a_compaction()
+    live = np.array([0.25, 1], np.float32)
+    none = np.zeros(2, bool)
+    # of head 1 the tokens 2 and 5, then the tail
+    by_hand = np.array([[4, 0.5, 0.25, 1], [1, 1, 0.25, 1]], np.float32)
+    assert scores.for_budgets(1, none, live) == pytest.approx(scores.of_layer(1, none) * np.clip(by_hand, 0.7, 1.5))
+    # of live scores 0.125 and 0 the median is the mean: this head is not sharp at all
+    assert scores.for_ranks(1, none, live) == pytest.approx(scores.of_layer(1, none))
+    for i, layer in enumerate(LAYERS):
+        scores.replayed.update(i, weights(layer.n_heads, 0, 0, 0, 0, 0.5), slice(None))
+    none = np.zeros(5, bool)
+    live = np.array([0.25, 1, 1, 2, 2], np.float32)
+    by_hand = np.array([[4, 0.5, 0.25, 1, 1, 2, 2], [1, 1, 0.25, 1, 1, 2, 2]], np.float32)
+    assert scores.for_ranks(1, none, live) == pytest.approx(scores.of_layer(1, none) * by_hand)
+
+
+def test_the_popularity_of_live_tokens_is_that_in_all_layers_but_that_of_pinned_ones() -> None:
+    scores = CellScores(LAYERS)
+    scores.replayed.update(0, weights(2, 0.25, 0.25, 0.5, 1), slice(None))
+    scores.replayed.update(1, weights(4, 0.25, 0.25, 0.5, 0), slice(None))
+    # relative to the means 0.5 and 0.25: 0.5, 0.5, 1, 2 and 1, 1, 2, 0
+    expected = np.array([1.5, 1.5, 3, 2], np.float32) / 1.75
+    assert scores.popularity_of_live(np.zeros(4, bool)) == pytest.approx(expected)
+    expected[2] = 1
+    assert scores.popularity_of_live(np.array([False, False, True, False])) == pytest.approx(expected)
+
+
 def test_what_is_gone_from_the_cache_is_forgotten() -> None:
     scores = after_a_compaction()
     scores.replayed.update(0, weights(2, 0.5, 0.5), slice(None))
@@ -70,21 +99,26 @@ def test_the_newest_live_cells_count_as_not_seen_yet() -> None:
 
 def test_scores_of_another_time_are_taken_back_or_refused() -> None:
     scores = after_a_compaction()
-    kept, seen = ([*part] for part in scores.view())
-    again = CellScores(LAYERS).restored(kept, seen, (2, 2), 2)
+    kept, codes, seen = ([*part] for part in scores.view())
+    again = CellScores(LAYERS).restored(kept, codes, seen, (2, 2), 2)
+    none, live = np.zeros(2, bool), np.ones(2, np.float32)
     for i in range(2):
-        assert again.of_layer(i, np.zeros(2, bool)).tolist() == scores.of_layer(i, np.zeros(2, bool)).tolist()
+        assert again.of_layer(i, none).tolist() == scores.of_layer(i, none).tolist()
+        assert again.for_budgets(i, none, live).tolist() == scores.for_budgets(i, none, live).tolist()
     not_finite = [kept[0], np.full_like(kept[1], np.nan)]
     negative = [kept[0], np.full_like(kept[1], -1)]
-    for wrong_kept, wrong_seen, composed in (
-        (kept[:1], seen, (2, 2)),
-        (kept, seen, (2, 3)),
-        (not_finite, seen, (2, 2)),
-        (negative, seen, (2, 2)),
-        ([kept[0], kept[1].astype(np.float64)], seen, (2, 2)),
-        (kept, seen[:1], (2, 2)),
-        (kept, [seen[0], seen[1][:1]], (2, 2)),
-        (kept, [seen[0], np.zeros((2, 5), np.float32)], (2, 2)),
+    for wrong_kept, wrong_codes, wrong_seen, composed in (
+        (kept[:1], codes, seen, (2, 2)),
+        (kept, codes, seen, (2, 3)),
+        (not_finite, codes, seen, (2, 2)),
+        (negative, codes, seen, (2, 2)),
+        ([kept[0], kept[1].astype(np.float64)], codes, seen, (2, 2)),
+        (kept, codes[:1], seen, (2, 2)),
+        (kept, [codes[0], codes[1][:1]], seen, (2, 2)),
+        (kept, [codes[0], codes[1].astype(np.float32)], seen, (2, 2)),
+        (kept, codes, seen[:1], (2, 2)),
+        (kept, codes, [seen[0], seen[1][:1]], (2, 2)),
+        (kept, codes, [seen[0], np.zeros((2, 5), np.float32)], (2, 2)),
     ):
         with pytest.raises(InvalidInput):
-            scores.restored(wrong_kept, wrong_seen, composed, 2)
+            scores.restored(wrong_kept, wrong_codes, wrong_seen, composed, 2)

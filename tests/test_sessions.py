@@ -123,7 +123,7 @@ def same_cells(a: CacheSnapshot, b: CacheSnapshot) -> bool:
 
 def same_state(a: ChatState, b: ChatState) -> bool:
     one, two = a.memory, b.memory
-    arrays = zip([*one.scores, *one.seen], [*two.scores, *two.seen], strict=True)
+    arrays = zip([*one.scores, *one.popularity, *one.seen], [*two.scores, *two.popularity, *two.seen], strict=True)
     return (
         replace(a, memory=two) == b
         and (one.tokens, one.pins) == (two.tokens, two.pins)
@@ -353,6 +353,25 @@ def put_together(path: Path, manifest: dict[str, Any], arrays: dict[str, Any]) -
     raw = struct.pack("<Q", len(head)) + head + data
     digest = hashlib.blake2b(raw, digest_size=32).hexdigest().encode()
     path.write_bytes(raw.replace(b'"checksum": "' + b"0" * 64, b'"checksum": "' + digest))
+
+
+def test_a_session_from_before_popularity_is_loaded_and_none_counts(tmp_path: Path, setup: Setup) -> None:
+    path = tmp_path / "s.kvc"
+    chat = talked()
+    sessions.save(path, chat, setup)
+    manifest, arrays = taken_apart(path)
+    older = {name: array for name, array in arrays.items() if not name.startswith("popularity")}
+    put_together(path, manifest | {"format": 3}, older)
+    again = fake_chat()
+    sessions.load(path, again, setup)
+    state, expected = again.state(), chat.state()
+    assert any(codes.size for codes in state.memory.popularity)
+    assert all((codes == 128).all() for codes in state.memory.popularity)
+    memory = replace(state.memory, popularity=expected.memory.popularity)
+    assert same_state(replace(state, memory=memory), expected)
+    put_together(path, manifest | {"format": 3}, arrays)
+    with pytest.raises(SessionError, match="damaged or no session"):
+        sessions.load(path, fake_chat(), setup)
 
 
 def test_ten_thousand_damaged_files(tmp_path: Path, tiny_model: TinyModel) -> None:

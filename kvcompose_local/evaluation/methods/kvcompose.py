@@ -10,6 +10,7 @@ from kvcompose_local.compaction import LEAST_TAIL
 from kvcompose_local.evaluation.methods import method
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.interfaces import FloatArray, IntArray
+from kvcompose_local.popularity import for_budgets, for_ranks, popularity_of, sharpness
 from kvcompose_local.profiles import faded
 from kvcompose_local.scores import token_scores
 from kvcompose_local.selection import select_composites
@@ -54,6 +55,8 @@ def replay(stats: Statistics, n_cells: int) -> list[IntArray]:
 
 @method("kvcompose-local")
 def ours(stats: Statistics, n_cells: int) -> list[IntArray]:
-    """What the program does: the sum of both attentions, no mean over KV heads, tempered and weighted layer budgets."""
-    scores = with_newest(stats.both)
-    return select_composites(scores, tempered_budgets(scores, n_cells, stats.weights))
+    """What the program does: the sum of both attentions and popularity, tempered and weighted layer budgets."""
+    popularity = popularity_of(stats.both)
+    competing = with_newest([for_budgets(scores, popularity) for scores in stats.both])
+    ranked = with_newest([for_ranks(scores, popularity, sharpness(scores)) for scores in stats.both])
+    return select_composites(ranked, tempered_budgets(competing, n_cells, stats.weights))

@@ -128,9 +128,16 @@ def unweighted(stats: Statistics, n_cells: int) -> list[IntArray]:
 
 @method("newest")
 def newest(stats: Statistics, n_cells: int) -> list[IntArray]:
-    """The program for a model whose layers were not tuned."""
+    """The program before its layers were weighted."""
     scores = with_newest(stats.both)
     return select_composites(scores, tempered_budgets(scores, n_cells))
+
+
+@method("weighted")
+def weighted(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """The program before popularity counted."""
+    scores = with_newest(stats.both)
+    return select_composites(scores, tempered_budgets(scores, n_cells, stats.weights))
 
 
 @method("replay+seen-separators")
