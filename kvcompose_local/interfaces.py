@@ -48,9 +48,9 @@ def share_of_f16(cache_type: str, k_size: int = 1, v_size: int = 1) -> Fraction:
     return n_bytes / (VALUE_BYTES["f16"] * (k_size + v_size))
 
 
-#: Bytes beside a cell for each of its KV heads: what was seen of it, its score, and, while a compaction runs, its place
-#: in the selection (4 where a layer has more than 65,536 cells).
-UPKEEP_BYTES = 1 + 2 + 2
+#: Bytes beside a cell for each of its KV heads: what was seen of it, its score, its popularity, and, while a compaction
+#: runs, its place in the selection (4 where a layer has more than 65,536 cells).
+UPKEEP_BYTES = 1 + 2 + 1 + 2
 #: Of the bytes of all cells, what one explicit softmax may take. What it works in is half as much.
 SOFTMAX_SHARE = Fraction(1, 16)
 #: Bounds of that in bytes.

@@ -9,6 +9,7 @@ from kvcompose_local.evaluation.methods import method
 from kvcompose_local.evaluation.methods.kvcompose import tempered_budgets
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.interfaces import FloatArray, IntArray
+from kvcompose_local.popularity import for_ranks, popularity_of, sharpness
 from kvcompose_local.selection import select_composites
 
 
@@ -29,7 +30,9 @@ def _by_profile(stats: Statistics, scores: list[FloatArray], n_cells: int) -> li
 @method("profile")
 def profile(stats: Statistics, n_cells: int) -> list[IntArray]:
     """As ``run --scoring profile`` does it."""
-    return _by_profile(stats, _seen_or_replayed(stats), n_cells)
+    scores = _seen_or_replayed(stats)
+    popularity = popularity_of(scores)
+    return _by_profile(stats, [for_ranks(layer, popularity, sharpness(layer)) for layer in scores], n_cells)
 
 
 @method("profile-look-back")
