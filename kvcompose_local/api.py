@@ -78,7 +78,7 @@ class LocalChat:
             raise InvalidInput(f"there is no scoring {scoring}: {', '.join(SCORINGS)}")
         composing = scoring == "profile" and budget < 1
         profile = profiles.find(sessions.model_digest(path)) if composing else None
-        weights = profiles.weights_of(path, sessions.model_digest) if budget < 1 else ()
+        tuning = profiles.tuning_of(path, sessions.model_digest) if budget < 1 else profiles.NOT_TUNED
         add_workers(list(workers))
         self._engine, positions = open_engine(
             path,
@@ -99,7 +99,7 @@ class LocalChat:
                 positions,
                 compose=budget < 1,
                 profile=profile,
-                weights=weights,
+                tuning=tuning,
                 on_compaction=on_compaction,
                 on_progress=on_compacting,
             )

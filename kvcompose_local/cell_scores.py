@@ -2,7 +2,8 @@
 
 Every row of a layer has what later text was seen to look at. Beside that a composed cell has what it got in the replay
 that it was chosen by, and a live one what it got in a replay since. Their sum competes, with the token's popularity
-(:mod:`popularity`), which composed cells bring along. Axes: KV head H, row of a layer, its composed cells first.
+(:mod:`popularity`) or the factor by which a predictor (:mod:`predictor`) expects questions to look at it more, which
+composed cells bring along. Axes: KV head H, row of a layer, its composed cells first.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kvcompose_local import popularity
+from kvcompose_local import popularity, predictor
 from kvcompose_local.attention import AttentionMax
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.interfaces import CacheLayout, FloatArray, LayerShape, Lazy, Selection
@@ -34,8 +35,9 @@ class CellScores:
     how many of those, oldest first, it has shown.
     """
 
-    def __init__(self, layers: Sequence[LayerShape]) -> None:
+    def __init__(self, layers: Sequence[LayerShape], predictor: predictor.Predictor | None = None) -> None:
         self._layers = layers
+        self._predictor = predictor
         self.clear()
 
     def clear(self) -> None:
@@ -49,29 +51,47 @@ class CellScores:
         self.replayed = AttentionMax.over(self._layers, dtype=SCORE_DTYPE)
         self.n_replayed = 0
 
-    def popularity_of_live(self, pinned: npt.NDArray[np.bool_]) -> FloatArray:
-        """The popularity of the first live tokens: float32 (n,), 1 for those of bool (n,) ``pinned``."""
-        found = popularity.popularity_of(self._live(i, len(pinned)) for i in range(len(self._layers)))
-        found[pinned] = 1
-        return found
+    def popularity_of_live(self, pinned: npt.NDArray[np.bool_]) -> list[npt.NDArray[np.uint8]]:
+        """Of the first live tokens, packed: L arrays uint8 (H, n), that of 1 for those of bool (n,) ``pinned``.
 
-    def for_budgets(self, layer: int, pinned: npt.NDArray[np.bool_], live: FloatArray) -> FloatArray:
-        """By what a layer competes with others: as :meth:`of_layer`, with ``live``, the popularity of its live ones."""
-        return popularity.for_budgets(self.of_layer(layer, pinned), self._popularity_of(layer, live))
+        With a predictor it is each head's own.
+        """
+        n_layers, n = len(self._layers), len(pinned)
+        if self._predictor is not None:
+            found = self._predictor.packed_factors(
+                Lazy(n_layers, lambda i: _first(self.replayed.of_layer(i), 0, n)),
+                Lazy(n_layers, lambda i: _first(self.seen.of_layer(i), self._kept[i].shape[1], n)),
+            )
+            for codes in found:
+                codes[:, pinned] = popularity.ONE
+            return found
+        codes = popularity.packed(popularity.popularity_of(self._live(i, n) for i in range(n_layers)))
+        codes[pinned] = popularity.ONE
+        return [np.broadcast_to(codes, (layer.n_kv_heads, n)) for layer in self._layers]
 
-    def for_ranks(self, layer: int, pinned: npt.NDArray[np.bool_], live: FloatArray) -> FloatArray:
+    def for_budgets(
+        self, layer: int, pinned: npt.NDArray[np.bool_], live: Sequence[npt.NDArray[np.uint8]]
+    ) -> FloatArray:
+        """By what a layer competes with others: as :meth:`of_layer`, with ``live``, the popularity of the live ones."""
+        scores, factors = self.of_layer(layer, pinned), self._popularity_of(layer, live)
+        if self._predictor is not None:
+            return predictor.for_budgets(scores, factors)
+        return popularity.for_budgets(scores, factors)
+
+    def for_ranks(self, layer: int, pinned: npt.NDArray[np.bool_], live: Sequence[npt.NDArray[np.uint8]]) -> FloatArray:
         """By what a head's rows compete, as :meth:`for_budgets`."""
-        sharp = popularity.sharpness(self._live(layer, len(pinned)))
-        return popularity.for_ranks(self.of_layer(layer, pinned), self._popularity_of(layer, live), sharp)
+        scores, factors = self.of_layer(layer, pinned), self._popularity_of(layer, live)
+        if self._predictor is not None:
+            return predictor.for_ranks(scores, factors)
+        return popularity.for_ranks(scores, factors, popularity.sharpness(self._live(layer, len(pinned))))
 
     def _live(self, layer: int, n: int) -> FloatArray:
         """The scores of the first ``n`` live tokens, pinned or not: float32 (H, n)."""
         return self.of_layer(layer, np.zeros(n, bool))[:, self._kept[layer].shape[1] :]
 
-    def _popularity_of(self, layer: int, live: FloatArray) -> FloatArray:
+    def _popularity_of(self, layer: int, live: Sequence[npt.NDArray[np.uint8]]) -> FloatArray:
         """Of all rows that :meth:`of_layer` has: float32 (H, K_l + n)."""
-        composed = popularity.unpacked(self._popularity[layer])
-        return np.concatenate([composed, np.tile(live, (len(composed), 1))], axis=1)
+        return popularity.unpacked(np.concatenate([self._popularity[layer], live[layer]], axis=1))
 
     def of_layer(self, layer: int, pinned: npt.NDArray[np.bool_]) -> FloatArray:
         """Of a layer's composed cells and its first live ones: float32 (H, K_l + n).
@@ -97,18 +117,18 @@ class CellScores:
         selection: Sequence[Selection],
         before: CacheLayout,
         pinned: npt.NDArray[np.bool_],
-        live: FloatArray,
+        live: Sequence[npt.NDArray[np.uint8]],
         reserve: int,
     ) -> None:
         """Follow a rewrite: ``selection`` is composed now, the live cells after those of ``pinned`` are the tail.
 
-        live: their popularity, (n,) as ``pinned``. There is room for what is seen of ``reserve`` more.
+        live: their popularity, as :meth:`popularity_of_live` gives it. There is room for what is seen of ``reserve``
+        more.
         """
-        codes = popularity.packed(live)
         for i, (rows, n_composed) in enumerate(zip(selection, before.composed, strict=True)):
             # In place: twice the scores of all cells would be memory for nothing.
             self._kept[i] = np.take_along_axis(self._in_replay(i, pinned), rows, axis=1).astype(SCORE_DTYPE)
-            of_rows = np.concatenate([self._popularity[i], np.tile(codes, (len(rows), 1))], axis=1)
+            of_rows = np.concatenate([self._popularity[i], live[i]], axis=1)
             self._popularity[i] = np.take_along_axis(of_rows, rows, axis=1)
             tail = np.arange(n_composed + len(pinned), n_composed + before.n_live, dtype=np.int32)
             self.seen.pick(i, np.concatenate([rows, np.tile(tail, (len(rows), 1))], axis=1), reserve)
@@ -158,8 +178,16 @@ class CellScores:
             rows.ndim != 2 or rows.shape[1] > k + n_live for rows, k in zip(seen, composed, strict=True)
         ):
             raise InvalidInput("the attention is not that of these cells")
-        result = CellScores(self._layers)
+        result = CellScores(self._layers, self._predictor)
         result.seen.take_back(seen)
         result._kept = [np.minimum(scores, PINNED).astype(SCORE_DTYPE) for scores in kept]
         result._popularity = [np.array(code) for code in codes]
         return result
+
+
+def _first(attention: FloatArray, start: int, n: int) -> FloatArray:
+    """``n`` columns of what may have fewer, from ``start`` on: float32 (H, n), 0 where there are none."""
+    found = np.zeros((len(attention), n), np.float32)
+    shown = attention[:, start : start + n]
+    found[:, : shown.shape[1]] = shown
+    return found

@@ -5,8 +5,9 @@ Tokens are read as live cells until the next ones would not fit beside the repla
 1. the live tokens, all but the newest few, are replayed in chunks, each dropped after use (chunks as in KVzip,
    arXiv 2505.23416), which gives the attention that every live cell receives; what was seen of it while the text was
    read is added, which costs nothing and halves the loss (docs/trials.md);
-2. their sum is the token scores, beside which a token's popularity counts (:mod:`popularity`); composed cells bring
-   those they were kept with (:mod:`cell_scores`);
+2. their sum is the token scores, beside which counts what questions are predicted to look at (:mod:`predictor`) or,
+   without a prediction, a token's popularity (:mod:`popularity`); composed cells bring those they were kept with
+   (:mod:`cell_scores`);
 3. all compete for the arena's bytes, less what the live region needs (:mod:`budgets`);
 4. the winners are aligned into composite tokens (:mod:`selection`) and the engine rewrites its cells.
 
@@ -41,7 +42,7 @@ from kvcompose_local.interfaces import (
     even_parts,
 )
 from kvcompose_local.interrupts import uninterrupted
-from kvcompose_local.profiles import Profile, faded
+from kvcompose_local.profiles import NOT_TUNED, Profile, Tuning, faded
 from kvcompose_local.selection import select_composites
 
 
@@ -186,7 +187,7 @@ class CacheMemory:
     n_ctx: positions the chat may span; on_compaction is told of each; on_progress gets (tokens replayed, in all) and
     may raise KeyboardInterrupt, which leaves the cache as it was. ``compose`` False never compacts (budget 1).
     ``profile`` takes the place of the replay, which costs answers and saves nearly all of a compaction's time;
-    ``weights``, one a layer, are those of a profile that was tuned. Raises InvalidInput for another number of them.
+    ``tuning`` is what the profile of a model knows beside it. Raises InvalidInput for that of another model.
     """
 
     def __init__(
@@ -197,7 +198,7 @@ class CacheMemory:
         compose: bool = True,
         policy: Policy | None = None,
         profile: Profile | None = None,
-        weights: Sequence[float] = (),
+        tuning: Tuning = NOT_TUNED,
         on_compaction: Callable[[CompactionReport], None] | None = None,
         on_progress: Progress | None = None,
     ) -> None:
@@ -206,11 +207,12 @@ class CacheMemory:
         self.compose = compose
         self.policy = policy or Policy.for_cells(sum(engine.arena_bytes) // max(engine.shape.row_bytes, 1))
         self.profile = profile
-        if len(weights) not in (0, len(engine.shape.layers)):
-            raise InvalidInput(
-                f"{len(weights)} weights for {len(engine.shape.layers)} layers: measure the profile again"
-            )
-        self.weights = weights
+        layers = engine.shape.layers
+        predictor = tuning.predictor
+        n_heads = sum(layer.n_kv_heads for layer in layers)
+        if len(tuning.weights) not in (0, len(layers)) or (predictor is not None and predictor.n_heads != n_heads):
+            raise InvalidInput("the model's profile is of other layers: measure it again")
+        self.tuning = tuning
         self.on_compaction = on_compaction
         self.on_progress = on_progress
         self.reports: list[CompactionReport] = []
@@ -218,7 +220,8 @@ class CacheMemory:
         self.tokens: list[int] = []  # all that were seen, in their order
         self.pins: list[tuple[int, int]] = []  # (start, stop) in positions, read or yet to be read
         self._furthest = 0  # the highest position that a sliding window had to reach
-        self._scores = CellScores(engine.shape.layers)
+        # With a profile most is never replayed, which a prediction goes by.
+        self._scores = CellScores(layers, predictor if profile is None else None)
 
     @property
     def position(self) -> int:
@@ -451,7 +454,7 @@ class CacheMemory:
             return self.profile.budgets(n_tokens, n_rows, row_bytes, room.tolist(), device, min_per_layer=n_pinned)
         if self.engine.per_layer:
             keep = float(room.sum() / max((self.position - n_tail) * self.engine.shape.row_bytes, 1))
-            weights = faded(self.weights, keep)
+            weights = faded(self.tuning.weights, keep)
             return allocate_tempered(scores, row_bytes, room.tolist(), device=device, weights=weights)
         fitting = int((room // np.maximum(live_bytes, 1)).min())
         return np.minimum(fitting, np.array(n_rows, np.int64))

@@ -17,10 +17,10 @@ from kvcompose_local.interfaces import FloatArray
 
 #: What popularity may do to a score where layers compete for cells.
 _BOUNDS = (0.7, 1.5)
-#: One byte a popularity: its logarithm in sixteenths of an octave, as many above 1 as below.
-_STEPS, _ONE = 16, 128
+#: One byte a popularity: its logarithm in sixteenths of an octave, as many above 1, whose byte is ONE, as below.
+_STEPS, ONE = 16, 128
 #: The smallest and the largest; a token that nobody looks at still has a score of its own.
-_LEAST, _MOST = 2.0 ** (-_ONE / _STEPS), 2.0 ** ((255 - _ONE) / _STEPS)
+_LEAST, _MOST = 2.0 ** (-ONE / _STEPS), 2.0 ** ((255 - ONE) / _STEPS)
 
 
 def popularity_of(layers: Iterable[FloatArray]) -> FloatArray:
@@ -69,9 +69,9 @@ def for_budgets(scores: FloatArray, popularity: FloatArray) -> FloatArray:
 
 def packed(popularity: FloatArray) -> npt.NDArray[np.uint8]:
     """What is kept of popularities, one byte each, within a fortieth of them."""
-    return np.asarray(np.rint(np.log2(np.clip(popularity, _LEAST, _MOST)) * _STEPS) + _ONE, np.uint8)
+    return np.asarray(np.rint(np.log2(np.clip(popularity, _LEAST, _MOST)) * _STEPS) + ONE, np.uint8)
 
 
 def unpacked(codes: npt.NDArray[np.uint8]) -> FloatArray:
     """The popularities that :func:`packed` took: float32 of the same shape. Any byte stands for one."""
-    return np.exp2((codes.astype(np.float32) - _ONE) / _STEPS)
+    return np.exp2((codes.astype(np.float32) - ONE) / _STEPS)

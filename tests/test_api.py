@@ -14,6 +14,7 @@ import kvcompose_local
 from kvcompose_local import LocalChat, Sampling, profiles
 from kvcompose_local.errors import InvalidInput, SessionError
 from kvcompose_local.llama_ffi.library import library_path
+from kvcompose_local.predictor import n_features
 from kvcompose_local.sessions import model_digest
 
 EXAMPLE = Path(__file__).parent.parent / "docs" / "library.py"
@@ -115,22 +116,29 @@ def test_names_are_imported_on_first_use() -> None:
         kvcompose_local.nothing  # noqa: B018
 
 
-def test_a_chat_goes_by_the_models_own_weights(
+def test_a_chat_goes_by_the_models_own_tuning(
     tiny_model: Callable[..., Path], private_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a profile that was tuned, and only under a budget; without one no model is read for its digest."""
     monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(library_path().parent))
     model = tiny_model()
     with LocalChat(model, budget=0.5, n_ctx=512, n_threads=1) as chat:
-        assert chat.memory.weights == ()
-        n_layers = len(chat.memory.engine.shape.layers)
+        assert chat.memory.tuning == profiles.NOT_TUNED
+        layers = chat.memory.engine.shape.layers
+        n_layers = len(layers)
     assert not (private_cache / "digests").exists()
     weights, even = tuple(range(1, n_layers + 1)), (1.0,) * n_layers
     digest, size = model_digest(model), model.stat().st_size
     own = profiles.user_path(digest)
     own.parent.mkdir(parents=True)
-    own.write_text(profiles.Profile("tiny", digest, (1.0,), (even,), 1, 10, weights, size).dump())
+    n_heads = sum(layer.n_kv_heads for layer in layers)
+    rows = tuple((0.25,) * n_features(n_heads) for _ in range(n_heads))
+    own.write_text(profiles.Profile("tiny", digest, (1.0,), (even,), 1, 10, weights, size, rows).dump())
     with LocalChat(model, budget=0.5, n_ctx=512, n_threads=1) as chat:
-        assert chat.memory.weights == weights
+        assert chat.memory.tuning.weights == weights
+        assert chat.memory.tuning.predictor is not None
+        assert chat.memory.tuning.predictor.n_heads == n_heads
+        chat.memory.feed(list(range(5, 245)) * 2)
+        assert chat.memory.reports, "it composed by them"
     with LocalChat(model, budget=1, n_ctx=512, n_threads=1) as chat:
-        assert chat.memory.weights == ()
+        assert chat.memory.tuning == profiles.NOT_TUNED

@@ -8,10 +8,16 @@ import pytest
 from kvcompose_local.cell_scores import N_UNSEEN, PINNED, CellScores
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.interfaces import CacheLayout, LayerShape
+from kvcompose_local.popularity import ONE, packed, popularity_of, unpacked
+from kvcompose_local.predictor import Predictor
 
 LAYERS = (LayerShape(0, 2, 1, 64, 0), LayerShape(1, 4, 2, 128, 0))
 NONE_PINNED = np.zeros(6, bool)
-POPULARITY = np.array([1, 0.5, 1, 4, 1, 1], np.float32)
+POPULARITY = packed(np.array([1, 0.5, 1, 4, 1, 1], np.float32))
+
+
+def in_all_heads(codes: np.ndarray) -> list[np.ndarray]:
+    return [np.tile(codes, (layer.n_kv_heads, 1)) for layer in LAYERS]
 
 
 def weights(n_heads: int, *values: float) -> np.ndarray:
@@ -26,7 +32,7 @@ def after_a_compaction() -> CellScores:
         scores.seen.update(i, weights(layer.n_heads, 0, 0.5, 0, 0.25, 0, 0, 0.125, 0), slice(None))
         scores.replayed.update(i, weights(layer.n_heads, 0, 0, 0.5, 0.5, 0, 0.125), slice(None))
     selection = [np.array([[3, 1]], np.uint16), np.array([[3, 1], [2, 5]], np.uint16)]
-    scores.keep(selection, CacheLayout((0, 0), 8, 92, 8), NONE_PINNED, POPULARITY, reserve=4)
+    scores.keep(selection, CacheLayout((0, 0), 8, 92, 8), NONE_PINNED, in_all_heads(POPULARITY), reserve=4)
     return scores
 
 
@@ -53,7 +59,7 @@ def test_what_was_seen_and_replayed_stays_with_what_a_rewrite_keeps() -> None:
 
 def test_popularity_comes_with_composed_cells_and_counts_for_ranks_and_within_bounds_for_budgets() -> None:
     scores = after_a_compaction()
-    live = np.array([0.25, 1], np.float32)
+    live = in_all_heads(packed(np.array([0.25, 1], np.float32)))
     none = np.zeros(2, bool)
     # of head 1 the tokens 2 and 5, then the tail
     by_hand = np.array([[4, 0.5, 0.25, 1], [1, 1, 0.25, 1]], np.float32)
@@ -63,7 +69,7 @@ def test_popularity_comes_with_composed_cells_and_counts_for_ranks_and_within_bo
     for i, layer in enumerate(LAYERS):
         scores.replayed.update(i, weights(layer.n_heads, 0, 0, 0, 0, 0.5), slice(None))
     none = np.zeros(5, bool)
-    live = np.array([0.25, 1, 1, 2, 2], np.float32)
+    live = in_all_heads(packed(np.array([0.25, 1, 1, 2, 2], np.float32)))
     by_hand = np.array([[4, 0.5, 0.25, 1, 1, 2, 2], [1, 1, 0.25, 1, 1, 2, 2]], np.float32)
     assert scores.for_ranks(1, none, live) == pytest.approx(scores.of_layer(1, none) * by_hand)
 
@@ -74,9 +80,46 @@ def test_the_popularity_of_live_tokens_is_that_in_all_layers_but_that_of_pinned_
     scores.replayed.update(1, weights(4, 0.25, 0.25, 0.5, 0), slice(None))
     # relative to the means 0.5 and 0.25: 0.5, 0.5, 1, 2 and 1, 1, 2, 0
     expected = np.array([1.5, 1.5, 3, 2], np.float32) / 1.75
-    assert scores.popularity_of_live(np.zeros(4, bool)) == pytest.approx(expected)
-    expected[2] = 1
-    assert scores.popularity_of_live(np.array([False, False, True, False])) == pytest.approx(expected)
+    for pinned in (np.zeros(4, bool), np.array([False, False, True, False])):
+        expected[pinned] = 1
+        found = scores.popularity_of_live(pinned)
+        assert [codes.tolist() for codes in found] == [codes.tolist() for codes in in_all_heads(packed(expected))]
+
+
+def test_with_a_predictor_each_head_has_factors_of_its_own_which_composed_cells_bring_along() -> None:
+    rows = np.zeros((3, 8))
+    rows[0, 0] = 1  # the first head of three goes by what it looked at in the replay,
+    rows[1, 6], rows[2, 7] = 1, np.log(4)  # the second by popularity, the third looks four times as much at all
+    scores = CellScores(LAYERS, Predictor(rows.tolist()))
+    for i, layer in enumerate(LAYERS):
+        scores.seen.update(i, weights(layer.n_heads, 0, 0.5, 0, 0.25, 0, 0, 0.125, 0), slice(None))
+        scores.replayed.update(i, weights(layer.n_heads, 0, 0, 0.5, 0.5, 0, 0.125), slice(None))
+    pinned = np.array([False, False, False, False, True, False])
+    live = scores.popularity_of_live(pinned)
+    assert [codes.shape for codes in live] == [(1, 6), (2, 6)]
+    replayed = np.array([0, 0, 0.5, 0.5, 0, 0.125], np.float32)
+    seen = np.array([0, 0.5, 0, 0.25, 0, 0], np.float32)
+    popularity = popularity_of([(replayed + seen)[None]] * 3)
+    by_hand = np.stack([replayed / replayed.mean() + 0.02, popularity, np.full(6, 4, np.float32)])
+    by_hand[:, 4] = 1  # pinned
+    assert unpacked(np.concatenate(live)) == pytest.approx(by_hand, rel=1 / 40)
+    for i, of_heads in enumerate((by_hand[:1], by_hand[1:])):
+        own = scores.of_layer(i, pinned)
+        assert scores.for_ranks(i, pinned, live) == pytest.approx(own * of_heads, rel=1 / 40)
+        assert scores.for_budgets(i, pinned, live) == pytest.approx(own * np.sqrt(of_heads), rel=1 / 40)
+    selection = [np.array([[3, 4]], np.uint16), np.array([[3, 4], [2, 5]], np.uint16)]
+    scores.keep(selection, CacheLayout((0, 0), 8, 92, 8), pinned, live, reserve=4)
+    none = np.zeros(0, bool)
+    factors = np.array([[live[1][0, 3], ONE], [live[1][1, 2], live[1][1, 5]]])
+    assert scores.for_ranks(1, none, scores.popularity_of_live(none)) == pytest.approx(
+        scores.of_layer(1, none) * unpacked(factors.astype(np.uint8))
+    )
+    kept, codes, attention = ([*part] for part in scores.view())
+    assert codes[1].tolist() == factors.tolist()
+    again = CellScores(LAYERS, Predictor(rows.tolist())).restored(kept, codes, attention, (2, 2), 2)
+    assert again.for_ranks(1, none, again.popularity_of_live(none)).tolist() == (
+        scores.for_ranks(1, none, scores.popularity_of_live(none)).tolist()
+    )
 
 
 def test_what_is_gone_from_the_cache_is_forgotten() -> None:
@@ -101,7 +144,7 @@ def test_scores_of_another_time_are_taken_back_or_refused() -> None:
     scores = after_a_compaction()
     kept, codes, seen = ([*part] for part in scores.view())
     again = CellScores(LAYERS).restored(kept, codes, seen, (2, 2), 2)
-    none, live = np.zeros(2, bool), np.ones(2, np.float32)
+    none, live = np.zeros(2, bool), in_all_heads(np.full(2, ONE, np.uint8))
     for i in range(2):
         assert again.of_layer(i, none).tolist() == scores.of_layer(i, none).tolist()
         assert again.for_budgets(i, none, live).tolist() == scores.for_budgets(i, none, live).tolist()

@@ -26,7 +26,8 @@ from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import TASKS, Question, make_item
 from kvcompose_local.interfaces import TokenShape, share_of_f16
 from kvcompose_local.llama_ffi.cells import library_is_patched
-from kvcompose_local.profiles import Profile
+from kvcompose_local.predictor import Predictor, n_features
+from kvcompose_local.profiles import Profile, Tuning
 
 needs_patch = pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
 
@@ -300,7 +301,15 @@ def test_methods_keep_what_they_say(tiny_model: Callable[..., Path]) -> None:
         ours = find_method("kvcompose-local")
         for rows in ours(stats, n_cells):
             assert set(range(120 - LEAST_TAIL, 120)) <= set(rows[0].tolist())
-        stats.weights = (1.0, 1.0, 9.0)
+        stats.tuning = Tuning((1.0, 1.0, 9.0))
+        assert ours(stats, n_cells)[2].shape[1] > find_method("newest")(stats, n_cells)[2].shape[1]
+        n_heads = sum(layer.n_kv_heads for layer in layers)
+        rows = np.zeros((n_heads, n_features(n_heads)))
+        stats.tuning = Tuning((), Predictor(rows.tolist()))
+        for chosen, as_newest in zip(ours(stats, n_cells), find_method("newest")(stats, n_cells), strict=True):
+            assert chosen.tolist() == as_newest.tolist(), "factors of 1 change nothing"
+        rows[:n_heads, -1] = np.repeat(np.log([0.25, 0.25, 4]), [layer.n_kv_heads for layer in layers])
+        stats.tuning = Tuning((), Predictor(rows.tolist()))
         assert ours(stats, n_cells)[2].shape[1] > find_method("newest")(stats, n_cells)[2].shape[1]
         sinks = find_method("sinks+recent")(stats, n_cells)[0][0].tolist()
         assert sinks == [0, 1, 2, 3, *range(120 - 26, 120)]

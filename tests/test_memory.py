@@ -6,11 +6,14 @@ import tracemalloc
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 
 from kvcompose_local.attention import AttentionMax
 from kvcompose_local.cell_scores import N_NEAREST, SCORE_DTYPE, SEEN_DTYPE
 from kvcompose_local.compaction import CacheMemory, Policy
 from kvcompose_local.interfaces import UPKEEP_BYTES, AttentionSink, CacheLayout, LayerShape, ModelShape, Selection
+from kvcompose_local.predictor import Predictor, n_features
+from kvcompose_local.profiles import Tuning
 
 N_LAYERS, N_QUERY_HEADS, N_KV_HEADS, HEAD_BYTES, N_CELLS = 24, 14, 2, 128, 8192
 ROW_BYTES = 2 * N_KV_HEADS * HEAD_BYTES
@@ -44,9 +47,12 @@ class FullEngine:
         self.composed, self.n_live = tuple(rows.shape[1] for rows in selection), n_tail  # read as it is by llama.cpp
 
 
-def test_a_compaction_needs_little_beside_the_cells() -> None:
+@pytest.mark.parametrize("predicting", [False, True])
+def test_a_compaction_needs_little_beside_the_cells(predicting: bool) -> None:
     engine = FullEngine()
-    memory = CacheMemory(engine, 10**6, policy=POLICY)  # type: ignore[arg-type]
+    n_heads = N_KV_HEADS * len(engine.shape.layers)
+    tuning = Tuning((), Predictor(np.full((n_heads, n_features(n_heads)), 1e-3).tolist()) if predicting else None)
+    memory = CacheMemory(engine, 10**6, policy=POLICY, tuning=tuning)  # type: ignore[arg-type]
     memory.tokens = list(range(24_000))
     np.median(np.zeros(1))  # imports more of numpy, once
     tracemalloc.start()

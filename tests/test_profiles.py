@@ -20,14 +20,15 @@ from kvcompose_local.cell_scores import N_UNSEEN
 from kvcompose_local.compaction import CacheMemory, Policy
 from kvcompose_local.errors import InvalidInput, KVComposeError
 from kvcompose_local.llama_ffi.library import library_path
-from kvcompose_local.profiles import Profile, average
+from kvcompose_local.predictor import Predictor
+from kvcompose_local.profiles import NOT_TUNED, Profile, Tuning, average
 
 TWO = Profile("Two layers", "ab", (0.25, 0.5, 1.0), ((0.1, 0.4), (0.2, 0.8), (1.0, 1.0)), 1, 100)
 
 
 def test_a_file_gives_the_same_profile() -> None:
     assert Profile.parse(TWO.dump()) == TWO
-    tuned = replace(TWO, weights=(0.5, 4.0), model_bytes=10)
+    tuned = replace(TWO, weights=(0.5, 4.0), model_bytes=10, predictor=((0.5, -1.25, 3.0, 0.0),))
     assert Profile.parse(tuned.dump()) == tuned
 
 
@@ -46,14 +47,17 @@ def test_weights_are_those_of_the_file(private_cache: Path, tmp_path: Path) -> N
     eleven.write_bytes(bytes(11))
     own = profiles.user_path("ab")
     own.parent.mkdir(parents=True)
-    assert profiles.weights_of(ten, untouched) == ()
+    assert profiles.tuning_of(ten, untouched) == NOT_TUNED
     own.write_text(replace(TWO, model_bytes=10).dump())
-    assert profiles.weights_of(ten, untouched) == (), "its layers were not tuned"
+    assert profiles.tuning_of(ten, untouched) == NOT_TUNED, "its layers were not tuned"
     own.write_text(replace(TWO, weights=(0.5, 4.0), model_bytes=10).dump())
     (own.parent / "damaged.json").write_text("{")
-    assert profiles.weights_of(ten, lambda _: "ab") == (0.5, 4.0)
-    assert profiles.weights_of(ten, lambda _: "cd") == (), "another file of the same size"
-    assert profiles.weights_of(eleven, untouched) == ()
+    assert profiles.tuning_of(ten, lambda _: "ab") == ((0.5, 4.0), None)
+    assert profiles.tuning_of(ten, lambda _: "cd") == NOT_TUNED, "another file of the same size"
+    assert profiles.tuning_of(eleven, untouched) == NOT_TUNED
+    own.write_text(replace(TWO, predictor=((0.5,) * 4,), model_bytes=10).dump())
+    weights, predictor = profiles.tuning_of(ten, lambda _: "ab")
+    assert (weights, predictor and predictor.n_heads) == ((), 1)
 
 
 def test_a_profile_measured_again_does_not_hide_the_weights_that_ship(private_cache: Path, tmp_path: Path) -> None:
@@ -63,11 +67,13 @@ def test_a_profile_measured_again_does_not_hide_the_weights_that_ship(private_ca
         file.truncate(shipped.model_bytes)  # takes no room
     own = profiles.user_path(shipped.model_sha256)
     own.parent.mkdir(parents=True)
-    own.write_text(replace(shipped, weights=(), model_bytes=0).dump())
-    assert profiles.weights_of(model, lambda _: shipped.model_sha256) == shipped.weights
+    own.write_text(replace(shipped, weights=(), predictor=(), model_bytes=0).dump())
+    found = profiles.tuning_of(model, lambda _: shipped.model_sha256)
+    assert found.weights == shipped.weights
+    assert (found.predictor is not None) == bool(shipped.predictor)
     mine = tuple(2 * weight for weight in shipped.weights)
     own.write_text(replace(shipped, weights=mine).dump())
-    assert profiles.weights_of(model, lambda _: shipped.model_sha256) == mine
+    assert profiles.tuning_of(model, lambda _: shipped.model_sha256).weights == mine
 
 
 def test_weights_fade_where_cells_are_many() -> None:
@@ -82,7 +88,7 @@ def test_weights_move_cells_between_layers() -> None:
     kept: dict[tuple[float, ...], list[int]] = {}
     for weights in ((), (1.0, 1.0), (1.0, 4.0), (4.0, 1.0)):
         engine = FakeEngine(200, per_layer=True)
-        memory = CacheMemory(engine, 1000, policy=Policy(4, 16, 64), weights=weights)
+        memory = CacheMemory(engine, 1000, policy=Policy(4, 16, 64), tuning=Tuning(weights))
         memory.feed([*range(50, 200)])
         memory.compact(0.3)
         kept[weights] = [cells.shape[1] for cells in engine.composed]
@@ -109,6 +115,10 @@ def test_weights_move_cells_between_layers() -> None:
         {"weights": [1, 0]},
         {"weights": [1, float("inf")]},
         {"weights": [[1, 1]]},
+        {"predictor": [[1, 2, 3]]},
+        {"predictor": [[1, 2, 3, 4], [1]]},
+        {"predictor": [[1, 2, 3, float("nan")]]},
+        {"predictor": 5},
     ],
     ids=str,
 )
@@ -154,9 +164,10 @@ def test_budgets_fit_and_leave_little_unused(available: list[int], cost: list[in
         assert used > limit - sum(cost) - 1 or used == int((np.array(floor) * cost).sum())
 
 
-def test_weights_of_another_model_are_refused() -> None:
-    with pytest.raises(InvalidInput, match="3 weights for 2 layers"):
-        CacheMemory(FakeEngine(200, per_layer=True), 1000, weights=(1.0, 2.0, 3.0))
+@pytest.mark.parametrize("tuning", [Tuning((1.0, 2.0, 3.0)), Tuning((), Predictor([[0.0] * 4]))], ids=str)
+def test_what_was_tuned_for_another_model_is_refused(tuning: Tuning) -> None:
+    with pytest.raises(InvalidInput, match="profile is of other layers"):
+        CacheMemory(FakeEngine(200, per_layer=True), 1000, tuning=tuning)
 
 
 def test_the_average_of_texts_is_a_profile() -> None:
@@ -222,6 +233,7 @@ def test_profile_and_run(
     assert written.is_relative_to(private_cache)
     assert Profile.parse(written.read_text()).n_texts == 2
     assert Profile.parse(written.read_text()).weights == ()
+    assert Profile.parse(written.read_text()).predictor, "what its questions looked at"
     written.write_text(replace(Profile.parse(written.read_text()), weights=(1.0, 2.0, 0.5)).dump())
     assert program("profile", model, "--texts", "1", "--length", "300").returncode == 0
     assert Profile.parse(written.read_text()).weights == (1.0, 2.0, 0.5), "measured again, they stay"

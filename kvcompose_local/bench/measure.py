@@ -350,8 +350,8 @@ def _read_as_a_chat(
     profile: Profile | None = None,
 ) -> Mode:
     """Read tokens into a cache that is too small for them, and leave it compacted."""
-    weights = profiles.weights_of(engine.model.path, model_digest)
-    memory = CacheMemory(engine, len(tokens) + _ANSWER_CELLS, profile=profile, weights=weights)
+    tuning = profiles.tuning_of(engine.model.path, model_digest)
+    memory = CacheMemory(engine, len(tokens) + _ANSWER_CELLS, profile=profile, tuning=tuning)
     started = time.perf_counter()
     memory.feed(tokens, lambda done, total: progress(f"reading, {name}:", done, total))
     memory.compact()

@@ -54,7 +54,7 @@ def _names(_context: click.Context, _parameter: click.Parameter, value: str) -> 
     "--keep", "keeps", callback=_numbers, default=",".join(map(str, KEEPS)), show_default=True, help="Keep ratios."
 )
 @click.option("--length", type=click.IntRange(256, 131072), default=2048, show_default=True, help="Tokens of a text.")
-@click.option("--items", type=click.IntRange(1, 1000), default=8, show_default=True, help="Texts a task.")
+@click.option("--items", type=click.IntRange(1, 1000), default=16, show_default=True, help="Texts a task.")
 @click.option("--first-seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the first text.")
 @click.option(
     "-o",
@@ -190,7 +190,7 @@ def chat_caches(model: Model) -> dict[tuple[str, float], str]:
     return caches
 
 
-@click.command("profile", short_help="Measure a model's layer budgets once, for run --scoring profile.")
+@click.command("profile", short_help="Measure a model once, so that its chats keep more of what is asked.")
 @click.argument("model", required=False)
 @click.option("--texts", type=click.IntRange(1, 1000), default=8, show_default=True, help="Texts to measure on.")
 @click.option("--length", type=click.IntRange(256, 131072), default=2048, show_default=True, help="Tokens of a text.")
@@ -199,11 +199,12 @@ def chat_caches(model: Model) -> dict[tuple[str, float], str]:
 )
 @threads_option
 def profile_command(model: str | None, texts: int, length: int, output: Path | None, threads: int | None) -> None:
-    """How many tokens each layer of MODEL needs: nearly the same for every text, so it is measured once.
+    """What questions about a text make MODEL look at, and how many tokens each of its layers needs.
 
-    `run MODEL --scoring profile` then compresses without reading anything twice. The file is small, holds no text and
-    may be shared: it belongs to the GGUF file's sha256, and counts from the cache folder's `profiles`. Weights of
-    layers that one has stay when it is measured again.
+    Both are nearly the same for every text, so they are measured once, on texts made for it. Afterwards `run MODEL`
+    keeps more of what will be asked, and `run MODEL --scoring profile` compresses without reading anything twice. The
+    file is small, holds no text and may be shared: it belongs to the GGUF file's sha256, and counts from the cache
+    folder's `profiles`. Weights of layers that one has stay when it is measured again.
     """
     from kvcompose_local import models, profiles
     from kvcompose_local.evaluation.harness import room_for
@@ -221,7 +222,7 @@ def profile_command(model: str | None, texts: int, length: int, output: Path | N
             digest,
             n_texts=texts,
             n_tokens=length,
-            weights=profiles.weights_of(path, model_digest),
+            weights=profiles.tuning_of(path, model_digest).weights,
             progress=lambda done, total: status.progress("measuring:", done, total, "texts"),
         )
     file = output or profiles.user_path(digest)

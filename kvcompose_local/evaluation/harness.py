@@ -223,7 +223,7 @@ class Evaluation:
         n_cells = max(round(keep * len(tokens) / CELL_PADDING), 1) * CELL_PADDING  # the record says how many they are
         small = self._new_engine(n_cells, kind or "f16", SMALL_MICRO_BATCH)
         try:
-            memory = CacheMemory(small, len(tokens), weights=stats.weights)
+            memory = CacheMemory(small, len(tokens), tuning=stats.tuning)
             size = -(-len(tokens) // _N_TURNS)
             for start in range(0, len(tokens), size):
                 memory.feed(tokens[start : start + size])

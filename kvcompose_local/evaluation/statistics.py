@@ -14,7 +14,7 @@ from kvcompose_local.cell_scores import N_NEAREST, SCORE_DTYPE, SEEN_DTYPE
 from kvcompose_local.compaction import near_chunk
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.interfaces import FloatArray
-from kvcompose_local.profiles import Profile
+from kvcompose_local.profiles import Profile, Tuning
 from kvcompose_local.sessions import model_digest
 
 #: Tokens of :attr:`Statistics.look_back`.
@@ -75,9 +75,9 @@ class Statistics:
         return profiles.find(model_digest(self.engine.model.path))
 
     @cached_property
-    def weights(self) -> tuple[float, ...]:
-        """By what factors the program lets the model's layers compete, none where they were not tuned."""
-        return profiles.weights_of(self.engine.model.path, model_digest)
+    def tuning(self) -> Tuning:
+        """What the program knows of the model beside the text."""
+        return profiles.tuning_of(self.engine.model.path, model_digest)
 
     @cached_property
     def whole_replay(self) -> list[FloatArray]:

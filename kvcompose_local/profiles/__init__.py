@@ -1,9 +1,9 @@
 """What was measured once a model: what its layers' cells are worth, and layer budgets that need no replay.
 
 Which layers need many tokens is nearly the same for every text. A *profile* holds the share of the tokens that each
-layer keeps at some keep ratios, as ``kvcompose-local profile`` measured it, and the weights by which layers' scores
-compete; it is keyed by the sha256 of the GGUF file. The ones beside this module come with the program, those that a
-user measures stand in the cache folder.
+layer keeps at some keep ratios and what predicts what questions look at (:mod:`predictor`), as ``kvcompose-local
+profile`` measured them, and the weights by which layers' scores compete; it is keyed by the sha256 of the GGUF file.
+The ones beside this module come with the program, those that a user measures stand in the cache folder.
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvcompose_local.errors import InvalidInput, KVComposeError
 from kvcompose_local.interfaces import IntArray
+from kvcompose_local.predictor import Predictor
 from kvcompose_local.resources import cache_folder
 
 FORMAT = 1
 #: Keep ratios that are measured.
 KEEPS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
+#: Fields that are written a line a row.
+_TABLES = ("shares", "predictor")
 #: Of a keep ratio: less than one token of any cache.
 _PRECISION = 2.0**-40
 
@@ -35,7 +39,8 @@ class Profile:
     model: name, for people; model_sha256: of the GGUF; keeps: R rising ratios, the last one 1; shares: R lists of L
     shares in [0, 1], none of which falls from one ratio to the next; n_texts, n_tokens: texts measured, and the length
     of each; weights: L factors of scores where layers compete for few cells (:func:`faded`), 0.5 for a layer whose
-    cells are worth half of what attention says, none where they were not tuned; model_bytes: of the GGUF.
+    cells are worth half of what attention says, none where they were not tuned; model_bytes: of the GGUF; predictor:
+    the weights of a :class:`~kvcompose_local.predictor.Predictor`, none where it was not fitted.
     """
 
     model: str
@@ -46,6 +51,7 @@ class Profile:
     n_tokens: int
     weights: tuple[float, ...] = ()
     model_bytes: int = 0
+    predictor: tuple[tuple[float, ...], ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> Profile:
@@ -57,6 +63,7 @@ class Profile:
             values["keeps"] = tuple(map(float, values["keeps"]))
             values["shares"] = tuple(tuple(map(float, row)) for row in values["shares"])
             values["weights"] = tuple(map(float, values.get("weights", ())))
+            values["predictor"] = tuple(tuple(map(float, row)) for row in values.get("predictor", ()))
             profile = cls(**values)
             keeps, shares = np.array(profile.keeps), np.array(profile.shares)
             if shares.ndim != 2 or keeps.shape != shares.shape[:1] or not keeps.size or not shares.size:
@@ -68,6 +75,8 @@ class Profile:
             weights = np.array(profile.weights)
             if weights.size and (weights.shape != shares.shape[1:] or not (np.isfinite(weights) & (weights > 0)).all()):
                 raise ValueError("its weights do not fit")
+            if profile.predictor:
+                Predictor(profile.predictor)
             if not (isinstance(profile.model, str) and isinstance(profile.model_sha256, str)):
                 raise ValueError("it names no model")
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
@@ -77,10 +86,13 @@ class Profile:
         return profile
 
     def dump(self) -> str:
-        """As JSON, a line a keep ratio."""
+        """As JSON, a line a keep ratio, and a head of the predictor."""
         values = {"format": FORMAT, **asdict(self)}
-        rows = ",\n  ".join(json.dumps(row) for row in values.pop("shares"))
-        return json.dumps(values, indent=1)[:-2] + f',\n "shares": [\n  {rows}\n ]\n}}\n'
+        text = json.dumps({name: value for name, value in values.items() if name not in _TABLES}, indent=1)[:-2]
+        for name in _TABLES:
+            rows = ",\n  ".join(json.dumps(row) for row in values[name])
+            text += f',\n "{name}": [\n  {rows}\n ]' if rows else ""
+        return text + "\n}\n"
 
     def budgets(
         self,
@@ -129,6 +141,16 @@ class Profile:
         return np.array([np.interp(keep, keeps, column) for column in shares.T])
 
 
+class Tuning(NamedTuple):
+    """What a profile knows beside its shares: ``weights`` and ``predictor`` of it, each as far as there is one."""
+
+    weights: tuple[float, ...] = ()
+    predictor: Predictor | None = None
+
+
+NOT_TUNED = Tuning()
+
+
 def average(
     model: str,
     model_sha256: str,
@@ -136,6 +158,7 @@ def average(
     n_tokens: Sequence[int],
     weights: Sequence[float] = (),
     model_bytes: int = 0,
+    predictor: Sequence[Sequence[float]] = (),
 ) -> Profile:
     """The profile of some texts: of each the budgets int (R, L) at :data:`KEEPS`, and its tokens."""
     shares = np.mean([b / n for b, n in zip(budgets, n_tokens, strict=True)], axis=0)
@@ -150,6 +173,7 @@ def average(
         int(np.mean(n_tokens)),
         tuple(weights),
         model_bytes,
+        tuple(map(tuple, predictor)),
     )
 
 
@@ -185,15 +209,18 @@ def faded(weights: Sequence[float], keep: float) -> list[float]:
     return [float(weight**exponent) for weight in weights]
 
 
-def weights_of(path: Path, digest: Callable[[Path], str]) -> tuple[float, ...]:
-    """By what factors the layers' scores compete in the model of a file, the user's own first; none: they do not.
+def tuning_of(path: Path, digest: Callable[[Path], str]) -> Tuning:
+    """How to choose in the model of a file, the user's own profile first, as far as it was tuned.
 
     digest: gives a file's sha256, asked only where some tuned profile is of a file as large, since it may take seconds.
     """
     n_bytes = path.stat().st_size
-    tuned = [profile for profile in (*_own(), *_shipped()) if profile.weights and profile.model_bytes == n_bytes]
+    tuned = [p for p in (*_own(), *_shipped()) if (p.weights or p.predictor) and p.model_bytes == n_bytes]
     model_sha256 = digest(path) if tuned else ""
-    return next((profile.weights for profile in tuned if profile.model_sha256 == model_sha256), ())
+    known = [profile for profile in tuned if profile.model_sha256 == model_sha256]
+    predictor = next((profile.predictor for profile in known if profile.predictor), ())
+    weights = next((profile.weights for profile in known if profile.weights), ())
+    return Tuning(weights, Predictor(predictor) if predictor else None)
 
 
 def _shipped() -> Iterator[Profile]:

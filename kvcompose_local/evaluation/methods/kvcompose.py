@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvcompose_local import predictor
 from kvcompose_local.budgets import allocate_bytes, allocate_tempered
 from kvcompose_local.cell_scores import PINNED
 from kvcompose_local.compaction import LEAST_TAIL
 from kvcompose_local.evaluation.methods import method
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.interfaces import FloatArray, IntArray
-from kvcompose_local.popularity import for_budgets, for_ranks, popularity_of, sharpness
+from kvcompose_local.popularity import for_budgets, for_ranks, popularity_of, sharpness, unpacked
 from kvcompose_local.profiles import faded
 from kvcompose_local.scores import token_scores
 from kvcompose_local.selection import select_composites
@@ -55,8 +56,21 @@ def replay(stats: Statistics, n_cells: int) -> list[IntArray]:
 
 @method("kvcompose-local")
 def ours(stats: Statistics, n_cells: int) -> list[IntArray]:
-    """What the program does: the sum of both attentions and popularity, tempered and weighted layer budgets."""
+    """What the program does: the sum of both attentions and what questions are predicted to look at, or popularity
+    where there is no predictor; tempered and weighted layer budgets.
+    """
+    if stats.tuning.predictor is None:
+        return popular(stats, n_cells)
+    factors = [unpacked(codes) for codes in stats.tuning.predictor.packed_factors(stats.replay, stats.seen)]
+    competing = with_newest([predictor.for_budgets(s, f) for s, f in zip(stats.both, factors, strict=True)])
+    ranked = with_newest([predictor.for_ranks(s, f) for s, f in zip(stats.both, factors, strict=True)])
+    return select_composites(ranked, tempered_budgets(competing, n_cells, stats.tuning.weights))
+
+
+@method("popular")
+def popular(stats: Statistics, n_cells: int) -> list[IntArray]:
+    """What the program does where it has no predictor of the model."""
     popularity = popularity_of(stats.both)
     competing = with_newest([for_budgets(scores, popularity) for scores in stats.both])
     ranked = with_newest([for_ranks(scores, popularity, sharpness(scores)) for scores in stats.both])
-    return select_composites(ranked, tempered_budgets(competing, n_cells, stats.weights))
+    return select_composites(ranked, tempered_budgets(competing, n_cells, stats.tuning.weights))

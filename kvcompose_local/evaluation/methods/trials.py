@@ -137,7 +137,7 @@ def newest(stats: Statistics, n_cells: int) -> list[IntArray]:
 def weighted(stats: Statistics, n_cells: int) -> list[IntArray]:
     """The program before popularity counted."""
     scores = with_newest(stats.both)
-    return select_composites(scores, tempered_budgets(scores, n_cells, stats.weights))
+    return select_composites(scores, tempered_budgets(scores, n_cells, stats.tuning.weights))
 
 
 @method("replay+seen-separators")
