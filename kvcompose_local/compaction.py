@@ -138,9 +138,9 @@ class MemoryState:
     """All that a :class:`CacheMemory` knows, to go on from later.
 
     tokens: all that were seen; scores: float32 (H, K_l), what each layer's composed cells got in their replay;
-    popularity: uint8 (H, K_l), theirs, packed; seen: float32 (H, at most K_l + n_live), the attention that a layer's
-    rows, composed ones first, got while later text was read; cells: as the engine gave them; pins: the (start, stop) of
-    what is pinned.
+    popularity: uint8 (H, K_l), theirs, packed, or the factors of a predictor; seen: float32 (H, at most K_l + n_live),
+    the attention that a layer's rows, composed ones first, got while later text was read; cells: as the engine gave
+    them; pins: the (start, stop) of what is pinned.
     """
 
     tokens: tuple[int, ...]

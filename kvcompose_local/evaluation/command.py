@@ -223,7 +223,7 @@ def profile_command(model: str | None, texts: int, length: int, output: Path | N
             n_texts=texts,
             n_tokens=length,
             weights=profiles.tuning_of(path, model_digest).weights,
-            progress=lambda done, total: status.progress("measuring:", done, total, "texts"),
+            progress=lambda done, total, what: status.progress("measuring:", done, total, what),
         )
     file = output or profiles.user_path(digest)
     with replacing(file) as stream:

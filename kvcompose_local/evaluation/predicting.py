@@ -18,7 +18,7 @@ from kvcompose_local.compaction import LEAST_TAIL
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import Item
-from kvcompose_local.interfaces import FloatArray
+from kvcompose_local.interfaces import FloatArray, Progress
 from kvcompose_local.popularity import popularity_of
 from kvcompose_local.predictor import features_of, n_features
 
@@ -117,8 +117,10 @@ def _attention(engine: LlamaEngine, tokens: Sequence[int], n: int) -> FloatArray
     return np.concatenate(most)
 
 
-def fit(texts: Sequence[Observed]) -> list[list[float]]:
+def fit(texts: Sequence[Observed], progress: Progress = lambda _done, _total: None) -> list[list[float]]:
     """Weights of a :class:`~kvcompose_local.predictor.Predictor`, by Poisson regression with a ridge.
+
+    progress gets (heads done, in all).
 
     A token's score times its factor is to be what questions look at, but for one number that all heads share: the
     median of all factors in these texts is 1. A head that no question looks at has factors of 1.
@@ -130,11 +132,13 @@ def fit(texts: Sequence[Observed]) -> list[list[float]]:
     n_heads = len(texts[0].scores)
     weights = np.zeros((n_heads, n_features(n_heads)))
     for head in range(n_heads):
+        progress(head, n_heads)
         scores = np.concatenate([text.scores[head] for text in texts])
         looked = np.concatenate([text.looked[head] for text in texts])
         found = _poisson(standard, np.log(scores + _LEAST), looked)
         weights[head] = found / deviation
         weights[head, -1] -= (found[:-1] * mean[:-1] / deviation[:-1]).sum()
+    progress(n_heads, n_heads)
     logarithms = features @ weights.T.astype(np.float32)
     weights[:, -1] -= np.median(logarithms)
     return [[round(float(weight), 4) for weight in row] for row in weights]

@@ -31,17 +31,17 @@ def measure_profile(
     n_texts: int = 16,
     n_tokens: int = 2048,
     weights: Sequence[float] = (),
-    progress: Callable[[int, int], None] = lambda _done, _total: None,
+    progress: Callable[[int, int, str], None] = lambda _done, _total, _what: None,
 ) -> Profile:
     """The mean over ``n_texts`` texts of about ``n_tokens`` tokens; layers compete by ``weights`` if there are any.
 
-    engine: uncompressed and empty, with room for a text and its replay; progress gets (texts done, in all).
+    engine: uncompressed and empty, with room for a text and its replay; progress gets (done, in all, of what).
     """
     model = engine.model
     head, _, tail = model.render_chat([{"role": "user", "content": _GAP}], add_generation_prompt=True).partition(_GAP)
     budgets, lengths, observed = [], [], []
     for number in range(n_texts):
-        progress(number, n_texts)
+        progress(number, n_texts, "texts")
         task = TASKS[number % len(TASKS)]
         item = make_item(task, FIRST_SEED + number, n_tokens, lambda text: len(model.tokenize(text)))
         tokens = model.tokenize(head + item.context + "\n\n", add_bos=model.adds_bos)
@@ -57,6 +57,7 @@ def measure_profile(
         )
         lengths.append(len(tokens))
         observed.append(observe(stats, item, tail))
-    progress(n_texts, n_texts)
+    progress(n_texts, n_texts, "texts")
+    predictor = fit(observed, lambda done, total: progress(done, total, "heads"))
     n_bytes = model.path.stat().st_size
-    return profiles.average(model.name, model_sha256, budgets, lengths, weights, n_bytes, fit(observed))
+    return profiles.average(model.name, model_sha256, budgets, lengths, weights, n_bytes, predictor)
