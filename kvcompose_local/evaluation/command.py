@@ -54,7 +54,7 @@ def _names(_context: click.Context, _parameter: click.Parameter, value: str) -> 
     "--keep", "keeps", callback=_numbers, default=",".join(map(str, KEEPS)), show_default=True, help="Keep ratios."
 )
 @click.option("--length", type=click.IntRange(256, 131072), default=2048, show_default=True, help="Tokens of a text.")
-@click.option("--items", type=click.IntRange(1, 1000), default=16, show_default=True, help="Texts a task.")
+@click.option("--items", type=click.IntRange(1, 1000), default=8, show_default=True, help="Texts a task.")
 @click.option("--first-seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the first text.")
 @click.option(
     "-o",
@@ -192,7 +192,7 @@ def chat_caches(model: Model) -> dict[tuple[str, float], str]:
 
 @click.command("profile", short_help="Measure a model once, so that its chats keep more of what is asked.")
 @click.argument("model", required=False)
-@click.option("--texts", type=click.IntRange(1, 1000), default=8, show_default=True, help="Texts to measure on.")
+@click.option("--texts", type=click.IntRange(1, 1000), default=16, show_default=True, help="Texts to measure on.")
 @click.option("--length", type=click.IntRange(256, 131072), default=2048, show_default=True, help="Tokens of a text.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="JSON file to write.  [default: one in the cache folder]"
