@@ -20,6 +20,8 @@ from kvcompose_local.popularity import packed, popularity_of
 
 #: What is added to attention in units of its head's mean, so that none has a logarithm.
 _LEAST = 0.02
+#: No fitted weight is near it, and any below it has a factor.
+_LARGEST_WEIGHT = 1e6
 #: Tokens whose features are in memory at once.
 _AT_ONCE = 1024
 
@@ -50,15 +52,17 @@ def features_of(
 class Predictor:
     """Of one model, whose layers have H KV heads in all.
 
-    weights: H rows of :func:`n_features` (H) finite numbers, the logarithm of a head's factor by a token's features.
+    weights: H rows of :func:`n_features` (H) numbers, the logarithm of a head's factor by a token's features.
     """
 
     def __init__(self, weights: Sequence[Sequence[float]]) -> None:
-        """Raises InvalidInput for weights of another shape, and ones that are not finite."""
-        self._weights = np.array(weights, np.float32)
-        n_heads = len(self._weights)
-        if not n_heads or self._weights.shape != (n_heads, n_features(n_heads)) or not np.isfinite(self._weights).all():
+        """Raises InvalidInput for weights of another shape, and ones that are not finite or above a million."""
+        as_given = np.array(weights, np.float64)
+        n_heads = len(as_given)
+        fits = n_heads > 0 and as_given.shape == (n_heads, n_features(n_heads))
+        if not fits or not (np.abs(as_given) <= _LARGEST_WEIGHT).all():
             raise InvalidInput("a predictor has finite weights of 2 H + 2 features for each of H KV heads")
+        self._weights = as_given.astype(np.float32)
 
     @property
     def n_heads(self) -> int:

@@ -41,7 +41,7 @@ def test_factors_are_those_of_each_head() -> None:
     factors = [unpacked(codes) for codes in Predictor(weights.tolist()).packed_factors(replayed, seen)]
     assert [factor.shape for factor in factors] == [(1, 1500), (2, 1500)]
     assert np.concatenate(factors) == pytest.approx(np.exp(weights @ rows.T), rel=1 / 40)
-    extreme = Predictor((weights * 1e6).tolist()).packed_factors(replayed, seen)
+    extreme = Predictor(np.full_like(weights, 1e6).tolist()).packed_factors(replayed, seen)
     assert all(np.isfinite(unpacked(codes)).all() for codes in extreme)
     nothing = [np.zeros((heads, 0), np.float32) for heads in (1, 2)]
     assert [codes.shape for codes in Predictor(weights.tolist()).packed_factors(nothing, nothing)] == [(1, 0), (2, 0)]
@@ -53,7 +53,9 @@ def test_ranks_go_by_the_prediction_and_budgets_half_way() -> None:
     assert for_budgets(scores, factors).tolist() == [[2, 1]]
 
 
-@pytest.mark.parametrize("weights", [[], [[]], [[0.0] * 3], [[0.0] * 4] * 2, [[0.0, 0.0, 0.0, np.inf]]], ids=str)
+@pytest.mark.parametrize(
+    "weights", [[], [[]], [[0.0] * 3], [[0.0] * 4] * 2, [[0.0, 0.0, 0.0, np.inf]], [[0, 0, 0, 1e300]]], ids=str
+)
 def test_other_weights_are_refused(weights: list[list[float]]) -> None:
     with pytest.raises(InvalidInput, match="2 H \\+ 2"):
         Predictor(weights)
