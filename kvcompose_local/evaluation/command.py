@@ -190,7 +190,7 @@ def chat_caches(model: Model) -> dict[tuple[str, float], str]:
     return caches
 
 
-@click.command("profile", short_help="Measure a model once, so that its chats keep more of what is asked.")
+@click.command("profile", short_help="Measure a model once, so that its chats forget less.")
 @click.argument("model", required=False)
 @click.option("--texts", type=click.IntRange(1, 1000), default=16, show_default=True, help="Texts to measure on.")
 @click.option("--length", type=click.IntRange(256, 131072), default=2048, show_default=True, help="Tokens of a text.")
