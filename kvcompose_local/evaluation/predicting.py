@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from kvcompose_local.attention import AttentionMax
 from kvcompose_local.compaction import LEAST_TAIL
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.evaluation.statistics import Statistics
@@ -101,20 +102,11 @@ def _answer(engine: LlamaEngine, asked: Sequence[int]) -> list[int]:
 
 
 def _attention(engine: LlamaEngine, tokens: Sequence[int], n: int) -> FloatArray:
-    """The most that any of the tokens, which come next, looks at the ``n`` of the cache: float32 (H, n).
-
-    Query heads that share a KV head count with their mean, as they do in token scores.
-    """
-    layers = engine.shape.layers
-    most = [np.zeros((layer.n_kv_heads, n), np.float32) for layer in layers]
-
-    def tap(layer: int, weights: FloatArray) -> None:
-        shared = weights[:, :, :n].max(axis=1).reshape(layers[layer].n_kv_heads, -1, n).mean(axis=1)
-        np.maximum(most[layer], shared, out=most[layer])
-
-    with engine.watching(tap):
+    """The most that any of the tokens, which come next, looks at the ``n`` of the cache: float32 (H, n)."""
+    most = AttentionMax.over(engine.shape.layers, dtype=np.float32)
+    with engine.watching(lambda layer, weights: most.update(layer, weights, slice(0, n))):
         engine.decode(tokens)
-    return np.concatenate(most)
+    return np.concatenate(most.result())
 
 
 def fit(texts: Sequence[Observed], progress: Progress = lambda _done, _total: None) -> list[list[float]]:
