@@ -29,6 +29,22 @@ from kvcompose_local.llama_ffi.rpc import add_workers
 SCORINGS = ("replay", "profile")
 
 
+def template_of(wanted: str, names: Sequence[str]) -> str:
+    """What ``--template`` names: one of the names there are, or the text of a file. Raises InvalidInput."""
+    if wanted in names:
+        return wanted
+    try:
+        source = Path(wanted).expanduser().read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise InvalidInput(f"there is no template {wanted!r}: give a file, or one of {', '.join(names)}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise InvalidInput(f"cannot read the template {wanted}: {reason}") from error
+    if not source.strip():
+        raise InvalidInput(f"the template {wanted} is empty")
+    return source
+
+
 class LocalChat:
     """One chat with one model. Close it, or use it in a ``with`` block: it holds native memory.
 
@@ -37,8 +53,10 @@ class LocalChat:
     (default 8192, or what the model was trained for); n_threads: default physical cores; gpu_layers: default all where
     a GPU backend is built in; cache_type: ``f16``, ``q8_0``, …, default what ``run`` takes; scoring: ``replay``, or
     ``profile``: no replay, and a poorer choice; workers: ``HOST:PORT`` of ``rpc-server`` processes; system: default
-    what ``models.txt`` says, or the template.
-    on_compaction is told of each compaction, on_rebuild how many tokens are read again because a turn was taken back;
+    what ``models.txt`` says, or the template; template: a Jinja file, or a name: llama.cpp's, the GGUF's or ``plain``,
+    default the GGUF's own.
+    on_compaction is told of each compaction, on_rebuild how many tokens are read again because a turn was taken back,
+    on_note what a user should know of the chat template, in lines;
     on_loading, on_reading and on_compacting get (done, in all), and may raise KeyboardInterrupt; should_stop is asked
     between tokens, and where it stops something, ``chat.turns[-1].stopped`` says so; load: a :class:`Loading` of the
     same model, begun earlier.
@@ -62,11 +80,13 @@ class LocalChat:
         workers: Sequence[str] = (),
         sampling: Sampling | None = None,
         system: str | None = None,
+        template: str | None = None,
         on_compaction: Callable[[CompactionReport], None] | None = None,
         on_loading: Progress | None = None,
         on_reading: Progress | None = None,
         on_compacting: Progress | None = None,
         on_rebuild: Callable[[int], None] = lambda _n_tokens: None,
+        on_note: Callable[[str], None] = lambda _line: None,
         should_stop: Callable[[], bool] = lambda: False,
         load: Callable[..., Model] = Model,
     ) -> None:
@@ -103,6 +123,9 @@ class LocalChat:
                 on_compaction=on_compaction,
                 on_progress=on_compacting,
             )
+            if template is not None:
+                self._engine.model.use_template(template_of(template, self._engine.model.template_names()))
+            self._engine.model.template  # noqa: B018 - one that is none is told of before anything is read
             self.chat = Chat(
                 self._engine.model,
                 self.memory,
@@ -110,6 +133,7 @@ class LocalChat:
                 should_stop=should_stop,
                 on_read=on_reading,
                 on_rebuild=on_rebuild,
+                on_note=on_note,
             )
             stack.pop_all()
 

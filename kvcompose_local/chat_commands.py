@@ -59,6 +59,12 @@ def complete_session(_context: click.Context, _parameter: click.Parameter, begun
 )
 @click.option("--pin", is_flag=True, help="Keep every token of the -f texts when the cache is compressed.")
 @click.option("--system", help="System prompt.  [default: what models.txt or the model's template says]")
+@click.option(
+    "--template",
+    metavar="NAME|FILE",
+    help="Chat template in place of the model's own: a Jinja file, a name that llama.cpp or the GGUF knows, or plain.",
+)
+@click.option("--hide-thinking", is_flag=True, help="Print answers without the model's thinking.")
 @click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Longest answer.")
 @click.option("--temp", type=Real(0, 10), default=0.7, show_default=True, help="Temperature; 0 is greedy.")
 @click.option(
@@ -107,6 +113,8 @@ def run_command(
     files: tuple[Path, ...],
     pin: bool,
     system: str | None,
+    template: str | None,
+    hide_thinking: bool,
     max_tokens: int,
     temp: float,
     top_k: int,
@@ -134,7 +142,7 @@ def run_command(
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # nothing here uses them, and they spin while a model loads
     load = begin_loading(context, model, gpu_layers) if session is None and rpc is None else None
     if load is not None:  # what is needed later is imported while the model is loaded
-        for name in ("kvcompose_local.chat_template", "kvcompose_local.api"):
+        for name in ("kvcompose_local.chat.template", "kvcompose_local.api"):
             importlib.import_module(name)
     from kvcompose_local import models, sessions
     from kvcompose_local.autosave import Autosave
@@ -194,6 +202,7 @@ def run_command(
         workers=rpc.split(",") if rpc else [],
         sampling=sampling,
         system=system,
+        template=template,
         interrupts=interrupts,
         status=status,
         load=load,
@@ -219,6 +228,7 @@ def run_command(
             status=status,
             interrupts=interrupts,
             max_tokens=max_tokens,
+            hides_thinking=hide_thinking,
             describe=lambda: describe(chat),
             save=autosave.save,
             load=autosave.load,
@@ -357,6 +367,7 @@ def open_chat(
     workers: list[str],
     sampling: Any,
     system: str | None,
+    template: str | None = None,
     interrupts: Interrupts,
     status: Status,
     load: Loading | None = None,
@@ -378,11 +389,13 @@ def open_chat(
             workers=workers,
             sampling=sampling,
             system=system,
+            template=template,
             on_compaction=status.compacted,
             on_loading=lambda done, total: status.progress("loading:", done, total, "%"),
             on_reading=status.reading,
             on_compacting=lambda done, total: status.progress("compacting:", done, total),
             on_rebuild=lambda n: status.line(f"that part is compressed already: reading {n} tokens again"),
+            on_note=status.line,
             should_stop=interrupts,
             load=load or Model,
         )

@@ -6,6 +6,8 @@ import resource
 import sys
 from typing import TYPE_CHECKING, Any
 
+from kvcompose_local.chat.reasoning import shown
+
 if TYPE_CHECKING:
     from kvcompose_local.chat import Chat
 
@@ -27,11 +29,16 @@ def result(chat: Chat) -> dict[str, Any]:
     decode = sum(turn.decode_seconds for turn in turns)
     prompt_tokens = sum(turn.prompt_tokens for turn in turns)
     generated = sum(turn.generated_tokens for turn in turns)
-    answers = [message["content"] for message in chat.messages if message["role"] == "assistant"]
+    said = [message for message in chat.messages if message["role"] == "assistant"]
+    answers = [shown(message.get("reasoning", ""), message["content"]) for message in said]
     return {
         "text": answers[-1] if answers else "",
+        "answer": said[-1]["content"] if said else "",
+        "reasoning": said[-1].get("reasoning", "") if said else "",
         "answers": answers,
+        "stopped": turns[-1].stopped if turns else "",
         "prompt_tokens": prompt_tokens,
+        "reread_tokens": sum(turn.reread_tokens for turn in turns),
         "generated_tokens": generated,
         "positions": layout.position,
         "kv_bytes": engine.cache_bytes,

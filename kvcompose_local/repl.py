@@ -12,7 +12,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TextIO
 
-from kvcompose_local.chat import Chat, TurnStats
+from kvcompose_local.chat import Chat, Said, TurnStats
+from kvcompose_local.chat.reasoning import CLOSE, OPEN
 from kvcompose_local.compaction import CompactionReport
 from kvcompose_local.errors import InvalidInput, KVComposeError, PositionsFull
 from kvcompose_local.interrupts import Interrupts, uninterrupted
@@ -199,6 +200,54 @@ class _Fenced(str):
     __slots__ = ()
 
 
+class _Printed:
+    """Prints an answer as it comes; on a terminal its thinking is dimmed, elsewhere it stands between tags.
+
+    hides_thinking: print the answer alone.
+    """
+
+    def __init__(self, out: TextIO, *, hides_thinking: bool) -> None:
+        self.out = out
+        self.hides_thinking = hides_thinking
+        self.dims = out.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        self.line_begins = True
+        self._follows_thinking = False
+        self._is_dim = False
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        self._dim(False)
+
+    def write(self, piece: Said) -> None:
+        """Print a piece of it."""
+        text: str = piece
+        if piece.is_reasoning:
+            self._follows_thinking = True
+            if self.hides_thinking:
+                return
+            if self.dims:
+                self._dim(piece != CLOSE)
+                text = "" if piece in (OPEN, CLOSE) else text
+                text = text.lstrip() if self.line_begins and not text.strip() else text
+        elif self._follows_thinking and (self.dims or self.hides_thinking):
+            text = text.lstrip()
+            if text and not self.hides_thinking:
+                text = ("\n" if self.line_begins else "\n\n") + text
+            self._follows_thinking = not text
+        if text:
+            self.out.write(text)
+            self.line_begins = text.endswith("\n")
+        self.out.flush()
+
+    def _dim(self, on: bool) -> None:
+        if on != self._is_dim:
+            self.out.write("\x1b[2m" if on else "\x1b[0m")
+            self.out.flush()
+            self._is_dim = on
+
+
 class Repl:
     """Reads messages and commands, prints answers.
 
@@ -218,6 +267,7 @@ class Repl:
         status: Status,
         interrupts: Interrupts,
         max_tokens: int,
+        hides_thinking: bool = False,
         describe: Callable[[], str] = lambda: "",
         save: Callable[[str], str] = lambda name: "",
         load: Callable[[str], str] = lambda name: "",
@@ -231,6 +281,7 @@ class Repl:
         self.status = status
         self.interrupts = interrupts
         self.max_tokens = max_tokens
+        self.hides_thinking = hides_thinking
         self.describe = describe
         self.save = save
         self.load = load
@@ -294,16 +345,16 @@ class Repl:
         """Ask and stream; returns the turn's statistics."""
         return self._stream(self.chat.ask(message, max_tokens=self.max_tokens))
 
-    def _stream(self, pieces: Generator[str]) -> TurnStats:
+    def _stream(self, pieces: Generator[Said]) -> TurnStats:
         line_begins = True
         shared = self.out.isatty() and self.status.stream.isatty()
-        with contextlib.closing(pieces):  # so that what was answered counts where it cannot be written any more
+        printed = _Printed(self.out, hides_thinking=self.hides_thinking)
+        with contextlib.closing(pieces), printed:  # what was answered counts where it cannot be written any more
             for piece in pieces:
                 if line_begins or not piece.startswith("\n"):
                     self._warn_of_the_end(line_begins)
-                self.out.write(piece)
-                self.out.flush()
-                line_begins = piece.endswith("\n")
+                printed.write(piece)
+                line_begins = printed.line_begins
                 self.status.inside_a_line = shared and not line_begins
         self.out.write("\n")
         self.out.flush()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 
 import numpy as np
 
+from kvcompose_local.chat.reasoning import format_of
 from kvcompose_local.errors import ContextFull, InvalidInput
 from kvcompose_local.interfaces import (
     AttentionSink,
@@ -137,13 +139,30 @@ class FakeModel:
         self.trims = trims
         self.forgets = forgets  # drops thinking from all but the last answer, as Qwen's template does
 
-    def chat_template(self) -> str | None:
-        return "fake" if self.template else None
+    @property
+    def has_template(self) -> bool:
+        return self.template
 
-    def render_chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    template_name = ""
+    folds_system = False
+    reasoning_format = format_of("fake")
+
+    def use_template(self, name: str) -> None:
+        self.template_name = name
+
+    def control_text(self, token: int) -> str:
+        return ""
+
+    def is_marker(self, text: str) -> bool:
+        return False
+
+    def render_chat(
+        self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool, now: datetime | None = None
+    ) -> str:
         contents = [m["content"].strip() if self.trims else m["content"] for m in messages]
-        if self.forgets:
-            contents[:-1] = [c.rpartition("</think>")[2].lstrip() for c in contents[:-1]]
+        for i, message in enumerate(messages):
+            if "reasoning" in message and not (self.forgets and i < len(messages) - 1):
+                contents[i] = self.reasoning_format.marked(message["reasoning"], contents[i])
         text = "".join(f"[{m['role'][0]}]{c}[/]" for m, c in zip(messages, contents, strict=True))
         return text + "[a]" * add_generation_prompt
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+from functools import cache
 from pathlib import PurePosixPath
 
 import pytest
@@ -11,10 +12,11 @@ from kvcompose_local.pin import read_pin
 from kvcompose_local.resources import cache_folder, data_file
 
 
+@cache
 def templates() -> dict[str, str]:
     archive = cache_folder() / "archives" / read_pin(data_file("patches")).archive_name
     if not archive.is_file():
-        pytest.skip(f"no {archive.name}: the library of this run was not built here")
+        pytest.skip(f"no {archive.name}: the library of this run was not built here", allow_module_level=True)
     found = {}
     with tarfile.open(archive) as tar:
         for member in tar:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from datetime import datetime
 from typing import Any
 
 import pytest
 from llama_cpp_templates import templates
 
-from kvcompose_local.chat_template import ChatTemplate
+from kvcompose_local.chat.template import ChatTemplate, jinja_renderer
 from kvcompose_local.errors import ModelError
 from kvcompose_local.llama_ffi import library
 
@@ -37,17 +38,19 @@ def formatter() -> Any:
 def test_renders_what_llama_cpp_python_does(add: bool, formatter: Any) -> None:
     n_texts = n_refused = 0
     for name, source in templates().items():
-        ours, theirs = ChatTemplate(source, bos="<s>", eos="</s>"), formatter(source, "</s>", "<s>", add)
+        ours, theirs = jinja_renderer(source, bos="<s>", eos="</s>"), formatter(source, "</s>", "<s>", add)
         for messages in _CONVERSATIONS:
             try:
                 expected = theirs(messages=messages).prompt
+            except TypeError:
+                continue  # it goes over tools, and there are none: ours is given an empty list
             except Exception:
                 n_refused += 1
                 with pytest.raises(ModelError, match="chat template failed"):
-                    ours.render(messages, add_generation_prompt=add)
+                    ours(messages, add, datetime.now())
             else:
                 n_texts += 1
-                assert ours.render(messages, add_generation_prompt=add) == expected, name
+                assert ours(messages, add, datetime.now()) == expected, name
     assert n_texts > 100
     assert n_refused > 10
 

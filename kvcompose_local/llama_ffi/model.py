@@ -16,7 +16,11 @@ from kvcompose_local.errors import EngineError, ModelError
 from kvcompose_local.llama_ffi.library import clear_log, last_log, lib
 
 if TYPE_CHECKING:
-    from kvcompose_local.chat_template import ChatTemplate
+    from datetime import datetime
+
+    from kvcompose_local.chat.reasoning import Format
+    from kvcompose_local.chat.template import ChatTemplate, Renderer
+    from kvcompose_local.chat.transcript import Message
 
 #: For models that bring none. Roles on lines of their own are what base models have seen most.
 PLAIN_TEMPLATE = (
@@ -49,6 +53,7 @@ class Model:
         self.path = path
         self.gpu_layers = gpu_layers
         self._template: ChatTemplate | None = None
+        self._template_name = ""
         params = lib.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         params.vocab_only = header_only
@@ -181,23 +186,80 @@ class Model:
             return "sliding-window"
         return "attention"
 
-    def chat_template(self) -> str | None:
-        """The GGUF's own Jinja chat template, or None."""
-        raw = lib.llama_model_chat_template(self._model, None)
-        return raw.decode("utf-8", "replace") if raw else None
+    def chat_template(self, name: str | None = None) -> str | None:
+        """The GGUF's own Jinja chat template, or the one it has under a name; None where there is none."""
+        raw = lib.llama_model_chat_template(self._model, name.encode() if name else None)
+        text = raw.decode("utf-8", "replace") if raw else ""
+        return text if text.strip() else None
 
-    def render_chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        """``messages`` through the GGUF's chat template, in a sandbox.
+    @property
+    def template_name(self) -> str:
+        """What :meth:`use_template` was given."""
+        return self._template_name
+
+    def use_template(self, template: str) -> None:
+        """Render by another template: one of :meth:`template_names`, Jinja source, or, empty, the GGUF's own again."""
+        self._template_name, self._template = template, None
+
+    def template_names(self) -> list[str]:
+        """Templates that have names: ``plain``, those that llama.cpp knows, and what else the GGUF has."""
+        return ["plain", *self._own_templates(), *builtin_templates()]
+
+    def _own_templates(self) -> list[str]:
+        return re.findall(r"[\w-]+", self.metadata("tokenizer.chat_templates") or "")
+
+    @property
+    def has_template(self) -> bool:
+        """False for a base model, which gets :data:`PLAIN_TEMPLATE`."""
+        return self._template_name != "plain" and bool(self._template_name or self.chat_template())
+
+    @property
+    def template(self) -> ChatTemplate:
+        """What renders this model's chats. Raises ModelError where the template is none."""
+        if self._template is None:
+            # Late: loading a model need not wait for Jinja.
+            from kvcompose_local.chat.template import ChatTemplate
+
+            source = self._template_name or self.chat_template() or "plain"
+            if source == "plain":
+                source = PLAIN_TEMPLATE
+            elif source in self._own_templates():
+                source = self.chat_template(source) or source
+            if source.strip() in builtin_templates():  # some headers have a name in place of a template
+                self._template = ChatTemplate(source, renderer=_builtin_renderer(source.strip()))
+            else:
+                self._template = ChatTemplate(source, bos=self.special_text("bos"), eos=self.special_text("eos"))
+        return self._template
+
+    @property
+    def folds_system(self) -> bool:
+        """Whether a system prompt goes before the first message, since the template has no place for it."""
+        return self.template.folds_system
+
+    @property
+    def reasoning_format(self) -> Format:
+        """How this model marks its thinking."""
+        return self.template.format
+
+    def render_chat(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool, now: datetime | None = None
+    ) -> str:
+        """``messages`` through the chat template, in a sandbox; now: for templates that tell the date.
 
         A model without a template (a base model) gets :data:`PLAIN_TEMPLATE`. Raises ModelError when the template
-        fails or refuses the messages.
+        fails, refuses the messages or leaves some out.
         """
-        if self._template is None:
-            from kvcompose_local.chat_template import ChatTemplate  # late: loading a model need not wait for Jinja
+        return self.template.render(messages, add_generation_prompt=add_generation_prompt, now=now)
 
-            source = self.chat_template() or PLAIN_TEMPLATE
-            self._template = ChatTemplate(source, bos=self.special_text("bos"), eos=self.special_text("eos"))
-        return self._template.render(messages, add_generation_prompt=add_generation_prompt)
+    def control_text(self, token: int) -> str:
+        """The text of a control token, such as ``<|channel|>``; empty for all others."""
+        if not lib.llama_vocab_is_control(self._vocab, token):
+            return ""
+        return lib.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace")  # type: ignore[no-any-return]
+
+    def is_marker(self, text: str) -> bool:
+        """Whether ``text`` is one token of the vocabulary that no other text becomes."""
+        return len(self.tokenize(text)) == 1 and len(self.tokenize(text, special=False)) > 1
 
     def special_text(self, which: str) -> str:
         """Text of the ``bos`` or ``eos`` token, empty when the vocabulary has none."""
@@ -239,6 +301,34 @@ class Model:
             buffer = ctypes.create_string_buffer(-n)
             n = lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
         return buffer.raw[: max(n, 0)]
+
+
+def builtin_templates() -> list[str]:
+    """Names of the templates that llama.cpp renders without Jinja."""
+    n = lib.llama_chat_builtin_templates(None, 0)
+    names = (ctypes.c_char_p * n)()
+    lib.llama_chat_builtin_templates(names, n)
+    return sorted(name.decode() for name in names)
+
+
+def _builtin_renderer(name: str) -> Renderer:
+    """llama.cpp's own renderer of a template that has a name."""
+
+    def render(messages: list[dict[str, Any]], add_generation_prompt: bool, _now: datetime) -> str:
+        said = [(str(message["role"]).encode(), str(message["content"]).encode()) for message in messages]
+        array = (lib.llama_chat_message * len(said))(*(lib.llama_chat_message(*pair) for pair in said))
+        size = 2 * sum(map(len, (text for pair in said for text in pair))) + 1024
+        for _ in range(2):
+            buffer = ctypes.create_string_buffer(size)
+            n = lib.llama_chat_apply_template(name.encode(), array, len(said), add_generation_prompt, buffer, size)
+            if n < 0:
+                raise ModelError(f"llama.cpp's template {name} takes no such conversation")
+            if n <= size:
+                return buffer.raw[:n].decode("utf-8", "replace")
+            size = n
+        raise ModelError(f"llama.cpp's template {name} failed")
+
+    return render
 
 
 def _without_long_runs(text: str) -> list[str]:

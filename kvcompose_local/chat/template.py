@@ -1,0 +1,209 @@
+"""Chat templates as Transformers renders them: Jinja in a sandbox, with the few names that GGUF templates expect.
+
+Templates differ in what they take: some refuse a system prompt or put it before the last message, some want content
+as a list of parts, some want the thinking of earlier answers and some drop it. :class:`ChatTemplate` finds out by
+rendering small conversations, gives each template what it takes, and renders no prompt that lacks what was said.
+
+llama-cpp-python has a renderer, too, in a module that imports all of its high-level classes; a start need not wait.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import cached_property, partial
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import ext, nodes, parser, sandbox
+
+from kvcompose_local.chat.reasoning import format_of
+from kvcompose_local.errors import ModelError
+
+#: A conversation's message: role, content, and what the model thought before an answer, if anything, as "reasoning".
+Message = dict[str, str]
+#: Renders messages as the template has it, with what begins an answer if that is asked for, at a time.
+Renderer = Callable[[list[dict[str, Any]], bool, datetime], str]
+
+_ANOTHER = "--template NAME|FILE gives another"
+#: Names under which templates look for the thinking of an earlier answer.
+_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+_TOOL_NAMES = ("functions", "function_call", "tools", "tool_choice")
+#: What a template is asked to render, to see what it does with it.
+_SYSTEM, _USER, _ANSWER, _THOUGHT, _USER_2 = ("kvcprobe" + name for name in "system user answer thought again".split())
+#: A list of parts that a template has printed as it is, in place of its text.
+_PRINTED_PART = re.compile(r"""['"]type['"]\s*:\s*['"](?:text|thinking)""")
+
+
+class _Generation(ext.Extension):
+    """``{% generation %}…{% endgeneration %}`` marks what training looks at; rendered, it is what stands in it."""
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja declares it so
+
+    def parse(self, parser: parser.Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def jinja_renderer(source: str, *, bos: str, eos: str) -> Renderer:
+    """The renderer of a Jinja template; bos, eos: texts of these tokens, ``""`` where the vocabulary has none.
+
+    Raises ModelError, when it is made or used, with what Jinja or the template says.
+    """
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
+    )
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # Jinja's own escapes HTML
+    environment.globals.update(raise_exception=_refuse, bos_token=bos, eos_token=eos)
+    try:
+        template = environment.from_string(source)
+    except (jinja2.TemplateError, RecursionError) as error:
+        raise _failed(error) from error
+
+    def render(messages: list[dict[str, Any]], add_generation_prompt: bool, now: datetime) -> str:
+        known = {"messages": messages, "add_generation_prompt": add_generation_prompt, "strftime_now": now.strftime}
+        failure: Exception | None = None
+        nothing: tuple[Any, ...] = (None, [], "")
+        for without in nothing:  # templates ask whether tools "is none"; those that want tools go over them
+            try:
+                return template.render(**known, **dict.fromkeys(_TOOL_NAMES, without))
+            except TypeError as error:
+                failure = failure or error
+            except Exception as error:  # a template is a program: it may divide by zero, or call itself for ever
+                raise _failed(failure or error) from error
+        raise _failed(failure or TypeError())
+
+    return render
+
+
+def _failed(error: Exception) -> ModelError:
+    return ModelError(f"the model's chat template failed: {' '.join(str(error).split())}; {_ANOTHER}")
+
+
+@dataclass(frozen=True)
+class _Takes:
+    """What a template takes.
+
+    parts: content as a list of parts; system: a system prompt as a message of its own; reasoning: the thinking of
+    earlier answers under names of its own ("keys"), as a part of the content ("part"), between the model's markers in
+    the text of the answer ("marked"), or not at all ("").
+    """
+
+    parts: bool = False
+    system: bool = True
+    reasoning: str = ""
+
+
+class ChatTemplate:
+    """One template and what it takes.
+
+    source: its text, which tells the names that it looks for. Raises ModelError, when it is made or rendered, with what
+    Jinja or the template says.
+    """
+
+    def __init__(self, source: str, *, bos: str = "", eos: str = "", renderer: Renderer | None = None) -> None:
+        self.source = source
+        self._render = renderer or jinja_renderer(source, bos=bos, eos=eos)
+        self._reasoning_keys = [key for key in _REASONING_KEYS if re.search(rf"""[.'"]{key}\b(?!\s\w)""", source)]
+        self.format = format_of(source)
+
+    @property
+    def folds_system(self) -> bool:
+        """Whether a system prompt is put before the first message, since the template has no place for it."""
+        return not self._takes.system
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, now: datetime | None = None) -> str:
+        """The text of ``messages``, with what begins an answer if that is asked for; now: for templates that tell it.
+
+        Raises ModelError also where the text does not hold what the user said, or the system prompt.
+        """
+        text = self._adapted(messages, self._takes, add_generation_prompt, now or datetime.now())
+        place = 0
+        for message in messages:
+            if message["role"] in ("system", "user"):
+                place = _end_of(message["content"], text, place)
+                if place < 0:
+                    what = "the system prompt" if message["role"] == "system" else "your message"
+                    raise ModelError(f"the model's chat template leaves out {what}, or a part of it: {_ANOTHER}")
+        return text
+
+    @cached_property
+    def _takes(self) -> _Takes:
+        def renders(takes: _Takes, *messages: Message, prompt: bool = True) -> str:
+            try:
+                text = self._adapted(messages, takes, prompt, datetime.now())
+            except ModelError:
+                return ""
+            return "" if _PRINTED_PART.search(text) else text
+
+        user, answer, again = _message("user", _USER), _message("assistant", _ANSWER), _message("user", _USER_2)
+        takes = _Takes()
+        if _USER not in renders(takes, user) and _USER in renders(replace(takes, parts=True), user):
+            takes = replace(takes, parts=True)
+        system = _message("system", _SYSTEM)
+        text, later = renders(takes, system, user), renders(takes, system, user, answer, again)
+        # One that stands before the last message would be another text at each turn, and is read again each time.
+        stays = not later or -1 < later.find(_SYSTEM) < later.find(_USER)
+        takes = replace(takes, system=_SYSTEM in text and stays)
+        thought = answer | {"reasoning": _THOUGHT}
+        keys, part = replace(takes, reasoning="keys"), replace(takes, reasoning="part")
+        shown = {way.reasoning: _THOUGHT in renders(way, user, thought, prompt=False) for way in (keys, part)}
+        if shown["part"] and not shown["keys"] and _ANSWER in renders(part, user, thought, again):
+            return part
+        if self._reasoning_keys:
+            return keys
+        marked = replace(takes, reasoning="marked")
+        return marked if _ANSWER in renders(marked, user, thought, again) else takes
+
+    def _adapted(self, messages: Sequence[Message], takes: _Takes, add_generation_prompt: bool, now: datetime) -> str:
+        said = [self._given(message, takes) for message in messages]
+        if not takes.system and len(said) > 1 and said[0]["role"] == "system":
+            first = next((i for i, message in enumerate(said) if message["role"] == "user"), 0)
+            said[first] = self._given(
+                _message("user", f"{messages[0]['content']}\n\n{messages[first]['content']}"), takes
+            )
+            del said[0]
+        try:
+            return self._render(said, add_generation_prompt, now)
+        except ModelError:
+            mute = [message | {"content": "…"} if message["content"] == "" else message for message in said]
+            if mute == said:
+                raise
+            return self._render(mute, add_generation_prompt, now)  # some refuse an answer that was stopped at once
+
+    def _given(self, message: Message, takes: _Takes) -> dict[str, Any]:
+        """A message as this template looks at it."""
+        content, reasoning = message["content"], message.get("reasoning", "")
+        given: dict[str, Any] = {"role": message["role"], "content": content}
+        if takes.parts:
+            given["content"] = [{"type": "text", "text": content}]
+        if not (reasoning and takes.reasoning):
+            return given
+        if takes.reasoning == "keys":
+            return given | dict.fromkeys(self._reasoning_keys, reasoning)
+        if takes.reasoning == "part":
+            return given | {"content": [{"type": "thinking", "thinking": reasoning}, {"type": "text", "text": content}]}
+        return given | {"content": self.format.marked(reasoning, content)}
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _end_of(said: str, text: str, start: int) -> int:
+    """Where ``said`` ends in ``text``, looked for from ``start`` on and then anywhere; white space does not count.
+
+    -1 where it is not there.
+    """
+    said = said.strip()
+    for begin in (start, 0):
+        if (found := text.find(said, begin)) >= 0:
+            return found + len(said)
+    return start if "".join(said.split()) in "".join(text.split()) else -1

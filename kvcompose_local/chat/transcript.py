@@ -1,0 +1,454 @@
+"""The transcript: what was said, and the text and the tokens that stand for it in the cache.
+
+A cache only grows, and templates rewrite the past: they trim answers, drop their thinking, add empty markers. So before
+anything is fed, :meth:`Transcript.follow` compares the text that was fed with what the template says now. Where the two
+agree but for white space and markers, it goes on from what was fed; where they do not, it goes back to the last place
+that both share, and feeds the rest as the template has it now.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from itertools import accumulate
+from typing import NamedTuple, Protocol
+
+from kvcompose_local.chat.reasoning import Format
+from kvcompose_local.errors import InvalidInput
+
+#: A message of the conversation: role, content, and as "reasoning" what the model thought before an answer.
+Message = dict[str, str]
+
+#: Stands for what the user has yet to type when a document is read ahead of the question.
+_REST_OF_MESSAGE = "\x00rest of the message\x00"
+#: Stands for the last answer where only what comes after it is wanted.
+_THE_ANSWER = "\x00the answer\x00"
+#: What may be a marker of the template: the vocabulary tells whether it is.
+_MAYBE_MARKER = r"<[^<>\s]{1,60}>|\[[^\[\]\s]{1,20}\]"
+#: No marker is longer.
+_LONGEST_MARKER = 64
+
+
+class TextModel(Protocol):
+    """What a chat needs of a model beside its engine (:class:`kvcompose_local.llama_ffi.Model`)."""
+
+    @property
+    def adds_bos(self) -> bool: ...
+
+    @property
+    def has_template(self) -> bool: ...
+
+    @property
+    def template_name(self) -> str: ...
+
+    @property
+    def folds_system(self) -> bool: ...
+
+    @property
+    def reasoning_format(self) -> Format: ...
+
+    def use_template(self, name: str) -> None: ...
+
+    def render_chat(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool, now: datetime | None = None
+    ) -> str: ...
+
+    def special_text(self, which: str) -> str: ...
+
+    def tokenize(self, text: str, *, add_bos: bool = False, special: bool = True) -> list[int]: ...
+
+    def token_bytes(self, token: int) -> bytes: ...
+
+    def control_text(self, token: int) -> str: ...
+
+    def is_marker(self, text: str) -> bool: ...
+
+    def is_end(self, token: int) -> bool: ...
+
+
+class Place(NamedTuple):
+    """A place in the transcript: how many tokens and how many characters stand before it."""
+
+    n_tokens: int
+    n_chars: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """A message with its answer, or a document, and what it takes to take it back.
+
+    begin: where it begins; n_messages, draft: those before it; answer: where its answer begins, None for a document.
+    """
+
+    begin: Place
+    n_messages: int
+    draft: str
+    answer: Place | None = None
+
+
+class Reread(NamedTuple):
+    """What following the template costs, in tokens.
+
+    n_again: what is read again; n_new: what is new; n_shared: what was read and stays, None for all of it; is_kept:
+    whether the template says something else of the past, and the cache cannot go back to it.
+    """
+
+    n_again: int
+    n_new: int
+    n_shared: int | None = None
+    is_kept: bool = False
+
+
+class Saved(NamedTuple):
+    """What a transcript was."""
+
+    system: str | None
+    draft: str
+    fed: str
+    messages: tuple[Message, ...]
+    tokens: tuple[int, ...]
+    steps: tuple[Step, ...]
+    edges: tuple[Place, ...]
+
+
+#: Whether the cache can go back to a position without reading everything again.
+CanRewind = Callable[[int], bool]
+
+
+class Transcript:
+    """The messages of a conversation, and the text and the tokens that the cache holds of them, or is yet to read.
+
+    fed: every character of prompts and answers; tokens: the same as tokens, but for those of markers that were typed,
+    which are text; draft: the part of the next user message that is fed already.
+    """
+
+    def __init__(self, model: TextModel, system: str | None, began: datetime | None = None) -> None:
+        self.model = model
+        self.system = system
+        self.began = began or datetime.now()  # templates that tell the date go on telling the same
+        self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
+        self.draft = ""
+        self.fed = ""
+        self.tokens: list[int] = []
+        self.steps: list[Step] = []
+        self._edges = [Place(0, 0)]  # where pieces that were tokenized by themselves meet
+        self._markers: dict[str, bool] = {}
+
+    @classmethod
+    def of(cls, model: TextModel, saved: Saved, began: datetime | None) -> Transcript:
+        """The transcript of a chat that was saved."""
+        said = cls(model, saved.system, began)
+        places = {place for step in saved.steps for place in (step.begin, step.answer) if place is not None}
+        end = Place(len(saved.tokens), len(saved.fed))
+        said.put_back(saved._replace(edges=tuple(sorted({Place(0, 0), *places, end}))))
+        return said
+
+    def saved(self) -> Saved:
+        """All that changes, for :meth:`put_back`."""
+        messages, tokens = tuple(self.messages), tuple(self.tokens)
+        return Saved(self.system, self.draft, self.fed, messages, tokens, tuple(self.steps), tuple(self._edges))
+
+    def put_back(self, before: Saved) -> None:
+        """Be as one was."""
+        self.system, self.draft, self.fed = before.system, before.draft, before.fed
+        self.messages, self.tokens = [*before.messages], [*before.tokens]
+        self.steps, self._edges = [*before.steps], [*before.edges]
+
+    def set_system(self, text: str | None) -> None:
+        """Another system prompt, or none; what was fed stays until :meth:`follow`."""
+        without = self.messages[1:] if self.system else self.messages
+        n = bool(text) - bool(self.system)
+        self.system = text
+        self.messages = [{"role": "system", "content": text}, *without] if text else [*without]
+        self.steps = [replace(step, n_messages=step.n_messages + n) for step in self.steps]
+
+    # -- places -------------------------------------------------------------------------------------------------------
+
+    @property
+    def end(self) -> Place:
+        return Place(len(self.tokens), len(self.fed))
+
+    def begin_step(self) -> Place:
+        """A message or a document begins here."""
+        self.steps.append(Step(self.end, len(self.messages), self.draft))
+        return self.steps[-1].begin
+
+    def begin_answer(self) -> None:
+        """The answer to the last message begins here."""
+        self.mark_edge()
+        self.steps[-1] = replace(self.steps[-1], answer=self.end)
+
+    def spans(self) -> list[tuple[int, int]]:
+        """The tokens of each step, a message without its answer or a document: (start, stop)."""
+        ends = [*(step.begin for step in self.steps[1:]), self.end]
+        return [
+            (step.begin.n_tokens, (step.answer or end).n_tokens) for step, end in zip(self.steps, ends, strict=False)
+        ]
+
+    def last_message_step(self) -> Step:
+        """Raises InvalidInput where what came last is no message."""
+        if not self.steps or not any(message["role"] == "user" for message in self.messages):
+            raise InvalidInput("there is no message yet")
+        if self.steps[-1].n_messages == len(self.messages):
+            raise InvalidInput("a document was read since your last message: /undo takes it back first")
+        return self.steps[-1]
+
+    def cut(self, place: Place) -> None:
+        """Forget all text from a place on."""
+        del self.tokens[place.n_tokens :]
+        self.fed = self.fed[: place.n_chars]
+        self._edges = [edge for edge in self._edges if edge <= place] or [Place(0, 0)]
+        if self._edges[-1] != place:
+            self._edges.append(place)
+
+    def take_back(self, step: Step) -> None:
+        """Forget the last step."""
+        self.cut(step.begin)
+        self.steps.pop()
+        del self.messages[step.n_messages :]
+        self.draft = step.draft
+
+    # -- what the template says ---------------------------------------------------------------------------------------
+
+    def render(self, messages: Sequence[Message], *, prompt: bool = True) -> str:
+        return self.model.render_chat(messages, add_generation_prompt=prompt, now=self.began)
+
+    def prompt(self) -> str:
+        """The whole conversation and what begins an answer."""
+        return self.render(self.messages)
+
+    def head(self) -> str:
+        """The whole conversation up to where the user goes on typing; empty where the template hides that place."""
+        message = {"role": "user", "content": self.draft + _REST_OF_MESSAGE}
+        head, found, _ = self.render([*self.messages, message]).partition(_REST_OF_MESSAGE)
+        return head if found else ""
+
+    def told(self) -> str:
+        """The whole conversation, up to the end of what was said or read last."""
+        head = self.head() or self.render(self.messages, prompt=False)
+        if self.draft:
+            return head
+        return head[: self.after_last_answer(head)] or head if self.steps else ""
+
+    def after_last_answer(self, want: str) -> int:
+        """Where in ``want``, a text of the whole conversation, comes what follows the last answer; 0 without one."""
+        last = next((i for i in reversed(range(len(self.messages))) if self.messages[i]["role"] == "assistant"), None)
+        if last is None:
+            return 0
+        messages = [*self.messages]
+        messages[last] = {"role": "assistant", "content": _THE_ANSWER}
+        if messages[-1]["role"] == "assistant":
+            messages.append({"role": "user", "content": self.draft + _REST_OF_MESSAGE})
+        text = self.render(messages).partition(_REST_OF_MESSAGE)[0]
+        after = text.rpartition(_THE_ANSWER)[2] if _THE_ANSWER in text else ""
+        return len(want) - len(after) if after and want.endswith(after) else 0
+
+    # -- following it -------------------------------------------------------------------------------------------------
+
+    def follow(self, want: str, n_held: int, can_rewind: CanRewind) -> Reread:
+        """Make the transcript say what the template says now.
+
+        want: the text of the conversation so far, from its beginning; n_held: tokens of it that the cache holds. Where
+        the difference begins in what the cache cannot go back to, what was fed stays, and only what follows the last
+        answer is added.
+        """
+        if want.startswith(self.fed):
+            return Reread(0, self.queue(want[len(self.fed) :]))
+        edge, at, agrees = self._last_shared(want)
+        if agrees:
+            return Reread(0, self.queue(want[at:]))
+        begin = self.after_last_answer(want)
+        before = self.tokens, self._edges, self.fed, self.steps
+        self.tokens, self._edges, self.steps = [*self.tokens], [*self._edges], [*self.steps]
+        n_new = self._rewrite(edge, want, at, max(begin, at))
+        n_shared = n_common(before[0], self.tokens)
+        if n_shared >= n_held or can_rewind(n_shared):
+            return Reread(max(len(self.tokens) - n_shared - n_new, 0), n_new, n_shared)
+        self.tokens, self._edges, self.fed, self.steps = before
+        return Reread(0, self.queue(want[begin:] if begin else self._last_alone()), is_kept=True)
+
+    def _last_alone(self) -> str:
+        """The last message as if it were the first, for templates that do not tell where it begins."""
+        if self.messages and self.messages[-1]["role"] == "user":
+            return self.render(self.messages[-1:])
+        return self.render([{"role": "user", "content": self.draft + _REST_OF_MESSAGE}]).partition(_REST_OF_MESSAGE)[0]
+
+    def _last_shared(self, want: str) -> tuple[Place, int, bool]:
+        """The last edge that ``want`` shares, where that is in ``want``, and whether it is the end of what was fed."""
+        n = n_common(self.fed, want)
+        start = max(n - _LONGEST_MARKER, 0)  # a marker or white space may begin before the first difference
+        ours, theirs = self._kept(self.fed, start), self._kept(want, start)
+        n_same = n_common(ours.text, theirs.text)
+        if n_same == len(ours.text):  # all that was fed
+            return self.end, _join(self.fed, ours.place(n_same), want, theirs.place(n_same)), True
+        differs = ours.starts_at(n_same)
+        edge = max(edge for edge in self._edges if edge.n_chars <= differs)
+        if edge.n_chars <= start:
+            return edge, edge.n_chars, False
+        n_before = ours.n_before(edge.n_chars)
+        return edge, _join(self.fed[: edge.n_chars], ours.place(n_before), want, theirs.place(n_before)), False
+
+    def _kept(self, text: str, start: int) -> _Kept:
+        """What counts of a text from ``start`` on: all but white space, markers, and thinking that is empty."""
+        return _Kept(text, start, self._skipped, self._is_marker)
+
+    @property
+    def _skipped(self) -> re.Pattern[str]:
+        form = self.model.reasoning_format
+        closed = "|".join(re.escape(text) for text in form.answers if "*" not in text)
+        opened = "|".join(re.escape(text.rstrip()) for text in form.opens if "*" not in text)
+        empty = [rf"(?:(?:{opened})\s*)?(?:{closed})"] if opened and closed else []
+        return re.compile("|".join([r"\s+", *empty, f"(?P<maybe>{_MAYBE_MARKER})"]))
+
+    def _is_marker(self, text: str) -> bool:
+        if text not in self._markers:
+            form = self.model.reasoning_format  # whose markers say whether something is thought or said
+            self._markers[text] = text not in (*form.opens, *form.answers) and self.model.is_marker(text)
+        return self._markers[text]
+
+    def _rewrite(self, edge: Place, want: str, at: int, begin: int) -> int:
+        """Go on from an edge with what ``want`` says from ``at`` on; returns the tokens that it says from ``begin`` on.
+
+        Later steps get the places that they have there.
+        """
+        steps = self.steps
+        inside = max((i for i, step in enumerate(steps) if step.begin <= edge), default=len(steps))
+        self.cut(edge)
+        self.steps = steps[: inside + 1]
+
+        n_new = 0
+
+        def queue_to(place: int) -> None:
+            nonlocal at, n_new
+            for end in (min(begin, place), place):
+                if end > at:
+                    n_queued = self.queue(want[at:end])
+                    n_new += n_queued * (at >= begin)
+                    at = end
+
+        for i, step in enumerate(steps[inside:], inside):
+            if i > inside:
+                self.steps.append(replace(step, begin=self.end))
+            after = steps[i + 1] if i + 1 < len(steps) else None
+            said = self.messages[step.n_messages : after.n_messages if after else None]
+            if not said:  # a document
+                queue_to(_find(want, (after.draft if after else self.draft)[len(step.draft) :], at)[1])
+                continue
+            if step.answer is None or step.answer > edge:
+                queue_to(_find(want, said[0]["content"][len(step.draft) :], at)[1])
+                if len(said) > 1:
+                    queue_to(_find(want, said[1]["content"], at)[0])
+                self.steps[-1] = replace(self.steps[-1], answer=self.end)
+            if len(said) > 1:
+                queue_to(_find(want, said[1]["content"], at)[1])
+        queue_to(len(want))
+        return n_new
+
+    # -- text into tokens ---------------------------------------------------------------------------------------------
+
+    def queue(self, text: str) -> int:
+        """Add text of the template's, and what was said in it; returns the number of its tokens."""
+        self.mark_edge()
+        before = len(self.tokens)
+        add_bos, start = not self.fed and self.adds_bos(text), 0
+        for begin, end in [*self._said_with_markers(text), (len(text), len(text))]:
+            self.tokens += self.model.tokenize(text[start:begin], add_bos=add_bos and start == 0)
+            self.tokens += self.model.tokenize(text[begin:end], special=False)
+            start = end
+        self.fed += text
+        self.mark_edge()
+        return len(self.tokens) - before
+
+    def mark_edge(self) -> None:
+        """What comes next is tokenized by itself."""
+        if self._edges[-1] != self.end:
+            self._edges.append(self.end)
+
+    def _said_with_markers(self, text: str) -> Iterator[tuple[int, int]]:
+        """(begin, end) of what was said or read, not put there by the template, and holds markers like ``<|im_end|>``.
+
+        They are text there: what is read must not be able to begin a turn of its own.
+        """
+        texts = [said for message in self.messages for said in (message.get("reasoning", ""), message["content"])]
+        texts.append(self.draft)
+        if self.steps:  # of a message that was read in part, only the rest is new
+            texts += [said[len(self.steps[-1].draft) :] for said in texts[-2:]]
+        start = 0
+        for said in filter(None, map(str.strip, texts)):
+            begin = text.find(said, start)
+            if begin >= 0 and self.model.tokenize(said) != self.model.tokenize(said, special=False):
+                start = begin + len(said)
+                yield begin, start
+
+    def adds_bos(self, text: str) -> bool:
+        """Whether a transcript that begins with ``text`` begins with a token that is not in it."""
+        bos = self.model.special_text("bos")
+        return self.model.adds_bos and not (bos and text.startswith(bos))
+
+
+class _Kept:
+    """A text without what does not count, and where its characters stand in the whole one."""
+
+    def __init__(self, text: str, start: int, skipped: re.Pattern[str], is_marker: Callable[[str], bool]) -> None:
+        spans, place = [], start
+        for found in skipped.finditer(text, start):
+            if found.lastgroup == "maybe" and not is_marker(found.group()):
+                continue
+            if found.start() > place:
+                spans.append((place, found.start()))
+            place = found.end()
+        if place < len(text):
+            spans.append((place, len(text)))
+        self.text = "".join(text[begin:end] for begin, end in spans)
+        self._spans = spans
+        self._sums = [0, *accumulate(end - begin for begin, end in spans)]
+        self._start, self._end = start, len(text)
+
+    def place(self, n: int) -> int:
+        """Where in the whole text ``n`` characters of the kept one end."""
+        if n == 0:
+            return self._start
+        i = bisect_left(self._sums, n) - 1
+        return self._spans[i][0] + n - self._sums[i]
+
+    def starts_at(self, n: int) -> int:
+        """Where in the whole text character ``n`` of the kept one is; its end behind the last."""
+        if n >= len(self.text):
+            return self._end
+        i = bisect_right(self._sums, n) - 1
+        return self._spans[i][0] + n - self._sums[i]
+
+    def n_before(self, place: int) -> int:
+        """How many kept characters stand before a place in the whole text."""
+        i = bisect_right([begin for begin, _ in self._spans], place) - 1
+        return self._sums[i] + min(place, self._spans[i][1]) - self._spans[i][0] if i >= 0 else 0
+
+
+def _find(want: str, said: str, start: int) -> tuple[int, int]:
+    """Where ``said`` begins and ends in ``want`` from ``start`` on; ``start`` twice where it is not there."""
+    for text in (said, said.strip()):  # templates trim
+        if (begin := want.find(text, start)) >= 0:
+            return begin, begin + len(text)
+    return start, start
+
+
+def _join(fed: str, fed_at: int, want: str, at: int) -> int:
+    """Where to go on in ``want``: behind ``at``, and what of the white space and markers there ends ``fed`` already."""
+    tail = fed[fed_at:]
+    n = next((n for n in range(min(len(tail), len(want) - at), 0, -1) if tail.endswith(want[at : at + n])), 0)
+    return at + n
+
+
+def n_common(one: Sequence[object], other: Sequence[object]) -> int:
+    """How many tokens or characters both begin with."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
