@@ -16,7 +16,7 @@ from fake_engine import FakeEngine, FakeModel
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcompose_local.chat import Chat
+from kvcompose_local.chat import Chat, Said
 from kvcompose_local.compaction import CacheMemory, CompactionReport
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.interfaces import CacheLayout, LayerShape, ModelShape
@@ -203,13 +203,13 @@ def test_what_is_compressed_is_read_again_and_said(tmp_path: Path) -> None:
 
 def test_thinking_is_forgotten_at_once_or_with_the_next_message() -> None:
     assert talk(["Hi", "/forget", "/forget", "/stats", "/regen"], ["<think>t", "-"]) == (
-        "> Hi\n<think>t\n> /forget\n! forgotten: 8 tokens of thinking\n"
-        "> /forget\n! error: the last answer holds no thinking\n> /stats\n! 17 positions\n> /regen\n-\n"
+        "> Hi\n<think>t</think>\n> /forget\n! forgotten: 1 tokens of thinking\n"
+        "> /forget\n! error: the last answer holds no thinking\n> /stats\n! 11 positions\n> /regen\n-\n"
     )
-    assert talk(["Hi", "/stats", "More", "/stats", "/undo", "/stats"], ["h</think> x", "y"], forgets=True) == (
-        "> Hi\nh</think> x\n> /stats\n! 22 positions\n"
+    assert talk(["Hi", "/stats", "More", "/stats", "/undo", "/stats"], ["<think>h</think> x", "y"], forgets=True) == (
+        "> Hi\n<think>h</think> x\n> /stats\n! 29 positions\n"
         f"> More\ny\n> /stats\n! {len('[u]Hi[/][a]x[/][u]More[/][a]y')} positions\n"
-        f"> /undo\n! taken back: your message and its answer\n> /stats\n! {len('[u]Hi[/][a]x[/][u]')} positions\n"
+        f"> /undo\n! taken back: your message and its answer\n> /stats\n! {len('[u]Hi[/][a]x')} positions\n"
     )
 
 
@@ -513,15 +513,15 @@ def test_what_is_told_inside_an_answer_gets_a_line_of_its_own(monkeypatch: pytes
     screen = Tty()
     status = Status(screen)
 
-    def pieces() -> Generator[str]:
-        yield "She dec"
+    def pieces() -> Generator[Said]:
+        yield Said("She dec")
         status.progress("compacting:", 0, 300)
         status.progress("compacting:", 300, 300)
         status.line("compacted")
-        yield "ided"
-        yield " to go.\n"
+        yield Said("ided")
+        yield Said(" to go.\n")
         status.line("compacted again")
-        yield "Then"
+        yield Said("Then")
 
     chat = SimpleNamespace(turns=["last"], memory=SimpleNamespace(n_ctx=10**6, position=0))
     repl = Repl(chat, read_line=lambda: None, out=screen, status=status, interrupts=Interrupts(), max_tokens=9)
