@@ -44,6 +44,7 @@ def talk(
     n_ctx: int = 400,
     edit: Callable[[str], str | None] | None = None,
     forgets: bool = False,
+    max_tokens: int = 12,
 ) -> str:
     """The transcript: input lines behind ``>``, answers as they are, status lines behind ``!``."""
     transcript = io.StringIO()
@@ -80,7 +81,7 @@ def talk(
         out=transcript,
         status=status,
         interrupts=interrupts,
-        max_tokens=12,
+        max_tokens=max_tokens,
         describe=lambda: f"{memory.position} positions",
     )
     repl.run()
@@ -206,7 +207,9 @@ def test_thinking_is_forgotten_at_once_or_with_the_next_message() -> None:
         "> Hi\n<think>t</think>\n> /forget\n! forgotten: 1 tokens of thinking\n"
         "> /forget\n! error: the last answer holds no thinking\n> /stats\n! 11 positions\n> /regen\n-\n"
     )
-    assert talk(["Hi", "/stats", "More", "/stats", "/undo", "/stats"], ["<think>h</think> x", "y"], forgets=True) == (
+    assert talk(
+        ["Hi", "/stats", "More", "/stats", "/undo", "/stats"], ["<think>h</think> x", "y"], forgets=True, max_tokens=20
+    ) == (
         "> Hi\n<think>h</think> x\n> /stats\n! 29 positions\n"
         f"> More\ny\n> /stats\n! {len('[u]Hi[/][a]x[/][u]More[/][a]y')} positions\n"
         f"> /undo\n! taken back: your message and its answer\n> /stats\n! {len('[u]Hi[/][a]x')} positions\n"

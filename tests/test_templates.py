@@ -25,7 +25,9 @@ from kvcompose_local.errors import ModelError
 _NEEDS_TOOLS = {"fireworks-ai-llama-3-firefunction-v2"}
 #: It repeats its instructions after the last message, and takes those of the turn before back.
 _MOVES_INSTRUCTIONS = {"CohereForAI-c4ai-command-r-plus-tool_use"}
-_MARKER = re.compile(r"<\|[^<>\s]+\|?>|<[^<>\s]+\|>|</?s>|\[/?[A-Z_]+\]|<｜[^<>]+｜>|<(?:start|end)_of_turn>|<SPECIAL_\d+>")
+_MARKER = re.compile(
+    r"<\|[^<>\s]+\|?>|<[^<>\s]+\|>|</?s>|\[/?[A-Z_]+\]|<｜[^<>]+｜>|<(?:start|end)_of_turn>|<SPECIAL_\d+>"
+)
 
 
 @cache
@@ -76,9 +78,19 @@ def as_the_model_says_it(form: Format, prompt: str, thought: str, answer: str) -
 class Conversation:
     """Four questions with documents between them, answered by a script."""
 
-    said = ("DOCUMENT one", "Question a?", "Question b?", "DOCUMENT two", "DOCUMENT three", "Question c?", "Question d?")
+    said = (
+        "DOCUMENT one",
+        "Question a?",
+        "Question b?",
+        "DOCUMENT two",
+        "DOCUMENT three",
+        "Question c?",
+        "Question d?",
+    )
 
-    def __init__(self, name: str, *, answer: str, thought: str = "", system: str | None = None, extra: str = "") -> None:
+    def __init__(
+        self, name: str, *, answer: str, thought: str = "", system: str | None = None, extra: str = ""
+    ) -> None:
         self.model = TemplateModel(templates()[name])
         self.engine = FakeEngine(200_000)
         self.notes: list[str] = []
