@@ -209,8 +209,9 @@ def profile_command(model: str | None, texts: int, length: int, output: Path | N
     from kvcompose_local import models, profiles
     from kvcompose_local.evaluation.harness import room_for
     from kvcompose_local.evaluation.profiling import measure_profile
+    from kvcompose_local.install.files import own_folder, replacing
     from kvcompose_local.repl import Status
-    from kvcompose_local.sessions import model_digest, replacing
+    from kvcompose_local.sessions import model_digest
 
     status = Status(sys.stderr)
     path = models.resolve(model, pull=True, progress=status.fetching)
@@ -226,6 +227,8 @@ def profile_command(model: str | None, texts: int, length: int, output: Path | N
             progress=lambda done, total, what: status.progress("measuring:", done, total, what),
         )
     file = output or profiles.user_path(digest)
+    if output is None:
+        own_folder(file.parent)
     with replacing(file) as stream:
         stream.write(profile.dump().encode())
     status.line(f"wrote {file}")
