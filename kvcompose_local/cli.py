@@ -143,10 +143,11 @@ def inspect_command(model: str | None, n_ctx: int | None, cache_type: str | None
     """Layers, heads, bytes a token, and memory at each budget, from the header of MODEL alone."""
     from kvcompose_local import models
     from kvcompose_local.inspection import inspect
+    from kvcompose_local.install.model_files import check_gguf
     from kvcompose_local.repl import Status
 
     path = models.resolve(model, pull=True, progress=Status(sys.stderr).fetching)
-    models.check_gguf(path)
+    check_gguf(path)
     click.echo(inspect(path, n_ctx=n_ctx, cache_type=cache_type).text())
 
 

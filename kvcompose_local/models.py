@@ -8,7 +8,6 @@ import hashlib
 import os
 import re
 import shutil
-import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from kvcompose_local.errors import DownloadError, ModelError
+from kvcompose_local.install.model_files import check_gguf, first_of
 from kvcompose_local.resources import DISK_FULL, ByteProgress, cache_folder, clear_disk_errors, data_file, sha256_of
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -29,8 +29,6 @@ _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.gguf")
 # Names begin with a letter or digit: one that begins with a dash would be an option of pip.
 _PYPI = re.compile(r"pypi:([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.+!_-]*)/(.+)")
 _HF = re.compile(r"hf:([A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)/(.+)")
-_GGUF_MAGIC = b"GGUF"
-_GGUF_VERSIONS = (2, 3)
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ def resolve(model: str | None, *, pull: bool, progress: ByteProgress | None = No
     """The file of a path or a catalogue name; None is the default model. A missing one is fetched when ``pull``."""
     name = DEFAULT_MODEL if model is None else model
     if os.path.isfile(name) or os.sep in name or name.endswith(".gguf"):
-        return Path(name)
+        return first_of(Path(name))
     if os.path.exists(name) and name not in load_catalogue():  # a folder of a model's name does not hide the model
         return Path(name)
     entry = find(name)
@@ -352,29 +350,3 @@ def _join(parts: list[Path], whole: Path) -> Path:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return sha256_of(file)
-
-
-# -- looking at a file ------------------------------------------------------------------------------------------------
-
-
-def check_gguf(path: Path) -> None:
-    """Look at the header before native code does. Raises ModelError for what cannot be a GGUF model file."""
-    try:
-        if path.is_dir():
-            raise ModelError(f"{path} is a folder, not a GGUF file")
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            head = file.read(24)
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
-    if size == 0:
-        raise ModelError(f"{path} is empty")
-    if not head.startswith(_GGUF_MAGIC):
-        raise ModelError(f"{path} is not a GGUF file: convert the model, or take one of `kvcompose-local models list`")
-    if len(head) < 24:
-        raise ModelError(f"{path} is cut off: fetch it again")
-    version, tensors, pairs = struct.unpack("<IQQ", head[4:])
-    if version not in _GGUF_VERSIONS:
-        raise ModelError(f"{path} has GGUF version {version}, which llama.cpp does not read")
-    if tensors == 0 or tensors > 1 << 20 or pairs > 1 << 20:
-        raise ModelError(f"{path} names {tensors} tensors and {pairs} header values: it holds no model")

@@ -14,13 +14,12 @@ its checksums were looked at.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -35,10 +34,11 @@ from kvcompose_local import __version__, sections
 from kvcompose_local.chat import Chat, ChatState, Place, Step
 from kvcompose_local.compaction import MemoryState
 from kvcompose_local.errors import InvalidInput, KVComposeError, SessionError
-from kvcompose_local.install.files import own_folder, part_of, replacing
+from kvcompose_local.install.files import own_folder, part_of
+from kvcompose_local.install.model_files import model_digest
 from kvcompose_local.interfaces import CacheSnapshot, Lazy, ModelShape, Progress
 from kvcompose_local.pin import read_pin
-from kvcompose_local.resources import cache_folder, data_file, sha256_of
+from kvcompose_local.resources import data_file
 from kvcompose_local.sections import Section, Sections
 
 FORMAT = 5
@@ -61,13 +61,13 @@ Array = npt.NDArray[Any]
 class Setup:
     """What a chat runs with, beside what its engine knows: the model's file, ``--cache-type`` and ``--budget``.
 
-    file: the model as it was when it was loaded; what stands at its path may be another by now, or none.
+    files: the model's files as they were when it was loaded; what stands at its path may be another by now, or none.
     """
 
     model: Path
     cache_type: str
     budget: float
-    file: BinaryIO | None = None
+    files: tuple[BinaryIO, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -179,41 +179,6 @@ def check_writable(path: Path) -> None:
             raise SessionError(f"{path} is no session, and is not overwritten: give another name") from error
 
 
-# -- the model's identity ---------------------------------------------------------------------------------------------
-
-
-def model_digest(path: Path, progress: Progress | None = None, file: BinaryIO | None = None) -> str:
-    """The sha256 of a model file, kept in the cache folder for the file's path, size and time of change.
-
-    progress gets (MiB read, MiB in all); file: the open file, in place of what stands at the path. Raises SessionError
-    when it cannot be read.
-    """
-
-    def in_mib(done: int, total: int) -> None:
-        if progress is not None:
-            progress(done >> 20, total >> 20)
-
-    if file is not None and file.closed:
-        raise SessionError("the model is closed")
-    try:
-        path = path.resolve()
-        with open(path, "rb") if file is None else nullcontext(file) as model:
-            status = os.fstat(model.fileno())
-            key = json.dumps([str(path), status.st_size, status.st_mtime_ns])
-            known = cache_folder() / "digests" / hashlib.sha256(key.encode()).hexdigest()
-            with suppress(OSError, UnicodeDecodeError):
-                if re.fullmatch("[0-9a-f]{64}", digest := known.read_text(encoding="ascii")):
-                    return digest
-            digest = sha256_of(model, in_mib)
-    except OSError as error:
-        raise SessionError(f"cannot read {path}: {error.strerror or error}") from error
-    with suppress(SessionError):  # a cache that cannot be written costs time, nothing else
-        own_folder(known.parent)
-        with replacing(known) as kept:
-            kept.write(digest.encode())
-    return digest
-
-
 # -- saving -----------------------------------------------------------------------------------------------------------
 
 
@@ -223,7 +188,7 @@ def save(path: Path, chat: Chat, setup: Setup, progress: Progress | None = None)
     Raises SessionError, with nothing left behind, where it cannot be written.
     """
     check_writable(path)
-    digest = model_digest(setup.model, progress, setup.file)
+    digest = model_digest(setup.model, progress, setup.files)
     state = chat.view()  # all cells must not be in memory a second time
     cells = state.memory.cells
     manifest = Manifest(
@@ -233,7 +198,7 @@ def save(path: Path, chat: Chat, setup: Setup, progress: Progress | None = None)
         engine=chat.memory.engine.name,
         cache_type=setup.cache_type,
         rope_factors=chat.memory.engine.shape.rope_factors,
-        model_path=str(setup.model.resolve()),
+        model_path=os.path.abspath(setup.model),  # not where links lead: shards are found by the names of links
         model_sha256=digest,
         n_ctx=chat.memory.n_ctx,
         budget=float(setup.budget),
@@ -298,9 +263,12 @@ def model_of(manifest: Manifest) -> str:
 
 def check_model(manifest: Manifest, setup: Setup, progress: Progress | None = None) -> None:
     """Raises SessionError where the session belongs to another model or cache type."""
-    if model_digest(setup.model, progress, setup.file) != manifest.model_sha256:
+    if model_digest(setup.model, progress, setup.files) != manifest.model_sha256:
+        own = Path(manifest.model_path)
+        if own.name == setup.model.name:
+            raise SessionError(f"the session belongs to another model: {own.name} was another file when it was saved")
         raise SessionError(
-            f"the session belongs to another model: {Path(manifest.model_path).name}, not {setup.model.name}; "
+            f"the session belongs to another model: {own.name}, not {setup.model.name}; "
             "`kvcompose-local run --session` without MODEL takes its own"
         )
     if setup.cache_type != manifest.cache_type:

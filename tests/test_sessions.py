@@ -33,7 +33,8 @@ from kvcompose_local.chat import Chat, ChatState
 from kvcompose_local.compaction import CacheMemory
 from kvcompose_local.engines import open_engine
 from kvcompose_local.engines.base import LlamaEngine
-from kvcompose_local.errors import EngineError, InvalidInput, SessionError
+from kvcompose_local.errors import EngineError, InvalidInput, ModelError, SessionError
+from kvcompose_local.install import model_files
 from kvcompose_local.interfaces import CacheSnapshot, FloatArray, Sampling
 from kvcompose_local.llama_ffi.cells import library_is_patched
 from kvcompose_local.llama_ffi.library import library_path
@@ -50,7 +51,7 @@ def private_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sessions and digests of this test alone."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr(sessions, "sessions_folder", lambda: tmp_path / "state" / "sessions")
-    monkeypatch.setattr(sessions, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(model_files, "cache_folder", lambda: tmp_path / "cache")
 
 
 @pytest.fixture
@@ -652,9 +653,9 @@ def test_an_engine_that_fails_on_the_way_leaves_an_empty_chat(tmp_path: Path, se
 SAVER = """
 import sys
 from pathlib import Path
-from test_sessions import Setup, fake_chat, sessions
+from test_sessions import Setup, fake_chat, model_files, sessions
 path, setup = Path(sys.argv[1]), Setup(Path(sys.argv[2]), "f16", 0.5)
-sessions.cache_folder = lambda: Path(sys.argv[2]).parent
+model_files.cache_folder = lambda: Path(sys.argv[2]).parent
 chat = fake_chat(n_ctx=10**6)
 chat.messages = [{"role": "user", "content": "w" * 5_000_000}]
 def save():
@@ -737,7 +738,7 @@ def test_what_cannot_be_written(tmp_path: Path, setup: Setup) -> None:
             sessions.save(path, talked(), setup)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["fake.gguf", "pipe"]
     assert (tmp_path / "pipe").is_fifo()
-    with pytest.raises(SessionError, match="cannot read"):
+    with pytest.raises(ModelError, match="cannot read"):
         sessions.save(tmp_path / "s.kvc", talked(), replace(setup, model=tmp_path / "gone.gguf"))
     link = tmp_path / "link.kvc"
     link.symlink_to(tmp_path / "target.kvc")
@@ -802,11 +803,11 @@ def test_a_model_is_hashed_once(tmp_path: Path, setup: Setup) -> None:
     content = bytes(range(256)) * 10_000
     setup.model.write_bytes(content)
     for _ in range(2):
-        digest = sessions.model_digest(setup.model, lambda *n: reads.append(n))
+        digest = model_files.model_digest(setup.model, lambda *n: reads.append(n))
         assert digest == hashlib.sha256(content).hexdigest()
         assert reads == [(1, 2), (2, 2), (2, 2)]
     setup.model.write_bytes(content[::-1])
-    assert sessions.model_digest(setup.model) == hashlib.sha256(content[::-1]).hexdigest()
+    assert model_files.model_digest(setup.model) == hashlib.sha256(content[::-1]).hexdigest()
 
 
 # -- the command line -------------------------------------------------------------------------------------------------

@@ -9,8 +9,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-import psutil
-
 from kvcompose_local.errors import SessionError
 from kvcompose_local.resources import DISK_FULL
 
@@ -57,6 +55,8 @@ def own_folder(path: Path) -> Path:
 
 def _remove_leftovers(path: Path) -> None:
     """Delete what processes left that were killed while they wrote."""
+    import psutil  # late: most who look at model files write none
+
     for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         pid = part.name.split(".")[-2]
         if pid.isdecimal() and not psutil.pid_exists(int(pid)):

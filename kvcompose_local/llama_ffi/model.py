@@ -9,10 +9,12 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvcompose_local.errors import EngineError, ModelError
+from kvcompose_local.install.model_files import files_of
 from kvcompose_local.llama_ffi.library import clear_log, last_log, lib
 
 if TYPE_CHECKING:
@@ -65,11 +67,12 @@ class Model:
             return True
 
         params.progress_callback = on_progress
-        try:
-            self.file = open(path, "rb")  # noqa: SIM115 -- as long as the model: what its path names may change
-        except OSError as error:
-            raise ModelError(f"cannot load {path.name}: {error.strerror or error}") from error
-        weakref.finalize(self, self.file.close)  # Python warns of an open file that is dropped, not of a model
+        with ExitStack() as stack:
+            try:  # they stay open as long as the model: what its path names may change
+                self.files = tuple(stack.enter_context(open(file, "rb")) for file in files_of(path))
+            except OSError as error:
+                raise ModelError(f"cannot load {path.name}: {error.strerror or error}") from error
+            self._close_files = weakref.finalize(self, stack.pop_all().close)
         clear_log()
         self._pointer = lib.llama_model_load_from_file(os.fsencode(path), params)
         if stopped:
@@ -94,7 +97,7 @@ class Model:
         if getattr(self, "_pointer", None):
             lib.llama_model_free(self._pointer)
             self._pointer = None
-        self.file.close()
+        self._close_files()
 
     def metadata(self, key: str) -> str | None:
         """The GGUF value of ``key`` as llama.cpp prints it (arrays as ``[a, b]``), or None."""
