@@ -77,7 +77,10 @@ def complaint(path: Path) -> str | None:
         if version == 1:
             return "has GGUF version 1, of August 2023, which llama.cpp no longer reads: fetch a newer conversion"
         if version & 0xFFFF == 0 and version >> 16:
-            return "is big-endian, for machines such as IBM Z: fetch the usual file, or turn a copy by `gguf-convert-endian FILE native`"
+            return (
+                "is big-endian, for machines such as IBM Z: fetch the usual file, or turn a copy by "
+                "`gguf-convert-endian FILE native`"
+            )
         if version not in VERSIONS:
             return f"has GGUF version {version}, which this program's llama.cpp does not read: a newer one may"
         try:
