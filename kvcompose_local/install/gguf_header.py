@@ -74,7 +74,7 @@ def read_header(file: BinaryIO, *, whole: bool = False) -> Header:
         if key is None:
             raise BadHeader("has a key that is too long")
         if key in header.values:
-            raise BadHeader(f"tells {key!r} twice")
+            raise BadHeader(f"tells {key[:60]!r} twice")
         kind = header.kinds[key] = reader.kind()
         if kind != _ARRAY:
             header.values[key] = reader.value(kind)
@@ -98,12 +98,12 @@ class _Reader:
     def _span(self, n: int) -> tuple[bytes, int]:
         """Bytes that hold the next n, and where these begin in them; moves behind them."""
         if n > self._size - self.at:
-            raise BadHeader("ends too soon: the file is cut off or damaged")
+            raise BadHeader("ends too soon")
         if not self._begin <= self.at <= self.at + n <= self._begin + len(self._data):
             self._file.seek(self.at)
             self._data, self._begin = self._file.read(max(n, _CHUNK)), self.at
             if len(self._data) < n:
-                raise BadHeader("ends too soon: the file became shorter")
+                raise BadHeader("ends too soon")
         begin = self.at - self._begin
         self.at += n
         return self._data, begin
@@ -147,7 +147,7 @@ class _Reader:
 
     def _skip(self, n: int) -> None:
         if n > self._size - self.at:
-            raise BadHeader("ends too soon: the file is cut off or damaged")
+            raise BadHeader("ends too soon")
         self.at += n
 
     def _skip_texts(self, n: int) -> None:
