@@ -242,9 +242,12 @@ def run_command(
                     status.line(f"stopped; {unread}{', the files after it are not' if path != files[-1] else ''}")
                     break
         if interactive:
+            import psutil
+
             from kvcompose_local.prompt import line_reader
 
-            status.line(greeting(chat))
+            free_bytes = psutil.virtual_memory().available
+            status.line(greeting(chat, models.hint_beyond_toy(local.setup.model, free_bytes)))
             repl.idle = chat.memory.score
             repl.edit = line_reader(COMMANDS, sessions.names)
             repl.read_line = partial(repl.edit, "")

