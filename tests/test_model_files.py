@@ -230,3 +230,10 @@ def test_digests_are_kept_where_they_can_be(tmp_path: Path) -> None:
     assert model_digest(path) == hashlib.sha256(b"GGUF").hexdigest()
     with pytest.raises(ModelError, match=re.escape(f"cannot read {tmp_path / 'none.gguf'}")):
         model_digest(tmp_path / "none.gguf")
+
+
+def test_a_shard_of_another_name(tmp_path: Path, tiny_model: TinyModel) -> None:
+    """llama.cpp finds the others by name; what it says of that is not enough."""
+    renamed = split_model(tiny_model(), tmp_path, 2)[0].rename(tmp_path / "m.gguf")
+    for command in (["run", renamed, "-p", "hi", "--threads", 1], ["inspect", renamed]):
+        refused(program(*command), 1, "it is one of several files, name it as it was: NAME-00001-of-00003.gguf")

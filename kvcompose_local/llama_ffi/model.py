@@ -28,6 +28,12 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
+#: What to do about what llama.cpp complains of.
+_ADVICE = (
+    ("file bounds|failed to read|incomplete", ": the file is cut off or damaged, fetch it again"),
+    ("unknown (model architecture|pre-tokenizer|tokenizer)", ": a newer kvcompose-local may know it"),
+    ("(invalid|illegal) split", ": it is one of several files, name it as it was: NAME-00001-of-00003.gguf or such"),
+)
 #: Texts of tokens that end an answer, among the ones that vocabularies have at llama.cpp's default of EOS.
 _ENDS = frozenset(
     """</s> <eos> <EOS> [EOS] <|eos|> <|plamo:eos|> <|endoftext|> <|end_of_text|> <|im_end|> <|eot_id|> <|eom_id|>
@@ -87,7 +93,9 @@ class Model:
             raise stopped[0]
         if not self._pointer:
             self.close()
-            raise ModelError(f"llama.cpp cannot load {path.name}{last_log()}")
+            told = last_log()
+            advice = next((advice for words, advice in _ADVICE if re.search(words, told)), "")
+            raise ModelError(f"llama.cpp cannot load {path.name}{told}{advice}")
 
     @property
     def _model(self) -> Any:
