@@ -206,20 +206,20 @@ def hint_beyond_toy(path: Path, free_bytes: int) -> str:
     catalogue = load_catalogue()
     if catalogue[DEFAULT_MODEL].path != path:
         return ""
-    told = f"{DEFAULT_MODEL} is a toy: it shows how the program works, and its answers are often wrong."
+    told = f"{DEFAULT_MODEL} is a toy, to try the program with"
     best = next((entry for entry in reversed(catalogue.values()) if entry.fits(free_bytes)), None)
     if best is None or best.name == DEFAULT_MODEL:
         return told
-    fetch = "" if best.is_present else f", after `kvcompose-local models pull {best.name}` ({told_bytes(best.weights)})"
-    return f"{told} The best that fits the free memory: `kvcompose-local run {best.name}`{fetch}"
+    command = f"run {best.name}`" if best.is_present else f"models pull {best.name}`, {told_bytes(best.weights)}"
+    return f"{told}; the best model that fits now is {best.name} (`kvcompose-local {command})"
 
 
 def told_source(entry: ModelEntry) -> str:
     """One line: where a model comes from, and what vouches for it."""
     source = entry.sources[0].removeprefix("hf:").split("@")[0]
     if entry.packages:
-        parts = f"{len(entry.packages)} packages" if len(entry.packages) > 1 else "a package"
-        source = f"{parts} on PyPI ({entry.packages[0]}) that carry it as data; nothing of them is installed or run"
+        more = f" and {len(entry.packages) - 1} more" if len(entry.packages) > 1 else ""
+        source = f"PyPI, as data in {entry.packages[0]}{more}, of which nothing is installed or run"
     proof = "verified by its sha256" if entry.sha256 else "models.txt pins no sha256, so it is checked to be GGUF alone"
     return f"{entry.name}, {told_bytes(entry.size)}, licence {entry.licence}, from {source}; {proof}"
 

@@ -98,6 +98,7 @@ def test_gguf_files_that_are_no_language_model(tmp_path: Path) -> None:
         writer = gguf.GGUFWriter(str(path), architecture)
         writer.add_name(name)
         writer.add_context_length(512)
+        writer.add_block_count(1)
         if tensors:
             writer.add_tensor("token_embd.weight", np.zeros((8, 32), np.float32))
         writer.write_header_to_file()

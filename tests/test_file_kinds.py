@@ -122,7 +122,7 @@ def mini(path: Path, arch: str, values: dict[str, Any], *, tensors: int = 1) -> 
     return path
 
 
-CONTEXT = {"llama.context_length": 2048}
+CONTEXT = {"llama.context_length": 2048, "llama.block_count": 2}
 KINDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "vision": ("clip", {"clip.has_vision_encoder": True}, "is a projector for pictures or sound (mmproj)"),
     "audio": ("clip", {"general.type": "mmproj"}, "is a projector for pictures or sound (mmproj)"),
@@ -141,6 +141,13 @@ KINDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "draft": ("eagle3", {"eagle3.context_length": 512}, "is a draft model, which only runs beside a larger one"),
     "no context": ("llama", {}, "is damaged, its header tells no context length (llama.context_length)"),
     "context of 0": ("llama", {"llama.context_length": 0}, "is damaged, its header tells a context length of 0"),
+    "context too large": (
+        "llama",
+        {"llama.context_length": 2**32 - 1},
+        "is damaged, its header tells a context length",
+    ),
+    "no layers": ("llama", {"llama.context_length": 9}, "is damaged, its header tells no number of layers"),
+    "many layers": ("llama", CONTEXT | {"llama.block_count": 513}, "is damaged, its header tells a number of layers"),
     "nameless": ("", {}, "does not say what model it is (general.architecture)"),
 }
 

@@ -126,6 +126,18 @@ def test_a_hub_s_cache_of_links(private_program: None, tmp_path: Path, tiny_mode
     refused(program("inspect", link), 1, f"{second} is missing")
 
 
+def test_a_link_of_another_name_leads_to_the_shards(tmp_path: Path, tiny_model: TinyModel) -> None:
+    shards = split_model(tiny_model(), tmp_path, 2)
+    (tmp_path / "links").mkdir()
+    link, loop = tmp_path / "links" / "latest.gguf", tmp_path / "loop.gguf"
+    link.symlink_to(Path("..") / shards[1].name)
+    loop.symlink_to(loop)
+    assert [file.resolve() for file in files_of(link)] == shards
+    assert files_of(shards[0]) == tuple(shards)
+    with pytest.raises(ModelError, match="cannot read"):
+        check_gguf(loop)
+
+
 # -- identity ---------------------------------------------------------------------------------------------------------
 
 

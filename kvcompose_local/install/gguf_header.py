@@ -24,6 +24,8 @@ _LARGEST_TEXT, _LARGEST_ARRAY = 16 << 20, 4096
 #: Bytes at least of a pair (a key of one letter, type, value) and of a tensor's entry (name, axes, type, offset).
 _PAIR_BYTES, _TENSOR_BYTES = 8 + 1 + 4 + 1, 8 + 4 + 4 + 8
 _CHUNK = 1 << 20
+#: What almost every file tells before its vocabulary.
+_FIRST = ("{arch}.context_length", "{arch}.block_count")
 
 
 class BadHeader(ValueError):
@@ -58,7 +60,7 @@ def read_header(file: BinaryIO, *, whole: bool = False) -> Header:
     """The header of an open file of GGUF 2 or 3.
 
     Reading stops at the vocabulary, some ten thousand strings that take longer than all the rest, unless ``whole``, or
-    as long as the architecture has not told its context. Raises BadHeader and OSError.
+    where the numbers that every architecture has were not told yet. Raises BadHeader and OSError.
     """
     size = os.fstat(file.fileno()).st_size
     reader = _Reader(file, size)
@@ -81,7 +83,7 @@ def read_header(file: BinaryIO, *, whole: bool = False) -> Header:
             continue
         kind, n = reader.kind(), reader.length()
         header.values[key] = None
-        if not whole and n > _LARGEST_ARRAY and header.number("{arch}.context_length") is not None:
+        if not whole and n > _LARGEST_ARRAY and all(header.number(needed) is not None for needed in _FIRST):
             break
         header.values[key] = reader.array(kind, n)
     return header

@@ -23,6 +23,8 @@ _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 #: What of a file is looked at to see that its content is another: its begin, and places spread over it.
 _SAMPLED_BEGIN, _SAMPLED_PLACE, _N_PLACES = 64 << 10, 4 << 10, 16
 _UINT16 = 2
+#: Links to links that are followed, as Linux does it.
+_MOST_LINKS = 40
 
 
 def check_gguf(path: Path) -> None:
@@ -42,7 +44,11 @@ def _check(path: Path) -> None:
 
 
 def first_of(path: Path) -> Path:
-    """The file by which llama.cpp loads a model: of one that is split the first, whichever was named."""
+    """The file by which llama.cpp loads a model: of one that is split the first, whichever was named.
+
+    Raises ModelError where that is missing.
+    """
+    path = _shard_behind(path)
     name = _SHARD.fullmatch(path.name)
     if name is None or int(name[2]) == 1 or not _is_shard(path):
         return path
@@ -50,6 +56,18 @@ def first_of(path: Path) -> Path:
     if not first.exists():
         raise ModelError(f"{path} is one of {int(name[3])} files of a model, and {first.name} is missing beside it")
     return first
+
+
+def _shard_behind(path: Path) -> Path:
+    """Where a link leads that has no shard's name and was made to a file that has one; else the same path."""
+    target = path
+    for _ in range(_MOST_LINKS):
+        if _SHARD.fullmatch(target.name):
+            return target
+        if not target.is_symlink():
+            break
+        target = target.parent / os.readlink(target)
+    return path
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
@@ -66,7 +84,7 @@ def files_of(path: Path) -> tuple[Path, ...]:
         return (first,)
     if n_files != int(name[3]):
         raise ModelError(f"{first} is one of {n_files} files by its header, and of {int(name[3])} by its name")
-    shards = tuple(path.with_name(f"{name[1]}-{i:05d}-of-{name[3]}.gguf") for i in range(1, n_files + 1))
+    shards = tuple(first.with_name(f"{name[1]}-{i:05d}-of-{name[3]}.gguf") for i in range(1, n_files + 1))
     for i, shard in enumerate(shards):
         if not shard.exists():
             raise ModelError(f"{shard} is missing: the model is made of {n_files} files, which belong in one folder")
