@@ -141,11 +141,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "draft": ("eagle3", {"eagle3.context_length": 512}, "is a draft model, which only runs beside a larger one"),
     "no context": ("llama", {}, "is damaged, its header tells no context length (llama.context_length)"),
     "context of 0": ("llama", {"llama.context_length": 0}, "is damaged, its header tells a context length of 0"),
-    "context too large": (
-        "llama",
-        {"llama.context_length": 2**32 - 1},
-        "is damaged, its header tells a context length",
-    ),
+    "large context": ("llama", {"llama.context_length": 2**32 - 1}, "is damaged, its header tells a context length"),
     "no layers": ("llama", {"llama.context_length": 9}, "is damaged, its header tells no number of layers"),
     "many layers": ("llama", CONTEXT | {"llama.block_count": 513}, "is damaged, its header tells a number of layers"),
     "nameless": ("", {}, "does not say what model it is (general.architecture)"),
@@ -274,6 +270,16 @@ def test_bytes_of_a_header_that_flipped(tmp_path: Path) -> None:
         with open(path, "rb") as file, contextlib.suppress(BadHeader):
             read_header(file, whole=True)
     assert time.perf_counter() - started < 60
+
+
+def test_values_behind_a_vocabulary_are_found(tmp_path: Path) -> None:
+    """Most files tell them before it, and then it is passed over."""
+    values = {"tokenizer.ggml.tokens": ["x"] * 5000, **CONTEXT, "tokenizer.ggml.merges": ["y"] * 5000, "z.z": 1}
+    path = mini(tmp_path / "m.gguf", "llama", values)
+    check_gguf(path)
+    with open(path, "rb") as file:
+        assert "z.z" not in read_header(file).values
+        assert read_header(file, whole=True).number("z.z") == 1
 
 
 def test_the_reader_agrees_with_the_library(tiny_model: TinyModel) -> None:
