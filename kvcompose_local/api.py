@@ -21,6 +21,7 @@ from kvcompose_local.chat import Chat, TurnStats
 from kvcompose_local.compaction import CacheMemory, CompactionReport
 from kvcompose_local.engines import open_engine
 from kvcompose_local.errors import InvalidInput
+from kvcompose_local.install.model_files import check_gguf, model_digest
 from kvcompose_local.interfaces import CACHE_TYPES, CacheLayout, Progress, Sampling
 from kvcompose_local.llama_ffi.library import layers_to_offload
 from kvcompose_local.llama_ffi.model import Model
@@ -93,12 +94,12 @@ class LocalChat:
         if cache_type is not None and cache_type not in CACHE_TYPES:
             raise InvalidInput(f"there is no cache type {cache_type}: {', '.join(CACHE_TYPES)}")
         path = models.resolve(None if model is None else str(model), pull=True)
-        models.check_gguf(path)
+        check_gguf(path)
         if scoring not in SCORINGS:
             raise InvalidInput(f"there is no scoring {scoring}: {', '.join(SCORINGS)}")
         composing = scoring == "profile" and budget < 1
-        profile = profiles.find(sessions.model_digest(path)) if composing else None
-        tuning = profiles.tuning_of(path, sessions.model_digest) if budget < 1 else profiles.NOT_TUNED
+        profile = profiles.find(model_digest(path)) if composing else None
+        tuning = profiles.tuning_of(path, model_digest) if budget < 1 else profiles.NOT_TUNED
         add_workers(list(workers))
         self._engine, positions = open_engine(
             path,
@@ -113,7 +114,7 @@ class LocalChat:
         )
         with ExitStack() as stack:
             stack.callback(self._engine.close)
-            self.setup = sessions.Setup(path, self._engine.shape.cache_type, budget, self._engine.model.file)
+            self.setup = sessions.Setup(path, self._engine.shape.cache_type, budget, self._engine.model.files)
             self.memory = CacheMemory(
                 self._engine,
                 positions,

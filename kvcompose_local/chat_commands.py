@@ -146,6 +146,7 @@ def run_command(
             importlib.import_module(name)
     from kvcompose_local import models, sessions
     from kvcompose_local.autosave import Autosave
+    from kvcompose_local.install.model_files import check_gguf
     from kvcompose_local.interfaces import Sampling
     from kvcompose_local.interrupts import Interrupts
     from kvcompose_local.repl import COMMANDS, Repl, Status
@@ -184,7 +185,7 @@ def run_command(
         except KVComposeError as error:
             status.line(f"this chat will not be saved: {error}")
     model_path = models.resolve(model, pull=True, progress=status.fetching)
-    models.check_gguf(model_path)
+    check_gguf(model_path)
     if saved is not None:
         with interrupts.caught():
             sessions.check_model(
@@ -251,9 +252,12 @@ def run_command(
                     status.line(f"stopped; {unread}{', the files after it are not' if path != files[-1] else ''}")
                     break
         if interactive:
+            import psutil
+
             from kvcompose_local.prompt import line_reader
 
-            status.line(greeting(chat))
+            free_bytes = psutil.virtual_memory().available
+            status.line(greeting(chat, models.hint_beyond_toy(local.setup.model, free_bytes)))
             repl.idle = chat.memory.score
             repl.edit = line_reader(COMMANDS, sessions.names)
             repl.read_line = partial(repl.edit, "")
@@ -299,10 +303,11 @@ def check_numbers(budget: float, n_ctx: int | None) -> None:
 def begin_loading(context: click.Context, model: str | None, gpu_layers: int | None) -> Loading | None:
     """Let a model that is there be loaded by another thread; None where what is wrong had better be told in order."""
     from kvcompose_local import models
+    from kvcompose_local.install.model_files import check_gguf
 
     try:
         path = models.resolve(model, pull=False)
-        models.check_gguf(path)
+        check_gguf(path)
     except KVComposeError:
         return None
     from kvcompose_local.llama_ffi.library import layers_to_offload
@@ -474,6 +479,7 @@ def compress_command(
     kvcompose-local run --session notes.kvc --no-autosave -p "Who wrote this?"
     """
     from kvcompose_local import models, sessions
+    from kvcompose_local.install.model_files import check_gguf
     from kvcompose_local.interfaces import Sampling
     from kvcompose_local.interrupts import Interrupts
     from kvcompose_local.repl import Status
@@ -491,7 +497,7 @@ def compress_command(
     interrupts = Interrupts()
     status = Status(sys.stderr, should_stop=interrupts)
     model_path = models.resolve(model, pull=True, progress=status.fetching)
-    models.check_gguf(model_path)
+    check_gguf(model_path)
     with (
         open_chat(
             model_path,

@@ -16,7 +16,6 @@ from kvcompose_local.bench.command import bench_command
 from kvcompose_local.chat_commands import compress_command, run_command
 from kvcompose_local.errors import KVComposeError
 from kvcompose_local.evaluation.command import eval_command, profile_command
-from kvcompose_local.figures import MIB
 from kvcompose_local.options import CACHE_TYPE_NAMES, threads_option
 
 
@@ -65,14 +64,12 @@ def models_group(context: click.Context) -> None:
 
 @models_group.command("list")
 def models_list() -> None:
-    """Names, sizes, licences, and which are here."""
+    """What models take, which fit now, and which are here."""
+    import psutil
+
     from kvcompose_local import models
 
-    for entry in models.load_catalogue().values():
-        size = f"{entry.size / MIB:.0f} MiB" if entry.size else "?"
-        default = " (default)" if entry.name == models.DEFAULT_MODEL else ""
-        here = "here" if entry.is_present else "-"
-        click.echo(f"{entry.name:20} {size:>8}  {here:5} {entry.licence:28} {entry.note}{default}")
+    click.echo(models.table(psutil.virtual_memory().available))
 
 
 @models_group.command("pull")
@@ -85,9 +82,14 @@ def models_pull(names: tuple[str, ...]) -> None:
     entries = [models.find(name) for name in names]
     status = Status(sys.stderr)
     for entry in entries:
-        if entry.sha256 is None and not entry.is_present:
-            status.line(f"{entry.name}: models.txt pins no sha256; the download is checked to be a GGUF file, not more")
-        click.echo(str(models.fetch_model(entry, progress=status.fetching)))
+        untold = [models.told_source(entry)]
+
+        def progress(done: int, total: int, untold: list[str] = untold) -> None:
+            while untold:  # what is not fetched needs no explanation
+                status.line(untold.pop())
+            status.fetching(done, total)
+
+        click.echo(str(models.fetch_model(entry, progress=progress)))
 
 
 @models_group.command("path")
@@ -143,10 +145,11 @@ def inspect_command(model: str | None, n_ctx: int | None, cache_type: str | None
     """Layers, heads, bytes a token, and memory at each budget, from the header of MODEL alone."""
     from kvcompose_local import models
     from kvcompose_local.inspection import inspect
+    from kvcompose_local.install.model_files import check_gguf
     from kvcompose_local.repl import Status
 
     path = models.resolve(model, pull=True, progress=Status(sys.stderr).fetching)
-    models.check_gguf(path)
+    check_gguf(path)
     click.echo(inspect(path, n_ctx=n_ctx, cache_type=cache_type).text())
 
 

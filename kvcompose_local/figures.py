@@ -56,15 +56,17 @@ def result(chat: Chat) -> dict[str, Any]:
     }
 
 
-def greeting(chat: Chat) -> str:
-    """What the REPL says first."""
+def greeting(chat: Chat, hint: str = "") -> str:
+    """What the REPL says first; hint: one more line, of the model."""
     memory = chat.memory
     engine = memory.engine
-    return (
+    lines = [
         f"{engine.shape.name}: {memory.n_ctx} positions in {engine.cache_bytes / MIB:.1f} MiB of cache "
-        f"(uncompressed: {memory.n_ctx * engine.shape.uncompressed_row_bytes / MIB:.1f} MiB), {engine.name} engine\n"
-        "/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves."
-    )
+        f"(uncompressed: {memory.n_ctx * engine.shape.uncompressed_row_bytes / MIB:.1f} MiB), {engine.name} engine",
+        hint,
+        "/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.",
+    ]
+    return "\n".join(line for line in lines if line)
 
 
 def describe(chat: Chat) -> str:

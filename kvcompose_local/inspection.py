@@ -10,6 +10,7 @@ import psutil
 from kvcompose_local.engines import DEFAULT_CTX, cells_for, default_cache_type
 from kvcompose_local.errors import InvalidInput, ModelError
 from kvcompose_local.figures import MIB
+from kvcompose_local.install.model_files import size_of
 from kvcompose_local.interfaces import BLOCK, TokenShape, share_of_f16
 from kvcompose_local.llama_ffi.cells import library_is_patched
 from kvcompose_local.llama_ffi.library import layers_to_offload
@@ -152,7 +153,7 @@ def inspect(path: Path, *, n_ctx: int | None = None, cache_type: str | None = No
             widths,
             number("attention.sliding_window"),
             obstacle,
-            path.stat().st_size,
+            size_of(path),
             int(psutil.virtual_memory().available),
         )
     finally:

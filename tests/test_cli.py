@@ -88,7 +88,8 @@ def test_a_model_cut_off_in_its_header_or_weights(tiny_model: TinyModel, tmp_pat
     whole = tiny_model().read_bytes()
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(whole[: int(len(whole) * fraction)])
-    refused(program("run", cut, "-p", "x"), 1, "cannot load cut.gguf")
+    for command in (["run", cut, "-p", "x"], ["inspect", cut]):
+        refused(program(*command), 1, "cut.gguf", "damaged", "fetch it again")
 
 
 def test_gguf_files_that_are_no_language_model(tmp_path: Path) -> None:
@@ -96,6 +97,8 @@ def test_gguf_files_that_are_no_language_model(tmp_path: Path) -> None:
         path = tmp_path / f"{name}.gguf"
         writer = gguf.GGUFWriter(str(path), architecture)
         writer.add_name(name)
+        writer.add_context_length(512)
+        writer.add_block_count(1)
         if tensors:
             writer.add_tensor("token_embd.weight", np.zeros((8, 32), np.float32))
         writer.write_header_to_file()
@@ -104,7 +107,11 @@ def test_gguf_files_that_are_no_language_model(tmp_path: Path) -> None:
         writer.close()
         return path
 
-    refused(program("run", write("bare", "llama", tensors=False), "-p", "x"), 1, "0 tensors", "holds no model")
+    refused(
+        program("run", write("bare", "llama", tensors=False), "-p", "x"),
+        1,
+        "bare.gguf holds a vocabulary or metadata and no weights",
+    )
     refused(program("run", write("new", "frobnicator", tensors=True), "-p", "x"), 1, "unknown", "frobnicator")
     refused(program("run", write("lacking", "llama", tensors=True), "-p", "x"), 1, "cannot load lacking.gguf")
 
@@ -154,7 +161,7 @@ def test_an_embedding_model_cannot_chat(tmp_path: Path) -> None:
     bert = write_bert(tmp_path / "bert.gguf")
     for budget in ("0.5", "1"):
         done = program("run", bert, "-p", "x", "--budget", budget)
-        refused(done, 1, "bert.gguf is not a language model that can chat")
+        refused(done, 1, "bert.gguf is an embedding model, which writes no text")
 
 
 def test_unknown_names_are_told_with_a_hint() -> None:
@@ -571,7 +578,9 @@ def test_json_goes_to_scripts_only(tiny_model: TinyModel) -> None:
 def test_the_catalogue_is_listed_and_located(private_cache: Path) -> None:
     listed = program("models", "list")
     assert listed.returncode == 0
-    assert [line.split()[0] for line in listed.stdout.splitlines()] == list(models.load_catalogue())
+    head, *rows = listed.stdout.split("\n\n")[0].splitlines()
+    assert head.split() == ["model", "weights", "cache", "fits", "here", "licence"]
+    assert [row.split()[0] for row in rows] == list(models.load_catalogue())
     refused(program("models", "path", "smollm2-135m"), 1, "models pull smollm2-135m")
     entry = models.find("smollm2-135m")
     entry.path.parent.mkdir(parents=True)

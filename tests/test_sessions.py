@@ -33,7 +33,8 @@ from kvcompose_local.chat import Chat, ChatState
 from kvcompose_local.compaction import CacheMemory
 from kvcompose_local.engines import open_engine
 from kvcompose_local.engines.base import LlamaEngine
-from kvcompose_local.errors import EngineError, InvalidInput, SessionError
+from kvcompose_local.errors import EngineError, InvalidInput, ModelError, SessionError
+from kvcompose_local.install import model_files
 from kvcompose_local.interfaces import CacheSnapshot, FloatArray, Sampling
 from kvcompose_local.llama_ffi.cells import library_is_patched
 from kvcompose_local.llama_ffi.library import library_path
@@ -50,7 +51,7 @@ def private_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sessions and digests of this test alone."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr(sessions, "sessions_folder", lambda: tmp_path / "state" / "sessions")
-    monkeypatch.setattr(sessions, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(model_files, "cache_folder", lambda: tmp_path / "cache")
 
 
 @pytest.fixture
@@ -327,9 +328,9 @@ def test_another_model_cache_type_format_or_size_is_refused(tmp_path: Path, setu
     refused("spans 246 positions: raise --ctx", fake_chat(n_cells=200, n_ctx=200))
     put_together(path, manifest | {"format": sessions.FORMAT + 1, "program": "9.9"}, arrays)
     refused(f"has format {sessions.FORMAT + 1} and was made by version 9.9 of this program")
-    put_together(path, manifest, arrays | {"more": np.zeros(1, np.uint8)})
+    put_together(path, manifest, arrays | {"cells/more": np.zeros(1, np.uint8)})
     refused("damaged or no session")
-    put_together(path, manifest | {"llama_cpp": "other"}, arrays | {"window": np.zeros(1, np.uint8)})
+    put_together(path, manifest | {"llama_cpp": "other"}, arrays | {"window/bytes": np.zeros(1, np.uint8)})
     refused("sliding windows are those of other")
 
 
@@ -340,9 +341,14 @@ def taken_apart(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         )
 
 
-def put_together(path: Path, manifest: dict[str, Any], arrays: dict[str, Any]) -> None:
-    """A file whose checksum is right, whatever it holds."""
-    entries: dict[str, Any] = {"__metadata__": {"checksum": "0" * 64, "manifest": json.dumps(manifest)}}
+def put_together(path: Path, manifest: Any, arrays: dict[str, Any], **rows: dict[str, Any]) -> None:
+    """A file whose checksums are right, whatever it holds; rows: other values in the table of sections."""
+    table: dict[str, Any] = {name.split("/")[0]: {"version": 1, "required": True} for name in arrays}
+    for name in table:
+        data = b"".join(array.tobytes() for key, array in arrays.items() if key.startswith(f"{name}/"))
+        table[name] |= {"checksum": hashlib.blake2b(data, digest_size=32).hexdigest()} | rows.get(name, {})
+    metadata = {"checksum": "0" * 64, "manifest": json.dumps(manifest), "sections": json.dumps(table)}
+    entries: dict[str, Any] = {"__metadata__": metadata}
     end, data = 0, b""
     for name, array in arrays.items():
         begin, end = end, end + array.nbytes
@@ -350,27 +356,90 @@ def put_together(path: Path, manifest: dict[str, Any], arrays: dict[str, Any]) -
         entries[name] = {"dtype": kind, "shape": array.shape, "data_offsets": [begin, end]}
         data += array.tobytes()
     head = json.dumps(entries).encode()
-    raw = struct.pack("<Q", len(head)) + head + data
+    raw = struct.pack("<Q", len(head)) + head
     digest = hashlib.blake2b(raw, digest_size=32).hexdigest().encode()
-    path.write_bytes(raw.replace(b'"checksum": "' + b"0" * 64, b'"checksum": "' + digest))
+    path.write_bytes(raw.replace(b'"checksum": "' + b"0" * 64, b'"checksum": "' + digest) + data)
 
 
-def test_a_session_from_before_popularity_is_loaded_and_none_counts(tmp_path: Path, setup: Setup) -> None:
-    path = tmp_path / "s.kvc"
-    chat = talked()
+def test_sections_of_later_programs(tmp_path: Path, setup: Setup) -> None:
+    """What need not be known is skipped, read or not; what must be is told in one line, before the chat is touched."""
+    path, chat = tmp_path / "s.kvc", talked()
     sessions.save(path, chat, setup)
     manifest, arrays = taken_apart(path)
-    older = {name: array for name, array in arrays.items() if not name.startswith("popularity")}
-    put_together(path, manifest | {"format": 3}, older)
-    again = fake_chat()
-    sessions.load(path, again, setup)
-    state, expected = again.state(), chat.state()
-    assert any(codes.size for codes in state.memory.popularity)
-    assert all((codes == 128).all() for codes in state.memory.popularity)
-    memory = replace(state.memory, popularity=expected.memory.popularity)
-    assert same_state(replace(state, memory=memory), expected)
-    put_together(path, manifest | {"format": 3}, arrays)
-    with pytest.raises(SessionError, match="damaged or no session"):
+    more = arrays | {"recurrent/state.0": np.ones((3, 5), np.uint8)}
+    put_together(path, manifest, more, recurrent={"required": False})
+    loaded = fake_chat()
+    sessions.load(path, loaded, setup)
+    assert same_state(loaded.state(), chat.state())
+    put_together(path, manifest, more, recurrent={"required": False, "checksum": "0" * 64})
+    sessions.load(path, loaded, setup)  # it is not even read
+    for rows, words in (
+        ({"recurrent": {}}, "does not read 'recurrent' in version 1"),
+        ({"recurrent": {"required": False}, "scores": {"version": 2}}, "does not read 'scores' in version 2"),
+        ({"recurrent": {"required": False}, "text": {"version": 0}}, "does not read 'text' in version 0"),
+    ):
+        put_together(path, manifest, more, **rows)
+        with pytest.raises(SessionError, match=f"needs a newer version of this program: this one {words}") as told:
+            sessions.load(path, loaded, setup)
+        assert "\n" not in str(told.value)
+    assert same_state(loaded.state(), chat.state())
+
+
+def test_each_section_has_a_checksum(tmp_path: Path, setup: Setup) -> None:
+    path = tmp_path / "s.kvc"
+    sessions.save(path, talked(), setup)
+    whole = path.read_bytes()
+    begin = 8 + int.from_bytes(whole[:8], "little")
+    entries = json.loads(whole[8:begin])
+    del entries["__metadata__"]
+    assert {name.split("/")[0] for name in entries} == {"text", "tokens", "cells", "scores"}
+    for name, entry in entries.items():
+        if entry["data_offsets"][0] < entry["data_offsets"][1]:
+            damaged = bytearray(whole)
+            damaged[begin + entry["data_offsets"][0]] ^= 1
+            path.write_bytes(damaged)
+            with pytest.raises(SessionError, match=f"the checksum of its {name.split('/')[0]} is wrong"):
+                sessions.load(path, fake_chat(), setup)
+
+
+def test_a_chat_of_other_rope_factors_is_refused(tmp_path: Path, setup: Setup) -> None:
+    path = tmp_path / "s.kvc"
+
+    def chat_of(factors: str) -> Chat:
+        chat = talked()
+        chat.memory.engine.shape = replace(chat.memory.engine.shape, rope_factors=factors)
+        return chat
+
+    for saved in ("short", "long"):
+        sessions.save(path, chat_of(saved), setup)
+        assert sessions.read_manifest(path).rope_factors == saved
+        sessions.load(path, chat_of(saved), setup)
+        for other in {"short", "long", ""} - {saved}:
+            before = chat_of(other)
+            with pytest.raises(SessionError, match=f"the model's {saved} RoPE factors, .* start with --ctx 400"):
+                sessions.load(path, before, setup)
+            assert same_state(before.state(), talked().state())
+
+
+def test_reasoning_is_kept_beside_an_answer(tmp_path: Path, setup: Setup) -> None:
+    path, chat = tmp_path / "s.kvc", talked()
+    chat.messages[-1]["reasoning"] = "they greet me"
+    sessions.save(path, chat, setup)
+    loaded = fake_chat()
+    sessions.load(path, loaded, setup)
+    assert loaded.messages[-1] == {"role": "assistant", "content": "hello", "reasoning": "they greet me"}
+    assert same_state(loaded.state(), chat.state())
+
+
+@pytest.mark.parametrize("number", [3, 4, 6])
+def test_sessions_of_other_formats_are_one_line(tmp_path: Path, setup: Setup, number: int) -> None:
+    """Older ones have no sections: their tensors have plain names."""
+    path = tmp_path / "s.kvc"
+    sessions.save(path, talked(), setup)
+    manifest, arrays = taken_apart(path)
+    plain = {name.split("/")[1]: array for name, array in arrays.items()}
+    put_together(path, manifest | {"format": number, "program": "0.3"}, plain)
+    with pytest.raises(SessionError, match=f"has format {number} and was made by version 0.3 of this program; "):
         sessions.load(path, fake_chat(), setup)
 
 
@@ -452,7 +521,7 @@ def test_forged_files_of_the_right_checksum(tmp_path: Path, setup: Setup) -> Non
     manifest, arrays = taken_apart(path)
     put_together(path, manifest, arrays)
     sessions.load(path, chat, setup)  # the forger knows the format
-    n_live, text = manifest["n_live"], json.loads(arrays["text"].tobytes())
+    n_live, text = manifest["n_live"], json.loads(arrays["text/json"].tobytes())
 
     def altered(name: str, value: Any) -> Any:
         array = arrays[name].copy()
@@ -460,33 +529,36 @@ def test_forged_files_of_the_right_checksum(tmp_path: Path, setup: Setup) -> Non
         return arrays | {name: array}
 
     def told(**fields: Any) -> Any:
-        return arrays | {"text": np.frombuffer(json.dumps(text | fields).encode(), np.uint8)}
+        return arrays | {"text/json": np.frombuffer(json.dumps(text | fields).encode(), np.uint8)}
 
     without = [{name: a for name, a in arrays.items() if name != left_out} for left_out in arrays]
     forged: list[tuple[Any, Any]] = [(manifest, a) for a in without]
     forged += [
-        (manifest, altered("scores.1", np.nan)),
-        (manifest, altered("scores.0", np.inf)),
-        (manifest, altered("seen.0", np.nan)),
-        (manifest, altered("tokens", -1)),
-        (manifest, altered("tokens", 257)),
-        (manifest, altered("text", 0)),
-        (manifest, arrays | {"pending": np.array([-1], np.int32)}),
-        (manifest, arrays | {"pending": np.array([257], np.int32)}),
-        (manifest, arrays | {"pending": np.array([[1]], np.int32)}),
-        (manifest, arrays | {"tokens": arrays["tokens"].astype(np.float32)}),
-        (manifest, arrays | {"tokens": arrays["tokens"][1:]}),
-        (manifest, arrays | {"scores.0": arrays["scores.0"][:1]}),
-        (manifest, arrays | {"scores.0": arrays["scores.0"][:, 1:]}),
-        (manifest, arrays | {"seen.0": np.zeros((4, manifest["composed"][0] + n_live + 1), np.float32)}),
-        (manifest, arrays | {"seen.0": np.zeros((3, 1), np.float32)}),
-        (manifest, arrays | {"keys.0": arrays["keys.0"][1:]}),
-        (manifest, arrays | {"keys.0": arrays["keys.0"][:, 1:]}),
-        (manifest, arrays | {"values.0": np.zeros((len(arrays["keys.0"]), 3), np.uint8)}),
-        (manifest, arrays | {"window": np.zeros((1, 1), np.uint8)}),
+        (manifest, altered("scores/scores.1", np.nan)),
+        (manifest, altered("scores/scores.0", np.inf)),
+        (manifest, altered("scores/seen.0", np.nan)),
+        (manifest, altered("tokens/read", -1)),
+        (manifest, altered("tokens/read", 257)),
+        (manifest, altered("text/json", 0)),
+        (manifest, arrays | {"tokens/pending": np.array([-1], np.int32)}),
+        (manifest, arrays | {"tokens/pending": np.array([257], np.int32)}),
+        (manifest, arrays | {"tokens/pending": np.array([[1]], np.int32)}),
+        (manifest, arrays | {"tokens/read": arrays["tokens/read"].astype(np.float32)}),
+        (manifest, arrays | {"tokens/read": arrays["tokens/read"][1:]}),
+        (manifest, arrays | {"scores/scores.0": arrays["scores/scores.0"][:1]}),
+        (manifest, arrays | {"scores/scores.0": arrays["scores/scores.0"][:, 1:]}),
+        (manifest, arrays | {"scores/seen.0": np.zeros((4, manifest["composed"][0] + n_live + 1), np.float32)}),
+        (manifest, arrays | {"scores/seen.0": np.zeros((3, 1), np.float32)}),
+        (manifest, arrays | {"cells/keys.0": arrays["cells/keys.0"][1:]}),
+        (manifest, arrays | {"cells/keys.0": arrays["cells/keys.0"][:, 1:]}),
+        (manifest, arrays | {"cells/values.0": np.zeros((len(arrays["cells/keys.0"]), 3), np.uint8)}),
+        (manifest, arrays | {"window/bytes": np.zeros((1, 1), np.uint8)}),
         (manifest, told(messages="x")),
         (manifest, told(messages=[1])),
         (manifest, told(messages=[{"role": "user", "content": 3}])),
+        (manifest, told(messages=[{"role": "user"}])),
+        (manifest, told(messages=[{"role": "user", "content": "x", "more": "y"}])),
+        (manifest, told(messages=[{"role": "assistant", "content": "x", "reasoning": 1}])),
         (manifest, told(messages=[{"role": "root", "content": "x"}])),
         (manifest, told(messages=[{"role": ["user"], "content": "x"}])),
         (manifest, told(draft=None)),
@@ -505,7 +577,10 @@ def test_forged_files_of_the_right_checksum(tmp_path: Path, setup: Setup) -> Non
         (manifest, told(pins={})),
         (manifest, told(pins=[[5, 3]])),
         (manifest, told(steps={})),
-        (manifest, arrays | {"text": np.frombuffer(b"[" * 100_000, np.uint8)}),
+        (manifest, arrays | {"text/json": np.frombuffer(b"[" * 100_000, np.uint8)}),
+        (manifest, arrays | {"plain": np.zeros(1, np.uint8)}),
+        (manifest, arrays | {"other/more": np.zeros(1, np.uint8)}),
+        (manifest, arrays | {"scores/more.0": np.zeros(1, np.uint8)}),
         ([manifest], arrays),
         (manifest | {"more": 1}, arrays),
     ]
@@ -519,6 +594,7 @@ def test_forged_files_of_the_right_checksum(tmp_path: Path, setup: Setup) -> Non
         "model_sha256": ("", None, "0" * 64),
         "cache_type": ("f17", 1),
         "engine": (None,),
+        "rope_factors": (None, 1),
     }.items():
         forged += [(manifest | {field: value}, arrays) for value in values]
     for i, (wrong_manifest, wrong_arrays) in enumerate(forged):
@@ -577,9 +653,9 @@ def test_an_engine_that_fails_on_the_way_leaves_an_empty_chat(tmp_path: Path, se
 SAVER = """
 import sys
 from pathlib import Path
-from test_sessions import Setup, fake_chat, sessions
+from test_sessions import Setup, fake_chat, model_files, sessions
 path, setup = Path(sys.argv[1]), Setup(Path(sys.argv[2]), "f16", 0.5)
-sessions.cache_folder = lambda: Path(sys.argv[2]).parent
+model_files.cache_folder = lambda: Path(sys.argv[2]).parent
 chat = fake_chat(n_ctx=10**6)
 chat.messages = [{"role": "user", "content": "w" * 5_000_000}]
 def save():
@@ -662,7 +738,7 @@ def test_what_cannot_be_written(tmp_path: Path, setup: Setup) -> None:
             sessions.save(path, talked(), setup)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["fake.gguf", "pipe"]
     assert (tmp_path / "pipe").is_fifo()
-    with pytest.raises(SessionError, match="cannot read"):
+    with pytest.raises(ModelError, match="cannot read"):
         sessions.save(tmp_path / "s.kvc", talked(), replace(setup, model=tmp_path / "gone.gguf"))
     link = tmp_path / "link.kvc"
     link.symlink_to(tmp_path / "target.kvc")
@@ -727,11 +803,11 @@ def test_a_model_is_hashed_once(tmp_path: Path, setup: Setup) -> None:
     content = bytes(range(256)) * 10_000
     setup.model.write_bytes(content)
     for _ in range(2):
-        digest = sessions.model_digest(setup.model, lambda *n: reads.append(n))
+        digest = model_files.model_digest(setup.model, lambda *n: reads.append(n))
         assert digest == hashlib.sha256(content).hexdigest()
         assert reads == [(1, 2), (2, 2), (2, 2)]
     setup.model.write_bytes(content[::-1])
-    assert sessions.model_digest(setup.model) == hashlib.sha256(content[::-1]).hexdigest()
+    assert model_files.model_digest(setup.model) == hashlib.sha256(content[::-1]).hexdigest()
 
 
 # -- the command line -------------------------------------------------------------------------------------------------

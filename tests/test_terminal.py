@@ -100,6 +100,20 @@ def leave(child: Any) -> None:
     assert (child.exitstatus, child.signalstatus) == (0, None)
 
 
+def test_the_default_model_says_that_it_is_a_toy(
+    terminal: Terminal, tmp_path: Path, real_model: Callable[[str], Path]
+) -> None:
+    cache = tmp_path / "home" / "cache"
+    cache.mkdir(parents=True)
+    (cache / "models").symlink_to(real_model("smollm2-135m").parent)
+    child = terminal(model=Path("smollm2-135m"))
+    greeting, hint, *_ = plain(child.before).splitlines()
+    assert "1024 positions" in greeting
+    assert re.fullmatch(r"smollm2-135m is a toy, to try the program with(; the best model that fits now is .+)?", hint)
+    leave(child)
+    assert " is a toy" not in plain(terminal().before)
+
+
 def test_a_chat_with_every_command(terminal: Terminal, tmp_path: Path) -> None:
     note = tmp_path / "note.txt"
     note.write_text("Some facts. " * 10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -130,6 +131,36 @@ def write_tiny_model(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def split_model(path: Path, folder: Path, n: int, *, name: str = "tiny", first_empty: bool = False) -> list[Path]:
+    """The model of a file as ``n`` files, as llama-gguf-split writes them; ``first_empty``: a first one of no tensors.
+
+    Only the first has the header's values, and the numbers of the files stand behind them.
+    """
+    reader = gguf.GGUFReader(path)
+    tensors = list(reader.tensors)
+    n_full = n - first_empty
+    edges = [0] * first_empty + [len(tensors) * i // n_full for i in range(n_full + 1)]
+    edges = [0] * first_empty + [len(tensors) * i // n_full for i in range(n_full + 1)]
+    groups = [tensors[begin:end] for begin, end in itertools.pairwise(edges)]
+    paths = [folder / f"{name}-{i + 1:05d}-of-{n:05d}.gguf" for i in range(n)]
+    for i, (group, shard) in enumerate(zip(groups, paths, strict=True)):
+        writer = gguf.GGUFWriter(str(shard), reader.fields["general.architecture"].contents())
+        for field in reader.fields.values() if i == 0 else ():
+            if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+                sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+                writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub_type)
+        writer.add_uint16("split.no", i)
+        writer.add_uint16("split.count", n)
+        writer.add_int32("split.tensors.count", len(tensors))
+        for tensor in group:
+            writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return paths
 
 
 def replayed(engine: Engine, tokens: Sequence[int], near: slice | None = None) -> list[np.ndarray]:

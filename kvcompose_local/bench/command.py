@@ -67,12 +67,13 @@ def bench_command(
     from kvcompose_local.bench import measure
     from kvcompose_local.errors import InvalidInput
     from kvcompose_local.evaluation.tasks import prose
+    from kvcompose_local.install.model_files import check_gguf, size_of
     from kvcompose_local.llama_ffi.cells import library_is_patched
     from kvcompose_local.repl import Status
 
     status = Status(sys.stderr)
     path = models.resolve(model, pull=True, progress=status.fetching)
-    models.check_gguf(path)
+    check_gguf(path)
     if not library_is_patched():
         raise InvalidInput("the benchmark needs the patched engine: run `kvcompose-local build`")
     bandwidth, matmul = measure.memory_bandwidth(), measure.matmul_rate()
@@ -94,8 +95,8 @@ def bench_command(
             )
     finally:  # what was measured is shown, whatever stopped the rest
         if results:
-            click.echo(measure.tables(results, path.stat().st_size, bandwidth, matmul))
+            click.echo(measure.tables(results, size_of(path), bandwidth, matmul))
             if plot is not None:
                 measure.plot(results, plot)
                 status.line(f"drew {plot}")
-            click.echo(json.dumps(measure.as_json(results, path.stat().st_size, bandwidth, matmul)))
+            click.echo(json.dumps(measure.as_json(results, size_of(path), bandwidth, matmul)))

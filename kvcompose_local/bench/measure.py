@@ -30,12 +30,12 @@ from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import EngineError, InvalidInput, KVComposeError
+from kvcompose_local.install.model_files import model_digest
 from kvcompose_local.interfaces import CacheSnapshot, LayerShape, Sampling
 from kvcompose_local.llama_ffi.library import library_path
 from kvcompose_local.llama_ffi.model import Model
 from kvcompose_local.pin import library_dir
 from kvcompose_local.profiles import Profile
-from kvcompose_local.sessions import model_digest
 
 UNPATCHED = "unpatched llama.cpp"
 TWIN = "the same, patched"

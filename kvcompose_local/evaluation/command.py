@@ -91,6 +91,7 @@ def eval_command(
     from kvcompose_local.evaluation.harness import FULL, Evaluation, cell_share, check_method, room_for
     from kvcompose_local.evaluation.methods import method_names
     from kvcompose_local.evaluation.tasks import TASKS, make_item
+    from kvcompose_local.install.model_files import check_gguf
     from kvcompose_local.repl import Status
 
     if quick:
@@ -106,7 +107,7 @@ def eval_command(
         check_method(name)
     status = Status(sys.stderr)
     path = models.resolve(model, pull=True, progress=status.fetching)
-    models.check_gguf(path)
+    check_gguf(path)
     output = output or Path(f"{path.stem}.eval.jsonl")
     n_cells = room_for(length, whole_replay=any(name.startswith("published") for name in methods))
     with open_uncompressed(path, length, n_cells, threads) as engine:
@@ -209,12 +210,13 @@ def profile_command(model: str | None, texts: int, length: int, output: Path | N
     from kvcompose_local import models, profiles
     from kvcompose_local.evaluation.harness import room_for
     from kvcompose_local.evaluation.profiling import measure_profile
+    from kvcompose_local.install.files import own_folder, replacing
+    from kvcompose_local.install.model_files import check_gguf, model_digest
     from kvcompose_local.repl import Status
-    from kvcompose_local.sessions import model_digest, replacing
 
     status = Status(sys.stderr)
     path = models.resolve(model, pull=True, progress=status.fetching)
-    models.check_gguf(path)
+    check_gguf(path)
     digest = model_digest(path, status.checking)
     with open_uncompressed(path, length, room_for(length), threads) as engine:
         profile = measure_profile(
@@ -226,6 +228,8 @@ def profile_command(model: str | None, texts: int, length: int, output: Path | N
             progress=lambda done, total, what: status.progress("measuring:", done, total, what),
         )
     file = output or profiles.user_path(digest)
+    if output is None:
+        own_folder(file.parent)
     with replacing(file) as stream:
         stream.write(profile.dump().encode())
     status.line(f"wrote {file}")

@@ -13,6 +13,7 @@ from kvcompose_local.engines.patched import PatchedEngine
 from kvcompose_local.evaluation.predicting import fit, observe
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import make_item
+from kvcompose_local.install.model_files import size_of
 from kvcompose_local.profiles import KEEPS, Profile, faded
 
 #: Kinds of text that differ: facts in prose, documents, a conversation, code-like assignments, and such as questions
@@ -59,5 +60,5 @@ def measure_profile(
         observed.append(observe(stats, item, tail))
     progress(n_texts, n_texts, "texts")
     predictor = fit(observed, lambda done, total: progress(done, total, "heads"))
-    n_bytes = model.path.stat().st_size
+    n_bytes = size_of(model.path)
     return profiles.average(model.name, model_sha256, budgets, lengths, weights, n_bytes, predictor)

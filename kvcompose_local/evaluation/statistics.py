@@ -13,9 +13,9 @@ from kvcompose_local.attention import AttentionMax
 from kvcompose_local.cell_scores import N_NEAREST, SCORE_DTYPE, SEEN_DTYPE
 from kvcompose_local.compaction import near_chunk
 from kvcompose_local.engines.base import LlamaEngine
+from kvcompose_local.install.model_files import model_digest
 from kvcompose_local.interfaces import FloatArray
 from kvcompose_local.profiles import Profile, Tuning
-from kvcompose_local.sessions import model_digest
 
 #: Tokens of :attr:`Statistics.look_back`.
 N_LOOKING_BACK = 64

@@ -9,10 +9,14 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvcompose_local.errors import EngineError, ModelError
+from kvcompose_local.install.gguf_header import BadHeader, read_header
+from kvcompose_local.install.model_files import files_of
 from kvcompose_local.llama_ffi.library import clear_log, last_log, lib
 
 if TYPE_CHECKING:
@@ -28,6 +32,17 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
+#: What to do about what llama.cpp complains of.
+_ADVICE = (
+    ("file bounds|failed to read|incomplete", ": the file is cut off or damaged, fetch it again"),
+    ("unknown (model architecture|pre-tokenizer|tokenizer)", ": a newer kvcompose-local may know it"),
+    ("(invalid|illegal) split", ": it is one of several files, name it as it was: NAME-00001-of-00003.gguf or such"),
+)
+#: Texts of tokens that end an answer, among the ones that vocabularies have at llama.cpp's default of EOS.
+_ENDS = frozenset(
+    """</s> <eos> <EOS> [EOS] <|eos|> <|plamo:eos|> <|endoftext|> <|end_of_text|> <|im_end|> <|eot_id|> <|eom_id|>
+    <|end|> <|return|> <end_of_turn> <turn|> <EOT> [EOT] <｜end▁of▁sentence｜> <end_of_utterance>""".split()
+)
 #: What vocabularies may take as one word: some of them letters with digits or marks.
 _RUN = re.compile(r"\s+|\S+")
 _LONGEST_RUN = 4096
@@ -70,11 +85,12 @@ class Model:
             return True
 
         params.progress_callback = on_progress
-        try:
-            self.file = open(path, "rb")  # noqa: SIM115 -- as long as the model: what its path names may change
-        except OSError as error:
-            raise ModelError(f"cannot load {path.name}: {error.strerror or error}") from error
-        weakref.finalize(self, self.file.close)  # Python warns of an open file that is dropped, not of a model
+        with ExitStack() as stack:
+            try:  # they stay open as long as the model: what its path names may change
+                self.files = tuple(stack.enter_context(open(file, "rb")) for file in files_of(path))
+            except OSError as error:
+                raise ModelError(f"cannot load {path.name}: {error.strerror or error}") from error
+            self._close_files = weakref.finalize(self, stack.pop_all().close)
         clear_log()
         self._pointer = lib.llama_model_load_from_file(os.fsencode(path), params)
         if stopped:
@@ -82,7 +98,9 @@ class Model:
             raise stopped[0]
         if not self._pointer:
             self.close()
-            raise ModelError(f"llama.cpp cannot load {path.name}{last_log()}")
+            told = last_log()
+            advice = next((advice for words, advice in _ADVICE if re.search(words, told)), "")
+            raise ModelError(f"llama.cpp cannot load {path.name}{told}{advice}")
 
     @property
     def _model(self) -> Any:
@@ -99,7 +117,7 @@ class Model:
         if getattr(self, "_pointer", None):
             lib.llama_model_free(self._pointer)
             self._pointer = None
-        self.file.close()
+        self._close_files()
 
     def metadata(self, key: str) -> str | None:
         """The GGUF value of ``key`` as llama.cpp prints it (arrays as ``[a, b]``), or None."""
@@ -261,33 +279,68 @@ class Model:
         """Whether ``text`` is one token of the vocabulary that no other text becomes."""
         return len(self.tokenize(text)) == 1 and len(self.tokenize(text, special=False)) > 1
 
+    def special_token(self, which: str) -> int | None:
+        """The ``bos`` or ``eos`` token, None where the header names none.
+
+        llama.cpp would take a default of the vocabulary's type, which for byte-level BPE is token 11, a comma.
+        """
+        told = self.metadata(f"tokenizer.ggml.{which}_token_id") or ""
+        return int(told) if told.isdecimal() and int(told) < self.n_vocab else None
+
     def special_text(self, which: str) -> str:
-        """Text of the ``bos`` or ``eos`` token, empty when the vocabulary has none."""
-        token = getattr(lib, f"llama_vocab_{which}")(self._vocab)
-        return lib.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace") if token >= 0 else ""
+        """Text of the ``bos`` or ``eos`` token, empty where the header names none."""
+        token = self.special_token(which)
+        return "" if token is None else self._text_of(token)
+
+    def _text_of(self, token: int) -> str:
+        return lib.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace")  # type: ignore[no-any-return]
 
     @property
     def adds_bos(self) -> bool:
-        return bool(lib.llama_vocab_get_add_bos(self._vocab))
+        """Whether prompts begin with BOS: as the header says, or the vocabulary's type, where the header names one."""
+        return self.special_token("bos") is not None and bool(lib.llama_vocab_get_add_bos(self._vocab))
 
     def is_end(self, token: int) -> bool:
-        """Whether ``token`` ends an answer."""
-        return bool(lib.llama_vocab_is_eog(self._vocab, token))
+        """Whether ``token`` ends an answer: the header says so, or its text does."""
+        is_end = bool(lib.llama_vocab_is_eog(self._vocab, token))
+        if is_end and token == self._default_end:
+            return False
+        return is_end or token in self._further_ends
+
+    @cached_property
+    def _default_end(self) -> int | None:
+        """The token that llama.cpp takes for EOS by the vocabulary's type alone, None where there is more reason."""
+        token = int(lib.llama_vocab_eos(self._vocab))
+        if token < 0 or self.special_token("eos") is not None or self._text_of(token) in _ENDS:
+            return None
+        named = (self.metadata(f"tokenizer.ggml.{which}_token_id") for which in ("eot", "eom"))
+        return None if str(token) in named else token
+
+    @cached_property
+    def _further_ends(self) -> frozenset[int]:
+        """Ends that Ollama's converter lists, which llama.cpp does not read."""
+        try:
+            told = read_header(self.files[0], whole=True).values.get("tokenizer.ggml.eos_token_ids")
+        except (BadHeader, OSError):  # llama.cpp had no objection
+            told = None
+        return frozenset(told if isinstance(told, list) else ())
 
     def tokenize(self, text: str, *, add_bos: bool = False, special: bool = True) -> list[int]:
-        """Token ids of ``text``; ``special`` reads ``<|…|>`` markers as the tokens they name."""
-        parts = _without_long_runs(text) if len(text) > _LONGEST_RUN else [text]
-        return [
-            token
-            for i, part in enumerate(parts)
-            for token in self._tokens_of(part.encode("utf-8", "replace"), add_bos and i == 0, special)
-        ]
+        """Token ids of ``text``; ``special`` reads ``<|…|>`` markers as the tokens they name.
 
-    def _tokens_of(self, raw: bytes, add_bos: bool, special: bool) -> list[int]:
+        ``add_bos`` puts the header's BOS before them. llama.cpp's own way to do that may append EOS as well, and a
+        prompt that ends with EOS gets nonsense for an answer.
+        """
+        bos = self.special_token("bos") if add_bos else None
+        parts = _without_long_runs(text) if len(text) > _LONGEST_RUN else [text]
+        tokens = [token for part in parts for token in self._tokens_of(part.encode("utf-8", "replace"), special)]
+        return tokens if bos is None else [bos, *tokens]
+
+    def _tokens_of(self, raw: bytes, special: bool) -> list[int]:
         size = len(raw) + 8
         for _ in range(2):
             buffer = (lib.llama_token * size)()
-            n = lib.llama_tokenize(self._vocab, raw, len(raw), buffer, size, add_bos, special)
+            n = lib.llama_tokenize(self._vocab, raw, len(raw), buffer, size, False, special)
             if n >= 0:
                 return list(buffer[:n])
             size = -n

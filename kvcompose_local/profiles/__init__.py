@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcompose_local.errors import InvalidInput, KVComposeError
+from kvcompose_local.install.model_files import size_of
 from kvcompose_local.interfaces import IntArray
 from kvcompose_local.predictor import Predictor
 from kvcompose_local.resources import cache_folder
@@ -214,7 +215,7 @@ def tuning_of(path: Path, digest: Callable[[Path], str]) -> Tuning:
 
     digest: gives a file's sha256, asked only where some tuned profile is of a file as large, since it may take seconds.
     """
-    n_bytes = path.stat().st_size
+    n_bytes = size_of(path)
     tuned = [p for p in (*_own(), *_shipped()) if (p.weights or p.predictor) and p.model_bytes == n_bytes]
     model_sha256 = digest(path) if tuned else ""
     known = [profile for profile in tuned if profile.model_sha256 == model_sha256]

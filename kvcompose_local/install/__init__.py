@@ -1,0 +1,1 @@
+"""What lies on the disk: model files, and files that are written whole or not at all."""
