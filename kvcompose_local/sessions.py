@@ -50,9 +50,9 @@ LAST = "last"
 #: Bytes of a file name, almost everywhere.
 _LONGEST_NAME = 255
 _NAME = re.compile(r"[\w-][\w -]*")
-#: Texts of a ChatState, and the ones that are left out where they are empty, as in older files.
+#: Texts of a ChatState, and what is left out where it is empty, as in older files.
 _STRINGS = ("draft", "fed")
-_OPTIONAL_STRINGS: tuple[str, ...] = ()
+_OPTIONAL: dict[str, type] = {"template": str, "began": float}
 
 Array = npt.NDArray[Any]
 
@@ -213,7 +213,7 @@ def _sections_of(state: ChatState) -> dict[str, Section]:
     """What a session is made of."""
     memory, cells = state.memory, state.memory.cells
     text = {name: getattr(state, name) for name in (*_STRINGS, "system", "messages")}
-    text |= {name: value for name in _OPTIONAL_STRINGS if (value := getattr(state, name))}
+    text |= {name: value for name in _OPTIONAL if (value := getattr(state, name))}
     text["steps"] = [[step.begin, step.n_messages, step.draft, step.answer] for step in state.steps]
     text["pins"] = memory.pins
     raw = np.frombuffer(json.dumps(text).encode(), np.uint8)
@@ -371,12 +371,15 @@ def _text(raw: bytes) -> tuple[dict[str, Any], tuple[tuple[int, int], ...]]:
     """The text fields of a ChatState, and the pins. Raises ValueError where they are not what they should be."""
     text = json.loads(raw)
     needed = {*_STRINGS, "system", "messages", "steps", "pins"}
-    if not isinstance(text, dict) or not needed <= text.keys() <= needed | {*_OPTIONAL_STRINGS}:
+    if not isinstance(text, dict) or not needed <= text.keys() <= needed | {*_OPTIONAL}:
         raise ValueError("its text is not that of a chat")
     if not all(isinstance(text[name], list) for name in ("messages", "steps", "pins")):
         raise ValueError("its text is not that of a chat")
-    if not all(isinstance(text.get(name, ""), str) for name in (*_STRINGS, *_OPTIONAL_STRINGS)):
+    kinds = dict.fromkeys(_STRINGS, str) | _OPTIONAL
+    if not all(type(text.get(name, kind())) is kind for name, kind in kinds.items()):
         raise ValueError("its text is not that of a chat")
+    if not 0 <= text.get("began", 0.0) < 2**32:  # seconds since 1970
+        raise ValueError("it began at no time")
     if not isinstance(text["system"], str | None):
         raise ValueError("its system prompt is no text")
     messages = tuple(map(_message, text["messages"]))
