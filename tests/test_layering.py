@@ -39,6 +39,7 @@ ORDER = (
     "pin",
     "build",
     "llama_ffi.library",
+    "llama_ffi.text_parts",
     "llama_ffi.model",
     "llama_ffi.context",
     "llama_ffi.cells",
