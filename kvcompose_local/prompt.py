@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
@@ -10,6 +11,7 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.output import DummyOutput, Output, create_output
 
 
 class CommandCompleter(Completer):
@@ -50,13 +52,27 @@ def _history() -> History:
     return _History(str(history))
 
 
+def _output() -> Output:
+    """Where to draw: standard output, standard error where that goes elsewhere, or the terminal they were taken from."""
+    stream = next((stream for stream in (sys.stdout, sys.stderr) if stream.isatty()), None)
+    if stream is None:
+        try:
+            stream = open("/dev/tty", "w", encoding="utf-8")  # noqa: SIM115 -- as long as the chat
+        except OSError:
+            return DummyOutput()
+    return create_output(stdout=stream)
+
+
 def line_reader(commands: Sequence[str], sessions: Callable[[], Sequence[str]]) -> Callable[[str], str | None]:
     """A function that reads one message from the terminal; None at Ctrl-D, KeyboardInterrupt at Ctrl-C.
 
     Its argument is the text that is there to be edited.
     """
     session: PromptSession[str] = PromptSession(
-        history=_history(), completer=CommandCompleter(commands, sessions), complete_while_typing=False
+        history=_history(),
+        completer=CommandCompleter(commands, sessions),
+        complete_while_typing=False,
+        output=_output(),
     )
 
     def read_line(text: str) -> str | None:

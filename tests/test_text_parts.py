@@ -175,6 +175,6 @@ def test_parts_are_the_text_and_keep_characters_whole() -> None:
 def test_no_marker_is_cut(tmp_path: Path, marker: str, around: str) -> None:
     model = Model(write_bpe_vocabulary(tmp_path / "vocabulary.gguf", "qwen2"), header_only=True)
     (token,) = model._tokens_of(marker.encode(), True)
-    for shift in range(0, len(marker) + 2):
+    for shift in range(len(marker) + 2):
         text = "x" * shift + (around * 10 + marker) * 300
         assert model.tokenize(text).count(token) == 300
