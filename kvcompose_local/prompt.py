@@ -53,7 +53,7 @@ def _history() -> History:
 
 
 def _output() -> Output:
-    """Where to draw: standard output, standard error where that goes elsewhere, or the terminal they were taken from."""
+    """Where to draw: standard output, or standard error where that goes elsewhere, or the terminal of this program."""
     stream = next((stream for stream in (sys.stdout, sys.stderr) if stream.isatty()), None)
     if stream is None:
         try:
