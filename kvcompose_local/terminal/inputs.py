@@ -183,7 +183,7 @@ def paths_in(argument: str) -> list[Path]:
 
 def dropped_files(line: str) -> list[Path]:
     """The files that a line consists of, where it is nothing but paths (with a folder, a tilde or ``file://``)."""
-    if "\n" in line or not line.startswith(("/", "~", "./", "../", "file://", "'", '"')):
+    if "\n" in line or not line.lower().startswith(("/", "~", "./", "../", "file://", "'", '"')):
         return []
     paths = paths_in(line.strip())
     return paths if paths and all("/" in str(path) and _is_file(path) for path in paths) else []
