@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from typing import TextIO
 
 import platformdirs
 from prompt_toolkit import PromptSession
@@ -12,6 +14,7 @@ from prompt_toolkit.completion import CompleteEvent, Completer, Completion, Path
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.output import DummyOutput, Output, create_output
+from prompt_toolkit.output.plain_text import PlainTextOutput
 
 
 class CommandCompleter(Completer):
@@ -52,15 +55,17 @@ def _history() -> History:
     return _History(str(history))
 
 
-def _output() -> Output:
-    """Where to draw: standard output, or standard error where that goes elsewhere, or the terminal of this program."""
-    stream = next((stream for stream in (sys.stdout, sys.stderr) if stream.isatty()), None)
-    if stream is None:
+def _output() -> Output | None:
+    """Where to draw: None is standard output, otherwise standard error or the terminal that the program runs in."""
+    if sys.stdout.isatty():
+        return None
+    stream: TextIO = sys.stderr
+    if not stream.isatty():
         try:
             stream = open("/dev/tty", "w", encoding="utf-8")  # noqa: SIM115 -- as long as the chat
         except OSError:
             return DummyOutput()
-    return create_output(stdout=stream)
+    return PlainTextOutput(stream) if os.environ.get("TERM") == "dumb" else create_output(stdout=stream)
 
 
 def line_reader(commands: Sequence[str], sessions: Callable[[], Sequence[str]]) -> Callable[[str], str | None]:

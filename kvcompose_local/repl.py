@@ -46,8 +46,8 @@ _REDRAW_SECONDS, _LINE_SECONDS = 0.2, 10.0
 _BAR_WIDTH = 20
 #: Work on so many is shown before its first part is done, which may take seconds.
 _MANY = 256
-#: Tokens of so many characters are counted, which takes a second or two.
-_MANY_CHARACTERS = 4 << 20
+#: Tokens of so many characters are counted at once, which takes less than a second.
+_MANY_CHARACTERS = 1 << 18
 #: Commands that take no text; the others say themselves what they take.
 _ALONE = frozenset("/help /undo /forget /pin /stats /memory /clear /quit".split())
 
@@ -191,11 +191,14 @@ def meanwhile(work: Callable[[Callable[[], bool]], None]) -> Iterator[None]:
 
 def check_room(chat: Chat, documents: Sequence[tuple[str, str]]) -> None:
     """Raises PositionsFull where (name, text) do not all fit the positions left: reading some takes minutes."""
-    n_tokens = 0
-    for _, text in documents:
-        part = text[:_MANY_CHARACTERS]  # the rest is taken to be like it
-        n_tokens += len(chat.model.tokenize(part)) * len(text) // len(part)
-    chat.memory.check_positions(chat.memory.position + chat.unread_tokens, n_tokens)
+    memory, whole = chat.memory, "".join(text for _, text in documents)
+    position, n_tokens, end = memory.position + chat.unread_tokens, 0, 0
+    while end < len(whole) and position + n_tokens <= memory.n_ctx:
+        n_tokens += len(chat.model.tokenize(whole[end : end + _MANY_CHARACTERS]))
+        end += _MANY_CHARACTERS
+    if end < len(whole):  # the rest is taken to be like it
+        n_tokens = n_tokens * len(whole) // end
+    memory.check_positions(position, n_tokens)
 
 
 class _Fenced(str):
