@@ -405,7 +405,8 @@ class Repl:
             self.status.line(f"(stopped after {self.max_tokens} tokens: --max-tokens allows more)")
         elif stats.stopped == "end" and not self.chat.messages[-1]["content"].strip():
             way = "/regen tries again" if self._takes_commands else "ask in other words, or with another --seed"
-            self.status.line(f"(the model said nothing: {way})")
+            thought = "thought and " if self.chat.messages[-1].get("reasoning") else ""
+            self.status.line(f"(the model {thought}said nothing: {way})")
         elif stats.stopped == "interrupt":
             unread = self.chat.unread_tokens
             self.status.line(
