@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def main() -> None:
     """The command line, of which importing alone takes a tenth of a second: Ctrl-C ends that in one line, too."""
+    open_what_is_closed()
     try:
         from kvcompose_local import cli
     except KeyboardInterrupt:
         sys.stderr.write("error: stopped\n")
         sys.exit(1)
     cli.main()
+
+
+def open_what_is_closed() -> None:
+    """Give closed standard streams the null device: what is opened next would get their number, and native errors."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 -- as long as the program
 
 
 if __name__ == "__main__":

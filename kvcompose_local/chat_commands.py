@@ -24,6 +24,7 @@ from click.shell_completion import CompletionItem
 from kvcompose_local.errors import InvalidInput, KVComposeError
 from kvcompose_local.figures import MIB, describe, greeting, result
 from kvcompose_local.options import CACHE_TYPE_NAMES, Real, threads_option
+from kvcompose_local.terminal import inputs
 
 if TYPE_CHECKING:
     from kvcompose_local.api import LocalChat
@@ -149,7 +150,7 @@ def run_command(
     from kvcompose_local.install.model_files import check_gguf
     from kvcompose_local.interfaces import Sampling
     from kvcompose_local.interrupts import Interrupts
-    from kvcompose_local.repl import COMMANDS, Repl, Status
+    from kvcompose_local.repl import COMMANDS, Repl, Status, check_room
 
     if prompt is not None and not prompt.strip():
         raise click.BadParameter("there is no question in it", param_hint="-p")
@@ -162,9 +163,11 @@ def run_command(
     interactive = prompt is None and sys.stdin.isatty()
     if as_json and interactive:
         raise click.UsageError("--json goes with -p or with piped input")
-    documents = [read_document(path) for path in files]
     interrupts = Interrupts()
     status = Status(sys.stderr, should_stop=interrupts)
+    documents, empty = inputs.read_all(files)
+    for name in empty:
+        status.line(f"{name} holds no text: it is left out")
     if prompt is not None and Path("-") not in files and is_fed(sys.stdin):
         status.line("what is piped in is not read beside -p: -f - reads it as a text")
     session_path = sessions.path_of(session) if session is not None else None
@@ -241,15 +244,16 @@ def run_command(
                 raise KVComposeError("the session has a system prompt of its own: in the chat, /system sets another")
             status.line(loaded)
         with interrupts.caught():
-            n_tokens = sum(len(chat.model.tokenize(text)) for text in documents)  # before minutes of reading some
-            chat.memory.check_positions(chat.memory.position, n_tokens)
-            for path, text in zip(files, documents, strict=True):
+            check_room(chat, documents)
+            for name, text in documents:
                 stats = chat.read(text, pin=pin and budget < 1)
                 if stats.stopped and not interactive:
-                    raise KVComposeError(f"stopped while reading {path}")
+                    raise KVComposeError(f"stopped while reading {name}")
                 if stats.stopped:
-                    unread = f"the other {chat.unread_tokens} tokens of {path} are read before your next message"
-                    status.line(f"stopped; {unread}{', the files after it are not' if path != files[-1] else ''}")
+                    unread = f"the other {chat.unread_tokens} tokens of {name} are read before your next message"
+                    status.line(
+                        f"stopped; {unread}{', the files after it are not' if text is not documents[-1][1] else ''}"
+                    )
                     break
         if interactive:
             import psutil
@@ -258,6 +262,8 @@ def run_command(
 
             free_bytes = psutil.virtual_memory().available
             status.line(greeting(chat, models.hint_beyond_toy(local.setup.model, free_bytes)))
+            if not sys.stdout.isatty():
+                status.line("Answers go to standard output, which is no terminal.")
             repl.idle = chat.memory.score
             repl.edit = line_reader(COMMANDS, sessions.names)
             repl.read_line = partial(repl.edit, "")
@@ -269,7 +275,7 @@ def run_command(
             if interrupts.leaving:
                 context.exit(128 + interrupts.leaving)
             return
-        lines = iter([prompt]) if prompt is not None else stdin_lines()
+        lines = iter([prompt]) if prompt is not None else inputs.lines()
         with interrupts.leaving_in_order():
             try:
                 while (line := awaited(lines, interrupts)) is not None:
@@ -318,13 +324,6 @@ def begin_loading(context: click.Context, model: str | None, gpu_layers: int | N
     return loading
 
 
-def read_document(path: Path) -> str:
-    """The text of a file, or of standard input for -. Raises InvalidInput for what is not text."""
-    from kvcompose_local.repl import read_text_file
-
-    return "\n".join(stdin_lines()) if path == Path("-") else read_text_file(path)
-
-
 def is_fed(stream: Any) -> bool:
     """Whether something was piped into standard input by now; an empty pipe is what many programs start others with."""
     try:
@@ -337,17 +336,6 @@ def is_fed(stream: Any) -> bool:
         return is_file and any(fcntl.ioctl(handle, termios.FIONREAD, bytes(4)))  # what is left to read
     except (ImportError, OSError, ValueError, AttributeError):
         return False
-
-
-def stdin_lines() -> Iterator[str]:
-    """The lines of standard input as they arrive. Raises InvalidInput for what is not text."""
-    if sys.stdin is None:
-        raise InvalidInput("standard input is closed")
-    try:
-        for line in sys.stdin:
-            yield line.rstrip("\n")
-    except UnicodeDecodeError as error:
-        raise InvalidInput(f"standard input is not UTF-8 text (byte {error.start})") from error
 
 
 def awaited(lines: Iterator[str], interrupts: Interrupts) -> str | None:
@@ -491,9 +479,7 @@ def compress_command(
     sessions.check_writable(path)
     if path.is_file() and path.stat().st_size:
         raise InvalidInput(f"{path} exists, and may hold a chat by now: remove it, or give another name")
-    text = read_document(Path(file))
-    if not text.strip():
-        raise InvalidInput("there is no text to read")
+    ((_, text),), _ = inputs.read_all([Path(file)])
     interrupts = Interrupts()
     status = Status(sys.stderr, should_stop=interrupts)
     model_path = models.resolve(model, pull=True, progress=status.fetching)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import TextIO
 
 import click
 
@@ -17,6 +19,7 @@ from kvcompose_local.chat_commands import compress_command, run_command
 from kvcompose_local.errors import KVComposeError
 from kvcompose_local.evaluation.command import eval_command, profile_command
 from kvcompose_local.options import CACHE_TYPE_NAMES, threads_option
+from kvcompose_local.terminal.shown import show_on_terminals
 
 
 @click.group(
@@ -160,11 +163,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _exit_code(arguments: Sequence[str]) -> int:
     try:
-        if sys.stdout is None or sys.stderr is None:
-            raise KVComposeError("standard output or error is closed: nowhere to print to")
+        if sys.stdout is None:
+            raise KVComposeError("standard output is closed: nowhere to print to")
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? and the chat goes on
+        show_on_terminals()
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # some locales would let any bytes through
         # Not cli.main: it ends without a word on a broken pipe, and prints an empty line for Ctrl-C.
@@ -192,20 +196,22 @@ def _told(error: BaseException) -> int:
     elif isinstance(error, MemoryError):
         message = "out of memory: lower --ctx or --budget"
     elif isinstance(error, BrokenPipeError):
-        message = "the reader of standard output has gone"
-        _give_up_stdout()
+        _give_up(sys.stdout)
+        return 128 + signal.SIGPIPE  # as programs end that say nothing of it
     elif isinstance(error, OSError):
         message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
-        _give_up_stdout()
+        _give_up(sys.stdout)
     else:
         message = f"unexpected {type(error).__name__}: {error} (`kvcompose-local --debug …` shows where)"
-    with contextlib.suppress(OSError, AttributeError):  # stderr is full or closed: the exit code must do
+    try:
         sys.stderr.write("error: " + " ".join(message.split()) + "\n")
         sys.stderr.flush()
+    except OSError:  # it is full, or its reader has gone: the exit code must do
+        _give_up(sys.stderr)
     return code
 
 
-def _give_up_stdout() -> None:
-    """Let what is left in the buffer vanish: Python's flush at exit would fail again, with a traceback."""
+def _give_up(stream: TextIO) -> None:
+    """Let what is left in a buffer vanish: Python's flush at exit would fail again, with a traceback."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

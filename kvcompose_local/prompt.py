@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from typing import TextIO
 
 import platformdirs
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.output import DummyOutput, Output, create_output
+from prompt_toolkit.output.plain_text import PlainTextOutput
 
 
 class CommandCompleter(Completer):
@@ -50,13 +55,29 @@ def _history() -> History:
     return _History(str(history))
 
 
+def _output() -> Output | None:
+    """Where to draw: None is standard output, otherwise standard error or the terminal that the program runs in."""
+    if sys.stdout.isatty():
+        return None
+    stream: TextIO = sys.stderr
+    if not stream.isatty():
+        try:
+            stream = open("/dev/tty", "w", encoding="utf-8")  # noqa: SIM115 -- as long as the chat
+        except OSError:
+            return DummyOutput()
+    return PlainTextOutput(stream) if os.environ.get("TERM") == "dumb" else create_output(stdout=stream)
+
+
 def line_reader(commands: Sequence[str], sessions: Callable[[], Sequence[str]]) -> Callable[[str], str | None]:
     """A function that reads one message from the terminal; None at Ctrl-D, KeyboardInterrupt at Ctrl-C.
 
     Its argument is the text that is there to be edited.
     """
     session: PromptSession[str] = PromptSession(
-        history=_history(), completer=CommandCompleter(commands, sessions), complete_while_typing=False
+        history=_history(),
+        completer=CommandCompleter(commands, sessions),
+        complete_while_typing=False,
+        output=_output(),
     )
 
     def read_line(text: str) -> str | None:

@@ -7,9 +7,8 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import TextIO
 
 from kvcompose_local.chat import Chat, Said, TurnStats
@@ -18,6 +17,8 @@ from kvcompose_local.compaction import CompactionReport
 from kvcompose_local.errors import InvalidInput, KVComposeError, PositionsFull
 from kvcompose_local.interrupts import Interrupts, uninterrupted
 from kvcompose_local.memory_chart import ASCII_MARKS, UNICODE_MARKS, can_show, draw
+from kvcompose_local.terminal import inputs
+from kvcompose_local.terminal.shown import control, shown
 
 HELP = """\
 /help           this text
@@ -29,7 +30,7 @@ HELP = """\
 /stats          speeds, tokens and cache of this chat
 /memory         what each layer of the cache holds
 /compress [R]   compress the cache now, keeping at most the share R of the bytes in use (default 0.5)
-/read FILE      read a text file now; your next message asks about it
+/read FILE…     read text files now; your next message asks about them
 /system [TEXT]  show the system prompt, or set it and read the conversation again under it; \"\" for none
 /clear          forget the conversation, keep the system prompt
 /save NAME      save the chat and its cache under a name, or to a path
@@ -45,6 +46,8 @@ _REDRAW_SECONDS, _LINE_SECONDS = 0.2, 10.0
 _BAR_WIDTH = 20
 #: Work on so many is shown before its first part is done, which may take seconds.
 _MANY = 256
+#: Tokens of so many characters are counted at once, which takes less than a second.
+_MANY_CHARACTERS = 1 << 18
 #: Commands that take no text; the others say themselves what they take.
 _ALONE = frozenset("/help /undo /forget /pin /stats /memory /clear /quit".split())
 
@@ -95,7 +98,10 @@ class Status:
             left = f", {elapsed / done * (total - done):.0f} s left" if done and total else ""
             text = f"{what} {done}/{total} {unit}{left}" if total else f"{what} {done} {unit}"
             text += _bar(done, total, len(text)) if self._terminal else "\n"
-            self._write(f"\r\x1b[K{_fitting(text)}" if self._terminal else text)
+            if self._terminal:
+                self._write(_fitting(shown(text)), over=True)
+            else:
+                self._write(text)
             self._shown = self._terminal
             self._last = now
         if self.should_stop():
@@ -144,14 +150,17 @@ class Status:
 
     def _erase(self) -> None:
         if self._shown:
-            self._write("\r\x1b[K")
+            self._write("", over=True)
             self._shown = False
 
-    def _write(self, text: str) -> None:
-        if self.inside_a_line:
-            self.inside_a_line = False
-            text = "\n" + text
+    def _write(self, text: str, *, over: bool = False) -> None:
+        """``over`` what stands on the line already."""
         with contextlib.suppress(OSError):  # a window that is gone must not end what is done in its name
+            if self.inside_a_line:
+                self.inside_a_line = False
+                self.stream.write("\n")
+            if over:
+                control(self.stream, "\r\x1b[K")
             self.stream.write(text)
             self.stream.flush()
 
@@ -180,18 +189,16 @@ def meanwhile(work: Callable[[Callable[[], bool]], None]) -> Iterator[None]:
                 thread.join()
 
 
-def read_text_file(path: Path) -> str:
-    """The text of a UTF-8 file. Raises InvalidInput, in one line, for what cannot be read as text."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise InvalidInput(f"cannot read {path}: {error.strerror or error}") from error
-    if b"\x00" in raw:
-        raise InvalidInput(f"{path} is a binary file, not text")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InvalidInput(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error
+def check_room(chat: Chat, documents: Sequence[tuple[str, str]]) -> None:
+    """Raises PositionsFull where (name, text) do not all fit the positions left: reading some takes minutes."""
+    memory, whole = chat.memory, "".join(text for _, text in documents)
+    position, n_tokens, end = memory.position + chat.unread_tokens, 0, 0
+    while end < len(whole) and position + n_tokens <= memory.n_ctx:
+        n_tokens += len(chat.model.tokenize(whole[end : end + _MANY_CHARACTERS]))
+        end += _MANY_CHARACTERS
+    if end < len(whole):  # the rest is taken to be like it
+        n_tokens = n_tokens * len(whole) // end
+    memory.check_positions(position, n_tokens)
 
 
 class _Fenced(str):
@@ -243,7 +250,7 @@ class _Printed:
 
     def _dim(self, on: bool) -> None:
         if on != self._is_dim:
-            self.out.write("\x1b[2m" if on else "\x1b[0m")
+            control(self.out, "\x1b[2m" if on else "\x1b[0m")
             self.out.flush()
             self._is_dim = on
 
@@ -311,7 +318,9 @@ class Repl:
                 with self.interrupts.caught():
                     if self.interrupts.leaving:  # it came after the message did
                         return
-                    if not isinstance(message, _Fenced) and self._is_command(message):
+                    if not isinstance(message, _Fenced) and inputs.dropped_files(message):
+                        self.status.line(f"that is a file: /read {message.strip()} reads it")
+                    elif not isinstance(message, _Fenced) and self._is_command(message):
                         if self._command(message) == "quit":
                             return
                     else:
@@ -394,6 +403,10 @@ class Repl:
             self.status.line(f"the chat has used all {self.chat.memory.n_ctx} positions: {self._more_positions()}")
         elif stats.stopped == "length":
             self.status.line(f"(stopped after {self.max_tokens} tokens: --max-tokens allows more)")
+        elif stats.stopped == "end" and not self.chat.messages[-1]["content"].strip():
+            way = "/regen tries again" if self._takes_commands else "ask in other words, or with another --seed"
+            thought = "thought and " if self.chat.messages[-1].get("reasoning") else ""
+            self.status.line(f"(the model {thought}said nothing: {way})")
         elif stats.stopped == "interrupt":
             unread = self.chat.unread_tokens
             self.status.line(
@@ -433,7 +446,7 @@ class Repl:
         elif name == "/system":
             self._system(argument)
         elif name == "/read":
-            self._read_file(argument)
+            self._read_files(argument)
         elif name == "/save":
             self.status.line(self.save(argument))
         elif name == "/load":
@@ -506,16 +519,19 @@ class Repl:
         else:
             self.status.line(self.chat.system or "there is no system prompt; /system TEXT sets one")
 
-    def _read_file(self, argument: str) -> None:
+    def _read_files(self, argument: str) -> None:
         if not argument:
             raise InvalidInput("/read takes a file name")
-        path = Path(os.path.expanduser(argument))  # which leaves the name of no user as it is
-        if argument[0] == argument[-1] in "\"'" and not path.exists():  # as a shell would have it
-            path = Path(os.path.expanduser(argument[1:-1]))
-        stats = self.chat.read(read_text_file(path))
-        self.status.line(
-            f"read {stats.prompt_tokens} tokens of {argument}: ask about it"
-            if stats.stopped != "interrupt"
-            else f"stopped; the other {self.chat.unread_tokens} tokens are read before your next message"
-        )
+        documents, empty = inputs.read_all(inputs.paths_in(argument))
+        for name in empty:
+            self.status.line(f"{name} holds no text: it is left out")
+        check_room(self.chat, documents)
+        for i, (name, text) in enumerate(documents):
+            stats = self.chat.read(text)
+            if stats.stopped == "interrupt":
+                more = ", the files after it are not" if i + 1 < len(documents) else ""
+                unread = self.chat.unread_tokens
+                self.status.line(f"stopped; the other {unread} tokens are read before your next message{more}")
+                break
+            self.status.line(f"read {stats.prompt_tokens} tokens of {name}: ask about it")
         self._warn_of_the_end()

@@ -2,42 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import pytest
+from bpe_vocabulary import write_bpe_vocabulary, write_no_vocabulary
 
 from kvcompose_local.engines import open_engine
 from kvcompose_local.errors import EngineError
-from kvcompose_local.llama_ffi.model import _LONGEST_RUN, Model, _without_long_runs
-
-
-def write_vocabulary(path: Path, pre: str) -> Path:
-    """A header with a byte-level BPE vocabulary whose words are split as those of ``pre``, ``none``: without any."""
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(32)
-    writer.add_head_count(1)
-    writer.add_layer_norm_rms_eps(1e-5)
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    signs = [chr(256 + others.index(byte)) if byte in others else chr(byte) for byte in range(256)]
-    if pre == "none":
-        writer.add_tokenizer_model("none")
-        writer.add_vocab_size(8)
-        return written(writer)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list([*signs, "aa", "<|end|>"])
-    writer.add_token_types([gguf.TokenType.NORMAL] * 257 + [gguf.TokenType.CONTROL])
-    writer.add_token_merges(["a a"])
-    writer.add_eos_token_id(257)
-    return written(writer)
+from kvcompose_local.llama_ffi.model import Model
 
 
 def written(writer: gguf.GGUFWriter) -> Path:
@@ -45,27 +19,6 @@ def written(writer: gguf.GGUFWriter) -> Path:
     writer.write_kv_data_to_file()
     writer.close()
     return Path(writer.path)
-
-
-@pytest.mark.parametrize("pre", ["gpt-4o", "tekken", "deepseek-v3", "deepseek-llm", "viking", "superbpe"])
-def test_a_word_of_a_hundred_thousand_letters_is_read(tmp_path: Path, pre: str) -> None:
-    """llama.cpp's own splitter takes the process with it, so this runs in one of its own."""
-    path = write_vocabulary(tmp_path / "vocabulary.gguf", pre)
-    program = """if True:
-        import sys
-        from pathlib import Path
-        from kvcompose_local.llama_ffi.model import Model
-        model = Model(Path(sys.argv[1]), header_only=True)
-        for text in ("a" * 100_000, " " * 50_000, "=" * 50_000, "1" * 50_000, "\\n" * 50_000, "ก" * 20_000,
-                     "a1" * 30_000, "กิ" * 30_000, "1²" * 30_000):
-            tokens = model.tokenize("so " + text + " it is")
-            assert b"".join(map(model.token_bytes, tokens)).decode() == "so " + text + " it is"
-        print(len(model.tokenize("a" * 100_000)))
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert (done.returncode, done.stdout.strip()) == (0, "50000"), done.stderr[-500:]
 
 
 #: Vocabularies of every type that llama.cpp has defaults for: (its name, the tokens at its end, beside the bytes).
@@ -147,16 +100,6 @@ def test_further_ends(tmp_path: Path) -> None:
     assert model.token_bytes(11) == b","
 
 
-def test_only_long_runs_are_cut() -> None:
-    n = _LONGEST_RUN
-    assert _without_long_runs("word " * n) == ["word " * n]
-    assert _without_long_runs("") == [""]
-    text = "so " + "a" * (2 * n + 1) + " " + "-_" * n + "b" * n + " end"
-    parts = _without_long_runs(text)
-    assert "".join(parts) == text
-    assert [len(part) for part in parts] == [3 + n, n, 2 + n, n, n + 4]
-
-
 def test_a_closed_model_says_so(tiny_model: Callable[..., Path]) -> None:
     engine, _ = open_engine(tiny_model("llama"), n_ctx=256, budget=1.0, n_threads=1)
     model = engine.model
@@ -177,12 +120,12 @@ def test_a_closed_model_says_so(tiny_model: Callable[..., Path]) -> None:
 
 def test_a_model_without_a_vocabulary_cannot_chat(tmp_path: Path) -> None:
     """llama.cpp asserts where it is given text."""
-    assert Model(write_vocabulary(tmp_path / "some.gguf", "gpt-2"), header_only=True).can_generate
-    assert not Model(write_vocabulary(tmp_path / "none.gguf", "none"), header_only=True).can_generate
+    assert Model(write_bpe_vocabulary(tmp_path / "some.gguf", "gpt-2"), header_only=True).can_generate
+    assert not Model(write_no_vocabulary(tmp_path / "none.gguf"), header_only=True).can_generate
 
 
 def test_a_header_that_was_closed_says_so(tmp_path: Path) -> None:
-    model = Model(write_vocabulary(tmp_path / "vocabulary.gguf", "gpt-2"), header_only=True)
+    model = Model(write_bpe_vocabulary(tmp_path / "vocabulary.gguf", "gpt-2"), header_only=True)
     model.close()
     with pytest.raises(EngineError, match="closed"):
         _ = model.name

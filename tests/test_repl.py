@@ -22,7 +22,7 @@ from kvcompose_local.errors import InvalidInput
 from kvcompose_local.interfaces import CacheLayout, LayerShape, ModelShape
 from kvcompose_local.interrupts import Interrupts, uninterrupted
 from kvcompose_local.memory_chart import UNICODE_MARKS, can_show, draw
-from kvcompose_local.repl import HELP, Repl, Status, meanwhile, read_text_file
+from kvcompose_local.repl import HELP, Repl, Status, meanwhile
 
 
 @pytest.fixture(autouse=True)
@@ -435,20 +435,6 @@ def test_slashes_that_are_no_commands() -> None:
         "> /clear the table\n! error: /clear takes nothing after it; a space before it sends the line as a message\n"
         f">  /clear\nc\n> /stats\n! {n_read} positions\n"
     )
-
-
-def test_files_that_are_not_text_get_one_line(tmp_path: Path) -> None:
-    binary, latin, bom = tmp_path / "b", tmp_path / "l", tmp_path / "u"
-    binary.write_bytes(b"GGUF\x00\x01")
-    latin.write_bytes("é".encode("latin-1"))
-    bom.write_bytes(b"\xef\xbb\xbfhi")
-    with pytest.raises(InvalidInput, match="binary"):
-        read_text_file(binary)
-    with pytest.raises(InvalidInput, match="not UTF-8 text"):
-        read_text_file(latin)
-    with pytest.raises(InvalidInput, match="cannot read"):
-        read_text_file(tmp_path)
-    assert read_text_file(bom) == "hi"
 
 
 def test_text_is_scored_while_the_user_types() -> None:

@@ -18,6 +18,7 @@ from kvcompose_local.errors import EngineError, ModelError
 from kvcompose_local.install.gguf_header import BadHeader, read_header
 from kvcompose_local.install.model_files import files_of
 from kvcompose_local.llama_ffi.library import clear_log, last_log, lib
+from kvcompose_local.llama_ffi.text_parts import parts_of
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -43,9 +44,6 @@ _ENDS = frozenset(
     """</s> <eos> <EOS> [EOS] <|eos|> <|plamo:eos|> <|endoftext|> <|end_of_text|> <|im_end|> <|eot_id|> <|eom_id|>
     <|end|> <|return|> <end_of_turn> <turn|> <EOT> [EOT] <｜end▁of▁sentence｜> <end_of_utterance>""".split()
 )
-#: What vocabularies may take as one word: some of them letters with digits or marks.
-_RUN = re.compile(r"\s+|\S+")
-_LONGEST_RUN = 4096
 #: Seconds that a thread may keep Python's lock. Read once: of two loadings neither may restore the other's.
 _USUAL_SWITCH, _SHORT_SWITCH = sys.getswitchinterval(), 1e-4
 
@@ -332,7 +330,8 @@ class Model:
         prompt that ends with EOS gets nonsense for an answer.
         """
         bos = self.special_token("bos") if add_bos else None
-        parts = _without_long_runs(text) if len(text) > _LONGEST_RUN else [text]
+        splits_words = lib.llama_vocab_type(self._vocab) == lib.LLAMA_VOCAB_TYPE_BPE
+        parts = parts_of(text) if splits_words else [text]  # others would begin each part with a space
         tokens = [token for part in parts for token in self._tokens_of(part.encode("utf-8", "replace"), special)]
         return tokens if bos is None else [bos, *tokens]
 
@@ -382,20 +381,6 @@ def _builtin_renderer(name: str) -> Renderer:
         raise ModelError(f"llama.cpp's template {name} failed")
 
     return render
-
-
-def _without_long_runs(text: str) -> list[str]:
-    """A text in parts, none of which holds more than so many spaces or other characters in a row.
-
-    llama.cpp splits a text into words by ``std::regex`` for many vocabularies, which recurses once for each character
-    and takes the process with it at some ten thousand.
-    """
-    parts, begin = [], 0
-    for run in _RUN.finditer(text):
-        for end in range(run.start() + _LONGEST_RUN, run.end(), _LONGEST_RUN):
-            parts.append(text[begin:end])
-            begin = end
-    return [*parts, text[begin:]]
 
 
 class Loading:
