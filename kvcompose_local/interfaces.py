@@ -88,7 +88,8 @@ class LayerShape:
 class ModelShape:
     """What the policy and the reports need to know of a loaded model; ``layers`` are the composable ones.
 
-    cache_type: how cells are stored; f16_row_bytes: what one token would take in F16, if that is not what it takes.
+    cache_type: how cells are stored; f16_row_bytes: what one token would take in F16, if that is not what it takes;
+    rope_factors: ``short`` or ``long``, which set of RoPE factors keys are turned by, where the model has both.
     """
 
     name: str
@@ -98,6 +99,7 @@ class ModelShape:
     layers: tuple[LayerShape, ...]
     cache_type: str = "f16"
     f16_row_bytes: int | None = None
+    rope_factors: str = ""
 
     @property
     def row_bytes(self) -> int:
