@@ -140,12 +140,13 @@ class Model:
 
     @property
     def n_layers(self) -> int:
-        return int(lib.llama_model_n_layer(self._model))
+        # Of a header alone llama.cpp tells no sizes.
+        return int(lib.llama_model_n_layer(self._model)) or sum(self.numbers(f"{self.architecture}.block_count"))
 
     @functools.cached_property
     def heads(self) -> tuple[int, ...]:
         """Query heads of each layer; 0 where a layer has no attention."""
-        return tuple(self._by_layer("head_count") or [0] * self.n_layers)
+        return tuple(self._by_layer("head_count") or [0] * max(self.n_layers, 1))
 
     @functools.cached_property
     def kv_heads(self) -> tuple[int, ...]:
@@ -166,7 +167,7 @@ class Model:
 
     @property
     def n_embd(self) -> int:
-        return int(lib.llama_model_n_embd(self._model))
+        return int(lib.llama_model_n_embd(self._model)) or sum(self.numbers(f"{self.architecture}.embedding_length"))
 
     @property
     def n_vocab(self) -> int:
