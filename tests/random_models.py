@@ -43,9 +43,7 @@ _set_strings = bind(
 _name = bind("ggml_get_name", ctypes.c_char_p, ctypes.c_void_p)
 _nelements = bind("ggml_nelements", ctypes.c_int64, ctypes.c_void_p)
 _nrows = bind("ggml_nrows", ctypes.c_int64, ctypes.c_void_p)
-_tensor_set = bind(
-    "ggml_backend_tensor_set", None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t
-)
+_tensor_set = bind("ggml_backend_tensor_set", None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)
 _SET_TENSOR = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
 _init_from_user = bind(
     "llama_model_init_from_user",
@@ -62,8 +60,8 @@ _NOISE = np.random.default_rng(0).standard_normal(1 << 20, np.float32)
 class Shape:
     """A model's attention: layers, query heads, KV heads, numbers of a head; ``more`` are the architecture's own keys.
 
-    n_rot: numbers of a head that RoPE turns; n_embd: what the architecture wants, if not any size will do; note: what
-    is not as in the model itself.
+    n_rot: numbers of a head that RoPE turns; n_embd: what the architecture wants, if not any size will do; q_scale: of
+    the queries, where random ones would make the model chaotic; note: what is not as in the model.
     """
 
     name: str
@@ -75,6 +73,7 @@ class Shape:
     more: Mapping[str, Value] = field(default_factory=dict)
     n_rot: int | None = None
     n_embd: int = N_EMBD
+    q_scale: float = 1.0
     note: str = ""
 
     def metadata(self) -> dict[str, Value]:
@@ -124,8 +123,7 @@ def _gguf(metadata: Mapping[str, Value]) -> int:
     return int(gguf)
 
 
-@_SET_TENSOR
-def _fill(tensor: int, _user_data: object) -> None:
+def _fill(tensor: int, q_scale: float) -> None:
     """Weights whose attention is peaked enough to tell cells apart, the same for the same name."""
     name, n = _name(tensor).decode(), _nelements(tensor)
     start = zlib.crc32(name.encode()) % (len(_NOISE) - min(n, len(_NOISE) - 1))
@@ -140,7 +138,7 @@ def _fill(tensor: int, _user_data: object) -> None:
         data = noise
     else:
         data = noise * np.float32((2 if "attn_q" in name or "attn_k" in name else 1) / np.sqrt(n // _nrows(tensor)))
-    data = np.ascontiguousarray(data, np.float32)
+    data = np.ascontiguousarray(data * (q_scale if "attn_q" in name else 1), np.float32)
     _tensor_set(tensor, data.ctypes.data, 0, data.nbytes)
 
 
@@ -156,7 +154,8 @@ class RandomModel(Model):
         params.n_gpu_layers = gpu_layers
         clear_log()
         self._gguf: int | None = _gguf(shape.metadata())
-        self._pointer = _init_from_user(self._gguf, _fill, None, params)
+        fill = _SET_TENSOR(lambda tensor, _user_data: _fill(tensor, shape.q_scale))
+        self._pointer = _init_from_user(self._gguf, fill, None, params)
         if not self._pointer:
             self.close()
             raise ModelError(f"llama.cpp makes no model of {shape.name}{last_log()}")
@@ -176,5 +175,3 @@ class RandomModel(Model):
         if self._gguf:
             _free(self._gguf)
             self._gguf = None
-
-
