@@ -129,6 +129,8 @@ def inspect(path: Path, *, n_ctx: int | None = None, cache_type: str | None = No
         if min(widths) < 0 or sum(widths) == 0:
             raise ModelError(f"{path.name} says that its heads have {k_size} and {v_size} numbers")
         obstacle = _OBSTACLES.get(model.cache_kind(), "")
+        if not obstacle and not all(model.kv_heads):
+            obstacle = "some of its layers have no attention"
 
         def shown(values: list[int]) -> str:
             return str(values[0]) if len(set(values)) == 1 else f"{min(values)}-{max(values)}"

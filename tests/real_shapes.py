@@ -175,7 +175,7 @@ def page(outcomes: Sequence[str]) -> str:
         "A random model in memory has the layers, query heads, KV heads and head size of each of these, and a tiny",
         f"vocabulary and embedding. It reads {N_TOKENS} tokens under `--ctx {N_CTX} --budget {BUDGET}`, which takes",
         "several compactions, answers, goes back and answers the same, and goes on the same from a saved state.",
-        "Windows are of 128 tokens. This tells that a model runs, not how well it answers: see [results.md](results.md).",
+        "Windows are of 128 tokens. This tells that a model runs; [results.md](results.md) tells how well one answers.",
         "`scripts/shapes` tries all, and makes this page; the tests try them, too (`tests/test_shapes.py`).",
         "",
         "| model | architecture | layers × heads × KV heads × head size | what ran |",

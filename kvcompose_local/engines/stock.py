@@ -106,6 +106,8 @@ class StockEngine(LlamaEngine):
         self.max_replay = {"sliding-window": context.n_ubatch, "recurrent": 0, "hybrid": 0}.get(kind, n_cells)
         # llama.cpp's own serialization of the others is not taken apart here.
         self.cannot_snapshot = "" if kind == "attention" else f"{model.architecture} has a {kind} cache"
+        if not self.cannot_snapshot and not all(model.kv_heads):
+            self.cannot_snapshot = f"some layers of {model.architecture} have no attention"
         self._n_cells = n_cells
         self._types = type_numbers(cache_type)
         self._transposed = scoring  # llama.cpp lays V out by element where flash attention is off
