@@ -117,28 +117,24 @@ def inspect(path: Path, *, n_ctx: int | None = None, cache_type: str | None = No
             value = model.metadata(f"{arch}.{key}")
             return int(value) if value and value.lstrip("-").isdigit() else default
 
-        def per_layer(key: str) -> list[int]:
-            value = model.metadata(f"{arch}.attention.{key}") or "0"
-            return [int(part) for part in value.strip("[]").split(",")]
-
-        n_layers, heads = number("block_count"), per_layer("head_count")
+        n_layers = number("block_count")
+        heads, kv_heads = ([n for n in layers if n] for layers in (model.heads, model.kv_heads))
         n_ctx_train = number("context_length")
         causal = model.metadata(f"{arch}.attention.causal") != "false"
-        if not causal or n_layers == 0 or n_ctx_train == 0 or max(heads) == 0:
+        if not causal or n_layers == 0 or n_ctx_train == 0 or not heads or not kv_heads:
             raise ModelError(f"{path.name} is not a language model with attention that can chat")
-        kv_heads = per_layer("head_count_kv") if model.metadata(f"{arch}.attention.head_count_kv") else heads
-        kv_heads = kv_heads * n_layers if len(kv_heads) == 1 else kv_heads
         positions = min(DEFAULT_CTX, n_ctx_train) if n_ctx is None else n_ctx
         if not 0 < positions <= n_ctx_train:
             raise InvalidInput(f"--ctx {positions} is not in 1 to {n_ctx_train}, the positions that the model knows")
-        head = number("embedding_length") // max(heads)
-        widths = number("attention.key_length", head), number("attention.value_length", head)
+        k_size, v_size = widths = tuple(model.head_sizes("key_length", "value_length"))
         if min(widths) < 0 or sum(widths) == 0:
-            raise ModelError(f"{path.name} says that its heads have {widths[0]} and {widths[1]} numbers")
+            raise ModelError(f"{path.name} says that its heads have {k_size} and {v_size} numbers")
         obstacle = _OBSTACLES.get(model.cache_kind(), "")
+        if not obstacle and not all(model.kv_heads):
+            obstacle = "some of its layers have no attention"
 
         def shown(values: list[int]) -> str:
-            return str(values[0]) if len(set(values)) == 1 else f"{min(values)}–{max(values)}"
+            return str(values[0]) if len(set(values)) == 1 else f"{min(values)}-{max(values)}"
 
         return Inspection(
             model.name,
@@ -150,7 +146,7 @@ def inspect(path: Path, *, n_ctx: int | None = None, cache_type: str | None = No
             positions,
             sum(kv_heads) * sum(widths),
             cache_type,
-            widths,
+            (k_size, v_size),
             number("attention.sliding_window"),
             obstacle,
             size_of(path),

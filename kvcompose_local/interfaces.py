@@ -89,7 +89,7 @@ class ModelShape:
     """What the policy and the reports need to know of a loaded model; ``layers`` are the composable ones.
 
     cache_type: how cells are stored; f16_row_bytes: what one token would take in F16, if that is not what it takes;
-    rope_factors: which of its sets of RoPE factors a model was told to take, empty where it has none or one.
+    rope_factors: ``short`` or ``long``, which set of RoPE factors keys are turned by, where the model has both.
     """
 
     name: str

@@ -28,18 +28,24 @@ def write_tiny_model(
     arch: str = "llama",
     *,
     n_layers: int = 3,
-    n_heads: int = 4,
-    n_kv_heads: int = 2,
+    n_heads: int | tuple[int, ...] = 4,
+    n_kv_heads: int | tuple[int, ...] = 2,
     head: int = HEAD,
     n_ctx: int = 4096,
     seed: int = 0,
     template: str | None = TEMPLATE,
     sliding_window: int = 64,
+    longrope: int | None = None,
+    name: str = "Tiny random",  # llama.cpp reads meaning into names such as phi3
 ) -> Path:
-    """Write a model whose attention is peaked enough to tell cells apart; ``head`` values a head."""
+    """Write a model whose attention is peaked enough to tell cells apart; ``head`` values a head.
+
+    n_heads, n_kv_heads: of all layers, or of each where the architecture (deci, openelm) allows that; longrope:
+    positions that the short ones of two sets of RoPE factors are for.
+    """
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(str(path), arch)
-    writer.add_name("Tiny random")  # llama.cpp reads meaning into names such as phi3
+    writer.add_name(name)
     writer.add_context_length(n_ctx)
     writer.add_embedding_length(N_EMBD)
     writer.add_block_count(n_layers)
@@ -52,15 +58,23 @@ def write_tiny_model(
     else:
         writer.add_key_length(head)
         writer.add_value_length(head)
-    writer.add_feed_forward_length(N_FF if n_heads else 0)
-    writer.add_head_count(n_heads)
-    writer.add_head_count_kv(n_kv_heads)
+    by_layer = isinstance(n_heads, tuple)
+    all_heads = list(n_heads) if isinstance(n_heads, tuple) else [n_heads] * n_layers
+    all_kv_heads = list(n_kv_heads) if isinstance(n_kv_heads, tuple) else [n_kv_heads] * n_layers
+    writer.add_feed_forward_length([N_FF] * n_layers if by_layer else N_FF if n_heads else 0)
+    writer.add_head_count(all_heads if by_layer else all_heads[0])
+    writer.add_head_count_kv(all_kv_heads if by_layer else all_kv_heads[0])
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(head)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(N_VOCAB)
     if arch in SLIDING:
         writer.add_sliding_window(sliding_window)
+    if longrope:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
+        writer.add_rope_scaling_orig_ctx_len(longrope)
+        writer.add_tensor("rope_factors_long.weight", np.linspace(1, 40, head // 2, dtype=np.float32))
+        writer.add_tensor("rope_factors_short.weight", np.ones(head // 2, np.float32))
     if arch == "gemma2":
         writer.add_attn_logit_softcapping(50.0)
         writer.add_final_logit_softcapping(30.0)
@@ -83,15 +97,16 @@ def write_tiny_model(
     def norm(name: str, n: int = N_EMBD) -> None:
         writer.add_tensor(name, (1 + 0.1 * rng.standard_normal(n)).astype(np.float32))
 
-    n_q, n_kv = n_heads * head, n_kv_heads * head
     sharp = 2.0 / np.sqrt(N_EMBD)
     tensor("token_embd.weight", N_VOCAB, N_EMBD, scale=1.0)
     norm("output_norm.weight")
-    if arch not in SLIDING:
+    if arch not in (*SLIDING, "openelm"):
         tensor("output.weight", N_VOCAB, N_EMBD)
     for i in range(n_layers):
         block = f"blk.{i}."
-        norm(block + "attn_norm.weight")
+        n_q, n_kv = all_heads[i] * head, all_kv_heads[i] * head
+        if n_q or arch == "mamba":
+            norm(block + "attn_norm.weight")
         if arch == "mamba":
             tensor(block + "ssm_in.weight", 4 * N_EMBD, N_EMBD)
             tensor(block + "ssm_conv1d.weight", 2 * N_EMBD, 4)
@@ -103,19 +118,20 @@ def write_tiny_model(
             norm(block + "ssm_d", 2 * N_EMBD)
             tensor(block + "ssm_out.weight", N_EMBD, 2 * N_EMBD)
             continue
-        if arch == "phi3":
+        if arch in ("phi3", "openelm"):
             tensor(block + "attn_qkv.weight", n_q + 2 * n_kv, N_EMBD, scale=sharp)
-        else:
+        elif n_kv:
             tensor(block + "attn_q.weight", n_q, N_EMBD, scale=sharp)
             tensor(block + "attn_k.weight", n_kv, N_EMBD, scale=sharp)
             tensor(block + "attn_v.weight", n_kv, N_EMBD)
         if arch == "qwen2":
             for name, n in (("q", n_q), ("k", n_kv), ("v", n_kv)):
                 tensor(block + f"attn_{name}.bias", n, scale=0.1)
-        if arch in ("qwen3", "gemma3"):
+        if arch in ("qwen3", "gemma3", "openelm"):
             norm(block + "attn_q_norm.weight", head)
             norm(block + "attn_k_norm.weight", head)
-        tensor(block + "attn_output.weight", N_EMBD, n_q)
+        if n_q:
+            tensor(block + "attn_output.weight", N_EMBD, n_q if n_kv else N_EMBD)
         norm(block + "ffn_norm.weight")
         if arch in SLIDING:
             norm(block + "post_attention_norm.weight")

@@ -127,7 +127,7 @@ def reading_multiply_adds(model: Model, layers: Sequence[LayerShape], n_block_we
 
     Attention of sliding-window layers is left out.
     """
-    width = model.n_embd // model.n_heads  # of a head; larger in a few models, so that this stays a lower bound
+    width = model.n_embd // max(*model.heads, 1)  # of a head; larger in a few models, so that this stays a lower bound
     attention = sum(layer.n_heads * width * n_tokens**2 for layer in layers)
     return n_block_weights * n_tokens + attention
 

@@ -119,7 +119,7 @@ def open_engine(
             )
         n_cells = cells_for(positions, budget, cache_type, token_of(model))
         open_ = _patched if patched else _stock
-        engine = open_(model, n_cells, threads, cache_type, sampling, budget)
+        engine = open_(model, n_cells, positions, threads, cache_type, sampling, budget)
     except BaseException:
         model.close()
         raise
@@ -142,17 +142,24 @@ def has_whole_blocks(model: Model) -> bool:
 def token_of(model: Model) -> TokenShape:
     """What a token of a model takes; a usual head's where it has none."""
     k_size, v_size = model.head_sizes("key_length", "value_length")
-    return TokenShape(k_size, v_size, model.n_layers * model.n_kv_heads) if k_size + v_size else USUAL_TOKEN
+    return TokenShape(k_size, v_size, sum(model.kv_heads)) if k_size + v_size else USUAL_TOKEN
 
 
 def _patched(
-    model: Model, n_cells: int, n_threads: int, cache_type: str, sampling: Sampling | None, budget: float
+    model: Model,
+    n_cells: int,
+    n_positions: int,
+    n_threads: int,
+    cache_type: str,
+    sampling: Sampling | None,
+    budget: float,
 ) -> LlamaEngine:
     """The patched engine; at budget 1 the stock one runs what cannot be composed."""
     try:
         return PatchedEngine(
             model,
             n_cells=n_cells,
+            n_positions=n_positions,
             n_threads=n_threads,
             cache_type=cache_type,
             n_ubatch=PREFILL_MICRO_BATCH if budget == 1 else SMALL_MICRO_BATCH,
@@ -161,17 +168,24 @@ def _patched(
     except ModelError as error:
         if budget < 1:
             raise ModelError(f"{model.architecture} runs with --budget 1 only: {error}") from error
-        return _stock(model, n_cells, n_threads, cache_type, sampling, budget)
+        return _stock(model, n_cells, n_positions, n_threads, cache_type, sampling, budget)
 
 
 def _stock(
-    model: Model, n_cells: int, n_threads: int, cache_type: str, sampling: Sampling | None, budget: float
+    model: Model,
+    n_cells: int,
+    n_positions: int,
+    n_threads: int,
+    cache_type: str,
+    sampling: Sampling | None,
+    budget: float,
 ) -> LlamaEngine:
     from kvcompose_local.engines.stock import StockEngine  # late: it reads GGML's tables, which take time to import
 
     return StockEngine(
         model,
         n_cells=n_cells,
+        n_positions=n_positions,
         n_threads=n_threads,
         scoring=budget < 1,
         cache_type=cache_type,

@@ -54,8 +54,8 @@ ALIGNMENT = 256
 class PatchedEngine(LlamaEngine):
     """:class:`kvcompose_local.interfaces.Engine` with a budget of its own for each layer.
 
-    n_cells: the arena's size in cells of an uncompressed cache, a multiple of 256. Raises ModelError where the model's
-    cache cannot be composed.
+    n_cells: the arena's size in cells of an uncompressed cache, a multiple of 256; n_positions: what the chat may span,
+    ``n_cells`` if not given. Raises ModelError where the model's cache cannot be composed.
     """
 
     name = "patched"
@@ -67,6 +67,7 @@ class PatchedEngine(LlamaEngine):
         *,
         n_cells: int,
         n_threads: int,
+        n_positions: int | None = None,
         cache_type: str = "f16",
         n_ubatch: int = PREFILL_MICRO_BATCH,
         sampling: Sampling | None = None,
@@ -78,7 +79,9 @@ class PatchedEngine(LlamaEngine):
             n_threads=n_threads,
             flash_attention=True,
             cache_type=cache_type,
+            n_positions=n_positions,
         )
+        self.n_positions = n_positions or n_cells
         try:
             self._cells = PerLayerCells(context)
         except BaseException:
@@ -91,11 +94,11 @@ class PatchedEngine(LlamaEngine):
             model.n_ctx_train,
             model.n_vocab,
             tuple(
-                LayerShape(x.il, model.n_heads_of(x.il), x.n_head_kv, x.k_row_bytes + x.v_row_bytes, x.arena)
-                for x in layers
+                LayerShape(x.il, model.heads[x.il], x.n_head_kv, x.k_row_bytes + x.v_row_bytes, x.arena) for x in layers
             ),
             cache_type,
             sum(2 * x.n_head_kv * (x.head_dim_k + x.head_dim_v) for x in layers),
+            context.rope_factors,
         )
         super().__init__(model, context, shape, sampling)
         info = self._cells.info()

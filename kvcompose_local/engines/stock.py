@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 
@@ -29,28 +30,29 @@ from kvcompose_local.llama_ffi.model import Model
 
 
 def uniform_shape(model: Model, cache_type: str, *, scoring: bool) -> ModelShape:
-    """The layers of a model whose layers are all alike, from its GGUF header.
+    """The layers of a model from its GGUF header.
 
-    Raises ModelError where layers differ, which only the patched engine can tell apart, unless they need not be told
-    apart, without ``scoring``: then they are taken to be as the first one is.
+    Raises ModelError where layers differ, which only the patched engine can compose; without ``scoring`` they may.
     """
-    arch = model.architecture
-    for key in ("attention.head_count", "attention.head_count_kv"):
-        if scoring and (model.metadata(f"{arch}.{key}") or "").startswith("["):
-            raise ModelError(f"layers of {arch} differ in heads, which the stock engine cannot tell apart")
-    sizes = [model.n_kv_heads * size for size in model.head_sizes("key_length", "value_length")]
-    row = sum(map(row_bytes, type_numbers(cache_type), sizes))
-    n_heads, n_kv_heads = max(model.n_heads, 1), max(model.n_kv_heads, 1)  # recurrent models have none
-    layers = tuple(LayerShape(i, n_heads, n_kv_heads, row) for i in range(model.n_layers))
-    return ModelShape(
-        model.name, arch, model.n_ctx_train, model.n_vocab, layers, cache_type, 2 * sum(sizes) * len(layers)
-    )
+    arch, heads, kv_heads = model.architecture, model.heads, model.kv_heads
+    if scoring and (len({*heads}) > 1 or len({*kv_heads}) > 1):
+        raise ModelError(f"layers of {arch} differ in heads, which the stock engine cannot compose")
+    sizes, types = model.head_sizes("key_length", "value_length"), type_numbers(cache_type)
+
+    def layer(i: int) -> LayerShape:
+        row = sum(row_bytes(kind, kv_heads[i] * size) for kind, size in zip(types, sizes, strict=True))
+        return LayerShape(i, max(heads[i], 1), max(kv_heads[i], 1), row)  # recurrent layers have no heads
+
+    layers = tuple(map(layer, range(model.n_layers)))
+    f16_row_bytes = 2 * sum(sizes) * sum(kv_heads)
+    return ModelShape(model.name, arch, model.n_ctx_train, model.n_vocab, layers, cache_type, f16_row_bytes)
 
 
 class StockEngine(LlamaEngine):
     """:class:`kvcompose_local.interfaces.Engine` with equal budgets.
 
-    n_cells: size of the cell table, a multiple of 256. ``scoring`` False (budget 1) turns flash attention on.
+    n_cells: size of the cell table, a multiple of 256; n_positions: what the chat may span, ``n_cells`` if not given.
+    ``scoring`` False (budget 1) turns flash attention on.
     """
 
     name = "stock"
@@ -62,6 +64,7 @@ class StockEngine(LlamaEngine):
         *,
         n_cells: int,
         n_threads: int,
+        n_positions: int | None = None,
         scoring: bool = True,
         cache_type: str = "f16",
         n_ubatch: int | None = None,
@@ -86,14 +89,25 @@ class StockEngine(LlamaEngine):
             flash_attention=not scoring,
             cache_type=cache_type,
             callback_at_creation=scoring,
+            n_positions=n_positions,
         )
-        super().__init__(model, context, shape, sampling)
+        wanted = model.rope_factors(n_positions or n_cells)
+        if scoring and context.rope_factors != wanted:
+            context.close()
+            raise ModelError(
+                f"llama.cpp without the patches takes the {context.rope_factors} RoPE factors of {model.name} for "
+                f"{n_cells} cells, and {n_positions} positions want the {wanted} ones: "
+                "use --budget 1, or build the patched engine with `kvcompose-local build`"
+            )
+        super().__init__(model, context, replace(shape, rope_factors=context.rope_factors), sampling)
         self.cache_bytes = n_cells * shape.row_bytes
         self.arena_bytes = (self.cache_bytes,)
         # What moves on cannot be given back: a window by more than a micro-batch, a recurrent state at all.
         self.max_replay = {"sliding-window": context.n_ubatch, "recurrent": 0, "hybrid": 0}.get(kind, n_cells)
         # llama.cpp's own serialization of the others is not taken apart here.
         self.cannot_snapshot = "" if kind == "attention" else f"{model.architecture} has a {kind} cache"
+        if not self.cannot_snapshot and not all(model.kv_heads):
+            self.cannot_snapshot = f"some layers of {model.architecture} have no attention"
         self._n_cells = n_cells
         self._types = type_numbers(cache_type)
         self._transposed = scoring  # llama.cpp lays V out by element where flash attention is off

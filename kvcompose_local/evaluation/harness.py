@@ -237,6 +237,7 @@ class Evaluation:
         return PatchedEngine(
             self.engine.model,
             n_cells=-(-n_cells // CELL_PADDING) * CELL_PADDING,
+            n_positions=self.engine.n_positions,
             n_threads=self.n_threads,
             cache_type=cache_type,
             n_ubatch=n_ubatch,

@@ -31,12 +31,18 @@ WatchTap = Callable[[int, int, FloatArray], None]
 
 # Accessors only: the layout of ggml_tensor is not part of ggml's interface and has changed before.
 _ggml_get_name = bind("ggml_get_name", ctypes.c_char_p, ctypes.c_void_p)
-_ggml_get_data = bind("ggml_get_data", ctypes.c_void_p, ctypes.c_void_p)
 _ggml_nelements = bind("ggml_nelements", ctypes.c_int64, ctypes.c_void_p)
 _ggml_nrows = bind("ggml_nrows", ctypes.c_int64, ctypes.c_void_p)
 _ggml_tensor_get = bind(
     "ggml_backend_tensor_get", None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t
 )
+# Of the patch series, for any context; None without it.
+_kvc_host_data = bind("llama_kvc_host_data", ctypes.c_void_p, ctypes.c_void_p)
+_kvc_set_span = bind("llama_kvc_set_span", ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32)
+_kvc_get_rope_factors = bind(
+    "llama_kvc_get_rope_factors", ctypes.c_int32, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int32)
+)
+_ROPE_FACTORS = ("", "short", "long")
 
 
 def type_numbers(cache_type: str) -> tuple[int, int]:
@@ -65,7 +71,8 @@ class Context:
 
     n_ctx: cells, a multiple of 256; n_ubatch: most tokens of a micro-batch; flash_attention: False makes the softmax
     visible in every pass and V transposed; cache_type: see :func:`type_numbers`; callback_at_creation: let the tap
-    work from the start (an unpatched llama.cpp cannot install it later).
+    work from the start (an unpatched llama.cpp cannot install it later); n_positions: what the sequence may span, if
+    that is not ``n_ctx`` (an unpatched llama.cpp cannot be told, see ``rope_factors``).
     """
 
     def __init__(
@@ -78,6 +85,7 @@ class Context:
         flash_attention: bool,
         cache_type: str = "f16",
         callback_at_creation: bool = False,
+        n_positions: int | None = None,
     ) -> None:
         self.model = model
         self.n_ctx = n_ctx
@@ -87,8 +95,6 @@ class Context:
         self.watch: tuple[int, WatchTap] | None = None  # of every so many queries (a patched llama.cpp)
         self.has_logits = False
         self._n_queries = 0
-        # Tensors of offloaded layers stand in device memory and must be fetched.
-        self._host_tensors = model.gpu_layers == 0
         self._callback_error: BaseException | None = None
         self._callback = lib.ggml_backend_sched_eval_callback(self._on_tensor)
         params = lib.llama_context_default_params()
@@ -109,6 +115,18 @@ class Context:
         if not self._pointer:
             raise EngineError(f"llama_init_from_model failed: too little memory for {n_ctx} cells?{last_log()}")
         self._sampler: Any = None
+        #: ``short`` or ``long`` where the model has two sets of RoPE factors (LongRoPE), by which keys are turned.
+        self.rope_factors = model.rope_factors(n_ctx)
+        if _kvc_set_span is not None:
+            chosen = ctypes.c_int32()
+            for code in (
+                _kvc_set_span(self._pointer, n_positions or n_ctx),
+                _kvc_get_rope_factors(self._pointer, ctypes.byref(chosen)),
+            ):
+                if code != 0:
+                    self.close()
+                    raise EngineError(f"llama_kvc_set_span failed with {code} for {n_positions} positions")
+            self.rope_factors = _ROPE_FACTORS[chosen.value]
 
     def close(self) -> None:
         """Free the context; further use is an error."""
@@ -166,8 +184,9 @@ class Context:
         if rows % n_queries or n % rows:
             raise EngineError(f"a softmax of {rows} rows does not divide into {n_queries} queries")
         shape = (rows // n_queries, n_queries, n // rows)
-        if self._host_tensors:
-            return np.asarray(_Floats(_ggml_get_data(tensor), shape))
+        # What a graph computes may stand on a device though no layer does: large products are moved there.
+        if data := _kvc_host_data(tensor) if _kvc_host_data else None:
+            return np.asarray(_Floats(data, shape))
         weights = np.empty(shape, np.float32)
         _ggml_tensor_get(tensor, weights.ctypes.data, 0, weights.nbytes)
         return weights

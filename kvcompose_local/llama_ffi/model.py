@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import re
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvcompose_local.errors import EngineError, ModelError
-from kvcompose_local.install.gguf_header import BadHeader, read_header
 from kvcompose_local.install.model_files import files_of
+from kvcompose_local.llama_ffi.header import has_tensor, integers, open_header, texts
 from kvcompose_local.llama_ffi.library import clear_log, last_log, lib
 from kvcompose_local.llama_ffi.text_parts import parts_of
 
@@ -118,10 +119,31 @@ class Model:
         self._close_files()
 
     def metadata(self, key: str) -> str | None:
-        """The GGUF value of ``key`` as llama.cpp prints it (arrays as ``[a, b]``), or None."""
-        buffer = ctypes.create_string_buffer(1024)
-        n = lib.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
-        return buffer.value.decode("utf-8", "replace") if n >= 0 else None
+        """The GGUF value of ``key`` as llama.cpp prints it; None where there is none, and for arrays."""
+        size = 1024
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = lib.llama_model_meta_val_str(self._model, key.encode(), buffer, size)
+            if n < size:
+                return buffer.value.decode("utf-8", "replace") if n >= 0 else None
+            size = n + 1
+
+    def numbers(self, key: str) -> list[int]:
+        """The GGUF's array of integers of that name; a number alone is an array of one. Empty where there is none."""
+        value = self.metadata(key)
+        if value is not None:
+            return [int(value)] if value.lstrip("-").isdigit() else []
+        with self._header() as header:
+            return integers(header, key)
+
+    def _header(self) -> AbstractContextManager[int | None]:
+        return open_header(self.path)
+
+    def _by_layer(self, name: str) -> list[int]:
+        """A number of each layer, for which the header may have one for all; empty where it has none."""
+        values = self.numbers(f"{self.architecture}.attention.{name}")
+        values = values * self.n_layers if len(values) == 1 else values[: self.n_layers]
+        return values + [0] * (self.n_layers - len(values)) if values else []
 
     @property
     def architecture(self) -> str:
@@ -137,25 +159,25 @@ class Model:
 
     @property
     def n_layers(self) -> int:
-        return int(lib.llama_model_n_layer(self._model))
+        # Of a header alone llama.cpp tells no sizes.
+        return int(lib.llama_model_n_layer(self._model)) or sum(self.numbers(f"{self.architecture}.block_count"))
 
-    @property
-    def n_heads(self) -> int:
-        return int(lib.llama_model_n_head(self._model))
+    @functools.cached_property
+    def heads(self) -> tuple[int, ...]:
+        """Query heads of each layer; 0 where a layer has no attention."""
+        return tuple(self._by_layer("head_count") or [0] * max(self.n_layers, 1))
 
-    def n_heads_of(self, layer: int) -> int:
-        """Query heads of one layer; some models give each layer its own number."""
-        value = self.metadata(f"{self.architecture}.attention.head_count") or ""
-        if value.startswith("["):
-            return int(value.strip("[]").split(",")[layer])
-        return self.n_heads
+    @functools.cached_property
+    def kv_heads(self) -> tuple[int, ...]:
+        """KV heads of each layer; 0 where a layer has no attention."""
+        return tuple(self._by_layer("head_count_kv") or self.heads)
 
     def head_sizes(self, *names: str) -> list[int]:
         """Numbers of a head, by the keys of the GGUF header that tell them, ``key_length`` and such.
 
         Those of sliding-window layers, ``key_length_swa``, are the others' where the header does not tell.
         """
-        head = self.n_embd // max(self.n_heads, 1)
+        head = self.n_embd // max(self.heads[0], 1)  # llama.cpp, too, goes by the first layer
 
         def told(name: str) -> str | None:
             return self.metadata(f"{self.architecture}.attention.{name}")
@@ -163,12 +185,8 @@ class Model:
         return [int(told(name) or told(name.removesuffix("_swa")) or head) for name in names]
 
     @property
-    def n_kv_heads(self) -> int:
-        return int(lib.llama_model_n_head_kv(self._model))
-
-    @property
     def n_embd(self) -> int:
-        return int(lib.llama_model_n_embd(self._model))
+        return int(lib.llama_model_n_embd(self._model)) or sum(self.numbers(f"{self.architecture}.embedding_length"))
 
     @property
     def n_vocab(self) -> int:
@@ -202,6 +220,16 @@ class Model:
             return "sliding-window"
         return "attention"
 
+    def rope_factors(self, n_positions: int) -> str:
+        """``short`` or ``long``: the RoPE factors of a text of so many positions; empty where there is no choice."""
+        original = self.metadata(f"{self.architecture}.rope.scaling.original_context_length")
+        if original is None:
+            return ""
+        with self._header() as header:
+            if not all(has_tensor(header, f"rope_factors_{name}.weight") for name in ("short", "long")):
+                return ""
+        return "long" if n_positions > int(original) else "short"
+
     def chat_template(self, name: str | None = None) -> str | None:
         """The GGUF's own Jinja chat template, or the one it has under a name; None where there is none."""
         raw = lib.llama_model_chat_template(self._model, name.encode() if name else None)
@@ -222,7 +250,8 @@ class Model:
         return ["plain", *self._own_templates(), *builtin_templates()]
 
     def _own_templates(self) -> list[str]:
-        return re.findall(r"[\w-]+", self.metadata("tokenizer.chat_templates") or "")
+        with self._header() as header:
+            return texts(header, "tokenizer.chat_templates")
 
     @property
     def has_template(self) -> bool:
@@ -317,11 +346,7 @@ class Model:
     @cached_property
     def _further_ends(self) -> frozenset[int]:
         """Ends that Ollama's converter lists, which llama.cpp does not read."""
-        try:
-            told = read_header(self.files[0], whole=True).values.get("tokenizer.ggml.eos_token_ids")
-        except (BadHeader, OSError):  # llama.cpp had no objection
-            told = None
-        return frozenset(told if isinstance(told, list) else ())
+        return frozenset(self.numbers("tokenizer.ggml.eos_token_ids"))
 
     def tokenize(self, text: str, *, add_bos: bool = False, special: bool = True) -> list[int]:
         """Token ids of ``text``; ``special`` reads ``<|…|>`` markers as the tokens they name.

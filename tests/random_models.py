@@ -1,0 +1,177 @@
+"""Random models in memory, of the layers, heads and head sizes of real ones: llama.cpp makes them from metadata alone.
+
+What is not attention is tiny: a vocabulary of 260, embeddings of 32 numbers where the architecture lets heads be wider.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import tempfile
+import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from kvcompose_local.errors import ModelError
+from kvcompose_local.llama_ffi.library import bind, clear_log, last_log, lib
+from kvcompose_local.llama_ffi.model import Model
+
+Value = bool | int | float | str | Sequence[int] | Sequence[str]
+N_VOCAB, N_EMBD, N_FF = 260, 32, 32
+_UINT32 = 4  # GGUF_TYPE_UINT32
+
+_init_empty = bind("gguf_init_empty", ctypes.c_void_p)
+_free = bind("gguf_free", None, ctypes.c_void_p)
+_set_u32 = bind("gguf_set_val_u32", None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint32)
+_set_f32 = bind("gguf_set_val_f32", None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_float)
+_set_bool = bind("gguf_set_val_bool", None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_bool)
+_set_str = bind("gguf_set_val_str", None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p)
+_set_array = bind(
+    "gguf_set_arr_data", None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t
+)
+_set_strings = bind(
+    "gguf_set_arr_str",
+    None,
+    ctypes.c_void_p,
+    ctypes.c_char_p,
+    ctypes.POINTER(ctypes.c_char_p),
+    ctypes.c_size_t,
+)
+_name = bind("ggml_get_name", ctypes.c_char_p, ctypes.c_void_p)
+_nelements = bind("ggml_nelements", ctypes.c_int64, ctypes.c_void_p)
+_nrows = bind("ggml_nrows", ctypes.c_int64, ctypes.c_void_p)
+_tensor_set = bind("ggml_backend_tensor_set", None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)
+_SET_TENSOR = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
+_init_from_user = bind(
+    "llama_model_init_from_user",
+    ctypes.c_void_p,
+    ctypes.c_void_p,
+    _SET_TENSOR,
+    ctypes.c_void_p,
+    lib.llama_model_params,
+)
+_NOISE = np.random.default_rng(0).standard_normal(1 << 20, np.float32)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's attention: layers, query heads, KV heads, numbers of a head; ``more`` are the architecture's own keys.
+
+    n_rot: numbers of a head that RoPE turns; n_embd: what the architecture wants, if not any size will do; q_scale: of
+    the queries, where random ones would make the model chaotic; note: what is not as in the model.
+    """
+
+    name: str
+    arch: str
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head: int
+    more: Mapping[str, Value] = field(default_factory=dict)
+    n_rot: int | None = None
+    n_embd: int = N_EMBD
+    q_scale: float = 1.0
+    note: str = ""
+
+    def metadata(self) -> dict[str, Value]:
+        """GGUF keys and values."""
+        own: dict[str, Value] = {
+            "vocab_size": N_VOCAB,
+            "context_length": 4096,
+            "embedding_length": self.n_embd,
+            "block_count": self.n_layers,
+            "feed_forward_length": N_FF,
+            "attention.head_count": self.n_heads,
+            "attention.head_count_kv": self.n_kv_heads,
+            "attention.key_length": self.head,
+            "attention.value_length": self.head,
+            "attention.layer_norm_rms_epsilon": 1e-5,
+            "rope.dimension_count": self.n_rot or self.head,
+            "rope.freq_base": 10000.0,
+            **self.more,
+        }
+        return {
+            "general.architecture": self.arch,
+            "general.name": self.name,
+            **{f"{self.arch}.{key}": value for key, value in own.items()},
+            "tokenizer.ggml.model": "test",
+            "tokenizer.ggml.tokens": [f"tok_{i}" for i in range(N_VOCAB)],
+        }
+
+
+def _gguf(metadata: Mapping[str, Value]) -> int:
+    """A ``gguf_context`` without tensors."""
+    gguf = _init_empty()
+    for key, value in metadata.items():
+        name = key.encode()
+        if isinstance(value, bool):
+            _set_bool(gguf, name, value)
+        elif isinstance(value, int):
+            _set_u32(gguf, name, value)
+        elif isinstance(value, float):
+            _set_f32(gguf, name, value)
+        elif isinstance(value, str):
+            _set_str(gguf, name, value.encode())
+        elif isinstance(value[0], str):
+            _set_strings(gguf, name, (ctypes.c_char_p * len(value))(*(str(v).encode() for v in value)), len(value))
+        else:
+            numbers = (ctypes.c_uint32 * len(value))(*map(int, value))
+            _set_array(gguf, name, _UINT32, ctypes.cast(numbers, ctypes.c_void_p), len(value))
+    return int(gguf)
+
+
+def _fill(tensor: int, q_scale: float) -> None:
+    """Weights whose attention is peaked enough to tell cells apart, the same for the same name."""
+    name, n = _name(tensor).decode(), _nelements(tensor)
+    start = zlib.crc32(name.encode()) % (len(_NOISE) - min(n, len(_NOISE) - 1))
+    noise = np.resize(_NOISE[start:], n) if n > len(_NOISE) - start else _NOISE[start : start + n]
+    if "norm" in name:
+        data = 1 + 0.1 * noise
+    elif name.startswith("rope_"):
+        data = 1 + np.abs(noise)
+    elif name.endswith(".bias"):
+        data = 0.1 * noise
+    elif "sinks" in name or name.startswith("token_embd"):
+        data = noise
+    else:
+        data = noise * np.float32((2 if "attn_q" in name or "attn_k" in name else 1) / np.sqrt(n // _nrows(tensor)))
+    data = np.ascontiguousarray(data * (q_scale if "attn_q" in name else 1), np.float32)
+    _tensor_set(tensor, data.ctypes.data, 0, data.nbytes)
+
+
+class RandomModel(Model):
+    """A :class:`Model` that was never a file. Raises ModelError where llama.cpp refuses the metadata."""
+
+    def __init__(self, shape: Shape, *, gpu_layers: int = 0, **_loading: object) -> None:
+        self.path = Path(shape.name)
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115 -- closed with the model, as a real one's
+        self.gpu_layers = gpu_layers
+        self._template = None
+        params = lib.llama_model_default_params()
+        params.n_gpu_layers = gpu_layers
+        clear_log()
+        self._gguf: int | None = _gguf(shape.metadata())
+        fill = _SET_TENSOR(lambda tensor, _user_data: _fill(tensor, shape.q_scale))
+        self._pointer = _init_from_user(self._gguf, fill, None, params)
+        if not self._pointer:
+            self.close()
+            raise ModelError(f"llama.cpp makes no model of {shape.name}{last_log()}")
+
+    def _header(self) -> AbstractContextManager[int | None]:
+        return nullcontext(self._gguf)
+
+    def rope_factors(self, n_positions: int) -> str:
+        # The tensors of a model from metadata are not in the metadata.
+        original = self.metadata(f"{self.architecture}.rope.scaling.original_context_length")
+        if self.architecture != "phi3" or original is None:
+            return ""
+        return "long" if n_positions > int(original) else "short"
+
+    def close(self) -> None:
+        super().close()
+        if self._gguf:
+            _free(self._gguf)
+            self._gguf = None
