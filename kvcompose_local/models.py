@@ -256,7 +256,7 @@ def table(free_bytes: int) -> str:
 
 def system_prompt(path: Path) -> str | None:
     """What the catalogue has a chat begin with whose model is one of its files, unless the user says otherwise."""
-    return next((entry.system for entry in load_catalogue().values() if entry.path == path), None)
+    return next((entry.system for entry in load_catalogue().values() if entry.is_present and entry.path == path), None)
 
 
 # -- fetching ---------------------------------------------------------------------------------------------------------

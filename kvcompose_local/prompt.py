@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
-import platformdirs
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+
+from kvcompose_local.resources import state_folder
 
 
 class CommandCompleter(Completer):
@@ -42,8 +43,8 @@ class _History(FileHistory):
 
 def _history() -> History:
     try:
-        folder = platformdirs.user_state_path("kvcompose-local", ensure_exists=True)
-        history = folder / "history"
+        history = state_folder() / "history"
+        history.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         history.touch(mode=0o600)
     except OSError:
         return InMemoryHistory()
