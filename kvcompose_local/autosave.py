@@ -6,7 +6,6 @@ import contextlib
 import os
 import shlex
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,10 +109,10 @@ class Autosave:
 
     def _saved_elsewhere(self) -> str:
         """Save what has no place where it belongs beside the last chat, or among temporary files; says where."""
-        temporary = str(Path(tempfile.gettempdir()) / f"kvcompose-{os.getpid()}.kvc")
-        for name in (partial(_beside, sessions.LAST), lambda: temporary):
-            with contextlib.suppress(KVComposeError, KeyboardInterrupt):
-                return self._save(name())
+        with contextlib.suppress(KVComposeError, KeyboardInterrupt):
+            return self._save(_beside(sessions.LAST))
+        with contextlib.suppress(KVComposeError, KeyboardInterrupt):
+            return self._save(str(Path(tempfile.gettempdir()) / f"kvcompose-{os.getpid()}.kvc"))
         return ""
 
     def _own_name(self) -> str:

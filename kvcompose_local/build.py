@@ -37,6 +37,7 @@ from kvcompose_local.pin import (
     build_dir,
     build_key,
     cmake_flags,
+    cpu_features,
     library_dir,
     output_of,
     patch_series,
@@ -349,6 +350,7 @@ def _build_in(work: Path, patches: Path, patched: bool, flags: Sequence[str], jo
         "patches": applied,
         "flags": list(flags),
         "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu_features(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     (product / "build.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

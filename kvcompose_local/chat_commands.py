@@ -382,6 +382,7 @@ def open_chat(
     """A chat whose progress is shown, and whose conversation outlives an abort."""
     # llama.cpp is loaded only now, so that wrong usage and --help answer at once.
     from kvcompose_local.api import LocalChat
+    from kvcompose_local.llama_ffi.library import found
     from kvcompose_local.llama_ffi.model import Model
 
     with interrupts.caught():  # an exception would be lost in native frames
@@ -410,7 +411,7 @@ def open_chat(
         if local.memory.engine.name == "stock" and budget < 1:
             status.line(
                 "stock engine: every layer keeps equally many cells, which forgets more than it must; "
-                "`kvcompose-local build` makes the better one"
+                f"for the better one, {found.remedy_for_stock}"
             )
         with saved_on_abort(local.chat):
             try:
