@@ -21,7 +21,7 @@ from kvcompose_local.resources import CACHE_VARIABLE, cache_folder, data_file
 VARIABLE = "LLAMA_CPP_LIB_PATH"
 BUILD = "run `kvcompose-local build`"
 _NAMES = ("libllama.so", "libllama.dylib", "llama.dll")
-_ELSEWHERE = f"set {CACHE_VARIABLE} to a folder on another"
+_ELSEWHERE = f"set {CACHE_VARIABLE} to a folder on another file system"
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,17 @@ def _problem_of_named(folder: Path) -> Problem | None:
 
 def _problem_of_file(folder: Path, *, is_named: bool = False) -> Problem | None:
     library = libllama(folder)
-    remedy = f"unset {VARIABLE}, or name another folder" if is_named else _ELSEWHERE
+    remedy = f"unset {VARIABLE}, or name another folder"
     if library is None:
         return Problem(f"{folder} was built, and holds no libllama", _again(folder))
-    if not os.access(library, os.R_OK):
-        return Problem(f"{library} may not be read by this user", remedy)
+    try:
+        library.open("rb").close()
+    except OSError as error:
+        here = remedy if is_named else f"set {CACHE_VARIABLE} to a folder of yours"
+        return Problem(f"cannot read {library} ({error.strerror})", here)
     # Linux alone lets nothing be loaded from such a file system; root is no exception.
     if sys.platform == "linux" and os.statvfs(library).f_flag & os.ST_NOEXEC:
-        return Problem(f"{folder} is on a file system mounted noexec, from which no library is loaded", remedy)
+        return Problem(f"{folder} is on a file system mounted noexec, from which no library is loaded", remedy if is_named else _ELSEWHERE)
     return None
 
 

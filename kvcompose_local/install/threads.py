@@ -11,7 +11,7 @@ import psutil
 
 from kvcompose_local.pin import output_of
 
-#: A core is slow that has less than this share of the fastest one's capacity (Linux' cpu_capacity: little cores have 250
+#: A core is slow with less than this share of the fastest one's capacity (Linux' cpu_capacity: little cores have 250
 #: to 450 beside 1024, middle ones, which are worth a thread, 700 and more), or of its highest clock, which differs less
 #: between kinds, and by up to a tenth within one.
 _SLOW_CAPACITY, _SLOW_CLOCK = 0.6, 0.8
