@@ -411,7 +411,7 @@ def open_chat(
         if local.memory.engine.name == "stock" and budget < 1:
             status.line(
                 "stock engine: every layer keeps equally many cells, which forgets more than it must; "
-                f"for the better one, {found.remedy_for_stock}"
+                f"{found.why_stock}"
             )
         with saved_on_abort(local.chat):
             try:

@@ -139,7 +139,7 @@ def _engine(library: Library, problem: Problem | None) -> Check:
         return Check("engine", "fail", "none can run without llama.cpp", problem.remedy)
     if _has_patched_interface(library.folder):
         return Check("engine", "ok", "patched: every layer keeps its own number of cells")
-    return Check("engine", "warn", "stock: all layers keep the same number of cells", library.remedy_for_stock)
+    return Check("engine", "warn", "stock: all layers keep the same number of cells", str(library.why_stock))
 
 
 def _cache_folder(*, is_needed: bool) -> Check:

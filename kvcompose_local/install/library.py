@@ -49,9 +49,11 @@ class Library:
     why_not_built: Problem | None = None
 
     @property
-    def remedy_for_stock(self) -> str:
-        """What the user does to have the patched llama.cpp instead of this one."""
-        return f"unset {VARIABLE}, which names it" if self.is_named else str(self.why_not_built or BUILD)
+    def why_stock(self) -> Problem:
+        """Why this is not the patched llama.cpp, where it is not."""
+        if self.is_named:
+            return Problem(f"{VARIABLE} names a llama.cpp without the patches", "unset it")
+        return self.why_not_built or Problem("llama.cpp is not built", BUILD)
 
 
 def find_library() -> Library:
@@ -73,7 +75,7 @@ def find_library() -> Library:
         inside = Path(location) / "lib"
         if libllama(inside) is not None:
             return Library(inside, _problem_of_file(inside), why_not_built=why_not_built)
-    return Library(None, why_not_built)
+    return Library(None, why_not_built, why_not_built=why_not_built)
 
 
 def libllama(folder: Path) -> Path | None:
