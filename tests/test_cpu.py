@@ -14,7 +14,9 @@ from kvcompose_local.install.cpu import instruction_sets
 from kvcompose_local.pin import build_key, cpu_features
 from kvcompose_local.resources import data_file
 
-ZEN = "fpu vme sse sse2 ht syscall nx ssse3 fma cx16 sse4_1 avx f16c hypervisor avx2 bmi1 avx512f avx512_bf16 gfni sha_ni"
+ZEN = (
+    "fpu vme sse sse2 ht syscall nx ssse3 fma cx16 sse4_1 avx f16c hypervisor avx2 bmi1 avx512f avx512_bf16 gfni sha_ni"
+)
 NEOVERSE = "fp asimd evtstrm aes pmull crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp sve ssbs i8mm bf16"
 
 

@@ -40,6 +40,7 @@ ORDER = (
     "pin",
     "install.threads",
     "install.library",
+    "install",
     "build",
     "llama_ffi.library",
     "llama_ffi.model",

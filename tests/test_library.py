@@ -75,7 +75,17 @@ def bindings_have_none() -> bool:
 def compiled(folder: Path, source: str, *flags: str) -> Path:
     folder.mkdir(parents=True)
     (folder / "source.c").write_text(source)
-    command = [shutil.which("cc") or "c++", "-shared", "-fPIC", "-x", "c", "source.c", "-o", library_path().name, *flags]
+    command = [
+        shutil.which("cc") or "c++",
+        "-shared",
+        "-fPIC",
+        "-x",
+        "c",
+        "source.c",
+        "-o",
+        library_path().name,
+        *flags,
+    ]
     subprocess.run(command, cwd=folder, check=True)
     return folder
 
@@ -170,7 +180,9 @@ def test_a_build_that_is_no_longer_looked_for(
 def test_a_damaged_build(private_cache: Path, told: Callable[..., str]) -> None:
     build = put_build(build_dir())
     (build / "lib").mkdir()
-    assert told() == f"{build / 'lib'} was built, and holds no libllama: delete {build}, then run `kvcompose-local build`"
+    assert (
+        told() == f"{build / 'lib'} was built, and holds no libllama: delete {build}, then run `kvcompose-local build`"
+    )
     (build / "lib" / library_path().name).write_bytes(b"")
     line = told()
     assert line.startswith(f"no usable llama.cpp library in {build / 'lib'} (")
@@ -187,7 +199,9 @@ def test_a_mount_from_which_nothing_is_loaded(
     shutil.copytree(LIBRARIES, build / "lib", symlinks=True)
     if is_named:
         monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(build / "lib"))
-    script = f'mount --bind {private_cache} {private_cache} && mount -o remount,bind,noexec {private_cache} && exec "$@"'
+    script = (
+        f'mount --bind {private_cache} {private_cache} && mount -o remount,bind,noexec {private_cache} && exec "$@"'
+    )
     mounted = ["unshare", "-m", "sh", "-c", script, "sh"]
     if subprocess.run([*mounted, "true"], check=False).returncode:
         pytest.skip("nothing can be mounted here")
@@ -234,9 +248,7 @@ def test_files_of_another_user(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- the bindings ------------------------------------------------------------------------------------------------------
 
 
-def test_bindings_of_another_version(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Callable[..., str]
-) -> None:
+def test_bindings_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Callable[..., str]) -> None:
     link_libraries(put_build(build_dir()) / "lib")
     import llama_cpp.llama_cpp as installed
 

@@ -124,7 +124,13 @@ def test_little_cores_do_not_count_as_big_ones(tmp_path: Path, files: dict[str, 
     [
         ({}, 8),
         ({_CPU.format(cpu, "topology/thread_siblings_list"): f"{cpu % 4},{cpu % 4 + 4}" for cpu in range(8)}, 4),
-        ({_CPU.format(cpu, "topology/thread_siblings_list"): f"{cpu // 2 * 2}-{cpu // 2 * 2 + 1}" for cpu in range(8)}, 4),
+        (
+            {
+                _CPU.format(cpu, "topology/thread_siblings_list"): f"{cpu // 2 * 2}-{cpu // 2 * 2 + 1}"
+                for cpu in range(8)
+            },
+            4,
+        ),
         (of_each("cpu_capacity", [300, 300, 300, 300, 1024, 1024, 1024, 1024]), 4),
     ],
 )

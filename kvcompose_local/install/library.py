@@ -106,7 +106,10 @@ def _problem_of_file(folder: Path, *, is_named: bool = False) -> Problem | None:
         return Problem(f"cannot read {library} ({error.strerror})", here)
     # Linux alone lets nothing be loaded from such a file system; root is no exception.
     if sys.platform == "linux" and os.statvfs(library).f_flag & os.ST_NOEXEC:
-        return Problem(f"{folder} is on a file system mounted noexec, from which no library is loaded", remedy if is_named else _ELSEWHERE)
+        return Problem(
+            f"{folder} is on a file system mounted noexec, from which no library is loaded",
+            remedy if is_named else _ELSEWHERE,
+        )
     return None
 
 
