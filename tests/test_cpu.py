@@ -14,9 +14,7 @@ from kvcompose_local.install.cpu import instruction_sets
 from kvcompose_local.pin import build_key, cpu_features
 from kvcompose_local.resources import data_file
 
-ZEN = (
-    "fpu vme sse sse2 ht syscall nx ssse3 fma cx16 sse4_1 avx f16c hypervisor avx2 bmi1 avx512f avx512_bf16 gfni sha_ni"
-)
+ZEN = "fpu vme sse sse2 ht syscall nx ssse3 fma cx16 sse4_1 avx f16c hypervisor avx2 bmi1 avx512f avx512_bf16 gfni"
 NEOVERSE = "fp asimd evtstrm aes pmull crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp sve ssbs i8mm bf16"
 
 
@@ -33,8 +31,8 @@ def cpuinfo(folder: Path, flags: str, name: str = "flags\t\t") -> Path:
             "x86_64",
             "flags\t\t",
             ZEN,
-            "kaiser pti ibrs ibrs_enhanced stibp ssbd flush_l1d md_clear user_shstk ibt umip pku ospke sme sev smx srso "
-            "split_lock_detect amd_lbr_v2 arch_capabilities tsc_known_freq xtopology cpuid_fault fsrm la57 rdt_a cqm",
+            "kaiser pti ibrs ibrs_enhanced stibp ssbd flush_l1d md_clear user_shstk ibt umip pku "
+            "ospke sme sev smx srso split_lock_detect amd_lbr_v2 arch_capabilities tsc_known_freq xtopology fsrm la57 rdt_a cqm",
         ),
         ("aarch64", "Features\t", NEOVERSE, "dit ssbs2 paca pacg bti mte mte3 rng ecv afp evtstrm2 uscat wfxt dcpodp"),
         ("armv7l", "Features\t", "half thumb fastmult vfp edsp neon vfpv4 idiva", "evtstrm lpae"),

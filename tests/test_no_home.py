@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -73,10 +73,10 @@ def test_what_is_only_kept_is_not_kept(homeless: None, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def environments(tmp_path: Path) -> Iterator[dict[str, str]]:
+def environments(tmp_path: Path) -> dict[str, str]:
     """Of a process whose user finds the library and has no folder."""
     kept = {name: value for name, value in os.environ.items() if name not in _FOLDERS}
-    yield kept | {"LLAMA_CPP_LIB_PATH": str(library_path().parent)}
+    return kept | {"LLAMA_CPP_LIB_PATH": str(library_path().parent)}
 
 
 def as_user(environment: dict[str, str], *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:

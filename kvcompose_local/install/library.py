@@ -20,6 +20,7 @@ from kvcompose_local.resources import CACHE_VARIABLE, cache_folder, data_file
 #: Read by llama-cpp-python when it is imported; a library that the user names there wins.
 VARIABLE = "LLAMA_CPP_LIB_PATH"
 BUILD = "run `kvcompose-local build`"
+_ANOTHER = f"unset {VARIABLE}, or name another folder"
 _NAMES = ("libllama.so", "libllama.dylib", "llama.dll")
 _ELSEWHERE = f"set {CACHE_VARIABLE} to a folder on another file system"
 
@@ -96,19 +97,18 @@ def _problem_of_named(folder: Path) -> Problem | None:
 
 def _problem_of_file(folder: Path, *, is_named: bool = False) -> Problem | None:
     library = libllama(folder)
-    remedy = f"unset {VARIABLE}, or name another folder"
     if library is None:
         return Problem(f"{folder} was built, and holds no libllama", _again(folder))
     try:
         library.open("rb").close()
     except OSError as error:
-        here = remedy if is_named else f"set {CACHE_VARIABLE} to a folder of yours"
-        return Problem(f"cannot read {library} ({error.strerror})", here)
+        remedy = _ANOTHER if is_named else f"set {CACHE_VARIABLE} to a folder of yours"
+        return Problem(f"cannot read {library} ({error.strerror})", remedy)
     # Linux alone lets nothing be loaded from such a file system; root is no exception.
     if sys.platform == "linux" and os.statvfs(library).f_flag & os.ST_NOEXEC:
         return Problem(
             f"{folder} is on a file system mounted noexec, from which no library is loaded",
-            remedy if is_named else _ELSEWHERE,
+            _ANOTHER if is_named else _ELSEWHERE,
         )
     return None
 
@@ -122,7 +122,7 @@ def why_not_loaded(error: BaseException, library: Library) -> Problem:
     told = " ".join(str(error).split())
     if library.folder is None:
         return Problem(f"no usable llama.cpp library ({told})", BUILD)
-    remedy = f"unset {VARIABLE}, or name another folder" if library.is_named else _again(library.folder)
+    remedy = _ANOTHER if library.is_named else _again(library.folder)
     if "failed to map segment" in told:
         remedy = remedy if library.is_named else _ELSEWHERE
         return Problem(f"the system lets no library be loaded from {library.folder} (mounted noexec?)", remedy)
