@@ -32,7 +32,7 @@ def cpuinfo(folder: Path, flags: str, name: str = "flags\t\t") -> Path:
             "flags\t\t",
             ZEN,
             "kaiser pti ibrs ibrs_enhanced stibp ssbd flush_l1d md_clear user_shstk ibt umip pku "
-            "ospke sme sev smx srso split_lock_detect amd_lbr_v2 arch_capabilities tsc_known_freq xtopology fsrm la57 rdt_a cqm",
+            "ospke sme sev smx srso split_lock_detect amd_lbr_v2 arch_capabilities tsc_known_freq xtopology fsrm la57",
         ),
         ("aarch64", "Features\t", NEOVERSE, "dit ssbs2 paca pacg bti mte mte3 rng ecv afp evtstrm2 uscat wfxt dcpodp"),
         ("armv7l", "Features\t", "half thumb fastmult vfp edsp neon vfpv4 idiva", "evtstrm lpae"),

@@ -7,8 +7,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-import psutil
-
 from kvcompose_local.pin import output_of
 
 #: A core is slow with less than this share of the fastest one's capacity (Linux' cpu_capacity: little cores have 250
@@ -29,9 +27,9 @@ def default_threads(root: Path = Path("/")) -> int:
     """
     if sys.platform == "darwin":
         fast = output_of(["sysctl", "-n", "hw.perflevel0.physicalcpu"])  # Apple silicon; Intel has no levels
-        return int(fast) if fast.isdecimal() and int(fast) else psutil.cpu_count(logical=False) or 1
+        return int(fast) if fast.isdecimal() and int(fast) else _physical_cores()
     if sys.platform != "linux":
-        return psutil.cpu_count(logical=False) or os.cpu_count() or 1
+        return _physical_cores()
     cores = len(_physical(root, fast_cpus(root, os.sched_getaffinity(0))))
     return max(1, int(min(cores, cpu_quota(root))))
 
@@ -50,6 +48,12 @@ def fast_cpus(root: Path, cpus: Iterable[int]) -> set[int]:
     return cpus
 
 
+def _physical_cores() -> int:
+    import psutil  # late: the build needs this module before anything is installed
+
+    return psutil.cpu_count(logical=False) or os.cpu_count() or 1
+
+
 def _physical(root: Path, cpus: Iterable[int]) -> set[frozenset[int]]:
     """The cores that the CPUs are threads of, each as the CPUs that share it."""
     topology = root / _CPUS
@@ -58,7 +62,7 @@ def _physical(root: Path, cpus: Iterable[int]) -> set[frozenset[int]]:
     }
 
 
-def cpu_quota(root: Path) -> float:
+def cpu_quota(root: Path = Path("/")) -> float:
     """CPUs whose time this process's control groups may use, the tightest one's; infinite where nothing limits it."""
     quotas = [float("inf")]
     for folder in _cpu_groups(root):
