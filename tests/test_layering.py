@@ -40,7 +40,6 @@ ORDER = (
     "pin",
     "install.threads",
     "install.library",
-    "install",
     "build",
     "llama_ffi.library",
     "llama_ffi.model",

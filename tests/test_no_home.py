@@ -14,6 +14,7 @@ from test_cli import endless
 
 from kvcompose_local import autosave, profiles, resources, sessions
 from kvcompose_local.errors import NoHome
+from kvcompose_local.install.model_files import model_digest
 from kvcompose_local.llama_ffi.library import library_path
 from kvcompose_local.models import find, system_prompt
 
@@ -63,7 +64,7 @@ def test_what_is_only_kept_is_not_kept(homeless: None, tmp_path: Path) -> None:
     assert profiles.find(next(iter(profiles._shipped())).model_sha256)  # one that came with the program
     model = tmp_path / "some.gguf"
     model.write_bytes(b"GGUF of nothing")
-    assert len(sessions.model_digest(model)) == 64
+    assert len(model_digest(model)) == 64
     with pytest.raises(NoHome):
         sessions.path_of("plain")
     path = sessions.path_of(str(tmp_path / "chat.kvc"))
