@@ -51,7 +51,7 @@ class LocalChat:
 
     model: a GGUF file or a name of ``models.txt``, which is fetched, None for the small default; budget: share in (0,
     1] of the bytes that an uncompressed F16 cache of ``n_ctx`` tokens takes; n_ctx: positions the chat may span
-    (default 8192, or what the model was trained for); n_threads: default physical cores; gpu_layers: default all where
+    (default 8192, or what the model was trained for); n_threads: default one a fast core; gpu_layers: default all where
     a GPU backend is built in; cache_type: ``f16``, ``q8_0``, …, default what ``run`` takes; scoring: ``replay``, or
     ``profile``: no replay, and a poorer choice; workers: ``HOST:PORT`` of ``rpc-server`` processes; system: default
     what ``models.txt`` says, or the template; template: a Jinja file, or a name: llama.cpp's, the GGUF's or ``plain``,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvcompose_local import sessions
-from kvcompose_local.errors import InvalidInput, KVComposeError
+from kvcompose_local.errors import InvalidInput, KVComposeError, NoHome
 from kvcompose_local.figures import MIB
 
 if TYPE_CHECKING:
@@ -109,9 +109,10 @@ class Autosave:
 
     def _saved_elsewhere(self) -> str:
         """Save what has no place where it belongs beside the last chat, or among temporary files; says where."""
-        for name in (_beside(sessions.LAST), str(Path(tempfile.gettempdir()) / f"kvcompose-{os.getpid()}.kvc")):
-            with contextlib.suppress(KVComposeError, KeyboardInterrupt):
-                return self._save(name)
+        with contextlib.suppress(KVComposeError, KeyboardInterrupt):
+            return self._save(_beside(sessions.LAST))
+        with contextlib.suppress(KVComposeError, KeyboardInterrupt):
+            return self._save(str(Path(tempfile.gettempdir()) / f"kvcompose-{os.getpid()}.kvc"))
         return ""
 
     def _own_name(self) -> str:
@@ -140,12 +141,17 @@ class Autosave:
 
 
 def _version_of(name: str) -> tuple[int, ...]:
-    return sessions.version_of(sessions.path_of(name))
+    with contextlib.suppress(NoHome):
+        return sessions.version_of(sessions.path_of(name))
+    return ()
 
 
 def _is_same(one: str, other: str) -> bool:
     """Whether two names are of one session, however they are spelled."""
-    first, second = sessions.path_of(one), sessions.path_of(other)
+    try:
+        first, second = sessions.path_of(one), sessions.path_of(other)
+    except NoHome:  # then a plain name is of no session
+        return False
     return first.resolve() == second.resolve() or (first.exists() and second.exists() and first.samefile(second))
 
 

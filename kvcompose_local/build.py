@@ -14,6 +14,7 @@ import argparse
 import gzip
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -31,12 +32,14 @@ from pathlib import Path, PurePosixPath
 from typing import TextIO
 
 from kvcompose_local.errors import BuildError, DownloadError, KVComposeError
+from kvcompose_local.install.threads import cpu_quota
 from kvcompose_local.pin import (
     SANITIZERS,
     Pin,
     build_dir,
     build_key,
     cmake_flags,
+    cpu_features,
     library_dir,
     output_of,
     patch_series,
@@ -261,8 +264,9 @@ def _silent(_text: str, _done: int, _total: int) -> None:
 
 
 def default_jobs() -> int:
-    """One compiler a core, and no more than one for each GB of RAM."""
+    """One compiler for each CPU that we may use, and no more than one for each GB of RAM."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    cores = math.ceil(min(cores, cpu_quota()))
     ram_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, min(cores, ram_bytes // 10**9))
 
@@ -349,6 +353,7 @@ def _build_in(work: Path, patches: Path, patched: bool, flags: Sequence[str], jo
         "patches": applied,
         "flags": list(flags),
         "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu_features(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     (product / "build.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

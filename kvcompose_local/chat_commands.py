@@ -10,6 +10,7 @@ import os
 import shlex
 import stat
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -17,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import platformdirs
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from kvcompose_local.errors import InvalidInput, KVComposeError
 from kvcompose_local.figures import MIB, describe, greeting, result
 from kvcompose_local.options import CACHE_TYPE_NAMES, Real, threads_option
+from kvcompose_local.resources import state_folder
 from kvcompose_local.terminal import inputs
 
 if TYPE_CHECKING:
@@ -187,6 +188,7 @@ def run_command(
             sessions.check_writable(sessions.path_of(sessions.LAST))
         except KVComposeError as error:
             status.line(f"this chat will not be saved: {error}")
+            no_autosave = True
     model_path = models.resolve(model, pull=True, progress=status.fetching)
     check_gguf(model_path)
     if saved is not None:
@@ -368,6 +370,7 @@ def open_chat(
     """A chat whose progress is shown, and whose conversation outlives an abort."""
     # llama.cpp is loaded only now, so that wrong usage and --help answer at once.
     from kvcompose_local.api import LocalChat
+    from kvcompose_local.llama_ffi.library import found
     from kvcompose_local.llama_ffi.model import Model
 
     with interrupts.caught():  # an exception would be lost in native frames
@@ -396,7 +399,7 @@ def open_chat(
         if local.memory.engine.name == "stock" and budget < 1:
             status.line(
                 "stock engine: every layer keeps equally many cells, which forgets more than it must; "
-                "`kvcompose-local build` makes the better one"
+                f"{found.why_stock}"
             )
         with saved_on_abort(local.chat):
             try:
@@ -423,8 +426,12 @@ def saved_on_abort(chat: Chat) -> Iterator[None]:
     def save(_reason: str) -> None:
         messages = chat.messages + ([{"role": "assistant", "content": chat.answering}] if chat.answering else [])
         if messages:
-            path = platformdirs.user_state_path("kvcompose-local", ensure_exists=True) / f"lost-{os.getpid()}.json"
-            path.touch(mode=0o600)
+            try:
+                path = state_folder() / f"lost-{os.getpid()}.json"
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                path.touch(mode=0o600)
+            except OSError:
+                path = Path(tempfile.mkstemp(prefix="kvcompose-lost-", suffix=".json")[1])
             path.write_text(json.dumps(messages, ensure_ascii=False, indent=1), encoding="utf-8")
             print(f"the conversation is kept in {path}", file=sys.stderr, flush=True)
 

@@ -46,7 +46,7 @@ def cli(context: click.Context, debug: bool) -> None:
 @threads_option
 def rpc_server(host: str, port: int, threads: int | None) -> None:
     """Be a worker for `run --rpc HOST:PORT` on another machine, until Ctrl-C."""
-    from kvcompose_local.engines import physical_cores
+    from kvcompose_local.install.threads import default_threads
     from kvcompose_local.llama_ffi.rpc import is_loopback, serve
 
     if not is_loopback(host):
@@ -54,7 +54,7 @@ def rpc_server(host: str, port: int, threads: int | None) -> None:
             f"warning: the RPC protocol has no authentication: whoever reaches {host}:{port} can use this machine",
             err=True,
         )
-    serve(host, port, threads or physical_cores())
+    serve(host, port, threads or default_threads())
 
 
 @cli.group("models", invoke_without_command=True, short_help="List, fetch and locate the models known by name.")

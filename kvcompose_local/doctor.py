@@ -1,17 +1,14 @@
 """What is installed, which engine will run, and what to do about the rest: data for ``kvcompose-local doctor``.
 
-Looks at files and versions only. The library is never loaded, so that a broken one can still be reported.
+The library is loaded by a process of its own, so that a broken one can still be reported.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-import json
 import mmap
-import os
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -21,10 +18,12 @@ from typing import Literal
 
 import psutil
 
-from kvcompose_local import build, models
-from kvcompose_local.errors import KVComposeError
-from kvcompose_local.pin import library_dir, read_pin
-from kvcompose_local.resources import cache_folder, data_file
+from kvcompose_local import build, models, sessions
+from kvcompose_local.errors import KVComposeError, NoHome
+from kvcompose_local.install.library import Library, Problem, bindings_problem, build_facts, find_library, libllama
+from kvcompose_local.install.threads import default_threads
+from kvcompose_local.pin import read_pin
+from kvcompose_local.resources import CACHE_VARIABLE, cache_folder, data_file
 
 State = Literal["ok", "warn", "fail"]
 
@@ -32,6 +31,15 @@ State = Literal["ok", "warn", "fail"]
 _PATCHED_SYMBOL = b"llama_kvc_rewrite"
 _BUILD_REMEDY = "kvcompose-local build"
 _GB = 10**9
+#: Prints in one line why the library cannot be loaded.
+_LOAD = """
+from kvcompose_local.errors import KVComposeError
+try:
+    import kvcompose_local.llama_ffi.library
+except KVComposeError as error:
+    print(error)
+"""
+_LOAD_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -46,10 +54,11 @@ class Check:
 
 def report() -> list[Check]:
     """All findings, in the order in which a user would mend them. Never raises for what it finds."""
-    checks = [_python(), _compiler(), _build_tools(), _bindings()]
-    library = _library_folder()
-    checks += [_library(library), _device(library), _engine(library)]
-    checks += [_cache_folder(), _default_model(), _memory()]
+    library = find_library()
+    problem = library.problem or _why_not_loaded()
+    checks = [_python(), _compiler(), _build_tools(), _bindings(), _library(library, problem)]
+    checks += [_device(library.folder), _engine(library, problem)]
+    checks += [_cache_folder(is_needed=problem is not None), _sessions(), _default_model(), _memory()]
     return checks
 
 
@@ -79,77 +88,41 @@ def _build_tools() -> Check:
 
 
 def _bindings() -> Check:
-    try:
-        pin = read_pin(data_file("patches"))
-    except KVComposeError as error:
-        return Check("bindings", "fail", str(error), "reinstall kvcompose-local")
-    remedy = f"pip install {pin.name}=={pin.version}"
-    try:
-        version = importlib.metadata.version(pin.name)
-    except importlib.metadata.PackageNotFoundError:
-        return Check("bindings", "fail", f"{pin.name} is not installed", remedy)
-    if version != pin.version:
-        return Check("bindings", "fail", f"{pin.name} {version}, but {pin.version} is needed", remedy)
-    return Check("bindings", "ok", str(pin))
-
-
-def _library_folder() -> Path | None:
-    """The folder llama.cpp would be loaded from: the user's choice, our build, or the one inside the bindings."""
-    chosen = os.environ.get("LLAMA_CPP_LIB_PATH")
-    if chosen:
-        return Path(chosen)
-    try:
-        built = library_dir()
-    except KVComposeError:
-        built = None
-    if built is not None:
-        return built
-    bindings = importlib.util.find_spec("llama_cpp")
-    for location in (bindings.submodule_search_locations or []) if bindings else []:
-        if _libllama(inside := Path(location) / "lib") is not None:
-            return inside
-    return None
-
-
-def _libllama(folder: Path | None) -> Path | None:
-    names = ("libllama.so", "libllama.dylib", "llama.dll")
-    return next((folder / name for name in names if (folder / name).is_file()), None) if folder else None
+    if problem := bindings_problem():
+        return Check("bindings", "fail", problem.text, problem.remedy)
+    return Check("bindings", "ok", str(read_pin(data_file("patches"))))
 
 
 def _has_patched_interface(folder: Path | None) -> bool:
-    library = _libllama(folder)
+    library = libllama(folder) if folder else None
     if library is None or library.stat().st_size == 0:
         return False
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return content.find(_PATCHED_SYMBOL) >= 0
 
 
-def _library(folder: Path | None) -> Check:
-    if folder is None:
-        if stale := _stale_builds():
-            text = f"built for another pin, patch series or machine: {', '.join(stale)}"
-            return Check("library", "fail", text, _BUILD_REMEDY)
-        return Check("library", "fail", "llama.cpp is not built", _BUILD_REMEDY)
-    if _libllama(folder) is None:
-        return Check("library", "fail", f"no libllama in {folder}", "unset LLAMA_CPP_LIB_PATH")
-    kind = "patched" if _has_patched_interface(folder) else "stock"
-    facts = _build_facts(folder.parent)
-    if not facts:
-        return Check("library", "ok", f"{kind}, not built by us: {folder}")
-    return Check("library", "ok", f"{kind}, {facts['pin']}, key {facts['key']}, {facts['date']}: {folder}")
-
-
-def _build_facts(folder: Path) -> dict[str, str]:
+def _why_not_loaded() -> Problem | None:
+    """What ``run`` would fail with when it loads the library; None where it loads."""
+    command = [sys.executable, "-c", _LOAD]
     try:
-        facts = json.loads((folder / "build.json").read_text(encoding="utf-8"))
-        return {name: str(facts[name]) for name in ("pin", "key", "date")}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_LOAD_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Problem(f"the library could not be tried ({error})", "try again")
+    if done.returncode:
+        return Problem(f"loading the library ends a process with code {done.returncode}", "run `kvcompose-local build`")
+    text, _, remedy = done.stdout.strip().rpartition(": ")
+    return Problem(text, remedy) if text else None
 
 
-def _stale_builds() -> list[str]:
-    builds = cache_folder() / "llama"
-    return sorted(path.parent.name for path in builds.glob("*/build.json") if _build_facts(path.parent))
+def _library(library: Library, problem: Problem | None) -> Check:
+    if problem is not None or library.folder is None:
+        problem = problem or Problem("llama.cpp is not built", _BUILD_REMEDY)
+        return Check("library", "fail", problem.text, problem.remedy)
+    kind = "patched" if _has_patched_interface(library.folder) else "stock"
+    facts = build_facts(library.folder.parent)
+    if not facts:
+        return Check("library", "ok", f"{kind}, not built by us: {library.folder}")
+    return Check("library", "ok", f"{kind}, {facts['pin']}, key {facts['key']}, {facts['date']}: {library.folder}")
 
 
 def _device(folder: Path | None) -> Check:
@@ -158,30 +131,46 @@ def _device(folder: Path | None) -> Check:
     apple_silicon = sys.platform == "darwin" and platform.machine() == "arm64"
     if folder is not None and apple_silicon:
         return Check("device", "warn", "CPU only, this library has no Metal", _BUILD_REMEDY)
-    return Check("device", "ok", f"CPU, {psutil.cpu_count(logical=False) or os.cpu_count()} cores")
+    return Check("device", "ok", f"CPU, {default_threads()} threads")
 
 
-def _engine(folder: Path | None) -> Check:
-    if _libllama(folder) is None:
-        return Check("engine", "fail", "none can run without llama.cpp", _BUILD_REMEDY)
-    if _has_patched_interface(folder):
+def _engine(library: Library, problem: Problem | None) -> Check:
+    if problem is not None:
+        return Check("engine", "fail", "none can run without llama.cpp", problem.remedy)
+    if _has_patched_interface(library.folder):
         return Check("engine", "ok", "patched: every layer keeps its own number of cells")
-    return Check("engine", "warn", "stock: all layers keep the same number of cells", _BUILD_REMEDY)
+    return Check("engine", "warn", "stock: all layers keep the same number of cells", str(library.why_stock))
 
 
-def _cache_folder() -> Check:
-    folder = cache_folder()
-    remedy = "set KVCOMPOSE_CACHE to a folder you can write"
+def _cache_folder(*, is_needed: bool) -> Check:
+    """is_needed: something must still be written there, before a chat can run."""
+    remedy = f"set {CACHE_VARIABLE} to a folder you can write"
     try:
+        folder = cache_folder()
+        text = f"{folder}: "
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
         free_gb = shutil.disk_usage(folder).free / _GB
+    except NoHome as error:
+        text, _, remedy = str(error).partition(": ")
+        return Check("cache folder", "fail" if is_needed else "warn", text, remedy)
     except OSError as error:
-        return Check("cache folder", "fail", f"{folder}: {error.strerror}", remedy)
+        text += f"{error.strerror}{'' if is_needed else ', so that no model is fetched and nothing built'}"
+        return Check("cache folder", "fail" if is_needed else "warn", text, remedy)
     if free_gb < 1:
         return Check("cache folder", "warn", f"{folder}: only {free_gb:.1f} GB free", f"free some or {remedy}")
     return Check("cache folder", "ok", f"{folder}: {free_gb:.0f} GB free")
+
+
+def _sessions() -> Check:
+    try:
+        sessions.check_writable(sessions.path_of(sessions.LAST))
+    except KVComposeError as error:
+        text, _, remedy = str(error).rpartition(": ")
+        remedy = remedy if isinstance(error, NoHome) else "set XDG_STATE_HOME to a folder you can write"
+        return Check("sessions", "warn", f"no chat is saved: {text}", remedy)
+    return Check("sessions", "ok", str(sessions.sessions_folder()))
 
 
 def _default_model() -> Check:

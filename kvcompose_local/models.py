@@ -11,13 +11,13 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from kvcompose_local.errors import DownloadError, ModelError
+from kvcompose_local.errors import DownloadError, ModelError, NoHome
 from kvcompose_local.install.model_files import check_gguf, first_of
 from kvcompose_local.resources import DISK_FULL, ByteProgress, cache_folder, clear_disk_errors, data_file, sha256_of
 
@@ -72,7 +72,7 @@ class ModelEntry:
 
     @property
     def path(self) -> Path:
-        """Where the file is, or will be, in the cache."""
+        """Where the file is, or will be, in the cache. Raises NoHome."""
         return cache_folder() / "models" / self.file
 
     @property
@@ -83,6 +83,12 @@ class ModelEntry:
         except OSError:
             return False
         return size == self.size if self.size is not None else size > 0
+
+    def is_of(self, path: Path) -> bool:
+        """Whether a path is that of the entry's file in the cache."""
+        with suppress(NoHome):
+            return self.path == path
+        return False
 
     @property
     def packages(self) -> list[str]:
@@ -204,7 +210,7 @@ def resolve(model: str | None, *, pull: bool, progress: ByteProgress | None = No
 def hint_beyond_toy(path: Path, free_bytes: int) -> str:
     """One line for who chats with the default model: what it is, and the best model that fits; else empty."""
     catalogue = load_catalogue()
-    if catalogue[DEFAULT_MODEL].path != path:
+    if not catalogue[DEFAULT_MODEL].is_of(path):
         return ""
     told = f"{DEFAULT_MODEL} is a toy, to try the program with"
     best = next((entry for entry in reversed(catalogue.values()) if entry.fits(free_bytes)), None)
@@ -256,7 +262,7 @@ def table(free_bytes: int) -> str:
 
 def system_prompt(path: Path) -> str | None:
     """What the catalogue has a chat begin with whose model is one of its files, unless the user says otherwise."""
-    return next((entry.system for entry in load_catalogue().values() if entry.path == path), None)
+    return next((entry.system for entry in load_catalogue().values() if entry.is_of(path)), None)
 
 
 # -- fetching ---------------------------------------------------------------------------------------------------------

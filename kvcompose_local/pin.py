@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvcompose_local.errors import BuildError, InvalidInput
+from kvcompose_local.install.cpu import instruction_sets
 from kvcompose_local.resources import cache_folder, data_file
 
 _PIN_LINE = re.compile(r"(?P<name>[\w.-]+)==(?P<version>[\w.]+) --hash=sha256:(?P<sha256>[0-9a-f]{64})")
@@ -103,18 +104,11 @@ def cmake_flags(sanitize: str | None = None) -> list[str]:
 
 
 @functools.cache
-def _cpu_features() -> str:
+def cpu_features() -> str:
     """What ``-march=native`` compiles for: a cache folder may be shared by machines that differ in it."""
     if sys.platform == "darwin":
         return output_of(["sysctl", "-n", "machdep.cpu.brand_string"])
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if line.lower().startswith(("flags", "features")):
-                    return " ".join(sorted(line.split(":", 1)[1].split()))
-    except OSError:
-        pass
-    return platform.processor()
+    return " ".join(instruction_sets(platform.machine())) or platform.processor()
 
 
 def build_key(patches_dir: Path, flags: Sequence[str], *, patched: bool = True) -> str:
@@ -126,7 +120,7 @@ def build_key(patches_dir: Path, flags: Sequence[str], *, patched: bool = True) 
         "\0".join(flags),
         platform.system(),
         platform.machine(),
-        _cpu_features(),
+        cpu_features(),
     ]
     digest = hashlib.sha256(json.dumps(parts).encode())
     for patch in patch_series(patches_dir) if patched else ():

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import TextIO
 
-import platformdirs
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.output import DummyOutput, Output, create_output
 from prompt_toolkit.output.plain_text import PlainTextOutput
+
+from kvcompose_local.resources import state_folder
 
 
 class CommandCompleter(Completer):
@@ -47,8 +48,8 @@ class _History(FileHistory):
 
 def _history() -> History:
     try:
-        folder = platformdirs.user_state_path("kvcompose-local", ensure_exists=True)
-        history = folder / "history"
+        history = state_folder() / "history"
+        history.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         history.touch(mode=0o600)
     except OSError:
         return InMemoryHistory()

@@ -1,4 +1,4 @@
-"""Where things are: data files of the package, and the user's cache folder; what a disk may refuse; what a file is."""
+"""Where things are: data files of the package, the user's folders; what a disk may refuse; what a file is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from kvcompose_local.errors import DownloadError, KVComposeError
+from kvcompose_local.errors import DownloadError, KVComposeError, NoHome
 
 CACHE_VARIABLE = "KVCOMPOSE_CACHE"
 #: Called with (bytes done, bytes in all, 0 where unknown). May raise to stop; what was fetched stays.
@@ -28,12 +28,30 @@ def data_file(name: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where models, archives and libraries are kept: ``KVCOMPOSE_CACHE``, or the platform's folder; not made here."""
+    """Where models, archives and libraries are kept: ``KVCOMPOSE_CACHE``, or the platform's folder; not made here.
+
+    Raises NoHome.
+    """
     if override := os.environ.get(CACHE_VARIABLE):
         return Path(os.path.expanduser(override)).absolute()
-    from platformdirs import user_cache_path  # late: the build needs this module before anything is installed
+    return _user_folder("user_cache_path", f"set HOME or {CACHE_VARIABLE}")
 
-    return user_cache_path("kvcompose-local")
+
+def state_folder() -> Path:
+    """Where sessions and the history of what was typed are kept; not made here. Raises NoHome."""
+    return _user_folder("user_state_path", "set HOME")
+
+
+def _user_folder(kind: str, remedy: str) -> Path:
+    import platformdirs  # late: the build needs this module before anything is installed
+
+    try:
+        path: Path = getattr(platformdirs, kind)("kvcompose-local")
+    except RuntimeError:  # as a container's user without an entry among the users
+        path = Path()
+    if not path.is_absolute():  # older platformdirs gives ~/… back
+        raise NoHome(f"this user has no home folder: {remedy} to a folder that can be written")
+    return path
 
 
 def sha256_of(*files: BinaryIO, progress: ByteProgress = lambda _done, _total: None) -> str:

@@ -27,18 +27,17 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-import platformdirs
 from safetensors import SafetensorError
 
 from kvcompose_local import __version__, sections
 from kvcompose_local.chat import Chat, ChatState, Place, Step
 from kvcompose_local.compaction import MemoryState
-from kvcompose_local.errors import InvalidInput, KVComposeError, SessionError
+from kvcompose_local.errors import InvalidInput, KVComposeError, NoHome, SessionError
 from kvcompose_local.install.files import own_folder, part_of
 from kvcompose_local.install.model_files import model_digest
 from kvcompose_local.interfaces import CacheSnapshot, Lazy, ModelShape, Progress
 from kvcompose_local.pin import read_pin
-from kvcompose_local.resources import data_file
+from kvcompose_local.resources import data_file, state_folder
 from kvcompose_local.sections import Section, Sections
 
 FORMAT = 5
@@ -119,12 +118,15 @@ class Manifest:
 
 
 def sessions_folder() -> Path:
-    """Where sessions with a plain name live; not made here."""
-    return platformdirs.user_state_path("kvcompose-local") / "sessions"
+    """Where sessions with a plain name live; not made here. Raises NoHome."""
+    return state_folder() / "sessions"
 
 
 def path_of(name: str) -> Path:
-    """The file of a session: a plain name is one of the sessions folder, what has a slash or a suffix is a path."""
+    """The file of a session: a plain name is one of the sessions folder, what has a slash or a suffix is a path.
+
+    Raises InvalidInput for a name that cannot be one, NoHome for a plain one where there is no such folder.
+    """
     path = Path(os.path.expanduser(name))
     if os.sep in name or (os.altsep and os.altsep in name) or path.suffix:
         return path
@@ -168,8 +170,9 @@ def check_writable(path: Path) -> None:
         raise SessionError(f"{path} is a device or a pipe, and a session is a file: give another name")
     if len(os.fsencode(part_of(path).name)) > _LONGEST_NAME:
         raise SessionError(f"a file name of {len(os.fsencode(path.name))} bytes is too long: give a shorter one")
-    if folder == sessions_folder().resolve():
-        own_folder(folder)
+    with suppress(NoHome):
+        if folder == sessions_folder().resolve():
+            own_folder(folder)
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise SessionError(f"cannot write to {folder}: make the folder, or give another path")
     if path.suffix != SUFFIX and path.is_file() and path.stat().st_size:

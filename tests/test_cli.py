@@ -427,13 +427,13 @@ def test_an_empty_cache_has_no_library(
     assert bindings.origin is not None
     if list((Path(bindings.origin).parent / "lib").glob("*llama*")):
         pytest.skip("the bindings bring a library")
-    refused(program("run", tiny_model(), "-p", "x"), 1, "no usable llama.cpp library", "`kvcompose-local build`")
+    refused(program("run", tiny_model(), "-p", "x"), 1, "llama.cpp is not built", "`kvcompose-local build`")
 
 
 def test_a_library_path_without_a_library(tiny_model: TinyModel, tmp_path: Path) -> None:
     (tmp_path / "libllama.so").write_text("not a library")
     done = program("run", tiny_model(), "-p", "x", env={"LLAMA_CPP_LIB_PATH": str(tmp_path)})
-    refused(done, 1, "no usable llama.cpp library", "`kvcompose-local build`")
+    refused(done, 1, "no usable llama.cpp library", "LLAMA_CPP_LIB_PATH")
 
 
 def test_a_cache_folder_that_cannot_be_written(tmp_path: Path) -> None:

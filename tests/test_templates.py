@@ -16,10 +16,9 @@ from fake_engine import FakeEngine, FakeModel
 from llama_cpp_templates import templates
 
 from kvcompose_local.chat import Chat
-from kvcompose_local.chat.reasoning import FORMATS, Format, Reader, format_of
+from kvcompose_local.chat.reasoning import Format
 from kvcompose_local.chat.template import ChatTemplate
 from kvcompose_local.compaction import CacheMemory
-from kvcompose_local.errors import ModelError
 
 #: It adds a list of functions to a text before it looks whether there is one.
 _NEEDS_TOOLS = {"fireworks-ai-llama-3-firefunction-v2"}

@@ -25,12 +25,13 @@ from gguf import GGUFReader
 
 from kvcompose_local import profiles
 from kvcompose_local.compaction import CacheMemory
-from kvcompose_local.engines import cells_for, default_cache_type, has_whole_blocks, physical_cores, token_of
+from kvcompose_local.engines import cells_for, default_cache_type, has_whole_blocks, token_of
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import EngineError, InvalidInput, KVComposeError
 from kvcompose_local.install.model_files import model_digest
+from kvcompose_local.install.threads import default_threads
 from kvcompose_local.interfaces import CacheSnapshot, LayerShape, Sampling
 from kvcompose_local.llama_ffi.library import library_path
 from kvcompose_local.llama_ffi.model import Model
@@ -268,7 +269,7 @@ def measure(
     library is measured where it was built (``kvcompose-local build --stock``). Raises InvalidInput, before anything is
     read, for a budget of too few cells.
     """
-    threads = n_threads or physical_cores()
+    threads = n_threads or default_threads()
     with ExitStack() as stack:
         model = Model(path)
         stack.callback(model.close)

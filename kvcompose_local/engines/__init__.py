@@ -7,11 +7,10 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
-import psutil
-
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.errors import InvalidInput, ModelError
+from kvcompose_local.install.threads import default_threads
 from kvcompose_local.interfaces import (
     BLOCK,
     SOFTMAX_BYTES,
@@ -34,14 +33,6 @@ QUANTIZED_GPU = "q8_0"
 DEFAULT_CTX = 8192
 #: Where nothing is known of a model yet.
 USUAL_TOKEN = TokenShape(64, 64, 0)
-
-
-def physical_cores() -> int:
-    """Physical cores this process may use: hyper-threads and other programs' cores do not make llama.cpp faster."""
-    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
-    process = psutil.Process()
-    allowed = len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else cores
-    return max(1, min(cores, allowed))
 
 
 def cells_bought(n_ctx: int, budget: float, cache_type: str, token: TokenShape) -> int:
@@ -107,7 +98,7 @@ def open_engine(
         positions = min(DEFAULT_CTX, model.n_ctx_train) if n_ctx is None else n_ctx
         if positions > model.n_ctx_train:
             raise InvalidInput(f"--ctx {positions} is beyond the {model.n_ctx_train} positions {model.name} knows")
-        threads = n_threads or physical_cores()
+        threads = n_threads or default_threads()
         patched = engine_name == "patched" or (engine_name is None and library_is_patched())
         if cache_type is None:
             whole_blocks, on_gpu = has_whole_blocks(model), gpu_layers > 0

@@ -85,13 +85,14 @@ def eval_command(
     out. Results go to the output file as they come, Ctrl-C stops, and the same command goes on.
     """
     from kvcompose_local import models
-    from kvcompose_local.engines import has_whole_blocks, physical_cores
+    from kvcompose_local.engines import has_whole_blocks
     from kvcompose_local.errors import InvalidInput
     from kvcompose_local.evaluation import report
     from kvcompose_local.evaluation.harness import FULL, Evaluation, cell_share, check_method, room_for
     from kvcompose_local.evaluation.methods import method_names
     from kvcompose_local.evaluation.tasks import TASKS, make_item
     from kvcompose_local.install.model_files import check_gguf
+    from kvcompose_local.install.threads import default_threads
     from kvcompose_local.repl import Status
 
     if quick:
@@ -124,7 +125,7 @@ def eval_command(
             caches = {(n, k): f"{k * cell_share(n):.2g} of its bytes" for n, k in trials if n == ours}
         if not has_whole_blocks(engine.model) and any(cell_share(name) < 1 for name, _ in trials):
             raise InvalidInput(f"heads of {path.name} are no whole blocks of a quantized type: choose other --methods")
-        evaluation = Evaluation(engine, output, {"file": path.name}, n_threads=threads or physical_cores())
+        evaluation = Evaluation(engine, output, {"file": path.name}, n_threads=threads or default_threads())
         if others := {r.get("file", path.name) for r in evaluation.records} - {path.name}:
             raise InvalidInput(f"{output} holds results of {', '.join(sorted(others))}: name another file with -o")
         plan = [(task, seed) for seed in range(first_seed, first_seed + items) for task in tasks]

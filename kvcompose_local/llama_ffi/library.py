@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from kvcompose_local.errors import EngineError
-from kvcompose_local.pin import library_dir
+from kvcompose_local.install.library import VARIABLE, Library, bindings_problem, find_library, why_not_loaded
 
-#: ``LLAMA_CPP_LIB_PATH`` is read by llama-cpp-python when it is imported; a library the user names there wins.
-_LIBRARY_VARIABLE = "LLAMA_CPP_LIB_PATH"
 _LOG_LEVEL_ERROR = 4
-
+#: How often libgomp's threads look whether the others are done before they sleep: for some tens of microseconds, which
+#: is what a sleep costs. Its default is 300,000: two chats on two cores then keep the other's threads from running.
+#: scripts/side-by-side measures it.
+_SPINS = "1000"
 
 #: glibc's parameter number, and the bytes from which a block gets memory of its own.
 _M_MMAP_THRESHOLD, _BIG_BLOCK = -3, 64 << 10
@@ -64,26 +65,26 @@ def _without_high_level() -> Iterator[None]:
         del sys.modules["llama_cpp"]
 
 
-def _import_library() -> Any:
+def _import_library(found: Library) -> Any:
+    if problem := bindings_problem() or found.problem:
+        raise EngineError(str(problem))
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # a backtrace starts gdb, which may hang
-    if _LIBRARY_VARIABLE not in os.environ:
-        built = library_dir()
-        if built is not None:
-            os.environ[_LIBRARY_VARIABLE] = str(built)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
+    if found.folder is not None:
+        os.environ[VARIABLE] = str(found.folder)
     try:
         with _without_high_level():
             import llama_cpp.llama_cpp as lib
-    except ImportError as error:
-        raise EngineError(
-            "llama-cpp-python is not installed: run scripts/setup, or pip install llama-cpp-python"
-        ) from error
-    except (FileNotFoundError, RuntimeError, OSError, AttributeError) as error:
-        raise EngineError(f"no usable llama.cpp library ({error}): run `kvcompose-local build`") from error
+    except (ImportError, FileNotFoundError, RuntimeError, OSError, AttributeError) as error:
+        raise EngineError(str(why_not_loaded(error, found))) from error
     return lib
 
 
 _give_big_blocks_back()
-lib = _import_library()
+#: What ``lib`` was loaded from.
+found = find_library()
+lib = _import_library(found)
 _native = lib._lib
 
 

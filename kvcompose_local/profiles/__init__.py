@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcompose_local.errors import InvalidInput, KVComposeError
+from kvcompose_local.errors import InvalidInput, KVComposeError, NoHome
 from kvcompose_local.install.model_files import size_of
 from kvcompose_local.interfaces import IntArray
 from kvcompose_local.predictor import Predictor
@@ -179,7 +179,7 @@ def average(
 
 
 def user_path(model_sha256: str) -> Path:
-    """Where the profile that a user measures belongs."""
+    """Where the profile that a user measures belongs. Raises NoHome."""
     return cache_folder() / "profiles" / f"{model_sha256}.json"
 
 
@@ -188,8 +188,10 @@ def find(model_sha256: str) -> Profile:
 
     Raises KVComposeError where there is none, and InvalidInput where the user's is damaged.
     """
-    own = user_path(model_sha256)
-    if own.exists():
+    own = None
+    with suppress(NoHome):
+        own = user_path(model_sha256)
+    if own and own.exists():
         try:
             return Profile.parse(own.read_text(encoding="utf-8", errors="replace"))
         except (InvalidInput, OSError) as error:
@@ -231,6 +233,9 @@ def _shipped() -> Iterator[Profile]:
 
 def _own() -> Iterator[Profile]:
     """Those in the cache folder that can be read."""
-    for path in sorted((cache_folder() / "profiles").glob("*.json")):
+    own: list[Path] = []
+    with suppress(OSError):  # as where there is no home folder
+        own = sorted((cache_folder() / "profiles").glob("*.json"))
+    for path in own:
         with suppress(InvalidInput, OSError):
             yield Profile.parse(path.read_text(encoding="utf-8", errors="replace"))
