@@ -16,9 +16,10 @@ from fake_engine import FakeEngine, FakeModel
 from llama_cpp_templates import templates
 
 from kvcompose_local.chat import Chat
-from kvcompose_local.chat.reasoning import Format
+from kvcompose_local.chat.reasoning import FORMATS, Format, Reader, format_of
 from kvcompose_local.chat.template import ChatTemplate
 from kvcompose_local.compaction import CacheMemory
+from kvcompose_local.errors import ModelError
 
 #: It adds a list of functions to a text before it looks whether there is one.
 _NEEDS_TOOLS = {"fireworks-ai-llama-3-firefunction-v2"}
@@ -100,7 +101,7 @@ class Conversation:
             on_note=self.notes.append,
         )
         self.shown: list[str] = []
-        for i, text in enumerate(self.said):
+        for text in self.said:
             if text.startswith("DOCUMENT"):
                 self.chat.read(f"{text} is here. {extra}")
                 continue
@@ -166,3 +167,158 @@ def test_thinking_is_told_apart_and_given_back_as_the_template_wants_it(name: st
     assert answers == [{"role": "assistant", "content": f"Answer {k}.", "reasoning": f"hm {k}"} for k in range(1, 5)]
     says = c.model.render_chat(c.chat.messages[:-1], add_generation_prompt=True)
     assert [f"hm {k}" in c.stands for k in (1, 2, 3)] == [f"hm {k}" in says for k in (1, 2, 3)]
+
+
+# -- formats ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_format_is_found_in_a_template_that_llama_cpp_ships_or_known_not_to_be() -> None:
+    found = {format_of(source).name for source in templates().values()}
+    assert {form.name for form in FORMATS} - found == {"thought", "kimi-vl"}
+
+
+def read(form: Format, text: str, *, size: int, is_reasoning: bool = False) -> tuple[str, str]:
+    reader = Reader(form, is_reasoning=is_reasoning)
+    pieces = [said for at in range(0, len(text), size) for said in reader.take(text[at : at + size])]
+    pieces += reader.finish()
+    return tuple("".join(p for p in pieces if p.is_reasoning is kind) for kind in (True, False))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("form", [form for form in FORMATS if form.opens], ids=lambda form: form.name)
+def test_a_reader_is_the_same_however_the_answer_is_cut(form: Format) -> None:
+    for opens in form.opens:
+        said = as_the_model_says_it(form, "", "a < b <th", "x <|y [z] <").replace(form.opens[0], opens, 1)
+        said = said.replace("*", "")
+        for size in (1, 2, 3, 7, 1000):
+            assert read(form, said, size=size) == ("a < b <th", "x <|y [z] <"), (opens, size)
+
+
+def test_headers_of_channels_are_no_text() -> None:
+    harmony = format_of("<|channel|>")
+    said = (
+        "<|channel|>analysis to=none<|message|>hm<|end|><|start|>assistant<|channel|>commentary<|message|>first"
+        "<|end|><|start|>assistant<|channel|>final <|constrain|>json<|message|>then"
+    )
+    assert read(harmony, said, size=3)[0] == "hm"
+    assert "first" in read(harmony, said, size=3)[1]
+
+
+def test_tags_in_the_middle_of_an_answer_are_text() -> None:
+    for form in (format_of(""), format_of("</think>")):
+        said = "Write `<think>` and `</think>` around it."
+        assert read(form, said, size=1) == ("", said)
+    assert read(format_of(""), "<think>a</think>b\n<think>c</think>d", size=2) == ("ac", "b\nd")
+    assert read(format_of("</think>"), "cut short", size=4, is_reasoning=True) == ("cut short", "")
+
+
+# -- what templates take ----------------------------------------------------------------------------------------------
+
+USER = {"role": "user", "content": "What is here?"}
+SYSTEM = {"role": "system", "content": "Be terse."}
+
+
+def loop(content: str) -> str:
+    """A template that shows each message as ``content`` does."""
+    begin, end = "{% for m in messages %}[{{ m.role }}]", "{% endfor %}"
+    return begin + content + end + "{% if add_generation_prompt %}[assistant]{% endif %}"
+
+
+def rendered(source: str, *messages: dict[str, str]) -> str:
+    return ChatTemplate(source).render(messages, add_generation_prompt=True)
+
+
+def test_content_goes_in_parts_where_text_vanishes() -> None:
+    typed = loop("{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}")
+    assert rendered(typed, USER) == "[user]What is here?[assistant]"
+    assert rendered(typed, SYSTEM, USER) == "[system]Be terse.[user]What is here?[assistant]"
+    either = loop("{% if m.content is string %}{{ m.content }}{% else %}{{ m.content[0].text }}{% endif %}")
+    assert rendered(either, USER) == "[user]What is here?[assistant]"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        loop("{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ m.content }}"),
+        loop("{% if m.role != 'system' %}{{ m.content }}{% endif %}"),
+        loop("{{ {'user': m.content, 'assistant': m.content}[m.role] }}"),
+    ],
+    ids=["refused", "dropped", "unknown"],
+)
+def test_a_system_prompt_that_is_not_taken_goes_before_the_first_message(source: str) -> None:
+    template = ChatTemplate(source)
+    assert template.folds_system
+    assert template.render([SYSTEM, USER], add_generation_prompt=True).endswith(
+        "[user]Be terse.\n\nWhat is here?[assistant]"
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        ("chatml-ish", "your message"),
+        ("<|user|>{prompt}<|assistant|>", "your message"),
+        (loop("{{ m.content[:8] }}"), "your message"),
+        ("{% set m = messages[-1] %}[{{ m.role }}]{{ m.content }}", "your message"),
+        ("{% for m in messages[:2] %}{{ m.content }}{% endfor %}", "your message"),
+    ],
+)
+def test_a_template_that_loses_what_was_said_is_refused_in_one_line(source: str, what: str) -> None:
+    said = [USER, {"role": "assistant", "content": "Nothing."}, {"role": "user", "content": "And somewhere else?"}]
+    with pytest.raises(ModelError, match=rf"^the model's chat template leaves out {what}.*--template NAME\|FILE"):
+        ChatTemplate(source).render(said, add_generation_prompt=True)
+
+
+def test_dates_are_of_the_chats_beginning() -> None:
+    template = ChatTemplate("{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}")
+    assert template.render([USER], add_generation_prompt=True, now=datetime(2026, 3, 1)) == "01 Mar 2026 What is here?"
+
+
+@pytest.mark.parametrize("name", names())
+def test_an_answer_that_was_stopped_at_once_leaves_a_chat_that_goes_on(name: str) -> None:
+    said = [USER, {"role": "assistant", "content": ""}, {"role": "user", "content": "And now?"}]
+    assert "And now?" in ChatTemplate(templates()[name], bos="<s>", eos="</s>").render(said, add_generation_prompt=True)
+
+
+# -- what cannot be taken back ----------------------------------------------------------------------------------------
+
+
+def test_a_rewritten_past_that_is_compressed_stays_and_is_told_of_once() -> None:
+    """The template shouts the first answer from the second turn on, when its cells are composed."""
+    notes: list[str] = []
+    engine = FakeEngine(300, ["one", "two", "three", "four"])
+    model = FakeModel()
+    plain = model.render_chat
+
+    def render(messages: Sequence[dict[str, str]], **options: object) -> str:
+        text = plain(messages, **options)  # type: ignore[arg-type]
+        return text.replace("]one[", "]ONE ONE[") if len(messages) > 3 else text
+
+    model.render_chat = render  # type: ignore[assignment,method-assign]
+    chat = Chat(model, CacheMemory(engine, 3000), on_note=notes.append)
+    list(chat.ask("Hi", max_tokens=9))
+    chat.read("a" * 600)
+    fed = len(engine.fed)
+    list(chat.ask("More?", max_tokens=9))
+    list(chat.ask("And?", max_tokens=9))
+    assert len(engine.fed) - fed == len("More?[/][a]two[/][u]And?[/][a]three")
+    assert len(notes) == 1
+    assert "stays as it was read" in notes[0]
+
+
+def test_what_is_read_again_is_told_where_it_is_more_than_the_new_turn() -> None:
+    notes: list[str] = []
+    engine, model = FakeEngine(3000, ["one", "two", "three"]), FakeModel()
+    plain = model.render_chat
+
+    def render(messages: Sequence[dict[str, str]], **options: object) -> str:
+        return f"[{len(messages) // 3}]" + plain(messages, **options)  # type: ignore[arg-type]
+
+    model.render_chat = render  # type: ignore[assignment,method-assign]
+    chat = Chat(model, CacheMemory(engine, 3000, compose=False), on_note=notes.append)
+    chat.read("a" * 100)
+    list(chat.ask("Hi", max_tokens=9))
+    list(chat.ask("More?", max_tokens=9))
+    again = chat.turns[-1].reread_tokens
+    assert again > 100
+    assert notes == [f"the chat template rewrites what was said: {again} tokens are read again"]
+    assert bytes(chat.memory.tokens).decode() == render(chat.messages[:-1], add_generation_prompt=True) + "two"

@@ -97,7 +97,7 @@ FORMATS = (
         ("<|channel|>final*<|message|>", "<|channel|>commentary*<|message|>"),
         ("<|start|>assistant", "<|end|>"),
     ),
-    Format("gemma", ("<|channel>",), ("<|channel>thought\n", "<|channel>thought"), ("<channel|>",)),
+    Format("gemma", ("<|channel>",), ("<|channel>thought",), ("<channel|>",)),
     Format("solar", ("<|think|>", "<|content|>"), ("<|think|>",), ("<|content|>",), ("<|end|>", "<|begin|>assistant")),
     Format(
         "muse",
