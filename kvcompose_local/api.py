@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -37,7 +38,10 @@ def template_of(wanted: str, names: Sequence[str]) -> str:
     try:
         source = Path(wanted).expanduser().read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise InvalidInput(f"there is no template {wanted!r}: give a file, or one of {', '.join(names)}") from error
+        close = difflib.get_close_matches(wanted, names, n=3) or ["plain", "chatml", "llama3", "gemma", "mistral-v7"]
+        raise InvalidInput(
+            f"there is no template {wanted!r}: give a Jinja file, or a name such as {', '.join(close)}"
+        ) from error
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise InvalidInput(f"cannot read the template {wanted}: {reason}") from error

@@ -12,6 +12,7 @@ import pytest
 
 import kvcompose_local
 from kvcompose_local import LocalChat, Sampling, profiles
+from kvcompose_local.api import template_of
 from kvcompose_local.errors import InvalidInput, SessionError
 from kvcompose_local.llama_ffi.library import library_path
 from kvcompose_local.predictor import n_features
@@ -144,3 +145,21 @@ def test_a_chat_goes_by_the_models_own_tuning(
         assert sum(report.composed) > 0, "it composed by them"
     with LocalChat(model, budget=1, n_ctx=512, n_threads=1) as chat:
         assert chat.memory.tuning == profiles.NOT_TUNED
+
+
+def test_another_template_is_a_name_or_a_file(tmp_path: Path) -> None:
+    names = ["plain", "chatml", "llama3"]
+    assert template_of("chatml", names) == "chatml"
+    file = tmp_path / "mine.jinja"
+    file.write_text("{{ messages[0].content }}")
+    assert template_of(str(file), names) == "{{ messages[0].content }}"
+    with pytest.raises(InvalidInput, match=r"no template 'chatlm': give a Jinja file, or a name such as chatml$"):
+        template_of("chatlm", names)
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InvalidInput, match="it is not text"):
+        template_of(str(file), names)
+    with pytest.raises(InvalidInput, match="Is a directory"):
+        template_of(str(tmp_path), names)
+    file.write_text(" \n")
+    with pytest.raises(InvalidInput, match="is empty"):
+        template_of(str(file), names)
