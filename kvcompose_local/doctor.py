@@ -5,7 +5,6 @@ The library is loaded by a process of its own, so that a broken one can still be
 
 from __future__ import annotations
 
-import mmap
 import platform
 import shutil
 import subprocess
@@ -20,22 +19,20 @@ import psutil
 
 from kvcompose_local import build, models, sessions
 from kvcompose_local.errors import KVComposeError, NoHome
-from kvcompose_local.install.library import Library, Problem, bindings_problem, build_facts, find_library, libllama
+from kvcompose_local.install.library import BUILD, Library, Problem, bindings_problem, build_facts, find_library
 from kvcompose_local.install.threads import default_threads
 from kvcompose_local.pin import read_pin
 from kvcompose_local.resources import CACHE_VARIABLE, cache_folder, data_file
 
 State = Literal["ok", "warn", "fail"]
 
-#: A function of the patch series' C interface: a library that holds its name can run the patched engine.
-_PATCHED_SYMBOL = b"llama_kvc_rewrite"
-_BUILD_REMEDY = "kvcompose-local build"
 _GB = 10**9
-#: Prints in one line why the library cannot be loaded.
+#: Prints why the library cannot be loaded, or which engine can run on it.
 _LOAD = """
 from kvcompose_local.errors import KVComposeError
 try:
-    import kvcompose_local.llama_ffi.library
+    from kvcompose_local.llama_ffi.cells import library_is_patched
+    print("patched" if library_is_patched() else "stock")
 except KVComposeError as error:
     print(error)
 """
@@ -55,10 +52,10 @@ class Check:
 def report() -> list[Check]:
     """All findings, in the order in which a user would mend them. Never raises for what it finds."""
     library = find_library()
-    problem = library.problem or _why_not_loaded()
-    checks = [_python(), _compiler(), _build_tools(), _bindings(), _library(library, problem)]
-    checks += [_device(library.folder), _engine(library, problem)]
-    checks += [_cache_folder(is_needed=problem is not None), _sessions(), _default_model(), _memory()]
+    kind = library.problem or _loaded()
+    checks = [_python(), _compiler(), _build_tools(), _bindings(), _library(library, kind)]
+    checks += [_device(library.folder), _engine(library, kind)]
+    checks += [_cache_folder(is_needed=isinstance(kind, Problem)), _sessions(), _default_model(), _memory()]
     return checks
 
 
@@ -93,32 +90,24 @@ def _bindings() -> Check:
     return Check("bindings", "ok", str(read_pin(data_file("patches"))))
 
 
-def _has_patched_interface(folder: Path | None) -> bool:
-    library = libllama(folder) if folder else None
-    if library is None or library.stat().st_size == 0:
-        return False
-    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return content.find(_PATCHED_SYMBOL) >= 0
-
-
-def _why_not_loaded() -> Problem | None:
-    """What ``run`` would fail with when it loads the library; None where it loads."""
+def _loaded() -> Problem | str:
+    """The engine that runs on the library, "patched" or "stock", or what ``run`` would fail with when it loads it."""
     command = [sys.executable, "-c", _LOAD]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_LOAD_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return Problem(f"the library could not be tried ({error})", "try again")
     if done.returncode:
-        return Problem(f"loading the library ends a process with code {done.returncode}", "run `kvcompose-local build`")
-    text, _, remedy = done.stdout.strip().rpartition(": ")
-    return Problem(text, remedy) if text else None
+        return Problem(f"loading the library ends a process with code {done.returncode}", BUILD)
+    told = done.stdout.strip()
+    text, _, remedy = told.rpartition(": ")
+    return told if told in ("patched", "stock") else Problem(text, remedy)
 
 
-def _library(library: Library, problem: Problem | None) -> Check:
-    if problem is not None or library.folder is None:
-        problem = problem or Problem("llama.cpp is not built", _BUILD_REMEDY)
+def _library(library: Library, kind: Problem | str) -> Check:
+    if isinstance(kind, Problem) or library.folder is None:
+        problem = kind if isinstance(kind, Problem) else Problem("llama.cpp is not built", BUILD)
         return Check("library", "fail", problem.text, problem.remedy)
-    kind = "patched" if _has_patched_interface(library.folder) else "stock"
     facts = build_facts(library.folder.parent)
     if not facts:
         return Check("library", "ok", f"{kind}, not built by us: {library.folder}")
@@ -130,14 +119,14 @@ def _device(folder: Path | None) -> Check:
         return Check("device", "ok", "Metal")
     apple_silicon = sys.platform == "darwin" and platform.machine() == "arm64"
     if folder is not None and apple_silicon:
-        return Check("device", "warn", "CPU only, this library has no Metal", _BUILD_REMEDY)
+        return Check("device", "warn", "CPU only, this library has no Metal", BUILD)
     return Check("device", "ok", f"CPU, {default_threads()} threads")
 
 
-def _engine(library: Library, problem: Problem | None) -> Check:
-    if problem is not None:
-        return Check("engine", "fail", "none can run without llama.cpp", problem.remedy)
-    if _has_patched_interface(library.folder):
+def _engine(library: Library, kind: Problem | str) -> Check:
+    if isinstance(kind, Problem):
+        return Check("engine", "fail", "none can run without llama.cpp", kind.remedy)
+    if kind == "patched":
         return Check("engine", "ok", "patched: every layer keeps its own number of cells")
     return Check("engine", "warn", "stock: all layers keep the same number of cells", str(library.why_stock))
 

@@ -157,6 +157,31 @@ def test_why_the_stock_engine_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert str(find_library().why_stock) == "llama.cpp is not built: run `kvcompose-local build`"
 
 
+def test_a_library_without_the_patches_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: TinyModel
+) -> None:
+    """One whose interface has another name is the same as none."""
+    folder = tmp_path / "stock"
+    shutil.copytree(LIBRARIES, folder, symlinks=True)
+    file = (folder / library_path().name).resolve()
+    content = file.read_bytes()
+    for name in (b"version", b"rewrite"):
+        content = content.replace(b"\0llama_kvc_" + name + b"\0", b"\0llama_kvx_" + name + b"\0")
+    file.write_bytes(content)
+    monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(folder))
+    why = "LLAMA_CPP_LIB_PATH names a llama.cpp without the patches: unset it"
+    command = [sys.executable, "-m", "kvcompose_local"]
+    ask = ["run", str(tiny_model()), "--threads", "1", "--ctx", "1024", "--max-tokens", "1", "-p", "x"]
+    done = subprocess.run([*command, *ask], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    first = done.stderr.splitlines()[0]
+    assert first.startswith("stock engine: every layer keeps equally many cells")
+    assert first.endswith(f"; {why}")
+    engine = {check.name: check for check in doctor.report()}["engine"]
+    assert (engine.state, engine.text) == ("warn", "stock: all layers keep the same number of cells")
+    assert engine.remedy == why
+
+
 # -- our own builds ----------------------------------------------------------------------------------------------------
 
 
