@@ -115,7 +115,7 @@ def _other_kind(header: Header) -> str | None:
     values, arch = header.values, header.architecture
     kind = values.get("general.type")
     if kind == "adapter" or "adapter.type" in values:
-        what = str(values.get("adapter.type", "")).replace("lora", "LoRA")
+        what = "LoRA" if values.get("adapter.type", "") == "lora" else ""
         return f"is {_article(f'{what} adapter'.strip())}, which only changes a model: name a model that has it merged"
     for name in (kind, arch):
         for pattern, what in _OTHERS:
@@ -132,10 +132,12 @@ def _other_kind(header: Header) -> str | None:
         return "is a reranker, which writes no text: name a language model"
     if values.get(f"{arch}.attention.causal") is False or (pooling or _NO_POOLING) > _NO_POOLING:
         return "is an embedding model, which writes no text: name a language model"
-    for key, (what, most) in _NEEDED.items():
-        if not 0 < (header.number(f"{arch}.{key}") or 0) <= most:
-            told = f"a {what} of {values[f'{arch}.{key}']!r}" if f"{arch}.{key}" in values else f"no {what}"
-            return f"is damaged, its header tells {told} ({arch}.{key}): take another conversion of the model"
+    for name, (what, most) in _NEEDED.items():
+        key = f"{arch}.{name}"
+        number = header.number(key)
+        if number is None or not 0 < number <= most:
+            told = f"no {what}" if number is None else f"a {what} of {number}"
+            return f"is damaged, its header tells {told} ({key}): take another conversion of the model"
     return None
 
 

@@ -7,6 +7,7 @@ was held against the bytes that the file has.
 from __future__ import annotations
 
 import os
+import re
 import struct
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -24,6 +25,8 @@ _LARGEST_TEXT, _LARGEST_ARRAY = 16 << 20, 4096
 #: Bytes at least of a pair (a key of one letter, type, value) and of a tensor's entry (name, axes, type, offset).
 _PAIR_BYTES, _TENSOR_BYTES = 8 + 1 + 4 + 1, 8 + 4 + 4 + 8
 _CHUNK = 1 << 20
+#: What architectures are called.
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 #: What almost every file tells before its vocabulary.
 _FIRST = ("{arch}.context_length", "{arch}.block_count")
 
@@ -46,9 +49,9 @@ class Header:
 
     @property
     def architecture(self) -> str:
-        """Empty where the file tells none."""
+        """Empty where the file tells none that could be one."""
         found = self.values.get("general.architecture")
-        return found if isinstance(found, str) else ""
+        return found if isinstance(found, str) and _NAME.fullmatch(found) else ""
 
     def number(self, key: str) -> int | None:
         """The whole number of ``key``, where {arch} stands for the architecture; None where there is none."""

@@ -89,7 +89,7 @@ class Model:
                 self.files = tuple(stack.enter_context(open(file, "rb")) for file in files_of(path))
             except OSError as error:
                 raise ModelError(f"cannot load {path.name}: {error.strerror or error}") from error
-            self._close_files = weakref.finalize(self, stack.pop_all().close)
+            weakref.finalize(self, stack.pop_all().close)  # Python warns of open files that are dropped, not of a model
         clear_log()
         self._pointer = lib.llama_model_load_from_file(os.fsencode(path), params)
         if stopped:
@@ -116,7 +116,8 @@ class Model:
         if getattr(self, "_pointer", None):
             lib.llama_model_free(self._pointer)
             self._pointer = None
-        self._close_files()
+        for file in self.files:
+            file.close()
 
     def metadata(self, key: str) -> str | None:
         """The GGUF value of ``key`` as llama.cpp prints it; None where there is none, and for arrays."""
