@@ -145,6 +145,7 @@ def test_a_chat_goes_on_as_if_it_had_never_been_saved(tmp_path: Path, setup: Set
     loaded = fake_chat()
     manifest = sessions.load(first, loaded, setup)
     assert same_state(loaded.state(), kept.state())
+    assert loaded.state().began == kept.state().began
     assert (manifest.n_ctx, manifest.budget, manifest.position) == (400, 0.5, kept.memory.position)
     sessions.save(second, loaded, setup)
     assert second.read_bytes() == first.read_bytes()
@@ -421,13 +422,15 @@ def test_a_chat_of_other_rope_factors_is_refused(tmp_path: Path, setup: Setup) -
             assert same_state(before.state(), talked().state())
 
 
-def test_reasoning_is_kept_beside_an_answer(tmp_path: Path, setup: Setup) -> None:
+def test_reasoning_and_the_template_are_kept(tmp_path: Path, setup: Setup) -> None:
     path, chat = tmp_path / "s.kvc", talked()
     chat.messages[-1]["reasoning"] = "they greet me"
+    chat.model.use_template("chatml")
     sessions.save(path, chat, setup)
     loaded = fake_chat()
     sessions.load(path, loaded, setup)
     assert loaded.messages[-1] == {"role": "assistant", "content": "hello", "reasoning": "they greet me"}
+    assert loaded.model.template_name == "chatml"
     assert same_state(loaded.state(), chat.state())
 
 
@@ -562,6 +565,11 @@ def test_forged_files_of_the_right_checksum(tmp_path: Path, setup: Setup) -> Non
         (manifest, told(messages=[{"role": "root", "content": "x"}])),
         (manifest, told(messages=[{"role": ["user"], "content": "x"}])),
         (manifest, told(draft=None)),
+        (manifest, told(template=1)),
+        (manifest, told(began="now")),
+        (manifest, told(began=-1.0)),
+        (manifest, told(began=1e300)),
+        (manifest, told(began=float("nan"))),
         (manifest, told(system=7)),
         (manifest, told(system=0)),
         (manifest, told(more="x")),
