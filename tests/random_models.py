@@ -6,7 +6,6 @@ What is not attention is tiny: a vocabulary of 260, embeddings of 32 numbers whe
 from __future__ import annotations
 
 import ctypes
-import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -147,7 +146,7 @@ class RandomModel(Model):
 
     def __init__(self, shape: Shape, *, gpu_layers: int = 0, **_loading: object) -> None:
         self.path = Path(shape.name)
-        self.file = tempfile.TemporaryFile()  # noqa: SIM115 -- closed with the model, as a real one's
+        self.files = ()
         self.gpu_layers = gpu_layers
         self._template = None
         params = lib.llama_model_default_params()

@@ -21,6 +21,7 @@ from kvcompose_local.inspection import inspect
 from kvcompose_local.install import model_files
 from kvcompose_local.install.model_files import check_gguf, files_of, first_of, model_digest, size_of
 from kvcompose_local.llama_ffi.library import library_path
+from kvcompose_local.llama_ffi.model import Model
 
 TinyModel = Callable[..., Path]
 
@@ -96,6 +97,14 @@ def test_a_name_like_a_shard_s_does_not_make_one(tmp_path: Path, tiny_model: Tin
     assert files_of(path) == (path,)
     assert first_of(path) == path
     check_gguf(path)
+
+
+@pytest.mark.parametrize("first_empty", [False, True])
+def test_rope_factors_are_found_in_any_shard(tmp_path: Path, tiny_model: TinyModel, first_empty: bool) -> None:
+    shards = split_model(tiny_model("phi3", longrope=256), tmp_path, 9, first_empty=first_empty)
+    model = Model(shards[0])
+    assert [model.rope_factors(n) for n in (256, 257)] == ["short", "long"]
+    model.close()
 
 
 def hub_cache(folder: Path, shards: list[Path]) -> Path:

@@ -226,10 +226,18 @@ class Model:
         original = self.metadata(f"{self.architecture}.rope.scaling.original_context_length")
         if original is None:
             return ""
-        with self._header() as header:
-            if not all(has_tensor(header, f"rope_factors_{name}.weight") for name in ("short", "long")):
+        for name in ("short", "long"):
+            if not self._has_tensor(f"rope_factors_{name}.weight"):
                 return ""
         return "long" if n_positions > int(original) else "short"
+
+    def _has_tensor(self, name: str) -> bool:
+        """Whether one of the model's files holds a tensor of this name."""
+        for path in files_of(self.path):
+            with open_header(path) as header:
+                if has_tensor(header, name):
+                    return True
+        return False
 
     def chat_template(self, name: str | None = None) -> str | None:
         """The GGUF's own Jinja chat template, or the one it has under a name; None where there is none."""
