@@ -136,6 +136,7 @@ class Transcript:
         self.steps: list[Step] = []
         self._edges = [Place(0, 0)]  # where pieces that were tokenized by themselves meet
         self._markers: dict[str, bool] = {}
+        self._held: dict[str, bool] = {}  # whether what was said holds markers
 
     @classmethod
     def of(cls, model: TextModel, saved: Saved, began: datetime | None) -> Transcript:
@@ -256,10 +257,10 @@ class Transcript:
         answer is added.
         """
         if want.startswith(self.fed):
-            return Reread(0, self.queue(want[len(self.fed) :]))
+            return Reread(0, self.queue(want, len(self.fed)))
         edge, at, agrees = self._last_shared(want)
         if agrees:
-            return Reread(0, self.queue(want[at:]))
+            return Reread(0, self.queue(want, at))
         begin = self.after_last_answer(want)
         before = self.tokens, self._edges, self.fed, self.steps
         self.tokens, self._edges, self.steps = [*self.tokens], [*self._edges], [*self.steps]
@@ -268,7 +269,7 @@ class Transcript:
         if n_shared >= n_held or can_rewind(n_shared):
             return Reread(max(len(self.tokens) - n_shared - n_new, 0), n_new, n_shared)
         self.tokens, self._edges, self.fed, self.steps = before
-        return Reread(0, self.queue(want[begin:] if begin else self._last_alone()), is_kept=True)
+        return Reread(0, self.queue(want, begin) if begin else self.queue(self._last_alone()), is_kept=True)
 
     def _last_alone(self) -> str:
         """The last message as if it were the first, for templates that do not tell where it begins."""
@@ -325,7 +326,7 @@ class Transcript:
             nonlocal at, n_new
             for end in (min(begin, place), place):
                 if end > at:
-                    n_queued = self.queue(want[at:end])
+                    n_queued = self.queue(want, at, end)
                     n_new += n_queued * (at >= begin)
                     at = end
 
@@ -349,16 +350,18 @@ class Transcript:
 
     # -- text into tokens ---------------------------------------------------------------------------------------------
 
-    def queue(self, text: str) -> int:
-        """Add text of the template's, and what was said in it; returns the number of its tokens."""
+    def queue(self, text: str, start: int = 0, stop: int | None = None) -> int:
+        """Add a part of a text of the template's, with what was said in it; returns the number of its tokens."""
+        stop = len(text) if stop is None else stop
         self.mark_edge()
-        before = len(self.tokens)
-        add_bos, start = not self.fed and self.adds_bos(text), 0
-        for begin, end in [*self._said_with_markers(text), (len(text), len(text))]:
-            self.tokens += self.model.tokenize(text[start:begin], add_bos=add_bos and start == 0)
+        before, at = len(self.tokens), start
+        add_bos = not self.fed and self.adds_bos(text)
+        for begin, end in [*self._said_with_markers(text), (stop, stop)]:
+            begin, end = min(max(begin, at), stop), min(max(end, at), stop)
+            self.tokens += self.model.tokenize(text[at:begin], add_bos=add_bos and at == start)
             self.tokens += self.model.tokenize(text[begin:end], special=False)
-            start = end
-        self.fed += text
+            at = end
+        self.fed += text[start:stop]
         self.mark_edge()
         return len(self.tokens) - before
 
@@ -370,18 +373,22 @@ class Transcript:
     def _said_with_markers(self, text: str) -> Iterator[tuple[int, int]]:
         """(begin, end) of what was said or read, not put there by the template, and holds markers like ``<|im_end|>``.
 
-        They are text there: what is read must not be able to begin a turn of its own.
+        They are text there: what is read must not be able to begin a turn of its own. text: from the conversation's
+        beginning.
         """
         texts = [said for message in self.messages for said in (message.get("reasoning", ""), message["content"])]
-        texts.append(self.draft)
-        if self.steps:  # of a message that was read in part, only the rest is new
-            texts += [said[len(self.steps[-1].draft) :] for said in texts[-2:]]
         start = 0
-        for said in filter(None, map(str.strip, texts)):
+        for said in filter(None, map(str.strip, [*texts, self.draft])):
             begin = text.find(said, start)
-            if begin >= 0 and self.model.tokenize(said) != self.model.tokenize(said, special=False):
+            if begin >= 0:
                 start = begin + len(said)
-                yield begin, start
+                if self._holds_marker(said):
+                    yield begin, start
+
+    def _holds_marker(self, said: str) -> bool:
+        if said not in self._held:
+            self._held[said] = self.model.tokenize(said) != self.model.tokenize(said, special=False)
+        return self._held[said]
 
     def adds_bos(self, text: str) -> bool:
         """Whether a transcript that begins with ``text`` begins with a token that is not in it."""
