@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import TextIO
 
 from prompt_toolkit import PromptSession
+from prompt_toolkit.application import create_app_session
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
@@ -74,12 +75,10 @@ def line_reader(commands: Sequence[str], sessions: Callable[[], Sequence[str]]) 
 
     Its argument is the text that is there to be edited.
     """
-    session: PromptSession[str] = PromptSession(
-        history=_history(),
-        completer=CommandCompleter(commands, sessions),
-        complete_while_typing=False,
-        output=_output(),
-    )
+    with create_app_session(output=_output()):  # given to the prompt itself, it would draw on dumb terminals
+        session: PromptSession[str] = PromptSession(
+            history=_history(), completer=CommandCompleter(commands, sessions), complete_while_typing=False
+        )
 
     def read_line(text: str) -> str | None:
         try:

@@ -450,7 +450,7 @@ class Repl:
         elif name == "/save":
             self.status.line(self.save(argument))
         elif name == "/load":
-            self.status.line(self.load(argument))
+            self.status.line(self.load(inputs.session_in(argument)))
         else:
             self.status.line(
                 f"there is no {name}: /help lists the commands, and a space before it sends the line as a message"

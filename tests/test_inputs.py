@@ -245,6 +245,19 @@ def test_dropped_paths(folder: Path, line: str, names: list[str]) -> None:
     assert dropped_files(f"{line} ") == [folder / name for name in names]
 
 
+def test_paths_that_no_shell_has_read(folder: Path) -> None:
+    for given in (f"file://{folder}/my%20notes.txt", "~/my notes.txt"):
+        assert read_all([Path(given)]) == ([(f"{folder}/my notes.txt", "text")], [])
+
+
+def test_dropped_sessions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    for given in (f"{folder}/my\\ notes.txt", f"'{folder}/my notes.txt'", f"file://{folder}/my%20notes.txt"):
+        assert inputs.session_in(given) == f"{folder}/my notes.txt"
+    for name in ("last", "a b", "", "none.kvc", "a.txt", "it's"):
+        assert inputs.session_in(name) == name
+
+
 def test_what_is_no_dropped_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     for line in (

@@ -204,7 +204,8 @@ def test_what_is_compressed_is_read_again_and_said(tmp_path: Path) -> None:
 
 def test_thinking_is_forgotten_at_once_or_with_the_next_message() -> None:
     assert talk(["Hi", "/forget", "/forget", "/stats", "/regen"], ["<think>t", "-"]) == (
-        "> Hi\n<think>t</think>\n> /forget\n! forgotten: 1 tokens of thinking\n"
+        "> Hi\n<think>t</think>\n! (the model thought and said nothing: /regen tries again)\n"
+        "> /forget\n! forgotten: 1 tokens of thinking\n"
         "> /forget\n! error: the last answer holds no thinking\n> /stats\n! 11 positions\n> /regen\n-\n"
     )
     assert talk(

@@ -163,8 +163,10 @@ def test_names_are_shown_in_tables_and_errors(
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", got)
 
 
-def test_a_file_gets_the_answers_alone(models: dict[str, Path], tmp_path: Path) -> None:
-    got = output(tmp_path, f"run {models['polite']} {FAST} > out", "hi\r", "again\r", "\x04")
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_a_file_gets_the_answers_alone(models: dict[str, Path], tmp_path: Path, term: str) -> None:
+    got = output(tmp_path, f"run {models['polite']} {FAST} > out", "hi\r", "again\r", "\x04", TERM=term)
+    assert term == "xterm" or "\x1b" not in got
     assert (tmp_path / "out").read_text() == "Hello there.\n" * 2
     assert "Answers go to standard output, which is no terminal." in got
     assert "hi" in _OWN.sub("", got), "what is typed is seen"

@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 import tarfile
+import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -72,18 +74,20 @@ RUNS = {
 _NORMALIZED = {"gemma4", "granite-embed-multi-311m", "sarvam-moe", "whitespace"}
 _PROGRAM = """
 import sys, threading
+from functools import cache
 from pathlib import Path
 from kvcompose_local.llama_ffi.model import Model
 
 def read():
     for path in sys.argv[1:]:
         model = Model(Path(path), header_only=True)
+        piece = cache(model.token_bytes)
         for name, unit in RUNS.items():
             text = "so " + unit * (LENGTH // len(unit)) + " it is"
             print(Path(path).stem, name, flush=True)
             tokens = model.tokenize(text, special=False)
             if Path(path).stem not in NORMALIZED:
-                assert b"".join(map(model.token_bytes, tokens)).decode() == text
+                assert b"".join(map(piece, tokens)).decode() == text
         model.close()
     print("done")
 
@@ -151,11 +155,36 @@ def test_cutting_changes_no_token(tmp_path: Path, pre: str) -> None:
     model = Model(write_bpe_vocabulary(tmp_path / "vocabulary.gguf", pre, merges()), header_only=True)
     changed = []
     for name, text in texts().items():
-        whole = model._tokens_of(text.encode(), True)
+        whole = model._tokens_of(text, True)
         assert len(parts_of(text)) > 2
         if model.tokenize(text) != whole:
             changed.append(name)
     assert changed == [] or pre in _ACROSS_WORDS
+
+
+@pytest.mark.parametrize("name", ["llama-spm", "phi-3", "gemma-4", "deepseek-llm", "falcon", "qwen35"])
+def test_cutting_changes_no_token_of_a_real_vocabulary(tmp_path: Path, name: str) -> None:
+    archive = cache_folder() / "archives" / read_pin(data_file("patches")).archive_name
+    if not archive.is_file():
+        pytest.skip("the source of llama.cpp is not in the cache folder")
+    path = tmp_path / "vocabulary.gguf"
+    with tarfile.open(archive) as tar:
+        member = tar.extractfile(next(m for m in tar if m.name.endswith(f"/ggml-vocab-{name}.gguf")))
+        assert member is not None
+        path.write_bytes(member.read())
+    model = Model(path, header_only=True)
+    unspaced = "港口办公室九点开门。请带上您的文件，谢谢！" * 1000
+    for text in (*texts().values(), " ".join(prose())[:40_000], "\n".join(texts().values()), unspaced):
+        assert model.tokenize(text) == model._tokens_of(text, True)
+
+
+def test_sentencepiece_reads_what_it_has_no_pieces_for_in_time(tiny_model: Callable[..., Path]) -> None:
+    """llama.cpp copies all tokens once for each that is a byte: 200,000 take it minutes in one part."""
+    model = Model(tiny_model(), header_only=True)
+    text = "harbour " * 25_000
+    started = time.monotonic()
+    assert b"".join(map(model.token_bytes, model.tokenize(text))).decode().replace("▁", " ") == text
+    assert time.monotonic() - started < 20
 
 
 def test_parts_are_the_text_and_keep_characters_whole() -> None:
@@ -174,7 +203,7 @@ def test_parts_are_the_text_and_keep_characters_whole() -> None:
 @pytest.mark.parametrize("around", ["word ", "a", "line\n", "/+"])
 def test_no_marker_is_cut(tmp_path: Path, marker: str, around: str) -> None:
     model = Model(write_bpe_vocabulary(tmp_path / "vocabulary.gguf", "qwen2"), header_only=True)
-    (token,) = model._tokens_of(marker.encode(), True)
+    (token,) = model._tokens_of(marker, True)
     for shift in range(len(marker) + 2):
         text = "x" * shift + (around * 10 + marker) * 300
         assert model.tokenize(text).count(token) == 300

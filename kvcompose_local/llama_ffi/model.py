@@ -19,7 +19,7 @@ from kvcompose_local.errors import EngineError, ModelError
 from kvcompose_local.install.model_files import files_of
 from kvcompose_local.llama_ffi.header import has_tensor, integers, open_header, texts
 from kvcompose_local.llama_ffi.library import clear_log, last_log, lib
-from kvcompose_local.llama_ffi.text_parts import parts_of
+from kvcompose_local.llama_ffi.text_parts import parts_of, sentencepiece_parts_of
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -364,12 +364,29 @@ class Model:
         prompt that ends with EOS gets nonsense for an answer.
         """
         bos = self.special_token("bos") if add_bos else None
-        splits_words = lib.llama_vocab_type(self._vocab) == lib.LLAMA_VOCAB_TYPE_BPE
-        parts = parts_of(text) if splits_words else [text]  # others would begin each part with a space
-        tokens = [token for part in parts for token in self._tokens_of(part.encode("utf-8", "replace"), special)]
+        kind = lib.llama_vocab_type(self._vocab)
+        if kind == lib.LLAMA_VOCAB_TYPE_BPE:
+            tokens = [token for part in parts_of(text) for token in self._tokens_of(part, special)]
+        elif kind == lib.LLAMA_VOCAB_TYPE_SPM:
+            first, *others = sentencepiece_parts_of(text)
+            tokens = self._tokens_of(first, special)
+            for part in others:
+                tokens += self._tokens_behind(part, special)
+        else:
+            tokens = self._tokens_of(text, special)
         return tokens if bos is None else [bos, *tokens]
 
-    def _tokens_of(self, raw: bytes, special: bool) -> list[int]:
+    def _tokens_behind(self, part: str, special: bool) -> list[int]:
+        """Tokens of a part that goes on a text: without the space that SentencePiece vocabularies begin a text with."""
+        if self.metadata("tokenizer.ggml.add_space_prefix") == "false":
+            return self._tokens_of(part, special)
+        if part.startswith(" ") and part != " ":
+            return self._tokens_of(part[1:], special)
+        tokens = self._tokens_of(part, special)
+        return tokens[1:] if self.token_bytes(tokens[0]) == b" " else tokens
+
+    def _tokens_of(self, text: str, special: bool) -> list[int]:
+        raw = text.encode("utf-8", "replace")
         size = len(raw) + 8
         for _ in range(2):
             buffer = (lib.llama_token * size)()

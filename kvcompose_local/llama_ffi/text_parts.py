@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 
 #: Characters of a part. A match that long fits a stack of 512 KiB, the smallest that threads of macOS have.
 LONGEST_PART = 1024
@@ -29,21 +30,36 @@ _PLACES = tuple(
 )
 
 
+#: Characters of a part of a SentencePiece vocabulary, which takes time by the square of the tokens that are bytes.
+LONGEST_SENTENCEPIECE_PART = 8192
+#: Its pieces hold white space only where they begin, and a part begins with a space whether there is one or not.
+_SENTENCEPIECE_PLACES = tuple(re.compile(pattern) for pattern in (r"(?<=\S)(?= \S)", r"(?<=\S)(?=\n)"))
+
+
 def parts_of(text: str) -> list[str]:
     """``text`` in parts of at most :data:`LONGEST_PART` characters, cut where no pre-tokenizer's expression matches.
 
     A stretch without such a place (one word, a line of spaces) is cut at the end of a character, and a token or two
-    may differ there from those of the whole stretch.
+    may differ there from the ones of the whole stretch.
     """
+    return _parts(text, LONGEST_PART, _PLACES)
+
+
+def sentencepiece_parts_of(text: str) -> list[str]:
+    """``text`` in parts of at most :data:`LONGEST_SENTENCEPIECE_PART` characters, cut before white space if it can."""
+    return _parts(text, LONGEST_SENTENCEPIECE_PART, (*_SENTENCEPIECE_PLACES, *_PLACES))
+
+
+def _parts(text: str, longest: int, places: Sequence[re.Pattern[str]]) -> list[str]:
     parts, begin = [], 0
-    while len(text) - begin > LONGEST_PART:
-        end = _cut(text, begin + LONGEST_PART // 2, begin + LONGEST_PART)
+    while len(text) - begin > longest:
+        end = _cut(text, begin + longest // 2, begin + longest, places)
         parts.append(text[begin:end])
         begin = end
     return [*parts, text[begin:]]
 
 
-def _cut(text: str, first: int, last: int) -> int:
+def _cut(text: str, first: int, last: int, places: Sequence[re.Pattern[str]]) -> int:
     """The best place to cut in ``first`` to ``last``, the later of equal ones."""
     around = range(first - _LONGEST_MARKER - 2, last + _LONGEST_MARKER + 2)
     markers = [match.span() for match in _MARKER.finditer(text, max(around.start, 0), around.stop)]
@@ -51,7 +67,7 @@ def _cut(text: str, first: int, last: int) -> int:
     def is_whole(place: int) -> bool:
         return not any(start <= place <= end for start, end in markers) and not _continues(text, place)
 
-    for pattern in _PLACES:
+    for pattern in places:
         found = [match.start() for match in pattern.finditer(text, first, last + 2)]
         for place in reversed(found):
             if place <= last and is_whole(place):

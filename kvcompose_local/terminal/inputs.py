@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import io
 import os
+import re
 import shlex
 import stat
 import sys
@@ -19,6 +20,7 @@ from typing import BinaryIO
 from kvcompose_local.errors import InvalidInput
 
 STDIN = Path("-")
+_FILE_URL = re.compile("file:(?://([^/]*))?(/.*)", re.IGNORECASE)
 #: More than models of ten million positions read.
 MOST_BYTES = 64 << 20
 _BOMS = (  # UTF-32's little-endian mark begins as UTF-16's does
@@ -90,6 +92,7 @@ def read_all(paths: Sequence[Path]) -> tuple[list[tuple[str, str]], list[str]]:
     All are looked at before the first of them is fed to a model, which takes minutes. Raises InvalidInput, in one line,
     for what cannot be read as text, and where no file holds any.
     """
+    paths = [path if path == STDIN or _exists(path) else _path_of(str(path)) for path in paths]
     texts = [(_called(path), read(path)) for path in paths]
     empty = [name for name, text in texts if not text.strip()]
     if empty and len(empty) == len(texts):
@@ -181,6 +184,12 @@ def paths_in(argument: str) -> list[Path]:
     return paths if len(paths) == 1 or any(map(_exists, paths)) else [whole]
 
 
+def session_in(argument: str) -> str:
+    """The name of a session, or the path of one that was dropped."""
+    paths = paths_in(argument)
+    return str(paths[0]) if len(paths) == 1 and _is_file(paths[0]) else argument
+
+
 def dropped_files(line: str) -> list[Path]:
     """The files that a line consists of, where it is nothing but paths (with a folder, a tilde or ``file://``)."""
     if "\n" in line or not line.lower().startswith(("/", "~", "./", "../", "file://", "'", '"')):
@@ -190,13 +199,12 @@ def dropped_files(line: str) -> list[Path]:
 
 
 def _path_of(word: str) -> Path:
-    if word.lower().startswith("file://"):
-        from urllib.parse import unquote, urlsplit
+    if url := _FILE_URL.fullmatch(word):
+        host, path = url.groups()
+        if (host or "").lower() in ("", "localhost", os.uname().nodename.lower()):
+            from urllib.parse import unquote
 
-        url = urlsplit(word)
-        if url.netloc.lower() in ("", "localhost", os.uname().nodename.lower()):
-            rest = word[len("file://") + len(url.netloc) :]  # a name may hold what means something in a URL
-            return Path(unquote(rest))
+            return Path(unquote(path))
     return Path(os.path.expanduser(word))  # which leaves the name of no user as it is
 
 
