@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property, partial
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import ext, nodes, parser, sandbox
+from jinja2 import ext, nodes, parser, runtime, sandbox
 
 from kvcompose_local.chat.reasoning import format_of
 from kvcompose_local.errors import ModelError
@@ -31,6 +31,8 @@ Renderer = Callable[[list[dict[str, Any]], bool, datetime], str]
 _ANOTHER = "--template NAME|FILE gives another"
 #: Names under which templates look for the thinking of an earlier answer.
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+#: Numbers that a template may multiply, and characters that it may add to what was said.
+_LARGEST_FACTOR, _LARGEST_FRAME = 1 << 16, 4 << 20
 _TOOL_NAMES = ("functions", "function_call", "tools", "tool_choice")
 #: What a template is asked to render, to see what it does with it.
 _SYSTEM, _USER, _ANSWER, _THOUGHT, _USER_2 = ("kvcprobe" + name for name in "system user answer thought again".split())
@@ -48,6 +50,19 @@ class _Generation(ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's own, which bounds ranges, with bounds of what is multiplied: a header's template must not eat memory."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        sizes = [len(x) if isinstance(x, (str, list, tuple)) else abs(x) for x in (left, right)]
+        most = _LARGEST_FACTOR if isinstance(left, (int, float)) and isinstance(right, (int, float)) else 1
+        if max(sizes) > _LARGEST_FACTOR or sizes[0] * sizes[1] > most * _LARGEST_FACTOR:
+            raise jinja2.TemplateError(f"{operator} makes too much of what it is given")
+        return super().call_binop(context, operator, left, right)
+
+
 def _refuse(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
@@ -57,9 +72,7 @@ def jinja_renderer(source: str, *, bos: str, eos: str) -> Renderer:
 
     Raises ModelError, when it is made or used, with what Jinja or the template says.
     """
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
-    )
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols])
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # Jinja's own escapes HTML
     environment.globals.update(raise_exception=_refuse, bos_token=bos, eos_token=eos)
     try:
@@ -73,7 +86,8 @@ def jinja_renderer(source: str, *, bos: str, eos: str) -> Renderer:
         nothing: tuple[Any, ...] = (None, [], "")
         for without in nothing:  # templates ask whether tools "is none"; those that want tools go over them
             try:
-                return template.render(**known, **dict.fromkeys(_TOOL_NAMES, without))
+                pieces = template.generate(**known, **dict.fromkeys(_TOOL_NAMES, without))
+                return _bounded(pieces, sum(len(str(message)) for message in messages))
             except TypeError as error:
                 failure = failure or error
             except Exception as error:  # a template is a program: it may divide by zero, or call itself for ever
@@ -81,6 +95,17 @@ def jinja_renderer(source: str, *, bos: str, eos: str) -> Renderer:
         raise _failed(failure or TypeError())
 
     return render
+
+
+def _bounded(pieces: Iterator[str], n_said: int) -> str:
+    """The text of these pieces, unless it is out of proportion to the ``n_said`` characters of what was said."""
+    text, left = [], _LARGEST_FRAME + 4 * n_said
+    for piece in pieces:
+        text.append(piece)
+        left -= len(piece)
+        if left < 0:
+            raise jinja2.TemplateError(f"it makes more than {_LARGEST_FRAME} characters of a conversation of {n_said}")
+    return "".join(text)
 
 
 def _failed(error: Exception) -> ModelError:
