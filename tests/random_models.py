@@ -162,13 +162,6 @@ class RandomModel(Model):
     def _header(self) -> AbstractContextManager[int | None]:
         return nullcontext(self._gguf)
 
-    def rope_factors(self, n_positions: int) -> str:
-        # The tensors of a model from metadata are not in the metadata.
-        original = self.metadata(f"{self.architecture}.rope.scaling.original_context_length")
-        if self.architecture != "phi3" or original is None:
-            return ""
-        return "long" if n_positions > int(original) else "short"
-
     def close(self) -> None:
         super().close()
         if self._gguf:

@@ -143,7 +143,7 @@ def test_bytes(tiny_model: Callable[..., Path], arch: str, cache_type: str) -> N
         engine.decode(TOKENS[:100])
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
 def test_attention_is_the_same_where_it_must_be_fetched(
     tiny_model: Callable[..., Path], arch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,7 +91,7 @@ class StockEngine(LlamaEngine):
             callback_at_creation=scoring,
             n_positions=n_positions,
         )
-        wanted = model.rope_factors(n_positions or n_cells)
+        wanted = context.wanted_rope_factors
         if scoring and context.rope_factors != wanted:
             context.close()
             raise ModelError(
