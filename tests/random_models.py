@@ -6,16 +6,17 @@ What is not attention is tiny: a vocabulary of 260, embeddings of 32 numbers whe
 from __future__ import annotations
 
 import ctypes
+import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from kvcompose_local.errors import ModelError
-from kvcompose_local.llama_ffi.library import bind, clear_log, last_log, lib
+from kvcompose_local.interfaces import Progress
+from kvcompose_local.llama_ffi.library import bind, lib
 from kvcompose_local.llama_ffi.model import Model
 
 Value = bool | int | float | str | Sequence[int] | Sequence[str]
@@ -39,6 +40,7 @@ _set_strings = bind(
     ctypes.POINTER(ctypes.c_char_p),
     ctypes.c_size_t,
 )
+_write = bind("gguf_write_to_file", ctypes.c_bool, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_bool)
 _name = bind("ggml_get_name", ctypes.c_char_p, ctypes.c_void_p)
 _nelements = bind("ggml_nelements", ctypes.c_int64, ctypes.c_void_p)
 _nrows = bind("ggml_nrows", ctypes.c_int64, ctypes.c_void_p)
@@ -142,28 +144,21 @@ def _fill(tensor: int, q_scale: float) -> None:
 
 
 class RandomModel(Model):
-    """A :class:`Model` that was never a file. Raises ModelError where llama.cpp refuses the metadata."""
+    """A :class:`Model` of which only the header is a file. Raises ModelError where llama.cpp refuses the metadata."""
 
-    def __init__(self, shape: Shape, *, gpu_layers: int = 0, **_loading: object) -> None:
-        self.path = Path(shape.name)
-        self.files = ()
-        self.gpu_layers = gpu_layers
-        self._template = None
-        params = lib.llama_model_default_params()
-        params.n_gpu_layers = gpu_layers
-        clear_log()
-        self._gguf: int | None = _gguf(shape.metadata())
-        fill = _SET_TENSOR(lambda tensor, _user_data: _fill(tensor, shape.q_scale))
-        self._pointer = _init_from_user(self._gguf, fill, None, params)
-        if not self._pointer:
-            self.close()
-            raise ModelError(f"llama.cpp makes no model of {shape.name}{last_log()}")
+    def __init__(self, shape: Shape, *, gpu_layers: int = 0, progress: Progress | None = None) -> None:
+        self._shape = shape
+        self._header_file = tempfile.NamedTemporaryFile(suffix=".gguf")  # noqa: SIM115 -- as long as the model
+        gguf = _gguf(shape.metadata())
+        written = _write(gguf, self._header_file.name.encode(), True)
+        _free(gguf)
+        assert written, f"cannot write {self._header_file.name}"
+        super().__init__(Path(self._header_file.name), gpu_layers=gpu_layers, progress=progress)
 
-    def _header(self) -> AbstractContextManager[int | None]:
-        return nullcontext(self._gguf)
-
-    def close(self) -> None:
-        super().close()
-        if self._gguf:
-            _free(self._gguf)
-            self._gguf = None
+    def _load(self, params: Any) -> Any:
+        gguf = _gguf(self._shape.metadata())
+        fill = _SET_TENSOR(lambda tensor, _user_data: _fill(tensor, self._shape.q_scale))
+        try:
+            return _init_from_user(gguf, fill, None, params)
+        finally:
+            _free(gguf)

@@ -91,7 +91,7 @@ class Model:
                 raise ModelError(f"cannot load {path.name}: {error.strerror or error}") from error
             weakref.finalize(self, stack.pop_all().close)  # Python warns of open files that are dropped, not of a model
         clear_log()
-        self._pointer = lib.llama_model_load_from_file(os.fsencode(path), params)
+        self._pointer = self._load(params)
         if stopped:
             self.close()
             raise stopped[0]
@@ -100,6 +100,10 @@ class Model:
             told = last_log()
             advice = next((advice for words, advice in _ADVICE if re.search(words, told)), "")
             raise ModelError(f"llama.cpp cannot load {path.name}{told}{advice}")
+
+    def _load(self, params: Any) -> Any:
+        """llama.cpp's pointer to the model, None where it refuses; tests make models that are no files."""
+        return lib.llama_model_load_from_file(os.fsencode(self.path), params)
 
     @property
     def _model(self) -> Any:
