@@ -1,6 +1,8 @@
 """Random models in memory, of the layers, heads and head sizes of real ones: llama.cpp makes them from metadata alone.
 
 What is not attention is tiny: a vocabulary of 260, embeddings of 32 numbers where the architecture lets heads be wider.
+They have every tensor that the architecture may have, so that llama.cpp bounds their graphs less tightly than those of
+a file, which has fewer: test_shapes.py has files, too.
 """
 
 from __future__ import annotations
@@ -19,9 +21,8 @@ from kvcompose_local.interfaces import Progress
 from kvcompose_local.llama_ffi.library import bind, lib
 from kvcompose_local.llama_ffi.model import Model
 
-Value = bool | int | float | str | Sequence[int] | Sequence[str]
+Value = bool | int | float | str | Sequence[str]
 N_VOCAB, N_EMBD, N_FF = 260, 32, 32
-_UINT32 = 4  # GGUF_TYPE_UINT32
 
 _init_empty = bind("gguf_init_empty", ctypes.c_void_p)
 _free = bind("gguf_free", None, ctypes.c_void_p)
@@ -29,9 +30,6 @@ _set_u32 = bind("gguf_set_val_u32", None, ctypes.c_void_p, ctypes.c_char_p, ctyp
 _set_f32 = bind("gguf_set_val_f32", None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_float)
 _set_bool = bind("gguf_set_val_bool", None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_bool)
 _set_str = bind("gguf_set_val_str", None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p)
-_set_array = bind(
-    "gguf_set_arr_data", None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t
-)
 _set_strings = bind(
     "gguf_set_arr_str",
     None,
@@ -116,11 +114,8 @@ def _gguf(metadata: Mapping[str, Value]) -> int:
             _set_f32(gguf, name, value)
         elif isinstance(value, str):
             _set_str(gguf, name, value.encode())
-        elif isinstance(value[0], str):
-            _set_strings(gguf, name, (ctypes.c_char_p * len(value))(*(str(v).encode() for v in value)), len(value))
         else:
-            numbers = (ctypes.c_uint32 * len(value))(*map(int, value))
-            _set_array(gguf, name, _UINT32, ctypes.cast(numbers, ctypes.c_void_p), len(value))
+            _set_strings(gguf, name, (ctypes.c_char_p * len(value))(*(text.encode() for text in value)), len(value))
     return int(gguf)
 
 

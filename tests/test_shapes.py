@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from real_shapes import PAGE, SHAPES, page, try_shape
 
-from kvcompose_local.engines import physical_cores
+from kvcompose_local.install.threads import default_threads
 from kvcompose_local.llama_ffi.cells import library_is_patched
 
 pytestmark = pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
@@ -28,7 +28,7 @@ def outcomes(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[str]]]
     }
     if any(getattr(item, "obj", None) is test_page for item in request.session.items):
         wanted |= set(NAMES)
-    with ThreadPoolExecutor(physical_cores()) as pool:
+    with ThreadPoolExecutor(default_threads()) as pool:
         yield {shape.name: pool.submit(try_shape, shape) for shape in SHAPES if shape.name in wanted}
         pool.shutdown(cancel_futures=True)
 
