@@ -157,3 +157,7 @@ class RandomModel(Model):
             return _init_from_user(gguf, fill, None, params)
         finally:
             _free(gguf)
+
+    def close(self) -> None:
+        super().close()
+        self._header_file.close()

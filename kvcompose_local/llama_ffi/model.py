@@ -211,7 +211,11 @@ class Model:
         )
 
     def cache_kind(self) -> str:
-        """``attention``, ``sliding-window``, ``recurrent``, ``hybrid``, ``mla`` or ``m-rope``."""
+        """``attention``, ``sliding-window``, ``recurrent``, ``hybrid``, ``mla``, ``m-rope`` or ``rotation-free``.
+
+        Of the last kind are models without RoPE: learned positions end with the trained length, beyond which a replay
+        would go (ggml aborts), and a bias by distance wants the true positions of composed cells.
+        """
         arch = self.architecture
         if lib.llama_model_is_recurrent(self._model):
             return "recurrent"
@@ -219,7 +223,9 @@ class Model:
             return "hybrid"
         if self.metadata(f"{arch}.attention.kv_lora_rank") is not None:
             return "mla"
-        if lib.llama_model_rope_type(self._model) not in (-1, 0, 2):  # none, normal, NeoX; the rest has 2D positions
+        if lib.llama_model_rope_type(self._model) == -1 or arch == "starcoder":  # which llama.cpp says to be rotated
+            return "rotation-free"
+        if lib.llama_model_rope_type(self._model) not in (0, 2):  # normal, NeoX; the rest has 2D positions
             return "m-rope"
         if lib.llama_model_n_swa(self._model) > 0:
             return "sliding-window"
