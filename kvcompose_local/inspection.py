@@ -23,6 +23,7 @@ _OBSTACLES = {
     "recurrent": "it is recurrent",
     "hybrid": "it is partly recurrent",
     "m-rope": "its positions have several dimensions (M-RoPE)",
+    "rotation-free": "its keys carry no rotation (RoPE)",
 }
 
 

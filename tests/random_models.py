@@ -1,26 +1,28 @@
 """Random models in memory, of the layers, heads and head sizes of real ones: llama.cpp makes them from metadata alone.
 
 What is not attention is tiny: a vocabulary of 260, embeddings of 32 numbers where the architecture lets heads be wider.
+They have every tensor that the architecture may have, so that llama.cpp bounds their graphs less tightly than those of
+a file, which has fewer: test_shapes.py has files, too.
 """
 
 from __future__ import annotations
 
 import ctypes
+import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from kvcompose_local.errors import ModelError
-from kvcompose_local.llama_ffi.library import bind, clear_log, last_log, lib
+from kvcompose_local.interfaces import Progress
+from kvcompose_local.llama_ffi.library import bind, lib
 from kvcompose_local.llama_ffi.model import Model
 
-Value = bool | int | float | str | Sequence[int] | Sequence[str]
+Value = bool | int | float | str | Sequence[str]
 N_VOCAB, N_EMBD, N_FF = 260, 32, 32
-_UINT32 = 4  # GGUF_TYPE_UINT32
 
 _init_empty = bind("gguf_init_empty", ctypes.c_void_p)
 _free = bind("gguf_free", None, ctypes.c_void_p)
@@ -28,9 +30,6 @@ _set_u32 = bind("gguf_set_val_u32", None, ctypes.c_void_p, ctypes.c_char_p, ctyp
 _set_f32 = bind("gguf_set_val_f32", None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_float)
 _set_bool = bind("gguf_set_val_bool", None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_bool)
 _set_str = bind("gguf_set_val_str", None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p)
-_set_array = bind(
-    "gguf_set_arr_data", None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t
-)
 _set_strings = bind(
     "gguf_set_arr_str",
     None,
@@ -39,6 +38,7 @@ _set_strings = bind(
     ctypes.POINTER(ctypes.c_char_p),
     ctypes.c_size_t,
 )
+_write = bind("gguf_write_to_file", ctypes.c_bool, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_bool)
 _name = bind("ggml_get_name", ctypes.c_char_p, ctypes.c_void_p)
 _nelements = bind("ggml_nelements", ctypes.c_int64, ctypes.c_void_p)
 _nrows = bind("ggml_nrows", ctypes.c_int64, ctypes.c_void_p)
@@ -114,11 +114,8 @@ def _gguf(metadata: Mapping[str, Value]) -> int:
             _set_f32(gguf, name, value)
         elif isinstance(value, str):
             _set_str(gguf, name, value.encode())
-        elif isinstance(value[0], str):
-            _set_strings(gguf, name, (ctypes.c_char_p * len(value))(*(str(v).encode() for v in value)), len(value))
         else:
-            numbers = (ctypes.c_uint32 * len(value))(*map(int, value))
-            _set_array(gguf, name, _UINT32, ctypes.cast(numbers, ctypes.c_void_p), len(value))
+            _set_strings(gguf, name, (ctypes.c_char_p * len(value))(*(text.encode() for text in value)), len(value))
     return int(gguf)
 
 
@@ -142,35 +139,25 @@ def _fill(tensor: int, q_scale: float) -> None:
 
 
 class RandomModel(Model):
-    """A :class:`Model` that was never a file. Raises ModelError where llama.cpp refuses the metadata."""
+    """A :class:`Model` of which only the header is a file. Raises ModelError where llama.cpp refuses the metadata."""
 
-    def __init__(self, shape: Shape, *, gpu_layers: int = 0, **_loading: object) -> None:
-        self.path = Path(shape.name)
-        self.files = ()
-        self.gpu_layers = gpu_layers
-        self._template = None
-        params = lib.llama_model_default_params()
-        params.n_gpu_layers = gpu_layers
-        clear_log()
-        self._gguf: int | None = _gguf(shape.metadata())
-        fill = _SET_TENSOR(lambda tensor, _user_data: _fill(tensor, shape.q_scale))
-        self._pointer = _init_from_user(self._gguf, fill, None, params)
-        if not self._pointer:
-            self.close()
-            raise ModelError(f"llama.cpp makes no model of {shape.name}{last_log()}")
+    def __init__(self, shape: Shape, *, gpu_layers: int = 0, progress: Progress | None = None) -> None:
+        self._shape = shape
+        self._header_file = tempfile.NamedTemporaryFile(suffix=".gguf")  # noqa: SIM115 -- as long as the model
+        gguf = _gguf(shape.metadata())
+        written = _write(gguf, self._header_file.name.encode(), True)
+        _free(gguf)
+        assert written, f"cannot write {self._header_file.name}"
+        super().__init__(Path(self._header_file.name), gpu_layers=gpu_layers, progress=progress)
 
-    def _header(self) -> AbstractContextManager[int | None]:
-        return nullcontext(self._gguf)
-
-    def rope_factors(self, n_positions: int) -> str:
-        # The tensors of a model from metadata are not in the metadata.
-        original = self.metadata(f"{self.architecture}.rope.scaling.original_context_length")
-        if self.architecture != "phi3" or original is None:
-            return ""
-        return "long" if n_positions > int(original) else "short"
+    def _load(self, params: Any) -> Any:
+        gguf = _gguf(self._shape.metadata())
+        fill = _SET_TENSOR(lambda tensor, _user_data: _fill(tensor, self._shape.q_scale))
+        try:
+            return _init_from_user(gguf, fill, None, params)
+        finally:
+            _free(gguf)
 
     def close(self) -> None:
         super().close()
-        if self._gguf:
-            _free(self._gguf)
-            self._gguf = None
+        self._header_file.close()

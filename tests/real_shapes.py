@@ -1,4 +1,6 @@
-"""The shapes of models that people run, and what is tried of each: ``python tests/real_shapes.py NAME`` tries one.
+"""The shapes of models that people run, and what is tried of each.
+
+``python tests/real_shapes.py NAME [GPU_LAYERS]`` tries one.
 
 Shapes are from the models' own configurations. ``scripts/shapes`` tries all and writes docs/models.md.
 """
@@ -99,7 +101,7 @@ SHAPES = (
 )
 
 
-def run(shape: Shape) -> str:
+def run(shape: Shape, gpu_layers: int = 0) -> str:
     """Read under a budget, answer, go back, save and restore; says what was done. Raises AssertionError, and more."""
     tokens = np.random.default_rng(1).integers(0, N_VOCAB, N_TOKENS + 8).tolist()
     engine, positions = open_engine(
@@ -107,6 +109,7 @@ def run(shape: Shape) -> str:
         n_ctx=N_CTX,
         budget=BUDGET,
         n_threads=1,
+        gpu_layers=gpu_layers,
         sampling=Sampling(temperature=0),
         load=lambda _path, **loading: RandomModel(shape, **loading),
     )
@@ -155,9 +158,9 @@ def _logits(engine: LlamaEngine, memory: CacheMemory, tokens: Sequence[int]) -> 
     return engine.logits()
 
 
-def try_shape(shape: Shape) -> str:
+def try_shape(shape: Shape, gpu_layers: int = 0) -> str:
     """:func:`run` in a process of its own, which an abort may end; says what was done. Raises AssertionError."""
-    command = [sys.executable, __file__, shape.name]
+    command = [sys.executable, __file__, shape.name, str(gpu_layers)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT, cwd=ROOT, check=False)
     except subprocess.TimeoutExpired:
@@ -189,4 +192,4 @@ def page(outcomes: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    print(run(next(shape for shape in SHAPES if shape.name == sys.argv[1])))
+    print(run(next(shape for shape in SHAPES if shape.name == sys.argv[1]), *map(int, sys.argv[2:3])))

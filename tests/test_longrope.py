@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,3 +83,22 @@ def test_the_span_is_told_before_the_first_token(tiny_model: Callable[..., Path]
         context.clear()
         assert set_span(context._ctx, 256) == 0
     model.close()
+
+
+@patched_only
+def test_a_session_of_the_other_factors_is_refused_in_one_line(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    path = tiny_model("phi3", longrope=ORIGINAL)
+
+    def run(n_ctx: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "kvcompose_local", "run", path, "--session", tmp_path / "chat.kvc"]
+        command += ["--ctx", n_ctx, "--budget", 0.5, "--threads", 1, "-p", "A word?", "--max-tokens", 2]
+        return subprocess.run(
+            [*map(str, command)], capture_output=True, text=True, errors="replace", timeout=120, check=False
+        )
+
+    assert run(2048).returncode == 0
+    refused = run(ORIGINAL)
+    assert refused.returncode == 1
+    assert "the session was made with the model's long RoPE factors" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert run(3072).returncode == 0

@@ -23,6 +23,7 @@ from kvcompose_local.engines.patched import N_SINKS, PatchedEngine
 from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput, ModelError
 from kvcompose_local.interfaces import IntArray, Sampling
+from kvcompose_local.llama_ffi import context as context_module
 from kvcompose_local.llama_ffi.cells import PerLayerCells, library_is_patched
 from kvcompose_local.llama_ffi.library import lib
 from kvcompose_local.llama_ffi.model import Model
@@ -140,6 +141,23 @@ def test_bytes(tiny_model: Callable[..., Path], arch: str, cache_type: str) -> N
         engine.clear()
         assert not any(x.any() for planes in exported(engine) for x in planes)
         engine.decode(TOKENS[:100])
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_attention_is_the_same_where_it_must_be_fetched(
+    tiny_model: Callable[..., Path], arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = []
+    with patched(tiny_model(arch)) as engine:
+        n_layers, heads = len(engine.shape.layers), [layer.n_heads for layer in engine.shape.layers]
+        for in_place in (True, False):
+            if not in_place:
+                monkeypatch.setattr(context_module, "_kvc_host_data", None)
+            engine.clear()
+            watched = AttentionMax(n_layers, heads)
+            engine.decode(TOKENS[:100], seen=watched)
+            shown.append([*watched.result(), *replayed(engine, TOKENS[:20])])
+    assert_same([shown[0]], [shown[1]])
 
 
 @pytest.mark.parametrize("arch", UNIFORM)

@@ -10,10 +10,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from random_models import RandomModel, Shape
 from real_shapes import PAGE, SHAPES, page, try_shape
 
-from kvcompose_local.engines import physical_cores
+from kvcompose_local.engines import open_engine
+from kvcompose_local.engines.base import LlamaEngine
+from kvcompose_local.errors import ModelError
+from kvcompose_local.install.threads import default_threads
 from kvcompose_local.llama_ffi.cells import library_is_patched
 
 pytestmark = pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
@@ -28,7 +33,7 @@ def outcomes(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[str]]]
     }
     if any(getattr(item, "obj", None) is test_page for item in request.session.items):
         wanted |= set(NAMES)
-    with ThreadPoolExecutor(physical_cores()) as pool:
+    with ThreadPoolExecutor(default_threads()) as pool:
         yield {shape.name: pool.submit(try_shape, shape) for shape in SHAPES if shape.name in wanted}
         pool.shutdown(cancel_futures=True)
 
@@ -86,3 +91,20 @@ def test_a_file_through_the_command_line(tiny_model: Callable[..., Path], tmp_pa
     second = asked()
     assert second["positions"] > first["positions"] > len(TEXT)
     assert second["prompt_tokens"] < 100, "the text was read again"
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "starcoder", "bloom"])
+def test_models_without_rope_run_uncompressed(arch: str) -> None:
+    """Their positions end with the trained length, and a replay goes beyond it."""
+    more = {"attention.layer_norm_epsilon": 1e-5, "context_length": 512}
+    shape = Shape(arch, arch, 2, 2, 2, 32, more, n_embd=64)
+
+    def opened(budget: float) -> LlamaEngine:
+        load = lambda _path, **loading: RandomModel(shape, **loading)  # noqa: E731
+        return open_engine(Path(arch), n_ctx=512, budget=budget, n_threads=1, load=load)[0]
+
+    with opened(1) as engine:
+        engine.decode(list(range(200)))
+        assert np.isfinite(engine.logits()).all()
+    with pytest.raises(ModelError, match="--budget 1 only: its keys carry no rotation"):
+        opened(0.25)

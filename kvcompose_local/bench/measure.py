@@ -219,11 +219,17 @@ def _work(path: str) -> None:
 
 @contextmanager
 def _patched(
-    model: Model, n_cells: int, n_threads: int, n_ubatch: int = PREFILL_MICRO_BATCH, cache_type: str = "f16"
+    model: Model,
+    n_cells: int,
+    n_threads: int,
+    n_ubatch: int = PREFILL_MICRO_BATCH,
+    cache_type: str = "f16",
+    n_positions: int | None = None,
 ) -> Iterator[PatchedEngine]:
     engine = PatchedEngine(
         model,
         n_cells=n_cells,
+        n_positions=n_positions,
         n_threads=n_threads,
         cache_type=cache_type,
         n_ubatch=n_ubatch,
@@ -298,7 +304,9 @@ def measure(
         rewrite_seconds = _rewrite_seconds(full, whole)
         profile = _profile(path)
         for name, n in cells.items():
-            engines[name] = small = stack.enter_context(_patched(model, n, threads, SMALL_MICRO_BATCH, cache_type))
+            engines[name] = small = stack.enter_context(
+                _patched(model, n, threads, SMALL_MICRO_BATCH, cache_type, n_positions=n_cells)
+            )
             if profile is not None:
                 by_profile = _read_as_a_chat(f"{name}, profile", small, tokens, progress, profile)
                 modes.append(by_profile)  # which decodes as the other does

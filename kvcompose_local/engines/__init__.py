@@ -147,6 +147,8 @@ def _patched(
 ) -> LlamaEngine:
     """The patched engine; at budget 1 the stock one runs what cannot be composed."""
     try:
+        if budget < 1 and model.cache_kind() == "rotation-free":
+            raise ModelError("its keys carry no rotation (RoPE)")
         return PatchedEngine(
             model,
             n_cells=n_cells,

@@ -91,7 +91,7 @@ class StockEngine(LlamaEngine):
             callback_at_creation=scoring,
             n_positions=n_positions,
         )
-        wanted = model.rope_factors(n_positions or n_cells)
+        wanted = context.wanted_rope_factors
         if scoring and context.rope_factors != wanted:
             context.close()
             raise ModelError(
@@ -105,7 +105,9 @@ class StockEngine(LlamaEngine):
         # What moves on cannot be given back: a window by more than a micro-batch, a recurrent state at all.
         self.max_replay = {"sliding-window": context.n_ubatch, "recurrent": 0, "hybrid": 0}.get(kind, n_cells)
         # llama.cpp's own serialization of the others is not taken apart here.
-        self.cannot_snapshot = "" if kind == "attention" else f"{model.architecture} has a {kind} cache"
+        self.cannot_snapshot = (
+            "" if kind in ("attention", "rotation-free") else f"{model.architecture} has a {kind} cache"
+        )
         if not self.cannot_snapshot and not all(model.kv_heads):
             self.cannot_snapshot = f"some layers of {model.architecture} have no attention"
         self._n_cells = n_cells

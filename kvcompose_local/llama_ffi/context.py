@@ -72,7 +72,7 @@ class Context:
     n_ctx: cells, a multiple of 256; n_ubatch: most tokens of a micro-batch; flash_attention: False makes the softmax
     visible in every pass and V transposed; cache_type: see :func:`type_numbers`; callback_at_creation: let the tap
     work from the start (an unpatched llama.cpp cannot install it later); n_positions: what the sequence may span, if
-    that is not ``n_ctx`` (an unpatched llama.cpp cannot be told, see ``rope_factors``).
+    that is not ``n_ctx`` (an unpatched llama.cpp cannot be told).
     """
 
     def __init__(
@@ -115,18 +115,27 @@ class Context:
         if not self._pointer:
             raise EngineError(f"llama_init_from_model failed: too little memory for {n_ctx} cells?{last_log()}")
         self._sampler: Any = None
-        #: ``short`` or ``long`` where the model has two sets of RoPE factors (LongRoPE), by which keys are turned.
-        self.rope_factors = model.rope_factors(n_ctx)
-        if _kvc_set_span is not None:
-            chosen = ctypes.c_int32()
-            for code in (
-                _kvc_set_span(self._pointer, n_positions or n_ctx),
-                _kvc_get_rope_factors(self._pointer, ctypes.byref(chosen)),
-            ):
-                if code != 0:
-                    self.close()
-                    raise EngineError(f"llama_kvc_set_span failed with {code} for {n_positions} positions")
-            self.rope_factors = _ROPE_FACTORS[chosen.value]
+        try:
+            self.rope_factors, self.wanted_rope_factors = self._choose_rope_factors(n_positions or n_ctx)
+        except BaseException:
+            self.close()
+            raise
+
+    def _choose_rope_factors(self, n_positions: int) -> tuple[str, str]:
+        """``short`` or ``long``, by which keys are turned, where the model has two sets of RoPE factors (LongRoPE).
+
+        Those that llama.cpp takes, and those for so many positions: without the patches it goes by the cells.
+        """
+        if _kvc_set_span is None:
+            return self.model.rope_factors(self.n_ctx), self.model.rope_factors(n_positions)
+        chosen = ctypes.c_int32()
+        for name, code in (
+            ("set_span", _kvc_set_span(self._pointer, n_positions)),
+            ("get_rope_factors", _kvc_get_rope_factors(self._pointer, ctypes.byref(chosen))),
+        ):
+            if code != 0:
+                raise EngineError(f"llama_kvc_{name} failed with {code} for {n_positions} positions")
+        return (_ROPE_FACTORS[chosen.value],) * 2
 
     def close(self) -> None:
         """Free the context; further use is an error."""

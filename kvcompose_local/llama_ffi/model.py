@@ -91,7 +91,7 @@ class Model:
                 raise ModelError(f"cannot load {path.name}: {error.strerror or error}") from error
             weakref.finalize(self, stack.pop_all().close)  # Python warns of open files that are dropped, not of a model
         clear_log()
-        self._pointer = lib.llama_model_load_from_file(os.fsencode(path), params)
+        self._pointer = self._load(params)
         if stopped:
             self.close()
             raise stopped[0]
@@ -100,6 +100,10 @@ class Model:
             told = last_log()
             advice = next((advice for words, advice in _ADVICE if re.search(words, told)), "")
             raise ModelError(f"llama.cpp cannot load {path.name}{told}{advice}")
+
+    def _load(self, params: Any) -> Any:
+        """llama.cpp's pointer to the model, None where it refuses; tests make models that are no files."""
+        return lib.llama_model_load_from_file(os.fsencode(self.path), params)
 
     @property
     def _model(self) -> Any:
@@ -207,7 +211,11 @@ class Model:
         )
 
     def cache_kind(self) -> str:
-        """``attention``, ``sliding-window``, ``recurrent``, ``hybrid``, ``mla`` or ``m-rope``."""
+        """``attention``, ``sliding-window``, ``recurrent``, ``hybrid``, ``mla``, ``m-rope`` or ``rotation-free``.
+
+        Of the last kind are models without RoPE: learned positions end with the trained length, beyond which a replay
+        would go (ggml aborts), and a bias by distance wants the true positions of composed cells.
+        """
         arch = self.architecture
         if lib.llama_model_is_recurrent(self._model):
             return "recurrent"
@@ -215,7 +223,9 @@ class Model:
             return "hybrid"
         if self.metadata(f"{arch}.attention.kv_lora_rank") is not None:
             return "mla"
-        if lib.llama_model_rope_type(self._model) not in (-1, 0, 2):  # none, normal, NeoX; the rest has 2D positions
+        if lib.llama_model_rope_type(self._model) == -1 or arch == "starcoder":  # which llama.cpp says to be rotated
+            return "rotation-free"
+        if lib.llama_model_rope_type(self._model) not in (0, 2):  # normal, NeoX; the rest has 2D positions
             return "m-rope"
         if lib.llama_model_n_swa(self._model) > 0:
             return "sliding-window"
