@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,6 +28,7 @@ from kvcompose_local.interfaces import CACHE_TYPES, CacheLayout, Progress, Sampl
 from kvcompose_local.llama_ffi.library import layers_to_offload
 from kvcompose_local.llama_ffi.model import Model
 from kvcompose_local.llama_ffi.rpc import add_workers
+from kvcompose_local.terminal import inputs
 
 SCORINGS = ("replay", "profile")
 
@@ -36,17 +38,24 @@ def template_of(wanted: str, names: Sequence[str]) -> str:
     if wanted in names:
         return wanted
     try:
-        source = Path(wanted).expanduser().read_text(encoding="utf-8")
-    except FileNotFoundError as error:
+        path = Path(wanted).expanduser()
+        is_there = path.exists()
+    except (OSError, RuntimeError, ValueError):  # a name that is too long, a user that is unknown
+        is_there = False
+    if not is_there or not wanted:
         close = difflib.get_close_matches(wanted, names, n=3) or ["plain", "chatml", "llama3", "gemma", "mistral-v7"]
-        raise InvalidInput(
-            f"there is no template {wanted!r}: give a Jinja file, or a name such as {', '.join(close)}"
-        ) from error
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text"
-        raise InvalidInput(f"cannot read the template {wanted}: {reason}") from error
+        raise InvalidInput(f"there is no template {wanted!r}: give a Jinja file, or a name such as {', '.join(close)}")
+    source = inputs.read(path)
+    if path.suffix == ".json":  # tokenizer_config.json, as a model's page has it
+        try:
+            told = json.loads(source)
+            source = told["chat_template"] if isinstance(told, dict) else ""
+        except (ValueError, KeyError, RecursionError):
+            source = ""
+        if not isinstance(source, str):
+            raise InvalidInput(f"{wanted} holds several templates: copy the one you want into a file of its own")
     if not source.strip():
-        raise InvalidInput(f"the template {wanted} is empty")
+        raise InvalidInput(f"there is no template in {wanted}")
     return source
 
 
@@ -128,9 +137,7 @@ class LocalChat:
                 on_compaction=on_compaction,
                 on_progress=on_compacting,
             )
-            if template is not None:
-                self._engine.model.use_template(template_of(template, self._engine.model.template_names()))
-            self._engine.model.template  # noqa: B018 - one that is none is told of before anything is read
+            self.use_template(template)
             self.chat = Chat(
                 self._engine.model,
                 self.memory,
@@ -163,6 +170,13 @@ class LocalChat:
     def kv_bytes(self) -> int:
         """Bytes allocated for the cells, which never grow."""
         return self._engine.cache_bytes
+
+    def use_template(self, template: str | None) -> None:
+        """Render by another template from now on; None changes nothing. Raises InvalidInput and ModelError."""
+        model = self._engine.model
+        if template is not None:
+            model.use_template(template_of(template, model.template_names()))
+        model.check_template()
 
     def read(self, text: str) -> TurnStats:
         """Read a document now: the next question is about it. Raises ContextFull where the positions run out."""

@@ -242,6 +242,7 @@ def run_command(
         )
         if session is not None and saved is not None:
             loaded = autosave.resume()
+            local.use_template(template)  # over the session's own
             if system is not None and (system or None) != (chat.system or None):
                 raise KVComposeError("the session has a system prompt of its own: in the chat, /system sets another")
             status.line(loaded)

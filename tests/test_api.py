@@ -155,11 +155,22 @@ def test_another_template_is_a_name_or_a_file(tmp_path: Path) -> None:
     assert template_of(str(file), names) == "{{ messages[0].content }}"
     with pytest.raises(InvalidInput, match=r"no template 'chatlm': give a Jinja file, or a name such as chatml$"):
         template_of("chatlm", names)
-    file.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InvalidInput, match="it is not text"):
+    file.write_bytes("{{ messages }}".encode("utf-16"))
+    assert template_of(str(file), names) == "{{ messages }}"
+    file.write_bytes(b"\x00\x01")
+    with pytest.raises(InvalidInput, match="NUL|binary"):
         template_of(str(file), names)
     with pytest.raises(InvalidInput, match="Is a directory"):
         template_of(str(tmp_path), names)
     file.write_text(" \n")
-    with pytest.raises(InvalidInput, match="is empty"):
+    with pytest.raises(InvalidInput, match="no template in"):
         template_of(str(file), names)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text('{"chat_template": "{{ messages[0].content }}"}')
+    assert template_of(str(config), names) == "{{ messages[0].content }}"
+    config.write_text('{"chat_template": [{"name": "default", "template": ""}]}')
+    with pytest.raises(InvalidInput, match="several templates"):
+        template_of(str(config), names)
+    for nothing in ("", "~nobody-here/x.jinja", "x" * 5000):
+        with pytest.raises(InvalidInput, match="there is no template"):
+            template_of(nothing, names)

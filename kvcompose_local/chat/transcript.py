@@ -353,6 +353,8 @@ class Transcript:
     def queue(self, text: str, start: int = 0, stop: int | None = None) -> int:
         """Add a part of a text of the template's, with what was said in it; returns the number of its tokens."""
         stop = len(text) if stop is None else stop
+        if start == stop:  # not even what a transcript begins with
+            return 0
         self.mark_edge()
         before, at = len(self.tokens), start
         add_bos = not self.fed and self.adds_bos(text)

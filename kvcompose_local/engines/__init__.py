@@ -108,6 +108,13 @@ def open_engine(
                 f"--cache-type {cache_type} takes blocks of {BLOCK} values, and the heads of {model.name} are of "
                 f"{max(model.head_sizes('key_length', 'value_length'))}: leave it out"
             )
+        if n_ctx is None and positions < DEFAULT_CTX and budget < 1:
+            try:
+                cells_for(positions, budget, cache_type, token_of(model))
+            except InvalidInput as error:
+                raise InvalidInput(
+                    f"{model.name} knows {positions} positions, too few to compress: run it with --budget 1"
+                ) from error
         n_cells = cells_for(positions, budget, cache_type, token_of(model))
         open_ = _patched if patched else _stock
         engine = open_(model, n_cells, positions, threads, cache_type, sampling, budget)

@@ -295,6 +295,10 @@ class Model:
                 self._template = ChatTemplate(source, bos=self.special_text("bos"), eos=self.special_text("eos"))
         return self._template
 
+    def check_template(self) -> None:
+        """Raises ModelError where the template is none: better told before anything is read."""
+        _ = self.template
+
     @property
     def folds_system(self) -> bool:
         """Whether a system prompt goes before the first message, since the template has no place for it."""

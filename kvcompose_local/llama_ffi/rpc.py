@@ -53,9 +53,10 @@ def add_workers(endpoints: Sequence[str]) -> None:
         host, port = parse_endpoint(endpoint)
         try:
             socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host is like that
+            reason = getattr(error, "strerror", None) or "no such host"
             raise EngineError(
-                f"no RPC worker answers at {endpoint} ({error.strerror or error}): "
+                f"no RPC worker answers at {endpoint} ({reason}): "
                 f"start one there with `kvcompose-local rpc-server --port {port}`"
             ) from error
         registry = _add_server(f"{host}:{port}".encode())
