@@ -108,7 +108,7 @@ def open_engine(
                 f"--cache-type {cache_type} takes blocks of {BLOCK} values, and the heads of {model.name} are of "
                 f"{max(model.head_sizes('key_length', 'value_length'))}: leave it out"
             )
-        if n_ctx is None and positions < DEFAULT_CTX and budget < 1:
+        if n_ctx is None and positions <= 2 * CELL_PADDING and budget < 1:
             try:
                 cells_for(positions, budget, cache_type, token_of(model))
             except InvalidInput as error:
