@@ -13,6 +13,8 @@ from prompt_toolkit.application import create_app_session
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings
+from prompt_toolkit.keys import Keys
 from prompt_toolkit.output import DummyOutput, Output, create_output
 from prompt_toolkit.output.plain_text import PlainTextOutput
 
@@ -70,6 +72,13 @@ def _output() -> Output | None:
     return PlainTextOutput(stream) if os.environ.get("TERM") == "dumb" else create_output(stdout=stream)
 
 
+def _no_mouse() -> KeyBindings:
+    """Takes what looks like the mouse's doing for nothing: a colour that was typed, ``ESC [ 31 m``, is read as such."""
+    bindings = KeyBindings()
+    bindings.add(Keys.Vt100MouseEvent, eager=True)(lambda event: None)
+    return bindings
+
+
 def line_reader(commands: Sequence[str], sessions: Callable[[], Sequence[str]]) -> Callable[[str], str | None]:
     """A function that reads one message from the terminal; None at Ctrl-D, KeyboardInterrupt at Ctrl-C.
 
@@ -77,7 +86,10 @@ def line_reader(commands: Sequence[str], sessions: Callable[[], Sequence[str]]) 
     """
     with create_app_session(output=_output()):  # given to the prompt itself, it would draw on dumb terminals
         session: PromptSession[str] = PromptSession(
-            history=_history(), completer=CommandCompleter(commands, sessions), complete_while_typing=False
+            history=_history(),
+            completer=CommandCompleter(commands, sessions),
+            complete_while_typing=False,
+            key_bindings=_no_mouse(),
         )
 
     def read_line(text: str) -> str | None:
