@@ -522,7 +522,8 @@ class Repl:
     def _read_files(self, argument: str) -> None:
         if not argument:
             raise InvalidInput("/read takes a file name")
-        documents, empty = inputs.read_all(inputs.paths_in(argument))
+        with self.interrupts.waiting():  # a pipe may keep it
+            documents, empty = inputs.read_all(inputs.paths_in(argument))
         for name in empty:
             self.status.line(f"{name} holds no text: it is left out")
         check_room(self.chat, documents)

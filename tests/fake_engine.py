@@ -7,7 +7,7 @@ from datetime import datetime
 
 import numpy as np
 
-from kvcompose_local.chat.reasoning import format_of
+from kvcompose_local.chat.reasoning import Format, format_of
 from kvcompose_local.errors import ContextFull, InvalidInput
 from kvcompose_local.interfaces import (
     AttentionSink,
@@ -149,6 +149,9 @@ class FakeModel:
 
     def use_template(self, name: str) -> None:
         self.template_name = name
+
+    def use_format(self, form: Format) -> None:
+        self.reasoning_format = form
 
     def control_text(self, token: int) -> str:
         return ""

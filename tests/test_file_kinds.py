@@ -139,11 +139,31 @@ KINDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "image": ("flux", {}, "is a model of pictures or video, which writes no text"),
     "speech": ("wavtokenizer-dec", {"wavtokenizer-dec.context_length": 512}, "is a speech model, which writes no text"),
     "draft": ("eagle3", {"eagle3.context_length": 512}, "is a draft model, which only runs beside a larger one"),
-    "no context": ("llama", {}, "is damaged, its header tells no context length (llama.context_length)"),
-    "context of 0": ("llama", {"llama.context_length": 0}, "is damaged, its header tells a context length of 0"),
-    "large context": ("llama", {"llama.context_length": 2**32 - 1}, "is damaged, its header tells a context length"),
-    "no layers": ("llama", {"llama.context_length": 9}, "is damaged, its header tells no number of layers"),
-    "many layers": ("llama", CONTEXT | {"llama.block_count": 513}, "is damaged, its header tells a number of layers"),
+    "no context": (
+        "llama",
+        {},
+        "is no language model or damaged, its header tells no context length (llama.context_length)",
+    ),
+    "context of 0": (
+        "llama",
+        {"llama.context_length": 0},
+        "is no language model or damaged, its header tells a context length of 0",
+    ),
+    "large context": (
+        "llama",
+        {"llama.context_length": 2**32 - 1},
+        "is no language model or damaged, its header tells a context length",
+    ),
+    "no layers": (
+        "llama",
+        {"llama.context_length": 9},
+        "is no language model or damaged, its header tells no number of layers",
+    ),
+    "many layers": (
+        "llama",
+        CONTEXT | {"llama.block_count": 513},
+        "is no language model or damaged, its header tells a number of layers",
+    ),
     "nameless": ("", {}, "does not say what model it is (general.architecture)"),
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 #: How thinking is shown where the model's own markers are not: tags that scripts know how to cut out.
@@ -68,6 +68,11 @@ class Format:
         opened, closed = (self.opens or (OPEN,))[0], (self.answers or (CLOSE,))[0]
         return opened.replace(_ANYTHING, "") + reasoning + closed.replace(_ANYTHING, "") + answer
 
+    def of(self, opened: str) -> Format:
+        """This format where only the marker ``opened`` and the one that ends such thinking are used."""
+        i = self.opens.index(opened)
+        return replace(self, opens=(opened,), answers=self.answers[i : i + 1])
+
     def opens_at_end(self, prompt: str) -> str:
         """The marker by which ``prompt`` has begun the thinking already, empty where it has not."""
         end = prompt.rstrip()
@@ -120,9 +125,9 @@ FORMATS = (
         ("<|close|>think<|sep|>",),
         ("<|open|>response<|sep|>", "<|close|>response<|sep|>", "<|close|>message<|sep|>"),
     ),
-    Format("mistral", ("[THINK]",), ("[THINK]",), ("[/THINK]",)),
-    Format("seed", ("<seed:think>",), ("<seed:think>",), ("</seed:think>",)),
-    Format("minimax", ("<mm:think>",), ("<mm:think>",), ("</mm:think>",)),
+    Format("mistral", ("[/THINK]",), ("[THINK]",), ("[/THINK]",)),
+    Format("seed", ("</seed:think>",), ("<seed:think>",), ("</seed:think>",)),
+    Format("minimax", ("</mm:think>",), ("<mm:think>",), ("</mm:think>",)),
     Format("hunyuan", ("hy_Assistant",), ("<think:opensource>",), ("</think:opensource>",)),
     Format("apertus", ("<|inner_prefix|>",), ("<|inner_prefix|>",), ("<|inner_suffix|>",)),
     Format(
@@ -133,15 +138,16 @@ FORMATS = (
         ("[END FINAL RESPONSE]",),
     ),
     Format("granite", ("<response></response>",), ("<think>",), ("</think>",), ("<response>", "</response>")),
-    Format("thought", ("<thought>",), ("<thought>",), ("</thought>",)),
+    Format("answer", ("<answer>", "</think>"), ("<think>",), ("</think>",), ("<answer>", "</answer>")),
+    *(Format(name, (f"</{name}>",), (f"<{name}>",), (f"</{name}>",)) for name in ("thought", "thinking", "reasoning")),
     Format("kimi-vl", ("◁think▷",), ("◁think▷",), ("◁/think▷",)),
     Format("functionary", (">>>all",), (), (), ("all\n",), at_start=True),
     Format("think", ("</think>",), ("<think>",), ("</think>",)),
     Format(
         "unknown",
         (),
-        (OPEN,),
-        (CLOSE,),
+        (OPEN, "<thinking>", "<thought>", "<reasoning>", "[THINK]"),
+        (CLOSE, "</thinking>", "</thought>", "</reasoning>", "[/THINK]"),
         at_start=True,
     ),
 )
@@ -167,6 +173,7 @@ class Reader:
         self._said = ""  # the line that is being said
         self._has_thought = is_reasoning
         self._at_start = True
+        self.opened = ""  # the marker that the model began to think with
 
     def take(self, text: str) -> Iterator[Said]:
         """What is known of the answer by now that was not known before ``text`` came."""
@@ -180,6 +187,7 @@ class Reader:
             if found.lastgroup != "hidden":
                 self.is_reasoning = found.lastgroup == "opens"
                 self._has_thought = self._has_thought or self.is_reasoning
+                self.opened = self.opened or found.group("opens") or ""
         begun = self.form.begun.search(text, place)
         end = begun.start() if begun else len(text)
         self._held = text[end:]

@@ -9,9 +9,13 @@ llama-cpp-python has a renderer, too, in a module that imports all of its high-l
 
 from __future__ import annotations
 
+import html
 import json
 import re
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property, partial
@@ -33,11 +37,23 @@ _ANOTHER = "--template NAME|FILE gives another"
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 #: Numbers that a template may multiply, and characters that it may add to what was said.
 _LARGEST_FACTOR, _LARGEST_FRAME = 1 << 16, 4 << 20
+#: Methods of texts that make them as wide as one likes.
+_WIDENERS = {"center", "expandtabs", "ljust", "rjust", "zfill"}
+#: What rendering may take: templates of models take milliseconds.
+_LONGEST_SECONDS = 4
 _TOOL_NAMES = ("functions", "function_call", "tools", "tool_choice")
 #: What a template is asked to render, to see what it does with it.
 _SYSTEM, _USER, _ANSWER, _THOUGHT, _USER_2 = ("kvcprobe" + name for name in "system user answer thought again".split())
 #: A list of parts that a template has printed as it is, in place of its text.
 _PRINTED_PART = re.compile(r"""['"]type['"]\s*:\s*['"](?:text|thinking)""")
+
+
+class _TooLong(jinja2.TemplateError):
+    """A template goes round for ever, or nearly."""
+
+
+class _EndlessTemplate(ModelError):
+    """The same, for whoever tries what a template takes: one try is enough."""
 
 
 class _Generation(ext.Extension):
@@ -54,6 +70,9 @@ class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
     """Jinja's own, which bounds ranges, with bounds of what is multiplied: a header's template must not eat memory."""
 
     intercepted_binops = frozenset({"*", "**"})
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        return attr not in _WIDENERS and super().is_safe_attribute(obj, attr, value)
 
     def call_binop(self, context: runtime.Context, operator: str, left: Any, right: Any) -> Any:
         sizes = [len(x) if isinstance(x, (str, list, tuple)) else abs(x) for x in (left, right)]
@@ -74,6 +93,7 @@ def jinja_renderer(source: str, *, bos: str, eos: str) -> Renderer:
     """
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols])
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # Jinja's own escapes HTML
+    del environment.filters["center"]
     environment.globals.update(raise_exception=_refuse, bos_token=bos, eos_token=eos)
     try:
         template = environment.from_string(source)
@@ -81,20 +101,50 @@ def jinja_renderer(source: str, *, bos: str, eos: str) -> Renderer:
         raise _failed(error) from error
 
     def render(messages: list[dict[str, Any]], add_generation_prompt: bool, now: datetime) -> str:
+        left = _LARGEST_FRAME
+
+        def bounded_range(*bounds: int) -> range:
+            nonlocal left
+            found = range(*bounds)
+            if (left := left - len(found)) < 0:
+                raise _TooLong("its loops do not end")
+            return found
+
         known = {"messages": messages, "add_generation_prompt": add_generation_prompt, "strftime_now": now.strftime}
+        known["range"] = bounded_range
         failure: Exception | None = None
         nothing: tuple[Any, ...] = (None, [], "")
         for without in nothing:  # templates ask whether tools "is none"; those that want tools go over them
             try:
-                pieces = template.generate(**known, **dict.fromkeys(_TOOL_NAMES, without))
-                return _bounded(pieces, sum(len(str(message)) for message in messages))
+                with _ended_in_time():
+                    pieces = template.generate(**known, **dict.fromkeys(_TOOL_NAMES, without))
+                    return _bounded(pieces, sum(len(str(message)) for message in messages))
             except TypeError as error:
                 failure = failure or error
+            except _TooLong as error:
+                raise _EndlessTemplate(f"the model's chat template failed: {error}; {_ANOTHER}") from error
             except Exception as error:  # a template is a program: it may divide by zero, or call itself for ever
                 raise _failed(failure or error) from error
         raise _failed(failure or TypeError())
 
     return render
+
+
+@contextmanager
+def _ended_in_time() -> Iterator[None]:
+    """Raises TemplateError where the block takes too long: a template may go round for ever, and hears no Ctrl-C."""
+    until = time.monotonic() + _LONGEST_SECONDS
+
+    def look(*_: object) -> None:
+        if time.monotonic() > until:
+            raise _TooLong(f"it takes more than {_LONGEST_SECONDS} s")
+
+    before = sys.getprofile()
+    sys.setprofile(look)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
 
 
 def _bounded(pieces: Iterator[str], n_said: int) -> str:
@@ -109,19 +159,20 @@ def _bounded(pieces: Iterator[str], n_said: int) -> str:
 
 
 def _failed(error: Exception) -> ModelError:
-    return ModelError(f"the model's chat template failed: {' '.join(str(error).split())}; {_ANOTHER}")
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ModelError(f"the model's chat template failed: {reason}; {_ANOTHER}")
 
 
 @dataclass(frozen=True)
 class _Takes:
     """What a template takes.
 
-    parts: content as a list of parts; system: a system prompt as a message of its own; reasoning: the thinking of
-    earlier answers under names of its own ("keys"), as a part of the content ("part"), between the model's markers in
-    the text of the answer ("marked"), or not at all ("").
+    parts: the roles whose content is a list of parts; system: a system prompt as a message of its own; reasoning: the
+    thinking of earlier answers under names of its own ("keys"), as a part of the content ("part"), between the model's
+    markers in the text of the answer ("marked"), or not at all ("").
     """
 
-    parts: bool = False
+    parts: frozenset[str] = frozenset()
     system: bool = True
     reasoning: str = ""
 
@@ -164,15 +215,19 @@ class ChatTemplate:
         def renders(takes: _Takes, *messages: Message, prompt: bool = True) -> str:
             try:
                 text = self._adapted(messages, takes, prompt, datetime.now())
+            except _EndlessTemplate:
+                raise
             except ModelError:
                 return ""
             return "" if _PRINTED_PART.search(text) else text
 
         user, answer, again = _message("user", _USER), _message("assistant", _ANSWER), _message("user", _USER_2)
-        takes = _Takes()
-        if _USER not in renders(takes, user) and _USER in renders(replace(takes, parts=True), user):
-            takes = replace(takes, parts=True)
         system = _message("system", _SYSTEM)
+        takes = _Takes()
+        for message, said in ((user, (user,)), (answer, (user, answer, again)), (system, (system, user))):
+            parts = replace(takes, parts=takes.parts | {message["role"]})
+            if message["content"] not in renders(takes, *said) and message["content"] in renders(parts, *said):
+                takes = parts
         text, later = renders(takes, system, user), renders(takes, system, user, answer, again)
         # One that stands before the last message would be another text at each turn, and is read again each time.
         stays = not later or -1 < later.find(_SYSTEM) < later.find(_USER)
@@ -197,6 +252,8 @@ class ChatTemplate:
             del said[0]
         try:
             return self._render(said, add_generation_prompt, now)
+        except _EndlessTemplate:
+            raise
         except ModelError:
             mute = [message | {"content": "…"} if message["content"] == "" else message for message in said]
             if mute == said:
@@ -207,7 +264,7 @@ class ChatTemplate:
         """A message as this template looks at it."""
         content, reasoning = message["content"], message.get("reasoning", "")
         given: dict[str, Any] = {"role": message["role"], "content": content}
-        if takes.parts:
+        if message["role"] in takes.parts:
             given["content"] = [{"type": "text", "text": content}]
         if not (reasoning and takes.reasoning):
             return given
@@ -231,4 +288,7 @@ def _end_of(said: str, text: str, start: int) -> int:
     for begin in (start, 0):
         if (found := text.find(said, begin)) >= 0:
             return found + len(said)
-    return start if "".join(said.split()) in "".join(text.split()) else -1
+    # Some escape it, some write it in capitals.
+    forms = [text, html.unescape(text), text.replace(json.dumps(said, ensure_ascii=False)[1:-1], said)]
+    wanted = "".join(said.split()).casefold()
+    return start if any(wanted in "".join(form.split()).casefold() for form in forms) else -1

@@ -52,6 +52,8 @@ class TextModel(Protocol):
 
     def use_template(self, name: str) -> None: ...
 
+    def use_format(self, form: Format) -> None: ...
+
     def render_chat(
         self, messages: Sequence[Message], *, add_generation_prompt: bool, now: datetime | None = None
     ) -> str: ...
@@ -395,7 +397,7 @@ class Transcript:
     def adds_bos(self, text: str) -> bool:
         """Whether a transcript that begins with ``text`` begins with a token that is not in it."""
         bos = self.model.special_text("bos")
-        return self.model.adds_bos and not (bos and text.startswith(bos))
+        return self.model.adds_bos and not (bos and text.lstrip().startswith(bos))
 
 
 class _Kept:

@@ -233,10 +233,12 @@ class Chat:
         """
         self._check_idle()
         said = self.transcript
-        said.last_message_step()
+        step = said.last_message_step()
         stats, before = TurnStats(), said.saved()
         pins = self.memory.pins
         said.messages.pop()
+        if step.answer is not None:  # an answer of nothing but white space is none that the template tells
+            said.cut(step.answer)
         self._follow(said.prompt(), go_back=True)
         said.begin_answer()
         self._read(stats, for_logits=True)
@@ -493,6 +495,8 @@ class Chat:
         said.fed += held
         yield from reader.take(held)
         yield from reader.finish()
+        if form.at_start and reader.opened:  # the template says nothing of it: this is how its model thinks
+            self.model.use_format(form.of(reader.opened))
 
 
 def _beginning_at_end(stop: str, text: str) -> int:

@@ -137,7 +137,7 @@ def _other_kind(header: Header) -> str | None:
         number = header.number(key)
         if number is None or not 0 < number <= most:
             told = f"no {what}" if number is None else f"a {what} of {number}"
-            return f"is damaged, its header tells {told} ({key}): take another conversion of the model"
+            return f"is no language model or damaged, its header tells {told} ({key}): take another conversion"
     return None
 
 

@@ -156,7 +156,8 @@ class Model:
 
     @property
     def name(self) -> str:
-        return self.metadata("general.name") or self.path.stem
+        """In one line, whatever the header says."""
+        return " ".join((self.metadata("general.name") or "").split()) or self.path.stem
 
     @property
     def n_ctx_train(self) -> int:
@@ -233,8 +234,9 @@ class Model:
 
     def rope_factors(self, n_positions: int) -> str:
         """``short`` or ``long``: the RoPE factors of a text of so many positions; empty where there is no choice."""
-        original = self.metadata(f"{self.architecture}.rope.scaling.original_context_length")
-        if original is None:
+        # As llama.cpp has it (llama-model.cpp, load_hparams and get_rope_factors).
+        original = self.metadata(f"{self.architecture}.rope.scaling.original_context_length") or self.n_ctx_train
+        if self._has_tensor("rope_freqs.weight"):
             return ""
         for name in ("short", "long"):
             if not self._has_tensor(f"rope_factors_{name}.weight"):
@@ -308,6 +310,10 @@ class Model:
     def reasoning_format(self) -> Format:
         """How this model marks its thinking."""
         return self.template.format
+
+    def use_format(self, form: Format) -> None:
+        """What was found out of how this model marks its thinking."""
+        self.template.format = form
 
     def render_chat(
         self, messages: Sequence[Message], *, add_generation_prompt: bool, now: datetime | None = None
