@@ -42,6 +42,9 @@ class TemplateModel(FakeModel):
         super().__init__()
         self.source = ChatTemplate(source, bos="<s>", eos="</s>")
 
+    def use_format(self, form: Format) -> None:
+        self.source.format = form
+
     @property
     def folds_system(self) -> bool:  # type: ignore[override]
         return self.source.folds_system
@@ -322,3 +325,45 @@ def test_what_is_read_again_is_told_where_it_is_more_than_the_new_turn() -> None
     assert again > 100
     assert notes == [f"the chat template rewrites what was said: {again} tokens are read again"]
     assert bytes(chat.memory.tokens).decode() == render(chat.messages[:-1], add_generation_prompt=True) + "two"
+
+
+def test_parts_go_to_the_roles_that_take_them() -> None:
+    source = loop("{% if m.role == 'user' %}{{ m.content[0].text }}{% else %}{{ m.content }}{% endif %}")
+    said = [SYSTEM, USER, {"role": "assistant", "content": "Nothing."}, {"role": "user", "content": "And now?"}]
+    assert rendered(source, *said) == "[system]Be terse.[user]What is here?[assistant]Nothing.[user]And now?[assistant]"
+
+
+@pytest.mark.parametrize("altered", ["m.content | e", "m.content | tojson", "m.content | upper", "m.content | lower"])
+def test_what_a_template_escapes_or_capitalizes_is_not_lost(altered: str) -> None:
+    said = {"role": "user", "content": 'It says "no" & <more>:\nO\'Hara'}
+    assert rendered(loop("{{ %s }}" % altered), said)  # noqa: UP031 - braces
+
+
+@pytest.mark.parametrize("tag", ["thinking", "thought", "reasoning", "think"])
+@pytest.mark.parametrize("is_told", [True, False])
+def test_tags_that_models_were_taught_are_told_apart(tag: str, is_told: bool) -> None:
+    """Where the template says nothing of them, an answer that begins with them does."""
+    source = loop(f"{{{{ m.content.split('</{tag}>')[-1] }}}}" if is_told else "{{ m.content }}")
+    model = TemplateModel(source)
+    engine = FakeEngine(2000, [f"<{tag}>hm</{tag}> Yes.", "No."])
+    chat = Chat(model, CacheMemory(engine, 2000, compose=False))
+    assert "".join(chat.ask("Hi", max_tokens=99)) == "<think>hm</think> Yes."
+    list(chat.ask("And?", max_tokens=99))
+    assert (b"hm" in bytes(chat.memory.tokens)) is not is_told
+    assert chat.turns[-1].reread_tokens == (len("Yes.") if is_told else 0)
+
+
+def test_white_space_before_bos_is_no_reason_for_two() -> None:
+    model = TemplateModel("\n{{ bos_token }}" + loop("{{ m.content }}"))
+    model.adds_bos = True  # type: ignore[misc]
+    model.special_text = lambda which: "<s>"  # type: ignore[method-assign]
+    begun: list[bool] = []
+
+    def tokenize(text: str, *, add_bos: bool = False, special: bool = True) -> list[int]:
+        begun.append(add_bos)
+        return list(text.encode())
+
+    model.tokenize = tokenize  # type: ignore[method-assign]
+    chat = Chat(model, CacheMemory(FakeEngine(500, ["ok"]), 500, compose=False))
+    list(chat.ask("Hi", max_tokens=9))
+    assert not any(begun)
