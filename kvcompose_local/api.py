@@ -23,14 +23,16 @@ from kvcompose_local.chat import Chat, TurnStats
 from kvcompose_local.compaction import CacheMemory, CompactionReport
 from kvcompose_local.engines import open_engine
 from kvcompose_local.errors import InvalidInput
-from kvcompose_local.install.model_files import check_gguf, model_digest
+from kvcompose_local.install.model_files import check_gguf, model_digest, size_of
 from kvcompose_local.interfaces import CACHE_TYPES, CacheLayout, Progress, Sampling
 from kvcompose_local.llama_ffi.library import layers_to_offload
 from kvcompose_local.llama_ffi.model import Model
 from kvcompose_local.llama_ffi.rpc import add_workers
+from kvcompose_local.scoring import questions_of
 from kvcompose_local.terminal import inputs
 
-SCORINGS = ("replay", "profile")
+#: What compression goes by: what stands in the cells, or a replay of the text.
+SCORINGS = ("cells", "replay")
 
 
 def template_of(wanted: str, names: Sequence[str]) -> str:
@@ -65,10 +67,10 @@ class LocalChat:
     model: a GGUF file or a name of ``models.txt``, which is fetched, None for the small default; budget: share in (0,
     1] of the bytes that an uncompressed F16 cache of ``n_ctx`` tokens takes; n_ctx: positions the chat may span
     (default 8192, or what the model was trained for); n_threads: default one a fast core; gpu_layers: default all where
-    a GPU backend is built in; cache_type: ``f16``, ``q8_0``, …, default what ``run`` takes; scoring: ``replay``, or
-    ``profile``: no replay, and a poorer choice; workers: ``HOST:PORT`` of ``rpc-server`` processes; system: default
-    what ``models.txt`` says, or the template; template: a Jinja file, or a name: llama.cpp's, the GGUF's or ``plain``,
-    default the GGUF's own.
+    a GPU backend is built in; cache_type: ``f16``, ``q8_0``, …, default what ``run`` takes; scoring: ``cells``, by
+    the model's profile or what the first text teaches, or ``replay``, as KVCompose was published; workers:
+    ``HOST:PORT`` of ``rpc-server`` processes; system: default what ``models.txt`` says, or the template; template: a
+    Jinja file, or a name: llama.cpp's, the GGUF's or ``plain``, default the GGUF's own.
     on_compaction is told of each compaction, on_rebuild how many tokens are read again because a turn was taken back,
     on_note what a user should know of the chat template, in lines;
     on_loading, on_reading and on_compacting get (done, in all), and may raise KeyboardInterrupt; should_stop is asked
@@ -90,7 +92,7 @@ class LocalChat:
         n_threads: int | None = None,
         gpu_layers: int | None = None,
         cache_type: str | None = None,
-        scoring: str = "replay",
+        scoring: str = "cells",
         workers: Sequence[str] = (),
         sampling: Sampling | None = None,
         system: str | None = None,
@@ -110,9 +112,8 @@ class LocalChat:
         check_gguf(path)
         if scoring not in SCORINGS:
             raise InvalidInput(f"there is no scoring {scoring}: {', '.join(SCORINGS)}")
-        composing = scoring == "profile" and budget < 1
-        profile = profiles.find(model_digest(path)) if composing else None
-        tuning = profiles.tuning_of(path, model_digest) if budget < 1 else profiles.NOT_TUNED
+        by_cells = scoring == "cells" and budget < 1
+        scorer = profiles.scorer_of(size_of(path), lambda: model_digest(path)) if by_cells else None
         add_workers(list(workers))
         self._engine, positions = open_engine(
             path,
@@ -132,8 +133,8 @@ class LocalChat:
                 self._engine,
                 positions,
                 compose=budget < 1,
-                profile=profile,
-                tuning=tuning,
+                scorer=scorer,
+                questions=questions_of(self._engine.model) if by_cells and scorer is None else (),
                 on_compaction=on_compaction,
                 on_progress=on_compacting,
             )

@@ -18,14 +18,16 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcompose_local import __version__
-from kvcompose_local.compaction import CacheMemory, Policy
+from kvcompose_local.compaction import CacheMemory
+from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.errors import InvalidInput, KVComposeError
 from kvcompose_local.evaluation.methods import find_method
 from kvcompose_local.evaluation.quantized import quantized
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import Item, Question
-from kvcompose_local.interfaces import VALUE_BYTES, CacheSnapshot, IntArray, share_of_f16
+from kvcompose_local.interfaces import VALUE_BYTES, CacheSnapshot, Selection, share_of_f16
+from kvcompose_local.scoring import questions_of
 
 #: The name of the uncompressed cache among the methods.
 FULL = "full"
@@ -57,7 +59,7 @@ class _Start:
 
     engine: PatchedEngine
     cells: CacheSnapshot
-    selection: list[IntArray] | None
+    selection: Sequence[Selection] | None
     kept: float
     seconds: float
 
@@ -101,10 +103,19 @@ class Evaluation:
     """
 
     def __init__(
-        self, engine: PatchedEngine, output: Path, facts: dict[str, Any] | None = None, *, n_threads: int = 1
+        self,
+        engine: PatchedEngine,
+        output: Path,
+        facts: dict[str, Any] | None = None,
+        *,
+        scorer: Scorer | None = None,
+        n_threads: int = 1,
     ) -> None:
-        """n_threads: of the engines that quantized and streaming trials need beside this one."""
+        """scorer: the model's, None where it has no profile; n_threads: of the engines that quantized and streaming
+        trials need beside this one.
+        """
         self.engine = engine
+        self._scorer = scorer
         self.n_threads = n_threads
         self.output = output
         self.facts = {"model": engine.model.name, "version": __version__, "engine": engine.name, **(facts or {})}
@@ -183,8 +194,7 @@ class Evaluation:
         engine.clear()
         progress("reading")
         tokens = model.tokenize(self._head + item.context + "\n\n", add_bos=model.adds_bos)
-        policy = Policy.for_cells(len(tokens))
-        stats = Statistics(engine, tokens, n_scratch=policy.n_scratch, n_lead_in=policy.n_lead_in)
+        stats = Statistics(engine, tokens, self._scorer)
         n_full = len(tokens) * len(engine.shape.layers)
         full = {"": (engine, engine.snapshot())}
         starts = {}
@@ -223,7 +233,8 @@ class Evaluation:
         n_cells = max(round(keep * len(tokens) / CELL_PADDING), 1) * CELL_PADDING  # the record says how many they are
         small = self._new_engine(n_cells, kind or "f16", SMALL_MICRO_BATCH)
         try:
-            memory = CacheMemory(small, len(tokens), tuning=stats.tuning)
+            questions = () if self._scorer else questions_of(self.engine.model)
+            memory = CacheMemory(small, len(tokens), scorer=self._scorer, questions=questions)
             size = -(-len(tokens) // _N_TURNS)
             for start in range(0, len(tokens), size):
                 memory.feed(tokens[start : start + size])

@@ -19,14 +19,11 @@ from kvcompose_local.llama_ffi.model import Model
 #: ggml's type numbers of what K and V may be stored as.
 _TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
 _SOFTMAX_PREFIX = b"kq_soft_max-"
-_WATCH_PREFIX = b"kq_watch-"
 _WINDOW_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 
 #: Receives (model layer, float32 (Q, n_queries, n_kv) softmax weights of one micro-batch); the array is native memory
 #: and dies with the call.
 SoftmaxTap = Callable[[int, FloatArray], None]
-#: Receives (model layer, KV head, float32 (G, n_watched, n_kv) softmax weights of its query heads), likewise.
-WatchTap = Callable[[int, int, FloatArray], None]
 
 
 # Accessors only: the layout of ggml_tensor is not part of ggml's interface and has changed before.
@@ -92,7 +89,6 @@ class Context:
         self.n_ubatch = n_ubatch
         self.tap: SoftmaxTap | None = None
         self.tap_prefix = _SOFTMAX_PREFIX
-        self.watch: tuple[int, WatchTap] | None = None  # of every so many queries (a patched llama.cpp)
         self.has_logits = False
         self._n_queries = 0
         self._callback_error: BaseException | None = None
@@ -166,21 +162,15 @@ class Context:
 
     def _on_tensor(self, tensor: int, ask: bool, _user_data: object) -> bool:
         """llama.cpp asks for each node whether we want it (True), then shows it (False stops the graph)."""
-        if self.tap is None and self.watch is None:
+        if self.tap is None:
             return not ask
-        prefix = self.tap_prefix if self.tap is not None else _WATCH_PREFIX
         try:
             name = _ggml_get_name(tensor)
-            if not name.startswith(prefix):
+            if not name.startswith(self.tap_prefix):
                 return not ask
             if ask:
                 return True
-            if self.tap is not None:
-                self.tap(int(name[len(prefix) :]), self._softmax(tensor, self._n_queries))
-            elif self.watch is not None:
-                stride, tap = self.watch
-                layer, head = name[len(prefix) :].split(b"-")
-                tap(int(layer), int(head), self._softmax(tensor, (self._n_queries - 1) // stride + 1))
+            self.tap(int(name[len(self.tap_prefix) :]), self._softmax(tensor, self._n_queries))
         except BaseException as error:
             # An exception cannot cross the native frames: stop the graph and let decode() raise it.
             self._callback_error = error
