@@ -45,7 +45,7 @@ class Policy:
 
     @classmethod
     def for_cells(cls, n_cells: int) -> Policy:
-        """An eighth of the cells for headroom, half of that for scratch and a sixth for the tail, all of them bounded.
+        """A sixteenth of the cells for headroom, one for scratch and a sixth for the tail, all of them bounded.
 
         The tail is for reading well, not for answering: a text whose last sentence is half gone is misread
         (docs/trials.md).
@@ -53,7 +53,7 @@ class Policy:
         chunk = min(max(-(-n_cells // 16), 24), 256)
         return cls(
             n_tail=min(max(n_cells // 6, 8), 128),
-            n_headroom=2 * chunk,
+            n_headroom=2 * chunk if n_cells >= 31 * chunk else chunk,
             n_scratch=chunk,
         )
 
@@ -167,8 +167,10 @@ class CacheMemory:
 
     @property
     def policy(self) -> Policy:
-        """How the arena is divided now: what feeds nothing needs no scratch."""
-        return self._policy if self.scoring.feeds else replace(self._policy, n_scratch=0)
+        """How the arena is divided now: what feeds nothing needs no scratch, and compacts half as often instead."""
+        if self.scoring.feeds:
+            return self._policy
+        return replace(self._policy, n_headroom=max(self._policy.n_headroom, 2 * self._policy.n_scratch), n_scratch=0)
 
     @property
     def position(self) -> int:

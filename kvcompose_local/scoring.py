@@ -15,7 +15,7 @@ from kvcompose_local.attention import AttentionMax
 from kvcompose_local.composing.fitting import Observed, fit
 from kvcompose_local.composing.scorer import DTYPE, Scorer
 from kvcompose_local.errors import ContextFull
-from kvcompose_local.interfaces import Engine, FloatArray, HalfArray, Lazy, Progress, even_parts
+from kvcompose_local.interfaces import Engine, HalfArray, Lazy, Progress, even_parts
 
 #: Attention that any token has; less than any that counts.
 _LEAST = 1e-6

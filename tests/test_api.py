@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from kvcompose_local.predictor import n_features
 
 import kvcompose_local
 from kvcompose_local import LocalChat, Sampling, profiles
 from kvcompose_local.api import template_of
 from kvcompose_local.errors import InvalidInput, SessionError
 from kvcompose_local.llama_ffi.library import library_path
-from kvcompose_local.predictor import n_features
 from kvcompose_local.sessions import model_digest
 
 EXAMPLE = Path(__file__).parent.parent / "docs" / "library.py"

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
+from kvcompose_local.predictor import Predictor, n_features
 
 from kvcompose_local.cli import cli
 from kvcompose_local.compaction import LEAST_TAIL
@@ -26,7 +27,6 @@ from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import TASKS, Question, make_item
 from kvcompose_local.interfaces import TokenShape, share_of_f16
 from kvcompose_local.llama_ffi.cells import library_is_patched
-from kvcompose_local.predictor import Predictor, n_features
 from kvcompose_local.profiles import Profile, Tuning
 
 needs_patch = pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
