@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from typing_extensions import Self
 
@@ -22,6 +23,7 @@ from kvcompose_local import models, profiles, sessions
 from kvcompose_local.chat import Chat, TurnStats
 from kvcompose_local.compaction import CacheMemory, CompactionReport
 from kvcompose_local.engines import open_engine
+from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.install.model_files import check_gguf, model_digest, size_of
 from kvcompose_local.interfaces import CACHE_TYPES, CacheLayout, Progress, Sampling
@@ -59,6 +61,15 @@ def template_of(wanted: str, names: Sequence[str]) -> str:
     if not source.strip():
         raise InvalidInput(f"there is no template in {wanted}")
     return source
+
+
+def memory_of(engine: LlamaEngine, n_ctx: int, *, scoring: str = SCORINGS[0], **options: Any) -> CacheMemory:
+    """The memory of an engine's model, scored by its profile where it has one; options: of :class:`CacheMemory`."""
+    if scoring != SCORINGS[0] or not options.get("compose", True):
+        return CacheMemory(engine, n_ctx, **options)
+    path = engine.model.path
+    scorer = profiles.scorer_of(size_of(path), lambda: model_digest(path))
+    return CacheMemory(engine, n_ctx, scorer=scorer, questions=questions_of(engine.model), **options)
 
 
 class LocalChat:
@@ -112,8 +123,6 @@ class LocalChat:
         check_gguf(path)
         if scoring not in SCORINGS:
             raise InvalidInput(f"there is no scoring {scoring}: {', '.join(SCORINGS)}")
-        by_cells = scoring == "cells" and budget < 1
-        scorer = profiles.scorer_of(size_of(path), lambda: model_digest(path)) if by_cells else None
         add_workers(list(workers))
         self._engine, positions = open_engine(
             path,
@@ -129,12 +138,11 @@ class LocalChat:
         with ExitStack() as stack:
             stack.callback(self._engine.close)
             self.setup = sessions.Setup(path, self._engine.shape.cache_type, budget, self._engine.model.files)
-            self.memory = CacheMemory(
+            self.memory = memory_of(
                 self._engine,
                 positions,
+                scoring=scoring,
                 compose=budget < 1,
-                scorer=scorer,
-                questions=questions_of(self._engine.model) if by_cells and scorer is None else (),
                 on_compaction=on_compaction,
                 on_progress=on_compacting,
             )

@@ -22,7 +22,7 @@ _LEAST = 1e-6
 #: Tokens before a replayed chunk that are replayed with it, so that its first ones find their place in the text.
 _N_LEAD_IN = 4
 #: Tokens that a scorer is fitted to at most while somebody waits, and how much it is held back: one text is little.
-_MOST_FITTED, RIDGE_OF_ONE = 2048, 0.1
+_MOST_FITTED, RIDGE_OF_ONE = 2048, 1.0
 #: What is asked of a text to learn what questions look at.
 QUESTIONS = (
     "Summarize the text in a few sentences.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcompose_local.compaction import LEAST_TAIL, CacheMemory, CompactionReport, Policy
+from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.errors import ContextFull, InvalidInput
 from kvcompose_local.interfaces import CacheSnapshot, Selection
 
@@ -417,3 +419,126 @@ def test_cells_at_other_positions_than_they_say_are_not_gone_on_with(monkeypatch
     with pytest.raises(InvalidInput, match="positions"):
         other.restore(memory.state())
     assert (other.position, other.tokens, other.pins) == (0, [], [(0, 2)])
+
+
+# -- by a scorer ------------------------------------------------------------------------------------------------------
+
+
+def scored(n_cells: int, *, age: float = 0.0, n_ctx: int = 10_000, **options: Any) -> tuple[FakeEngine, CacheMemory]:
+    """A memory whose scorer likes what the fake engine's layers do: high tokens, or low ones."""
+    engine = FakeEngine(n_cells, per_layer=True, reads_rows=True)
+    weights, places = np.array([[4.0, 4.0]] * 2, np.float16), np.array([[age, 0.0, -8.0]] * 2, np.float32)
+    scorer = Scorer((weights,) * 2, (places,) * 2, 1000)
+    return engine, CacheMemory(engine, n_ctx, policy=POLICY, scorer=scorer, **options)
+
+
+def test_a_scorer_feeds_nothing_and_keeps_the_best_of_all_time() -> None:
+    engine, memory = scored(60)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 256, 600).tolist()
+    memory.feed(tokens)
+    assert engine.replayed == []
+    assert engine.fed == bytes(tokens), "nothing is read twice"
+    assert len(memory.reports) > 5
+    older = tokens[: memory.position - engine.layout().n_live]
+    for layer, composed in enumerate(engine.composed):
+        ranked = sorted(older, reverse=layer == 0)[: composed.shape[1]]
+        for head in composed.tolist():
+            assert sorted(head, reverse=layer == 0) == ranked, "as if all had been chosen at once"
+
+
+def test_age_moves_cells_to_newer_tokens() -> None:
+    tokens = [*range(256)] * 3
+    places = []
+    for age in (0.0, -2.0):
+        _, memory = scored(60, age=age)
+        memory.feed(tokens)
+        places.append(np.mean([origins.mean() for origins in memory.state().origins]))
+    assert places[1] > places[0] + 50
+
+
+def test_where_tokens_stood_is_known_of_each_head() -> None:
+    engine, memory = scored(60)
+    memory.feed(np.random.default_rng(1).integers(0, 256, 300).tolist())
+    for composed, origins in zip(engine.composed, memory.state().origins, strict=True):
+        assert [[memory.tokens[i] for i in head] for head in origins.tolist()] == composed.tolist()
+
+
+def test_composed_tokens_are_dropped_from_a_position_on() -> None:
+    engine, memory = scored(120)
+    tokens = np.random.default_rng(2).integers(0, 256, 400).tolist()
+    memory.feed(tokens)
+    memory.compact(0.9)
+    before = memory.state()
+    engine.fed = b""
+    position = 330
+    assert memory.can_drop(position)
+    assert memory.rewind(position)
+    assert len(engine.fed) == POLICY.n_tail, "the text that goes on is read again, and no more"
+    assert memory.tokens == tokens[:position]
+    assert memory.position == engine.position == position
+    for composed, origins, old in zip(engine.composed, memory.state().origins, before.origins, strict=True):
+        assert [[tokens[i] for i in head] for head in origins.tolist()] == composed.tolist()
+        older = (old < position - POLICY.n_tail).sum(axis=1)
+        assert origins.shape[1] == older.min()
+    memory.feed([1, 2, 3] * 100)
+    assert memory.position == position + 300
+
+
+def test_going_far_back_or_past_what_is_left_reads_again() -> None:
+    engine, memory = scored(120)
+    memory.feed(np.random.default_rng(2).integers(0, 256, 400).tolist())
+    assert not memory.can_drop(150), "more than half of it"
+    assert not memory.rewind(150)
+    assert (memory.position, len(memory.tokens)) == (150, 150)
+    engine.goes_back = False
+    memory.feed([9] * 200)
+    memory.compact(0.5)
+    assert not memory.can_drop(300)
+
+
+def test_pins_hold_in_composed_cells() -> None:
+    engine, memory = scored(80)
+    memory.pin(3, 6)
+    memory.feed([100, 100, 100, 128, 128, 128, *[5, 250] * 200])
+    assert len(memory.reports) > 3
+    for origins in memory.state().origins:
+        assert all({3, 4, 5} <= {*head} for head in origins.tolist())
+    memory.unpin(0)
+    memory.feed([5, 250] * 100)
+    assert not all({3, 4, 5} <= {*head} for origins in memory.state().origins for head in origins.tolist())
+
+
+def test_questions_teach_a_scorer_once() -> None:
+    engine = FakeEngine(120, per_layer=True, reads_rows=True)
+    questions = [b"what is it", b"who"]
+    memory = CacheMemory(engine, 10_000, policy=POLICY, questions=[[*q] for q in questions])
+    assert memory.policy.n_scratch == POLICY.n_scratch
+    tokens = np.random.default_rng(3).integers(0, 256, 400).tolist()
+    memory.feed(tokens)
+    assert engine.replayed == [b"at is it", b"who"], "at the first compaction, in the scratch"
+    assert memory.policy.n_scratch == 0
+    state = memory.state()
+    assert state.scorer is not None
+    assert np.mean(engine.composed[0]) > 150 > 100 > np.mean(engine.composed[1]), "as the fake layers look"
+    again = CacheMemory(FakeEngine(120, per_layer=True, reads_rows=True), 10_000, policy=POLICY)
+    again.restore(state)
+    assert again.state().scorer is state.scorer
+    again.feed(tokens)
+    assert again.engine.replayed == [], "it goes on by what it had learnt"  # type: ignore[attr-defined]
+
+
+def test_an_engine_that_reads_no_rows_goes_on_from_no_scored_cells() -> None:
+    _, memory = scored(60)
+    memory.feed([*range(200)])
+    blind = CacheMemory(FakeEngine(60), 10_000, policy=POLICY)
+    with pytest.raises(InvalidInput, match="kvcompose-local build"):
+        blind.restore(memory.state())
+    assert blind.position == 0
+
+
+def test_a_scorer_of_another_model_is_refused() -> None:
+    engine = FakeEngine(60, reads_rows=True)
+    weights, places = np.ones((3, 2), np.float16), np.zeros((3, 3), np.float32)
+    with pytest.raises(InvalidInput, match="measure it again"):
+        CacheMemory(engine, 100, scorer=Scorer((weights,) * 2, (places,) * 2, 10))

@@ -348,8 +348,7 @@ def _read_as_a_chat(
     scorer: Scorer | None,
 ) -> Mode:
     """Read tokens into a cache that is too small for them, and leave it compacted."""
-    questions = () if scorer else questions_of(engine.model)
-    memory = CacheMemory(engine, len(tokens) + _ANSWER_CELLS, scorer=scorer, questions=questions)
+    memory = CacheMemory(engine, len(tokens) + _ANSWER_CELLS, scorer=scorer, questions=questions_of(engine.model))
     started = time.perf_counter()
     memory.feed(tokens, lambda done, total: progress(f"reading, {name}:", done, total))
     memory.compact()

@@ -12,7 +12,7 @@ from kvcompose_local.composing.scorer import BOUNDS, DTYPE, Scorer, features_of
 from kvcompose_local.interfaces import FloatArray, Progress
 
 #: Of the ridge, per unit of the features' variance, and Newton's steps.
-RIDGE = 0.01
+RIDGE = 0.003
 _STEPS, _SMALL_STEP = 8, 0.01
 #: A float16 holds it, and no weight that counts is near it.
 _LARGEST = 6e4

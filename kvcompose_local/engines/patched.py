@@ -66,6 +66,7 @@ class PatchedEngine(LlamaEngine):
         n_positions: int | None = None,
         cache_type: str = "f16",
         n_ubatch: int = PREFILL_MICRO_BATCH,
+        n_outputs: int = 1,
         sampling: Sampling | None = None,
     ) -> None:
         context = Context(
@@ -75,6 +76,7 @@ class PatchedEngine(LlamaEngine):
             n_threads=n_threads,
             flash_attention=True,
             cache_type=cache_type,
+            n_outputs=n_outputs,
             n_positions=n_positions,
         )
         self.n_positions = n_positions or n_cells

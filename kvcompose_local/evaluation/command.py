@@ -173,9 +173,10 @@ def open_uncompressed(path: Path, length: int, n_cells: int, n_threads: int | No
     from kvcompose_local.engines import open_engine
     from kvcompose_local.engines.patched import PatchedEngine
     from kvcompose_local.errors import InvalidInput
+    from kvcompose_local.evaluation.harness import MOST_OUTPUTS
 
     try:
-        engine, _ = open_engine(path, n_ctx=n_cells, budget=1.0, n_threads=n_threads)
+        engine, _ = open_engine(path, n_ctx=n_cells, budget=1.0, n_threads=n_threads, n_outputs=MOST_OUTPUTS)
     except InvalidInput as error:
         raise InvalidInput(f"--length {length} takes a cache of {n_cells} cells: {error}") from error
     if not isinstance(engine, PatchedEngine):
@@ -232,11 +233,12 @@ def profile_command(
     from kvcompose_local.evaluation.tasks import TASKS as ALL_TASKS
     from kvcompose_local.install.files import own_folder, replacing
     from kvcompose_local.install.model_files import check_gguf, model_digest
-    from kvcompose_local.repl import Status, read_text_file
+    from kvcompose_local.repl import Status
+    from kvcompose_local.terminal import inputs
 
     if set(tasks) - set(ALL_TASKS):
         raise InvalidInput(f"the tasks are {', '.join(ALL_TASKS)}")
-    own_texts = [read_text_file(file) for file in files]
+    own_texts = [text for _, text in inputs.read_all(files)[0]]
     status = Status(sys.stderr)
     path = models.resolve(model, pull=True, progress=status.fetching)
     check_gguf(path)

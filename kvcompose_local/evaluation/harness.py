@@ -34,6 +34,8 @@ FULL = "full"
 #: The chat itself: the context is fed in turns to a cache of the size that the keep ratio names, scratch included.
 STREAMING = "streaming"
 _N_TURNS = 16
+#: Tokens of the longest answer that is measured at once.
+MOST_OUTPUTS = 192
 #: What a method's name may end in, as "+q8_0" or, K and V, "+q8_0/q4_0": its cells are of these types, so that they
 #: take fewer bytes than the keep ratio says.
 QUANTIZED_TYPES = {kind for kind in VALUE_BYTES if kind.startswith("q")}
@@ -233,8 +235,7 @@ class Evaluation:
         n_cells = max(round(keep * len(tokens) / CELL_PADDING), 1) * CELL_PADDING  # the record says how many they are
         small = self._new_engine(n_cells, kind or "f16", SMALL_MICRO_BATCH)
         try:
-            questions = () if self._scorer else questions_of(self.engine.model)
-            memory = CacheMemory(small, len(tokens), scorer=self._scorer, questions=questions)
+            memory = CacheMemory(small, len(tokens), scorer=self._scorer, questions=questions_of(self.engine.model))
             size = -(-len(tokens) // _N_TURNS)
             for start in range(0, len(tokens), size):
                 memory.feed(tokens[start : start + size])
@@ -252,6 +253,7 @@ class Evaluation:
             n_threads=self.n_threads,
             cache_type=cache_type,
             n_ubatch=n_ubatch,
+            n_outputs=min(n_ubatch, MOST_OUTPUTS),
         )
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ begins, what must be in it). Everything is generated, but for the source, which 
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import random
 import sysconfig
@@ -30,6 +31,8 @@ class Asked(NamedTuple):
 
 Made = tuple[str, list[Asked]]
 _N_ASKED = 4
+#: Characters of source that stand or fall together: a text is to be of about the length that is wanted.
+_LONGEST_BLOCK = 2500
 _FIRST = "Clara Edwin Nora Felix Ruth Oscar Ida Hugo Vera Bruno Alma Leo Petra Anton Greta Milan".split()
 _LAST = "Hartmann Okafor Lindqvist Moreau Castell Whitby Novak Ferrer Tanaka Brandt Osei Kowalski".split()
 _CITIES = "Lisbon Oslo Vienna Prague Dublin Athens Warsaw Helsinki Madrid Budapest Zagreb Riga".split()
@@ -47,6 +50,14 @@ def _until(n_tokens: int, count: Count, parts: Iterator[str], joint: str = "\n")
         if left <= 0:
             break
     return found
+
+
+def _names(rng: random.Random, *parts: Sequence[str], joint: str = " ") -> Iterator[str]:
+    """Names of a word of each part, all different, without an end."""
+    names = [joint.join(words) for words in itertools.product(*parts)]
+    for number in itertools.count(1):
+        rng.shuffle(names)
+        yield from (name if number == 1 else f"{name} {number}" for name in names)
 
 
 def _asked(rng: random.Random, questions: Sequence[Asked]) -> list[Asked]:
@@ -67,7 +78,8 @@ def _defaults(source: str) -> list[Asked]:
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.FunctionDef):
             continue
-        named = node.args.args[len(node.args.args) - len(node.args.defaults) :]
+        arguments = [*node.args.posonlyargs, *node.args.args]
+        named = arguments[len(arguments) - len(node.args.defaults) :]
         for argument, default in zip(named, node.args.defaults, strict=True):
             if isinstance(default, ast.Constant) and type(default.value) in (int, str, float):
                 key, text = (node.name, argument.arg), str(default.value)
@@ -95,7 +107,7 @@ def source(rng: random.Random, n_tokens: int, count: Count) -> Made:
         if not _defaults(code):
             continue
         blocks = [ast.get_source_segment(code, node) or "" for node in ast.parse(code).body]
-        blocks = [block for block in blocks if len(block) < 8000]
+        blocks = [block for block in blocks if 0 < len(block) < _LONGEST_BLOCK]
         start = rng.randrange(max(len(blocks) // 2, 1))
         kept = _until(n_tokens - count(text), count, iter(blocks[start:]), "\n\n")
         text = "\n\n".join([text, f"# {path.name}", *kept]).strip()
@@ -159,13 +171,11 @@ def table(rng: random.Random, n_tokens: int, count: Count) -> Made:
     """A table: cells by row and column."""
     asked = []
     columns = rng.sample("population founded altitude bridges schools parks libraries museums".split(), 4)
-    names = rng.sample(
-        [
-            f"{a}{b}"
-            for a in "Nor Wes Eas Sud Hol Mar Kel Bir Ash Dun Lin Tor".split()
-            for b in "field ford ham bury wick dale mouth haven ton stead".split()
-        ],
-        110,
+    names = _names(
+        rng,
+        "Nor Wes Eas Sud Hol Mar Kel Bir Ash Dun Lin Tor".split(),
+        "field ford ham bury wick dale mouth haven ton stead".split(),
+        joint="",
     )
 
     def rows() -> Iterator[str]:
@@ -332,7 +342,7 @@ def _in_language(language: _Language) -> Callable[[random.Random, int, Count], M
 def listing(rng: random.Random, n_tokens: int, count: Count) -> Made:
     """A numbered list of things and where they are kept."""
     asked = []
-    names = rng.sample([f"{c} {g}" for c in _COLOURS for g in _GOODS], 110)
+    names = _names(rng, "small large old new spare".split(), _COLOURS, _GOODS)
 
     def lines() -> Iterator[str]:
         for number, name in enumerate(names, 1):
@@ -346,12 +356,11 @@ def listing(rng: random.Random, n_tokens: int, count: Count) -> Made:
 def instructions(rng: random.Random, n_tokens: int, count: Count) -> Made:
     """Steps of a procedure with settings."""
     asked = []
-    parts = [
-        f"{a} {b}"
-        for a in "upper lower inner outer left right front rear main spare".split()
-        for b in "valve,pump,filter,sensor,belt,fan,gauge,nozzle".split(",")
-    ]
-    rng.shuffle(parts)
+    parts = _names(
+        rng,
+        "upper lower inner outer left right front rear main spare".split(),
+        "valve,pump,filter,sensor,belt,fan,gauge,nozzle".split(","),
+    )
     checks = (
         "Wait until the lamp stops blinking.",
         "Wear gloves.",

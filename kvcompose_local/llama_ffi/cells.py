@@ -201,7 +201,8 @@ class PerLayerCells:
             numbers = type_.dequantize_blocks(rows.reshape(-1, type_.type_size))
         else:
             numbers = np.asarray(quants.dequantize(rows, kind), np.float32)
-        return np.asarray(numbers.reshape(len(rows), layer.n_head_kv, -1).transpose(1, 0, 2))
+        size = layer.head_dim_v if values else layer.head_dim_k
+        return np.asarray(numbers.reshape(len(rows), layer.n_head_kv, size).transpose(1, 0, 2))
 
     def turn(self, i: int) -> Turn:
         """How a layer turns its rows, as the graph that was built last tells. Raises EngineError where none tells."""

@@ -67,9 +67,10 @@ class Context:
     """A llama.cpp context with one sequence.
 
     n_ctx: cells, a multiple of 256; n_ubatch: most tokens of a micro-batch; flash_attention: False makes the softmax
-    visible in every pass and V transposed; cache_type: see :func:`type_numbers`; callback_at_creation: let the tap
-    work from the start (an unpatched llama.cpp cannot install it later); n_positions: what the sequence may span, if
-    that is not ``n_ctx`` (an unpatched llama.cpp cannot be told).
+    visible in every pass and V transposed; cache_type: see :func:`type_numbers`; n_outputs: most logits of a
+    micro-batch, for which buffers are taken; callback_at_creation: let the tap work from the start (an unpatched
+    llama.cpp cannot install it later); n_positions: what the sequence may span, if that is not ``n_ctx`` (an unpatched
+    llama.cpp cannot be told).
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Context:
         n_threads: int,
         flash_attention: bool,
         cache_type: str = "f16",
+        n_outputs: int = 1,
         callback_at_creation: bool = False,
         n_positions: int | None = None,
     ) -> None:
@@ -98,6 +100,7 @@ class Context:
         params.n_batch = n_ubatch
         params.n_ubatch = n_ubatch
         params.n_seq_max = 1
+        params.n_outputs_max = n_outputs
         params.n_threads = n_threads
         params.n_threads_batch = n_threads
         params.flash_attn_type = 1 if flash_attention else 0
