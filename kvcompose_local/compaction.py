@@ -267,9 +267,9 @@ class CacheMemory:
             return None
         started = time.perf_counter()
         first = before.position - before.n_live
-        live = self.scoring.scores(self.tokens, n_scored, self.policy.n_scratch, self.on_progress)
-        if self.scoring.feeds:
+        if self.scoring.feeds:  # a sliding window moves on by that
             self._furthest = max(self._furthest, before.position + self.policy.n_scratch)
+        live = self.scoring.scores(self.tokens, n_scored, self.policy.n_scratch, self.on_progress)
         scored = time.perf_counter()
         pinned = _in(self.pins, before.position)
         bytes_before = self._bytes_of(before)
@@ -430,7 +430,7 @@ class CacheMemory:
             scoring = self._scoring_by(state.scorer)
         if any(not 0 <= start <= stop <= self.n_ctx for start, stop in state.pins):
             raise InvalidInput("the pins are not those of these tokens")
-        self._check_room(cells)
+        self._check_room(cells, self._policy.n_scratch if scoring.feeds else 0)
         if self.compose:
             self._check_pinned(_n_in(state.pins))
         self.engine.restore(cells)
@@ -443,7 +443,7 @@ class CacheMemory:
         self._furthest = cells.position + (self.engine.max_replay if cells.window.size else 0)
         self._scores, self.scoring = scores, scoring
 
-    def _check_room(self, cells: CacheSnapshot) -> None:
+    def _check_room(self, cells: CacheSnapshot, n_scratch: int) -> None:
         """Raises ContextFull unless the cells fit beside enough of the scratch for the next compaction, or of the rest.
 
         Where every position that is left has a cell, there will be no compaction.
@@ -453,7 +453,7 @@ class CacheMemory:
             raise ContextFull(f"{cells.position} positions are more than --ctx {self.n_ctx}: raise --ctx")
         if not self.compose:
             return
-        n_live = cells.n_live + min(self.policy.n_scratch // 2, self.n_ctx - cells.position)
+        n_live = cells.n_live + min(n_scratch // 2, self.n_ctx - cells.position)
         if not any(cells.composed) and n_live <= engine.cache_bytes // engine.shape.row_bytes:
             return  # uncompressed, the whole cache is there: nothing is lost to alignment
         for device, arena_bytes in enumerate(engine.arena_bytes):

@@ -498,7 +498,7 @@ def test_going_far_back_or_past_what_is_left_reads_again() -> None:
 
 
 def test_pins_hold_in_composed_cells() -> None:
-    engine, memory = scored(80)
+    _, memory = scored(80)
     memory.pin(3, 6)
     memory.feed([100, 100, 100, 128, 128, 128, *[5, 250] * 200])
     assert len(memory.reports) > 3
