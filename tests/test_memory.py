@@ -56,9 +56,7 @@ def test_a_compaction_needs_little_beside_the_cells() -> None:
     tracemalloc.start()
     try:
         memory._scores._kept = [rng.normal(-8, 2, (N_KV_HEADS, k)).astype(DTYPE) for k in engine.composed]
-        memory._scores._origins = [
-            rng.integers(0, 20_000, (N_KV_HEADS, k)).astype(np.uint16) for k in engine.composed
-        ]
+        memory._scores._origins = [rng.integers(0, 20_000, (N_KV_HEADS, k)).astype(np.uint16) for k in engine.composed]
         tracemalloc.reset_peak()
         rows = engine.arena_bytes[0] // ROW_BYTES
         memory.compact()

@@ -534,7 +534,7 @@ def test_the_patched_engine_is_chosen_and_the_stock_one_runs_the_rest(tiny_model
     engine, _ = open_engine(tiny_model("gemma3", n_layers=6), n_ctx=1024, budget=0.5)
     with engine:
         assert engine.name == "patched"
-        assert engine.max_replay <= engine._replay_micro_batch(slice(0, 0), 1000), "more would overwrite what it needs"
+        assert engine.max_replay <= engine.softmax_micro_batch(1000), "more would overwrite what it needs"
     engine, _ = open_engine(tiny_model("llama"), n_ctx=1024, budget=0.5, engine_name="stock")
     with engine:
         assert engine.name == "stock"

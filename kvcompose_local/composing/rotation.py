@@ -102,7 +102,7 @@ def _hadamard(size: int) -> FloatArray:
 
 def unjoined(rows: FloatArray, size: int) -> FloatArray:
     """Rows (…, D) before a Hadamard matrix joined their numbers in blocks of ``size``; 0: none did."""
-    if not size:
+    if not size or not rows.size:
         return rows
     blocks = rows.reshape(*rows.shape[:-1], -1, size)
     return np.asarray((blocks @ _hadamard(size)).reshape(rows.shape))

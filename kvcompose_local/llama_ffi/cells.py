@@ -192,16 +192,18 @@ class PerLayerCells:
         from gguf import GGMLQuantizationType, quants  # late: their tables take time to import
 
         layer = self.layer(i)
+        size = layer.head_dim_v if values else layer.head_dim_k
         kind = GGMLQuantizationType(layer.type_v if values else layer.type_k)
         rows = self.rows(i, values=values, first=first, stop=stop)
-        if kind.name == "F16":
+        if not len(rows):
+            numbers = np.zeros(0, np.float32)
+        elif kind.name == "F16":
             numbers = rows.view(np.float16).astype(np.float32)
         elif kind.name in _BLOCKS:  # at once: gguf's own loop over groups of rows takes longer than the numbers do
             type_ = getattr(quants, kind.name)
             numbers = type_.dequantize_blocks(rows.reshape(-1, type_.type_size))
         else:
             numbers = np.asarray(quants.dequantize(rows, kind), np.float32)
-        size = layer.head_dim_v if values else layer.head_dim_k
         return np.asarray(numbers.reshape(len(rows), layer.n_head_kv, size).transpose(1, 0, 2))
 
     def turn(self, i: int) -> Turn:
