@@ -178,7 +178,11 @@ def test_a_run_on_a_tiny_model_goes_on_where_it_stopped(tiny_model: Callable[...
 
     def run(wanted: list[tuple[str, float]]) -> list[dict[str, Any]]:
         engine, _ = open_engine(
-            tiny_model("llama", n_ctx=16384), n_ctx=room_for(3000, whole_replay=True), budget=1.0, n_threads=1
+            tiny_model("llama", n_ctx=16384),
+            n_ctx=room_for(3000, whole_replay=True),
+            budget=1.0,
+            n_threads=1,
+            n_outputs=64,
         )
         with engine:
             evaluation = Evaluation(engine, output)
@@ -215,7 +219,9 @@ def test_quantized_and_streaming_trials(tiny_model: Callable[..., Path], tmp_pat
         ("kvcompose-local", 0.5),
         ("streaming", 0.5),
     ]
-    engine, _ = open_engine(tiny_model("llama", n_ctx=16384), n_ctx=room_for(3000), budget=1.0, n_threads=1)
+    engine, _ = open_engine(
+        tiny_model("llama", n_ctx=16384), n_ctx=room_for(3000), budget=1.0, n_threads=1, n_outputs=64
+    )
     with engine:
         evaluation = Evaluation(engine, tmp_path / "out.jsonl")
         evaluation.run(item, 256, trials)
@@ -396,7 +402,7 @@ def test_a_profile_is_measured_and_goes_on_where_it_was_stopped(
     tiny_model: Callable[..., Path], tmp_path: Path, private_cache: Path
 ) -> None:
     model, file, own = tiny_model("llama", n_ctx=8192), tmp_path / "p.safetensors", tmp_path / "own.txt"
-    own.write_text("A text of my own. " * 60)
+    own.write_text("A text of my own. " * 20)
     engine, _ = open_engine(model, n_ctx=room_for(512), budget=1.0, n_threads=1)
     stopped: list[tuple[int, int, str]] = []
 

@@ -872,7 +872,7 @@ def test_a_document_is_read_once_and_answered_about_at_once(
 
     short = ["run", "--session", out, "-p", "Who?", "--threads", 1]
     refused(program(*short, "--ctx", 512), 1, "raise --ctx")
-    refused(program(*short, "--budget", 0.125), 1, "raise --budget")
+    refused(program(*short, "--budget", 0.06), 1, "raise --budget")
     refused(
         program(*short, "--cache-type", "f16"),
         1,

@@ -89,6 +89,7 @@ class Context:
         self.model = model
         self.n_ctx = n_ctx
         self.n_ubatch = n_ubatch
+        self.n_outputs = n_outputs
         self.tap: SoftmaxTap | None = None
         self.tap_prefix = _SOFTMAX_PREFIX
         self.has_logits = False
@@ -197,6 +198,8 @@ class Context:
         """Run one micro-batch at the next positions; logits are kept of its last token, of all, or of none."""
         if not 0 < len(tokens) <= self.n_ubatch:
             raise InvalidInput(f"a micro-batch holds 1 to {self.n_ubatch} tokens, not {len(tokens)}")
+        if all_logits and len(tokens) > self.n_outputs:
+            raise InvalidInput(f"there is room for the logits of {self.n_outputs} tokens, not {len(tokens)}")
         # The batch holds only a pointer: the array must outlive the call.
         array = (lib.llama_token * len(tokens))(*tokens)
         batch = lib.llama_batch_get_one(array, len(tokens))
