@@ -139,14 +139,12 @@ def test_attention_is_the_same_where_it_must_be_fetched(
 ) -> None:
     shown = []
     with patched(tiny_model(arch)) as engine:
-        n_layers, heads = len(engine.shape.layers), [layer.n_heads for layer in engine.shape.layers]
         for in_place in (True, False):
             if not in_place:
                 monkeypatch.setattr(context_module, "_kvc_host_data", None)
             engine.clear()
-            watched = AttentionMax(n_layers, heads)
-            engine.decode(TOKENS[:100], seen=watched)
-            shown.append([*watched.result(), *replayed(engine, TOKENS[:20])])
+            engine.decode(TOKENS[:100])
+            shown.append(replayed(engine, TOKENS[:20]))
     assert_same([shown[0]], [shown[1]])
 
 

@@ -88,9 +88,9 @@ def open_engine(
 
     engine_name: "patched" or "stock"; None takes the patched one when the library has it. n_ctx None takes 8192 or the
     model's trained length, whichever is less. cache_type, of CACHE_TYPES: None takes a quantized one where cells are
-    composed and F16 elsewhere. n_outputs: most logits of a micro-batch, of the patched engine; load: as :class:`Model`, where that has been begun
-    already. Raises InvalidInput for impossible numbers, before the weights are read where that can be known, and
-    ModelError for models that cannot run.
+    composed and F16 elsewhere. n_outputs: most logits of a micro-batch, of the patched engine; load: as :class:`Model`,
+    where that has been begun already. Raises InvalidInput for impossible numbers, before the weights are read where
+    that can be known, and ModelError for models that cannot run.
     """
     cells_for(DEFAULT_CTX if n_ctx is None else n_ctx, budget, cache_type or QUANTIZED)
     model = load(path, gpu_layers=gpu_layers, progress=progress)
