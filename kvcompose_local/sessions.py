@@ -5,7 +5,8 @@ The container is that of :mod:`kvcompose_local.sections`. For layer ``l`` it hol
     text      json U8 (bytes,): JSON of system prompt, messages, draft, the text that was fed, steps and pins
     tokens    read I32 (position,), pending I32 (n,)
     cells     keys.l, values.l U8 (K_l + n_live, row bytes)
-    scores    scores.l F32 (H, K_l), seen.l F32 (H, at most K_l + n_live), popularity.l U8 (H, K_l)
+    scores    scores.l F32 (H, K_l), origins.l I32 (H, K_l): the positions of their tokens
+    scorer    weights.l F32 (H, F), places.l F32 (H, 3), furthest I32 (1,): what the scores are of, where something is
     window    bytes U8 (bytes,): llama.cpp's own cells of sliding-window layers, where there are any
 
 A file takes its name only when it is whole, and nothing of it is believed, allocated or handed on before its sizes and
