@@ -30,7 +30,6 @@ from kvcompose_local.interfaces import CACHE_TYPES, CacheLayout, Progress, Sampl
 from kvcompose_local.llama_ffi.library import layers_to_offload
 from kvcompose_local.llama_ffi.model import Model
 from kvcompose_local.llama_ffi.rpc import add_workers
-from kvcompose_local.scoring import questions_of
 from kvcompose_local.terminal import inputs
 
 #: What compression goes by: what stands in the cells, or a replay of the text.
@@ -66,10 +65,9 @@ def template_of(wanted: str, names: Sequence[str]) -> str:
 def memory_of(engine: LlamaEngine, n_ctx: int, *, scoring: str = SCORINGS[0], **options: Any) -> CacheMemory:
     """The memory of an engine's model, scored by its profile where it has one; options: of :class:`CacheMemory`."""
     if scoring != SCORINGS[0] or not options.get("compose", True):
-        return CacheMemory(engine, n_ctx, **options)
+        return CacheMemory(engine, n_ctx, replay=True, **options)
     path = engine.model.path
-    scorer = profiles.scorer_of(size_of(path), lambda: model_digest(path))
-    return CacheMemory(engine, n_ctx, scorer=scorer, questions=questions_of(engine.model), **options)
+    return CacheMemory(engine, n_ctx, scorer=profiles.scorer_of(size_of(path), lambda: model_digest(path)), **options)
 
 
 class LocalChat:
@@ -79,7 +77,7 @@ class LocalChat:
     1] of the bytes that an uncompressed F16 cache of ``n_ctx`` tokens takes; n_ctx: positions the chat may span
     (default 8192, or what the model was trained for); n_threads: default one a fast core; gpu_layers: default all where
     a GPU backend is built in; cache_type: ``f16``, ``q8_0``, …, default what ``run`` takes; scoring: ``cells``, by
-    the model's profile or what the first text teaches, or ``replay``, as KVCompose was published; workers:
+    the model's profile or what a replay of the first text teaches, or ``replay``, as KVCompose was published; workers:
     ``HOST:PORT`` of ``rpc-server`` processes; system: default what ``models.txt`` says, or the template; template: a
     Jinja file, or a name: llama.cpp's, the GGUF's or ``plain``, default the GGUF's own.
     on_compaction is told of each compaction, on_rebuild how many tokens are read again because a turn was taken back,

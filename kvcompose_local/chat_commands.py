@@ -93,8 +93,8 @@ def complete_session(_context: click.Context, _parameter: click.Parameter, begun
     type=click.Choice(["cells", "replay"]),
     default="cells",
     show_default=True,
-    help="What compression goes by: what stands in the cells, as the model's profile or the first text taught it, or a "
-    "replay of the text, as KVCompose was published, which takes as long as reading it and forgets more.",
+    help="What compression goes by: what stands in the cells, as the model's profile or a replay of the first text "
+    "taught it, or a replay of all text, as KVCompose was published, which takes as long as reading it.",
 )
 @click.option("--rpc", metavar="HOST:PORT[,…]", help="Spread layers and their cells over these workers (rpc-server).")
 @click.option(

@@ -127,8 +127,8 @@ class CacheMemory:
 
     n_ctx: positions the chat may span; on_compaction is told of each; on_progress gets (tokens scored, in all) and
     may raise KeyboardInterrupt, which leaves the cache as it was. ``compose`` False never compacts (budget 1).
-    ``scorer`` is the model's; without one, ``questions`` (tokens of each) teach one with the first text, and without
-    either, or where the engine does not read rows, text is replayed. Raises InvalidInput for a scorer of another model.
+    ``scorer`` is the model's; without one a replay of the first text teaches one. With ``replay``, or where the engine
+    does not read rows, all text is replayed. Raises InvalidInput for a scorer of another model.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class CacheMemory:
         compose: bool = True,
         policy: Policy | None = None,
         scorer: Scorer | None = None,
-        questions: Sequence[Sequence[int]] = (),
+        replay: bool = False,
         on_compaction: Callable[[CompactionReport], None] | None = None,
         on_progress: Progress | None = None,
     ) -> None:
@@ -147,7 +147,13 @@ class CacheMemory:
         self.n_ctx = n_ctx
         self.compose = compose
         self._policy = policy or Policy.for_cells(sum(engine.arena_bytes) // max(engine.shape.row_bytes, 1))
-        self.scoring = self._scoring_by(scorer, questions)
+        self.scoring: Scoring
+        if not engine.reads_rows or replay:
+            self.scoring = Replayed(engine)
+        elif scorer is None:
+            self.scoring = Learned(engine)
+        else:
+            self.scoring = self._scored_by(scorer)
         self.on_compaction = on_compaction
         self.on_progress = on_progress
         self.reports: list[CompactionReport] = []
@@ -157,11 +163,7 @@ class CacheMemory:
         self._furthest = 0  # the highest position that a sliding window had to reach
         self._scores = CellScores(engine.shape.layers)
 
-    def _scoring_by(self, scorer: Scorer | None, questions: Sequence[Sequence[int]] = ()) -> Scoring:
-        if not self.engine.reads_rows:
-            return Replayed(self.engine)
-        if scorer is None:
-            return Learned(self.engine, questions) if questions else Replayed(self.engine)
+    def _scored_by(self, scorer: Scorer) -> Scored:
         scorer.check([layer.n_kv_heads for layer in self.engine.shape.layers])
         return Scored(self.engine, scorer)
 
@@ -427,7 +429,7 @@ class CacheMemory:
         if any(cells.composed):  # scores must be of one scale
             if state.scorer is not None and not self.engine.reads_rows:
                 raise InvalidInput("these cells were scored by the patched engine: `kvcompose-local build` makes it")
-            scoring = self._scoring_by(state.scorer)
+            scoring = Replayed(self.engine) if state.scorer is None else self._scored_by(state.scorer)
         if any(not 0 <= start <= stop <= self.n_ctx for start, stop in state.pins):
             raise InvalidInput("the pins are not those of these tokens")
         self._check_room(cells, self._policy.n_scratch if scoring.feeds else 0)

@@ -13,7 +13,7 @@ import numpy as np
 
 from kvcompose_local.attention import AttentionMax
 from kvcompose_local.composing.fitting import Observed, fit
-from kvcompose_local.composing.scorer import DTYPE, Scorer
+from kvcompose_local.composing.scorer import BOUNDS, DTYPE, Scorer
 from kvcompose_local.errors import ContextFull
 from kvcompose_local.interfaces import Engine, HalfArray, Lazy, Progress, even_parts
 
@@ -22,34 +22,9 @@ _LEAST = 1e-6
 #: Tokens before a replayed chunk that are replayed with it, so that its first ones find their place in the text.
 _N_LEAD_IN = 4
 #: Tokens that a scorer is fitted to at most while somebody waits, and how much it is held back: one text is little.
-_MOST_FITTED, RIDGE_OF_ONE = 2048, 1.0
-#: What is asked of a text to learn what questions look at.
-QUESTIONS = (
-    "Summarize the text in a few sentences.",
-    "Who and what is named in the text?",
-    "Which numbers, dates and codes does the text give, and for what?",
-    "List the most important facts, each with its details.",
-    "What comes first in the text, and what at its end?",
-    "Quote the most important sentences word for word.",
-)
-
-
-#: Stands for what a user says in a chat template.
-_MESSAGE = "\x00"
-
-
-class _Text(Protocol):
-    """What makes tokens of questions (:class:`kvcompose_local.llama_ffi.Model`)."""
-
-    def render_chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str: ...
-
-    def tokenize(self, text: str) -> list[int]: ...
-
-
-def questions_of(model: _Text) -> list[list[int]]:
-    """Tokens of :data:`QUESTIONS`, as a chat goes on with them behind a text."""
-    rendered = model.render_chat([{"role": "user", "content": _MESSAGE}], add_generation_prompt=True)
-    return [model.tokenize(question + rendered.partition(_MESSAGE)[2]) for question in QUESTIONS]
+_MOST_FITTED, _RIDGE = 2048, 0.01
+#: The first tokens of all, at which most heads look when they look at nothing.
+_N_SINKS = 4
 
 
 class Scoring(Protocol):
@@ -132,15 +107,13 @@ class Replayed:
 
 
 class Learned:
-    """By a scorer that the first live text teaches: some questions that any text answers are put to it.
+    """By a scorer that a replay of the first live text teaches, where the model has no profile.
 
-    questions: tokens of each, as the chat template has them. The scorer then scores that text, too, so that all scores
-    are of one scale.
+    It scores that text, too, so that all scores are of one scale.
     """
 
-    def __init__(self, engine: Engine, questions: Sequence[Sequence[int]]) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._questions = questions
         self.scorer: Scorer | None = None
 
     @property
@@ -153,28 +126,19 @@ class Learned:
     ) -> list[HalfArray]:
         """See :class:`Scoring`. Raises ContextFull where there are no free cells."""
         if self.scorer is None:
-            self.scorer = self._fitted(tokens, n, n_scratch, progress)
-        return Scored(self._engine, self.scorer).scores(tokens, n, n_scratch, progress)
+            self.scorer = self._fitted(tokens, min(n, _MOST_FITTED), n_scratch, progress)
+        found = Scored(self._engine, self.scorer).scores(tokens, n, n_scratch, progress)
+        n_sinks = max(_N_SINKS - (len(tokens) - self._engine.layout().n_live), 0)
+        for scores in found:
+            scores[:, :n_sinks] = BOUNDS[1]
+        return found
 
     def _fitted(self, tokens: Sequence[int], n: int, n_scratch: int, progress: Progress | None) -> Scorer:
-        engine = self._engine
-        layers = engine.shape.layers
-        longest = min(engine.layout().n_free, engine.max_replay, n_scratch)
-        if longest <= 0:
-            raise ContextFull("no free cells are left to score the text in")
-        n_fitted = min(n, _MOST_FITTED)
-        looked = [np.zeros((layer.n_kv_heads, n_fitted), np.float32) for layer in layers]
-        for done, question in enumerate(self._questions):
-            if progress is not None:
-                progress(done, len(self._questions))
-            seen = AttentionMax.over(layers, dtype=np.float32)
-            engine.replay(question[-longest:], seen)
-            for i, sums in enumerate(looked):
-                sums += seen.of_layer(i)[:, :n_fitted] / len(self._questions)
-
-        rows = engine.live_rows(n_fitted)
+        replayed = Replayed(self._engine).scores(tokens, n, n_scratch, progress)
+        looked = [np.exp(scores.astype(np.float32)) for scores in replayed]
+        rows = self._engine.live_rows(n)
 
         def of_cells(which: int) -> Lazy:
-            return Lazy(len(layers), lambda i: rows[i][which])
+            return Lazy(len(rows), lambda i: rows[i][which])
 
-        return fit([Observed(of_cells(0), of_cells(1), looked, len(tokens))], ridge=RIDGE_OF_ONE, places=False)
+        return fit([Observed(of_cells(0), of_cells(1), looked, n)], ridge=_RIDGE)

@@ -114,7 +114,7 @@ def run(shape: Shape, gpu_layers: int = 0) -> str:
         load=lambda _path, **loading: RandomModel(shape, **loading),
     )
     with engine:
-        memory = CacheMemory(engine, positions, questions=[tokens[:6], tokens[6:14]])
+        memory = CacheMemory(engine, positions)
         memory.feed(tokens[: N_TOKENS // 2])
         memory.feed(tokens[N_TOKENS // 2 : N_TOKENS])
         assert engine.cache_bytes <= BUDGET * N_CTX * engine.shape.uncompressed_row_bytes, "more than the budget"

@@ -509,23 +509,27 @@ def test_pins_hold_in_composed_cells() -> None:
     assert not all({3, 4, 5} <= {*head} for origins in memory.state().origins for head in origins.tolist())
 
 
-def test_questions_teach_a_scorer_once() -> None:
+def test_a_replay_of_the_first_text_teaches_a_scorer() -> None:
     engine = FakeEngine(120, per_layer=True, reads_rows=True)
-    questions = [b"what is it", b"who"]
-    memory = CacheMemory(engine, 10_000, policy=POLICY, questions=[[*q] for q in questions])
+    memory = CacheMemory(engine, 10_000, policy=POLICY)
     assert memory.policy.n_scratch == POLICY.n_scratch
     tokens = np.random.default_rng(3).integers(0, 256, 400).tolist()
     memory.feed(tokens)
-    assert engine.replayed == [b"at is it", b"who"], "at the first compaction, in the scratch"
+    replayed = b"".join(engine.replayed)
+    assert 100 < len(replayed) < 250, "what was live at the first compaction, with its lead-ins, and nothing after"
     assert memory.policy.n_scratch == 0
     state = memory.state()
     assert state.scorer is not None
     assert np.mean(engine.composed[0]) > 150 > 100 > np.mean(engine.composed[1]), "as the fake layers look"
+    assert all({0, 1, 2, 3} <= {*head} for origins in state.origins for head in origins.tolist()), "sinks stay"
     again = CacheMemory(FakeEngine(120, per_layer=True, reads_rows=True), 10_000, policy=POLICY)
     again.restore(state)
     assert again.state().scorer is state.scorer
     again.feed(tokens)
     assert again.engine.replayed == [], "it goes on by what it had learnt"  # type: ignore[attr-defined]
+    other = CacheMemory(FakeEngine(120, per_layer=True, reads_rows=True), 10_000, policy=POLICY, replay=True)
+    other.feed(tokens)
+    assert other.state().scorer is None
 
 
 def test_an_engine_that_reads_no_rows_goes_on_from_no_scored_cells() -> None:

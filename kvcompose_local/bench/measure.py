@@ -37,7 +37,6 @@ from kvcompose_local.interfaces import CacheSnapshot, LayerShape, Sampling
 from kvcompose_local.llama_ffi.library import library_path
 from kvcompose_local.llama_ffi.model import Model
 from kvcompose_local.pin import library_dir
-from kvcompose_local.scoring import questions_of
 
 UNPATCHED = "unpatched llama.cpp"
 TWIN = "the same, patched"
@@ -348,7 +347,7 @@ def _read_as_a_chat(
     scorer: Scorer | None,
 ) -> Mode:
     """Read tokens into a cache that is too small for them, and leave it compacted."""
-    memory = CacheMemory(engine, len(tokens) + _ANSWER_CELLS, scorer=scorer, questions=questions_of(engine.model))
+    memory = CacheMemory(engine, len(tokens) + _ANSWER_CELLS, scorer=scorer)
     started = time.perf_counter()
     memory.feed(tokens, lambda done, total: progress(f"reading, {name}:", done, total))
     memory.compact()

@@ -27,7 +27,6 @@ from kvcompose_local.evaluation.quantized import quantized
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import Item, Question
 from kvcompose_local.interfaces import VALUE_BYTES, CacheSnapshot, Selection, share_of_f16
-from kvcompose_local.scoring import questions_of
 
 #: The name of the uncompressed cache among the methods.
 FULL = "full"
@@ -235,7 +234,7 @@ class Evaluation:
         n_cells = max(round(keep * len(tokens) / CELL_PADDING), 1) * CELL_PADDING  # the record says how many they are
         small = self._new_engine(n_cells, kind or "f16", SMALL_MICRO_BATCH)
         try:
-            memory = CacheMemory(small, len(tokens), scorer=self._scorer, questions=questions_of(self.engine.model))
+            memory = CacheMemory(small, len(tokens), scorer=self._scorer)
             size = -(-len(tokens) // _N_TURNS)
             for start in range(0, len(tokens), size):
                 memory.feed(tokens[start : start + size])

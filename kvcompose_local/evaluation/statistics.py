@@ -13,7 +13,7 @@ from kvcompose_local.compaction import Policy
 from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.interfaces import FloatArray, HalfArray
-from kvcompose_local.scoring import Learned, Replayed, Scored, Scoring, questions_of
+from kvcompose_local.scoring import Learned, Replayed, Scored, Scoring
 
 #: Queries of a recent-query method (SnapKV, arXiv 2404.14469, uses 32 with short contexts).
 N_RECENT = 32
@@ -40,11 +40,8 @@ class Statistics:
     @cached_property
     def cells(self) -> tuple[Scorer, list[HalfArray]]:
         """The scorer that a chat goes by, and its scores without age: float16 (H, T)."""
-        by: Scoring
-        if self._model_scorer is not None:
-            by = Scored(self.engine, self._model_scorer)
-        else:
-            by = Learned(self.engine, questions_of(self.engine.model))
+        known = self._model_scorer
+        by: Scoring = Learned(self.engine) if known is None else Scored(self.engine, known)
         scores = self._by(by)
         if by.scorer is None:
             raise AssertionError("what has scored has a scorer")
