@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from typing_extensions import Self
 
@@ -22,15 +23,17 @@ from kvcompose_local import models, profiles, sessions
 from kvcompose_local.chat import Chat, TurnStats
 from kvcompose_local.compaction import CacheMemory, CompactionReport
 from kvcompose_local.engines import open_engine
+from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.errors import InvalidInput
-from kvcompose_local.install.model_files import check_gguf, model_digest
+from kvcompose_local.install.model_files import check_gguf, model_digest, size_of
 from kvcompose_local.interfaces import CACHE_TYPES, CacheLayout, Progress, Sampling
 from kvcompose_local.llama_ffi.library import layers_to_offload
 from kvcompose_local.llama_ffi.model import Model
 from kvcompose_local.llama_ffi.rpc import add_workers
 from kvcompose_local.terminal import inputs
 
-SCORINGS = ("replay", "profile")
+#: What compression goes by: what stands in the cells, or a replay of the text.
+SCORINGS = ("cells", "replay")
 
 
 def template_of(wanted: str, names: Sequence[str]) -> str:
@@ -59,16 +62,24 @@ def template_of(wanted: str, names: Sequence[str]) -> str:
     return source
 
 
+def memory_of(engine: LlamaEngine, n_ctx: int, *, scoring: str = SCORINGS[0], **options: Any) -> CacheMemory:
+    """The memory of an engine's model, scored by its profile where it has one; options: of :class:`CacheMemory`."""
+    if scoring != SCORINGS[0] or not options.get("compose", True):
+        return CacheMemory(engine, n_ctx, replay=True, **options)
+    path = engine.model.path
+    return CacheMemory(engine, n_ctx, scorer=profiles.scorer_of(size_of(path), lambda: model_digest(path)), **options)
+
+
 class LocalChat:
     """One chat with one model. Close it, or use it in a ``with`` block: it holds native memory.
 
     model: a GGUF file or a name of ``models.txt``, which is fetched, None for the small default; budget: share in (0,
     1] of the bytes that an uncompressed F16 cache of ``n_ctx`` tokens takes; n_ctx: positions the chat may span
     (default 8192, or what the model was trained for); n_threads: default one a fast core; gpu_layers: default all where
-    a GPU backend is built in; cache_type: ``f16``, ``q8_0``, …, default what ``run`` takes; scoring: ``replay``, or
-    ``profile``: no replay, and a poorer choice; workers: ``HOST:PORT`` of ``rpc-server`` processes; system: default
-    what ``models.txt`` says, or the template; template: a Jinja file, or a name: llama.cpp's, the GGUF's or ``plain``,
-    default the GGUF's own.
+    a GPU backend is built in; cache_type: ``f16``, ``q8_0``, …, default what ``run`` takes; scoring: ``cells``, by
+    the model's profile or what a replay of the first text teaches, or ``replay``, as KVCompose was published; workers:
+    ``HOST:PORT`` of ``rpc-server`` processes; system: default what ``models.txt`` says, or the template; template: a
+    Jinja file, or a name: llama.cpp's, the GGUF's or ``plain``, default the GGUF's own.
     on_compaction is told of each compaction, on_rebuild how many tokens are read again because a turn was taken back,
     on_note what a user should know of the chat template, in lines;
     on_loading, on_reading and on_compacting get (done, in all), and may raise KeyboardInterrupt; should_stop is asked
@@ -90,7 +101,7 @@ class LocalChat:
         n_threads: int | None = None,
         gpu_layers: int | None = None,
         cache_type: str | None = None,
-        scoring: str = "replay",
+        scoring: str = "cells",
         workers: Sequence[str] = (),
         sampling: Sampling | None = None,
         system: str | None = None,
@@ -110,9 +121,6 @@ class LocalChat:
         check_gguf(path)
         if scoring not in SCORINGS:
             raise InvalidInput(f"there is no scoring {scoring}: {', '.join(SCORINGS)}")
-        composing = scoring == "profile" and budget < 1
-        profile = profiles.find(model_digest(path)) if composing else None
-        tuning = profiles.tuning_of(path, model_digest) if budget < 1 else profiles.NOT_TUNED
         add_workers(list(workers))
         self._engine, positions = open_engine(
             path,
@@ -128,12 +136,11 @@ class LocalChat:
         with ExitStack() as stack:
             stack.callback(self._engine.close)
             self.setup = sessions.Setup(path, self._engine.shape.cache_type, budget, self._engine.model.files)
-            self.memory = CacheMemory(
+            self.memory = memory_of(
                 self._engine,
                 positions,
+                scoring=scoring,
                 compose=budget < 1,
-                profile=profile,
-                tuning=tuning,
                 on_compaction=on_compaction,
                 on_progress=on_compacting,
             )

@@ -3,7 +3,7 @@
 Source: arXiv 2509.05165, steps 6 to 9 of the method. A *composite token* of rank ``r`` joins the ``r``-th
 best token of every head of a layer; its score is the mean of theirs. All layers' composite tokens compete in
 one ranking, so a layer gets as many as it has among the best. Of equal scores the lower rank wins, then the
-lower layer. :func:`allocate_tempered` is what the program uses.
+lower layer. :func:`allocate_composites` is what the program uses.
 """
 
 from __future__ import annotations
@@ -133,43 +133,25 @@ def _allocate(composites: list[FloatArray], limits: _Limits, min_per_layer: int)
     return budgets
 
 
-def allocate_tempered(
-    scores: Scores | Iterable[NDArray[Any]],
+def allocate_composites(
+    worths: Sequence[FloatArray],
     row_bytes: Sequence[int] | NDArray[Any],
     byte_budget: int | Sequence[int] | NDArray[Any],
     device: Sequence[int] | NDArray[Any] | None = None,
-    *,
-    weights: Sequence[float] = (),
 ) -> IntArray:
-    """As :func:`allocate_bytes`, but layers need the cells of their composite tokens in more than one head: int64 (L,).
+    """As :func:`allocate_bytes`, by what composite tokens are worth: int64 (L,).
 
-    A composite token is worth the power mean of exponent 1/2 of its heads' scores, not their arithmetic mean, times
-    its layer's of the L ``weights`` where there are any, and :data:`SHARED_EVENLY` of each limit is shared out evenly
-    before layers compete. All three are this project's own; the first two halve the KL divergence at a tenth of the
-    cells (docs/trials.md). Each layer's scores are looked at once. Raises InvalidInput as :func:`allocate_bytes` does,
-    and for negative scores or weights.
+    worths: of each layer float32 (T_l,), best first. :data:`SHARED_EVENLY` of each limit is shared out evenly before
+    layers compete: this project's own, as is the power mean that worths are (:mod:`composing.choice`); both halve the
+    KL divergence at a tenth of the cells (docs/trials.md).
     """
-    # The rank by the mean of the roots is that by its square, which is the power mean. One layer's roots at a time.
-    composites = _composite_scores(_roots(layer) for layer in each_layer(scores))
-    if len(weights):
-        factors = np.asarray(weights, np.float64)
-        if factors.shape != (len(composites),) or not (np.isfinite(factors) & (factors >= 0)).all():
-            raise InvalidInput(f"layers need {len(composites)} finite weights of 0 or more")
-        roots = np.sqrt(factors).astype(np.float32)
-        composites = [layer * root for layer, root in zip(composites, roots, strict=True)]
-    limits = _Limits.checked(len(composites), row_bytes, byte_budget, device)
+    limits = _Limits.checked(len(worths), row_bytes, byte_budget, device)
     floors = [
         int(limit * SHARED_EVENLY) // needed
         for index, limit in enumerate(limits.limits)
         if (needed := int(limits.cost[limits.device == index].sum()))
     ]
-    return _allocate(composites, limits, min(floors, default=0))
-
-
-def _roots(scores: FloatArray) -> FloatArray:
-    if scores.size and scores.min() < 0:
-        raise InvalidInput("scores must not be negative")
-    return np.asarray(np.sqrt(scores), np.float32)
+    return _allocate([*worths], limits, min(floors, default=0))
 
 
 def layer_counts(name: str, values: Sequence[int] | NDArray[Any], n_layers: int) -> IntArray:

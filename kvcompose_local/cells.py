@@ -108,10 +108,11 @@ class CellBlock:
     values: tuple[Plane, ...]
     sequence: int = 0
 
-    def gather(self, selection: Sequence[Selection], n_tail: int) -> CellBlock:
+    def gather(self, selection: Sequence[Selection], n_tail: int, n_forgotten: int = 0) -> CellBlock:
         """Composite tokens, then the last ``n_tail`` cells.
 
-        selection: one int (H, K) array a layer, K equal in all. Composed cells take the positions before the first
+        selection: one int (H, K) array a layer, K equal in all; n_forgotten: without a tail, positions
+        to go back by. Composed cells take the positions before the first
         kept one (a position only feeds the causal mask; keys keep the rotation of their own token), so that the next
         token goes on at the true position. Raises StateFormatError for unequal or out-of-range selections.
         """
@@ -122,7 +123,7 @@ class CellBlock:
         if not 0 <= n_tail <= n:
             raise StateFormatError(f"cannot keep {n_tail} of {n} cells")
         tail = self.positions[n - n_tail :]
-        first_live = int(tail[0]) if n_tail else (int(self.positions.max()) + 1 if n else 0)
+        first_live = int(tail[0]) if n_tail else (int(self.positions.max()) + 1 if n else 0) - n_forgotten
         if n_composed > first_live:
             raise StateFormatError(f"{n_composed} composed cells have no positions before {first_live}")
         composed = np.arange(first_live - n_composed, first_live, dtype=np.int32)

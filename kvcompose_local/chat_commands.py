@@ -90,11 +90,11 @@ def complete_session(_context: click.Context, _parameter: click.Parameter, begun
 )
 @click.option(
     "--scoring",
-    type=click.Choice(["replay", "profile"]),
-    default="replay",
+    type=click.Choice(["cells", "replay"]),
+    default="cells",
     show_default=True,
-    help="What compression goes by: a replay of the text, or the model's layer profile, which takes no time and "
-    "forgets more (docs/trials.md).",
+    help="What compression goes by: what stands in the cells, as the model's profile or a replay of the first text "
+    "taught it, or a replay of all text, as KVCompose was published, which takes as long as reading it.",
 )
 @click.option("--rpc", metavar="HOST:PORT[,…]", help="Spread layers and their cells over these workers (rpc-server).")
 @click.option(
@@ -267,7 +267,6 @@ def run_command(
             status.line(greeting(chat, models.hint_beyond_toy(local.setup.model, free_bytes)))
             if not sys.stdout.isatty():
                 status.line("Answers go to standard output, which is no terminal.")
-            repl.idle = chat.memory.score
             repl.edit = line_reader(COMMANDS, sessions.names)
             repl.read_line = partial(repl.edit, "")
             with interrupts.leaving_in_order():
@@ -359,7 +358,7 @@ def open_chat(
     n_threads: int | None,
     gpu_layers: int | None,
     cache_type: str | None,
-    scoring: str = "replay",
+    scoring: str = "cells",
     workers: list[str],
     sampling: Any,
     system: str | None,

@@ -1,49 +1,34 @@
 """The orchestrator: keeps a chat's cache inside its arena. It sees only the :class:`Engine` protocol.
 
-Tokens are read as live cells until the next ones would not fit beside the replay scratch. Then one *compaction* runs:
+Tokens are read as live cells until the next ones would not fit. Then one *compaction* runs:
 
-1. the live tokens, all but the newest few, are replayed in chunks, each dropped after use (chunks as in KVzip,
-   arXiv 2505.23416), which gives the attention that every live cell receives; what was seen of it while the text was
-   read is added, which costs nothing and halves the loss (docs/trials.md);
-2. their sum is the token scores, beside which counts what questions are predicted to look at (:mod:`predictor`) or,
-   without a prediction, a token's popularity (:mod:`popularity`); composed cells bring those they were kept with
-   (:mod:`cell_scores`);
-3. all compete for the arena's bytes, less what the live region needs (:mod:`budgets`);
-4. the winners are aligned into composite tokens (:mod:`selection`) and the engine rewrites its cells.
+1. every live token, all but the newest few, gets its score: how much attention questions are expected to pay it. A
+   model's scorer (:mod:`composing.scorer`) tells that from the cell's own key, value and place; where there is none, a
+   replay of the text does (:mod:`scoring`). Composed cells have theirs;
+2. all compete for the arena's bytes, less what the live region needs (:mod:`budgets`);
+3. the winners are aligned into composite tokens (:mod:`selection`) and the engine rewrites its cells.
 
-With a layer profile (:mod:`profiles`) step 1 replays only what nothing was seen of, and step 3 looks the budgets up.
-
-Nothing is compressed before it must be, and nothing is changed before step 4.
+Nothing is compressed before it must be, and nothing is changed before step 3.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kvcompose_local.budgets import allocate_tempered
+from kvcompose_local.budgets import allocate_composites
 from kvcompose_local.cell_scores import CellScores
+from kvcompose_local.composing.choice import competing, ranked
+from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.errors import ContextFull, InvalidInput, PositionsFull
-from kvcompose_local.interfaces import (
-    N_AROUND,
-    AttentionSink,
-    CacheLayout,
-    CacheSnapshot,
-    Engine,
-    FloatArray,
-    IntArray,
-    Progress,
-    even_parts,
-)
+from kvcompose_local.interfaces import CacheLayout, CacheSnapshot, Engine, FloatArray, IntArray, Progress, Selection
 from kvcompose_local.interrupts import uninterrupted
-from kvcompose_local.profiles import NOT_TUNED, Profile, Tuning, faded
-from kvcompose_local.selection import select_composites
+from kvcompose_local.scoring import Learned, Replayed, Scored, Scoring
 
 
 @dataclass(frozen=True)
@@ -51,39 +36,30 @@ class Policy:
     """How the arena is divided, in cells of a uniform cache.
 
     n_tail: newest live tokens that a compaction leaves alone; n_headroom: live cells that it makes free;
-    n_scratch: cells kept free for a replay; n_lead_in: tokens before a replayed chunk that are replayed with it, so
-    that its first tokens find their place in the text.
+    n_scratch: cells kept free for what scoring feeds, where it feeds anything.
     """
 
     n_tail: int = 8
     n_headroom: int = 256
     n_scratch: int = 128
-    n_lead_in: int = 4
 
     @classmethod
     def for_cells(cls, n_cells: int) -> Policy:
         """A sixteenth of the cells for headroom, one for scratch and a sixth for the tail, all of them bounded.
 
-        The scratch holds what the headroom does, or half of that, so that no replay is of a few tokens. The tail is for
-        reading well, not for answering: a text whose last sentence is half gone is misread (docs/trials.md).
+        The tail is for reading well, not for answering: a text whose last sentence is half gone is misread
+        (docs/trials.md).
         """
         chunk = min(max(-(-n_cells // 16), 24), 256)
         return cls(
             n_tail=min(max(n_cells // 6, 8), 128),
             n_headroom=2 * chunk if n_cells >= 31 * chunk else chunk,
-            n_scratch=chunk + cls.n_lead_in,
+            n_scratch=chunk,
         )
 
 
 #: Tokens of the tail that stay where pinned ones need its room, or the user asks for a compaction.
 LEAST_TAIL = 8
-#: Cells of a replay that is done while nobody waits: what is lost when it is stopped.
-_IDLE_CHUNK = 64
-
-
-def near_chunk(start: int, stop: int) -> slice:
-    """The live tokens that a replay of the ones from ``start`` to ``stop`` looks at, beside the attention sinks."""
-    return slice(max(start - N_AROUND, 0), stop)
 
 
 def _in(spans: Sequence[tuple[int, int]], n: int) -> npt.NDArray[np.bool_]:
@@ -101,10 +77,7 @@ def _n_in(spans: Sequence[tuple[int, int]]) -> int:
 
 @dataclass(frozen=True)
 class CompactionReport:
-    """What one compaction did. Bytes are of cells in use, seconds of wall time.
-
-    reduce_seconds: of the replay's, what went into the maxima of the attention that it showed.
-    """
+    """What one compaction did. Bytes are of cells in use, seconds of wall time."""
 
     tokens_seen: int
     tokens_scored: int
@@ -112,14 +85,13 @@ class CompactionReport:
     n_live: int
     bytes_before: int
     bytes_after: int
-    replay_seconds: float
-    reduce_seconds: float
+    score_seconds: float
     select_seconds: float
     rewrite_seconds: float
 
     @property
     def seconds(self) -> float:
-        return self.replay_seconds + self.select_seconds + self.rewrite_seconds
+        return self.score_seconds + self.select_seconds + self.rewrite_seconds
 
     def line(self, *earlier: CompactionReport) -> str:
         """One line for people, which counts in ``earlier`` ones that were not told."""
@@ -137,57 +109,26 @@ class CompactionReport:
 class MemoryState:
     """All that a :class:`CacheMemory` knows, to go on from later.
 
-    tokens: all that were seen; scores: float32 (H, K_l), what each layer's composed cells got in their replay;
-    popularity: uint8 (H, K_l), theirs, packed, or the factors of a predictor; seen: float32 (H, at most K_l + n_live),
-    the attention that a layer's rows, composed ones first, got while later text was read; cells: as the engine gave
-    them; pins: the (start, stop) of what is pinned.
+    tokens: all that were seen; scores: float32 (H, K_l), each layer's composed cells', without age; origins: int32
+    (H, K_l), the positions that their tokens stood at; cells: as the engine gave them; pins: the (start, stop) of what
+    is pinned; scorer: what the scores are of, None for a replay.
     """
 
     tokens: tuple[int, ...]
     scores: Sequence[FloatArray]
-    popularity: Sequence[npt.NDArray[np.uint8]]
-    seen: Sequence[FloatArray]
+    origins: Sequence[Selection]
     cells: CacheSnapshot
     pins: tuple[tuple[int, int], ...] = ()
-
-
-class _Stopped(Exception):
-    """Raised out of a replay that nobody waits for."""
-
-
-@dataclass(frozen=True)
-class _Until:
-    """Hands attention on until ``stop()``."""
-
-    stop: Callable[[], bool]
-    sink: AttentionSink
-
-    def update(self, *shown: Any, **places: Any) -> None:
-        if self.stop():
-            raise _Stopped
-        self.sink.update(*shown, **places)
-
-
-@dataclass
-class _Timed:
-    """Hands attention on, and says how long that took."""
-
-    sink: AttentionSink
-    seconds: float = 0.0
-
-    def update(self, *shown: Any, **places: Any) -> None:
-        started = time.perf_counter()
-        self.sink.update(*shown, **places)
-        self.seconds += time.perf_counter() - started
+    scorer: Scorer | None = None
 
 
 class CacheMemory:
     """A cache that is fed tokens and compacts itself when it must.
 
-    n_ctx: positions the chat may span; on_compaction is told of each; on_progress gets (tokens replayed, in all) and
+    n_ctx: positions the chat may span; on_compaction is told of each; on_progress gets (tokens scored, in all) and
     may raise KeyboardInterrupt, which leaves the cache as it was. ``compose`` False never compacts (budget 1).
-    ``profile`` takes the place of the replay, which costs answers and saves nearly all of a compaction's time;
-    ``tuning`` is what the profile of a model knows beside it. Raises InvalidInput for that of another model.
+    ``scorer`` is the model's; without one a replay of the first text teaches one. With ``replay``, or where the engine
+    does not read rows, all text is replayed. Raises InvalidInput for a scorer of another model.
     """
 
     def __init__(
@@ -197,22 +138,22 @@ class CacheMemory:
         *,
         compose: bool = True,
         policy: Policy | None = None,
-        profile: Profile | None = None,
-        tuning: Tuning = NOT_TUNED,
+        scorer: Scorer | None = None,
+        replay: bool = False,
         on_compaction: Callable[[CompactionReport], None] | None = None,
         on_progress: Progress | None = None,
     ) -> None:
         self.engine = engine
         self.n_ctx = n_ctx
         self.compose = compose
-        self.policy = policy or Policy.for_cells(sum(engine.arena_bytes) // max(engine.shape.row_bytes, 1))
-        self.profile = profile
-        layers = engine.shape.layers
-        predictor = tuning.predictor
-        n_heads = sum(layer.n_kv_heads for layer in layers)
-        if len(tuning.weights) not in (0, len(layers)) or (predictor is not None and predictor.n_heads != n_heads):
-            raise InvalidInput("the model's profile is of other layers: measure it again")
-        self.tuning = tuning
+        self._policy = policy or Policy.for_cells(sum(engine.arena_bytes) // max(engine.shape.row_bytes, 1))
+        self.scoring: Scoring
+        if not engine.reads_rows or replay:
+            self.scoring = Replayed(engine)
+        elif scorer is None:
+            self.scoring = Learned(engine)
+        else:
+            self.scoring = self._scored_by(scorer)
         self.on_compaction = on_compaction
         self.on_progress = on_progress
         self.reports: list[CompactionReport] = []
@@ -220,8 +161,18 @@ class CacheMemory:
         self.tokens: list[int] = []  # all that were seen, in their order
         self.pins: list[tuple[int, int]] = []  # (start, stop) in positions, read or yet to be read
         self._furthest = 0  # the highest position that a sliding window had to reach
-        # With a profile most is never replayed, which a prediction goes by.
-        self._scores = CellScores(layers, predictor if profile is None else None)
+        self._scores = CellScores(engine.shape.layers)
+
+    def _scored_by(self, scorer: Scorer) -> Scored:
+        scorer.check([layer.n_kv_heads for layer in self.engine.shape.layers])
+        return Scored(self.engine, scorer)
+
+    @property
+    def policy(self) -> Policy:
+        """How the arena is divided now: what feeds nothing needs no scratch, and compacts half as often instead."""
+        if self.scoring.feeds:
+            return self._policy
+        return replace(self._policy, n_headroom=max(self._policy.n_headroom, 2 * self._policy.n_scratch), n_scratch=0)
 
     @property
     def position(self) -> int:
@@ -261,15 +212,10 @@ class CacheMemory:
                 if progress is not None:
                     progress(offset + n, len(tokens))
 
-            # Watching costs more than it tells where a token comes alone, as in an answer.
-            watch = self.compose and len(piece) > 1
             try:
-                last = offset + len(piece) == len(tokens)
-                self.engine.decode(piece, piece_progress, self._scores.seen if watch else None, logits=last)
+                self.engine.decode(piece, piece_progress, logits=offset + len(piece) == len(tokens))
             finally:
                 with uninterrupted():
-                    if watch:  # a micro-batch that failed was shown and taken back
-                        self._scores.trim(self.engine.layout())
                     self.tokens += piece[: self.position - len(self.tokens)]
                     self._furthest = max(self._furthest, len(self.tokens))
             done += len(piece)
@@ -307,7 +253,7 @@ class CacheMemory:
         if not self.compose:
             raise InvalidInput("this chat runs at budget 1: start it with --budget below 1 to compress")
         before = self.engine.layout()
-        # A chat that fits to its end spares no cells for a replay: the newest tokens give theirs, and are read again.
+        # A chat that fits to its end spares no scratch: the newest tokens give theirs, and are read again.
         n_short = min(self.policy.n_scratch // 2 - before.n_free, before.n_live)
         if n_short > 0 and self.can_drop(before.position - n_short):
             again = self.tokens[before.position - n_short :]
@@ -322,37 +268,28 @@ class CacheMemory:
         if n_scored == 0 and not any(before.composed):
             return None
         started = time.perf_counter()
-        seen = _Timed(self._scores.replayed)
-        self._replay(n_scored, self.policy.n_scratch, seen, self.on_progress)
-        replayed = time.perf_counter()
-        n_composable = before.position - n_tail
-        pinned = _in(self.pins, n_composable)
-        new_pinned = pinned[n_composable - n_scored :]
-        popularity = self._scores.popularity_of_live(new_pinned)
+        first = before.position - before.n_live
+        if self.scoring.feeds:  # a sliding window moves on by that
+            self._furthest = max(self._furthest, before.position + self.policy.n_scratch)
+        live = self.scoring.scores(self.tokens, n_scored, self.policy.n_scratch, self.on_progress)
+        scored = time.perf_counter()
+        pinned = _in(self.pins, before.position)
         bytes_before = self._bytes_of(before)
         at_most = None if keep is None else int(keep * bytes_before)
+
+        def competing_rows(layer: int) -> FloatArray:
+            scores, origins = self._scores.rows(layer, live[layer], first)
+            return competing(self.scoring.scorer, layer, scores, origins, before.position, pinned)
+
         n_rows = [n + n_scored for n in before.composed]
-        budgets = self._budgets(
-            (self._scores.for_budgets(i, new_pinned, popularity) for i in range(len(n_rows))),
-            n_rows,
-            n_tail,
-            at_most,
-            int(pinned.sum()),
-        )
-        small = np.min_scalar_type(max(n_rows))
-        selection = [
-            select_composites([self._scores.for_ranks(i, new_pinned, popularity)], budgets[[i]])[0].astype(small)
-            for i in range(len(n_rows))
-        ]
+        n_pinned = int(pinned[: before.position - n_tail].sum())
+        orders, worths = ranked(map(competing_rows, range(len(n_rows))))
+        budgets = self._budgets(worths, n_rows, n_tail, at_most, n_pinned)
+        selection = [order[:, :k] for order, k in zip(orders, budgets.tolist(), strict=True)]
         selected = time.perf_counter()
-        with uninterrupted():
-            try:
-                self.engine.rewrite(selection, n_tail)
-                self._scores.keep(selection, before, new_pinned, popularity, self.policy.n_headroom)
-            except BaseException:
-                if self.engine.layout() != before:  # it failed half-way: what is left is nobody's cells
-                    self._forget_cells()
-                raise
+        with self._emptied_on_failure(before):
+            self.engine.rewrite(selection, n_tail)
+            self._scores.keep(selection, live, first)
         after = self.engine.layout()
         report = CompactionReport(
             tokens_seen=after.position,
@@ -361,9 +298,8 @@ class CacheMemory:
             n_live=after.n_live,
             bytes_before=bytes_before,
             bytes_after=self._bytes_of(after),
-            replay_seconds=replayed - started,
-            reduce_seconds=seen.seconds,
-            select_seconds=selected - replayed,
+            score_seconds=scored - started,
+            select_seconds=selected - scored,
             rewrite_seconds=time.perf_counter() - selected,
         )
         self.reports.append(report)
@@ -372,18 +308,21 @@ class CacheMemory:
             self.on_compaction(report)
         return report
 
-    def _n_tail(self, n_live: int) -> int:
-        """Newest live tokens that a compaction leaves alone.
+    @contextlib.contextmanager
+    def _emptied_on_failure(self, before: CacheLayout) -> Iterator[None]:
+        """Rewrite cells here: what fails half-way leaves nobody's cells, and a Ctrl-C waits."""
+        with uninterrupted():
+            try:
+                yield
+            except BaseException:
+                if self.engine.layout() != before:
+                    self._forget_cells()
+                raise
 
-        Where the others were scored while nobody waited, those that came since stay live, up to half of the headroom:
-        then there is nothing to wait for.
-        """
-        n_replayed, n_tail = self._scores.n_replayed, self.policy.n_tail
-        n_new = n_live - n_replayed
-        n_tail = max(n_tail - max(self.n_pinned - self._fitting(n_tail), 0), self._least_tail)
-        if n_replayed and n_tail < n_new <= self.policy.n_headroom // 2 and self.n_pinned <= self._fitting(n_new):
-            n_tail = n_new
-        return min(n_tail, n_live)
+    def _n_tail(self, n_live: int) -> int:
+        """Newest live tokens that a compaction leaves alone."""
+        n_tail = self.policy.n_tail
+        return min(max(n_tail - max(self.n_pinned - self._fitting(n_tail), 0), self._least_tail), n_live)
 
     @property
     def _least_tail(self) -> int:
@@ -393,49 +332,8 @@ class CacheMemory:
         """Composed cells that every layer may have beside a tail."""
         return int((self._composed_room(n_tail) // np.maximum(self._live_bytes(), 1)).min())
 
-    def score(self, stop: Callable[[], bool]) -> None:
-        """Replay now what the next compaction will have to, until ``stop()`` says that there is no time left.
-
-        Looked at for every layer of a short chunk, so that a user who is done typing waits for a moment only.
-        """
-        if not self.compose or self._fits_to_the_end(self.engine.layout()):
-            return
-        with contextlib.suppress(_Stopped):
-            n_scored = self.engine.layout().n_live - self.policy.n_tail
-            self._replay(n_scored, _IDLE_CHUNK, _Until(stop, self._scores.replayed), None)
-
-    def _replay(self, n_scored: int, n_cells: int, seen: AttentionSink, progress: Progress | None) -> None:
-        """Those of the first ``n_scored`` live tokens that were not, once more, in chunks of up to ``n_cells``."""
-        scores = self._scores
-        if self.profile is not None:
-            scores.n_replayed = max(scores.n_replayed, scores.n_seen(self.engine.layout()))
-        if scores.n_replayed >= n_scored:
-            return
-        step = self._replay_room(max(n_cells, 1))
-        lead_in = min(self.policy.n_lead_in, step // 2)
-        n_before = len(self.tokens) - self.engine.layout().n_live
-        first, n = scores.n_replayed, n_scored - scores.n_replayed
-        for start, stop in even_parts(n, step - lead_in if n_before + first + n > step else step):
-            if progress is not None:
-                progress(start, n)
-            start, stop = first + start, first + stop
-            # What leads in may be composed by now: its tokens are what matters, not its cells.
-            part = self.tokens[max(n_before + start - lead_in, 0) : n_before + stop]
-            self._furthest = max(self._furthest, len(self.tokens) + len(part))
-            self.engine.replay(part, seen, near_chunk(start, stop))
-            scores.n_replayed = stop
-        if progress is not None:
-            progress(n, n)
-
-    def _replay_room(self, n_cells: int) -> int:
-        """Cells that one replay may take, at most ``n_cells``. Raises ContextFull where there are none."""
-        room = min(self.engine.layout().n_free, self.engine.max_replay, n_cells)
-        if room <= 0:
-            raise ContextFull("no free cells are left to score the text in")
-        return room
-
     def _budgets(
-        self, scores: Iterable[FloatArray], n_rows: Sequence[int], n_tail: int, at_most: int | None, n_pinned: int
+        self, worths: Sequence[FloatArray], n_rows: Sequence[int], n_tail: int, at_most: int | None, n_pinned: int
     ) -> IntArray:
         """How many of its ``n_rows`` each layer keeps, within ``at_most`` bytes of all cells but for what is pinned."""
         layers = self.engine.shape.layers
@@ -449,13 +347,8 @@ class CacheMemory:
             room = np.minimum(room, np.maximum(wanted, n_pinned * live_bytes))
         if (room < 0).any():
             raise ContextFull("the budget leaves no cells for composed tokens: raise --ctx or --budget")
-        if self.engine.per_layer and self.profile is not None:
-            n_tokens = self.position - n_tail
-            return self.profile.budgets(n_tokens, n_rows, row_bytes, room.tolist(), device, min_per_layer=n_pinned)
         if self.engine.per_layer:
-            keep = float(room.sum() / max((self.position - n_tail) * self.engine.shape.row_bytes, 1))
-            weights = faded(self.tuning.weights, keep)
-            return allocate_tempered(scores, row_bytes, room.tolist(), device=device, weights=weights)
+            return allocate_composites(worths, row_bytes, room.tolist(), device=device)
         fitting = int((room // np.maximum(live_bytes, 1)).min())
         return np.minimum(fitting, np.array(n_rows, np.int64))
 
@@ -511,12 +404,14 @@ class CacheMemory:
     def state(self) -> MemoryState:
         """A copy of everything, for :meth:`restore`."""
         view = self.view()
-        copies = {name: tuple(getattr(view, name)) for name in ("scores", "popularity", "seen")}
-        return replace(view, **copies, cells=self.engine.snapshot())
+        return replace(view, scores=tuple(view.scores), origins=tuple(view.origins), cells=self.engine.snapshot())
 
     def view(self) -> MemoryState:
         """The same, but what is large is copied when it is looked at, layer by layer: good until anything changes."""
-        return MemoryState(tuple(self.tokens), *self._scores.view(), self.engine.view(), tuple(self.pins))
+        scores, origins = self._scores.view()
+        return MemoryState(
+            tuple(self.tokens), scores, origins, self.engine.view(), tuple(self.pins), self.scoring.scorer
+        )
 
     def restore(self, state: MemoryState) -> None:
         """Go on from a state, perhaps of another size of cache; the logits are gone.
@@ -528,10 +423,16 @@ class CacheMemory:
         n_vocab = self.engine.shape.n_vocab
         if len(state.tokens) != cells.position or not all(0 <= token < n_vocab for token in state.tokens):
             raise InvalidInput("the tokens are not those of these cells")
-        scores = self._scores.restored(state.scores, state.popularity, state.seen, cells.composed, cells.n_live)
+        first_live = cells.position - cells.n_live
+        scores = self._scores.restored(state.scores, state.origins, cells.composed, first_live)
+        scoring = self.scoring
+        if any(cells.composed):  # scores must be of one scale
+            if state.scorer is not None and not self.engine.reads_rows:
+                raise InvalidInput("these cells were scored by the patched engine: `kvcompose-local build` makes it")
+            scoring = Replayed(self.engine) if state.scorer is None else self._scored_by(state.scorer)
         if any(not 0 <= start <= stop <= self.n_ctx for start, stop in state.pins):
             raise InvalidInput("the pins are not those of these tokens")
-        self._check_room(cells)
+        self._check_room(cells, self._policy.n_scratch if scoring.feeds else 0)
         if self.compose:
             self._check_pinned(_n_in(state.pins))
         self.engine.restore(cells)
@@ -542,9 +443,9 @@ class CacheMemory:
         self.tokens = [*state.tokens]
         self.pins = [*state.pins]
         self._furthest = cells.position + (self.engine.max_replay if cells.window.size else 0)
-        self._scores = scores
+        self._scores, self.scoring = scores, scoring
 
-    def _check_room(self, cells: CacheSnapshot) -> None:
+    def _check_room(self, cells: CacheSnapshot, n_scratch: int) -> None:
         """Raises ContextFull unless the cells fit beside enough of the scratch for the next compaction, or of the rest.
 
         Where every position that is left has a cell, there will be no compaction.
@@ -554,7 +455,7 @@ class CacheMemory:
             raise ContextFull(f"{cells.position} positions are more than --ctx {self.n_ctx}: raise --ctx")
         if not self.compose:
             return
-        n_live = cells.n_live + min(self.policy.n_scratch // 2, self.n_ctx - cells.position)
+        n_live = cells.n_live + min(n_scratch // 2, self.n_ctx - cells.position)
         if not any(cells.composed) and n_live <= engine.cache_bytes // engine.shape.row_bytes:
             return  # uncompressed, the whole cache is there: nothing is lost to alignment
         for device, arena_bytes in enumerate(engine.arena_bytes):
@@ -569,28 +470,60 @@ class CacheMemory:
     def rewind(self, position: int, progress: Progress | None = None) -> bool:
         """Forget the tokens from ``position`` on; the logits are gone.
 
-        Returns whether live cells sufficed. Where they do not, everything is read again from the transcript, which an
-        interrupt may cut short: ``tokens`` is what has been read. Pins stay, for what is read there next.
+        Returns whether the cells that are older sufficed. Where they do not, everything is read again from the
+        transcript, which an interrupt may cut short: ``tokens`` is what has been read. Pins stay, for what is read
+        there next.
         """
         if not 0 <= position <= self.position:
             raise InvalidInput(f"cannot go back to position {position}: {self.position} tokens were seen")
-        if self.can_drop(position):
+        if self._is_live(position):
             with uninterrupted():
                 self.engine.drop_tail(self.position - position)
                 del self.tokens[position:]
-                self._scores.trim(self.engine.layout())
             return True
         again, pins = self.tokens[:position], self.pins
+        if n_again := self._n_behind(position):
+            self._go_back(position - n_again)
+            self.feed(again[position - n_again :], progress)
+            return True
         self.clear()
         self.pins = pins
         self.feed(again, progress)
         return False
 
     def can_drop(self, position: int) -> bool:
-        """Whether live cells suffice to go back to ``position``."""
+        """Whether the cells that are older suffice to go back to ``position``."""
+        return self._is_live(position) or bool(self._n_behind(position))
+
+    def _is_live(self, position: int) -> bool:
         layout = self.engine.layout()
         # A sliding window that has moved on by more than a replay lacks what stood before.
         return layout.position - position <= layout.n_live and self._furthest - position <= self.engine.max_replay
+
+    def _n_behind(self, position: int) -> int:
+        """Tokens to read again where composed cells from ``position`` on are dropped; 0 where all must be read again.
+
+        Text is read on from whole sentences, so that a tail is made anew. What went before was chosen beside what
+        came after, and is less than reading again would keep: a chat that goes back by half or more reads again.
+        """
+        layout = self.engine.layout()
+        n_tail = self.policy.n_tail
+        pinned = _in(self.pins, layout.position - layout.n_live)[:position]
+        if 2 * position <= layout.position or position <= n_tail or not self.engine.goes_back:
+            return 0
+        chosen = self._scores.before(position - n_tail)
+        enough = min(rows.shape[1] for rows in chosen) > int(pinned.sum())
+        return n_tail if enough else 0
+
+    def _go_back(self, position: int) -> None:
+        """Forget the tokens from ``position`` on, composed ones among them."""
+        before = self.engine.layout()
+        chosen = self._scores.before(position)
+        none = [np.zeros((layer.n_kv_heads, 0), np.float16) for layer in self.engine.shape.layers]
+        with self._emptied_on_failure(before):
+            self.engine.rewrite(chosen, 0, before.position - position)
+            self._scores.keep(chosen, none, 0)
+            del self.tokens[position:]
 
     def clear(self) -> None:
         """Forget everything."""

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32]
+HalfArray = npt.NDArray[np.float16]
 IntArray = npt.NDArray[np.int64]
 #: Rows by head, (H, K).
 Selection = npt.NDArray[np.integer[Any]]
@@ -48,9 +49,9 @@ def share_of_f16(cache_type: str, k_size: int = 1, v_size: int = 1) -> Fraction:
     return n_bytes / (VALUE_BYTES["f16"] * (k_size + v_size))
 
 
-#: Bytes beside a cell for each of its KV heads: what was seen of it, its score, its popularity, and, while a compaction
-#: runs, its place in the selection (4 where a layer has more than 65,536 cells).
-UPKEEP_BYTES = 1 + 2 + 1 + 2
+#: Bytes beside a cell for each of its KV heads: its score, the position of its token, and, while a compaction runs, its
+#: place in the selection (the last two take 4 each beyond 65,536 positions or cells).
+UPKEEP_BYTES = 2 + 2 + 2
 #: Of the bytes of all cells, what one explicit softmax may take. What it works in is half as much.
 SOFTMAX_SHARE = Fraction(1, 16)
 #: Bounds of that in bytes.
@@ -180,24 +181,10 @@ def even_parts(n: int, largest: int, rows: int = 1) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges))
 
 
-#: Replayed tokens look for themselves among their own live cells and this many before and after, not in the whole
-#: cache: a token is found by what leads up to it, and by what follows it (docs/trials.md).
-N_AROUND = 64
-
-
 class AttentionSink(Protocol):
     """Takes softmax weights as they stream by (:class:`kvcompose_local.attention.AttentionMax`)."""
 
-    def update(
-        self,
-        layer: int,
-        weights: FloatArray,
-        columns: slice | IntArray,
-        query_positions: IntArray | None = None,
-        column_positions: IntArray | None = None,
-        first: int = 0,
-        head: int = 0,
-    ) -> None: ...
+    def update(self, layer: int, weights: FloatArray, columns: slice | IntArray) -> None: ...
 
 
 class Engine(Protocol):
@@ -215,6 +202,9 @@ class Engine(Protocol):
     max_replay: int
     #: Why there is no ``snapshot`` of this cache, empty where there is.
     cannot_snapshot: str
+    #: Whether there are :meth:`live_rows`, and whether :meth:`rewrite` can go back.
+    reads_rows: bool
+    goes_back: bool
 
     @property
     def compute_bytes(self) -> int | None:
@@ -225,18 +215,10 @@ class Engine(Protocol):
         """What stands in the cache now."""
         ...
 
-    def decode(
-        self,
-        tokens: Sequence[int],
-        progress: Progress | None = None,
-        seen: AttentionSink | None = None,
-        *,
-        logits: bool = True,
-    ) -> None:
+    def decode(self, tokens: Sequence[int], progress: Progress | None = None, *, logits: bool = True) -> None:
         """Append tokens as live cells. Raises ContextFull, with nothing changed, when they exceed ``n_free``.
 
-        ``seen`` is given the attention that some of these tokens pay to all rows, in their numbering above. Without
-        ``logits`` none are to be had of the last token, which is faster.
+        Without ``logits`` none are to be had of the last token, which is faster.
         """
         ...
 
@@ -244,21 +226,27 @@ class Engine(Protocol):
         """Draw the next token from the logits of the last token decoded."""
         ...
 
-    def replay(self, tokens: Sequence[int], seen: AttentionSink, near: slice | None = None) -> None:
-        """Feed tokens once more after the context, and forget them again.
+    def replay(self, tokens: Sequence[int], seen: AttentionSink) -> None:
+        """Feed tokens after the context, and forget them again.
 
-        ``seen`` is given the attention that they pay to the live cells, column by column, oldest first. With ``near``,
-        a range of the live cells that ends where theirs do, an engine may let each micro-batch look at its own cells,
-        :data:`N_AROUND` before and after them and the attention sinks alone, which costs the less the more it leaves
-        out, and show no others. Needs ``len(tokens)`` free cells; leaves the cache as it was and the logits undefined.
+        ``seen`` is given the attention that they pay to the live cells, column by column, oldest first. Needs
+        ``len(tokens)`` free cells; leaves the cache as it was and the logits undefined.
         """
         ...
 
-    def rewrite(self, selection: Sequence[Selection], n_tail: int) -> None:
+    def live_rows(self, n: int) -> Sequence[tuple[FloatArray, FloatArray]]:
+        """Of each layer keys and values of the first ``n`` live cells: float32 (H, n, D) each, read when looked at.
+
+        They are as the model made them, before a position or a quantized type turned them.
+        """
+        ...
+
+    def rewrite(self, selection: Sequence[Selection], n_tail: int, n_forgotten: int = 0) -> None:
         """Replace all cells but the newest ``n_tail`` live ones by composed cells.
 
         selection: for each composable layer int (H, K_l): head ``h`` of the layer's new composed cell ``r`` is head
-        ``h`` of old row ``selection[l][h, r]``. Raises before anything is changed when the layout does not fit.
+        ``h`` of old row ``selection[l][h, r]``. n_forgotten: without a tail, how many positions to go back by. Raises
+        before anything is changed when the layout does not fit.
         """
         ...
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TextIO
 
@@ -15,7 +14,7 @@ from kvcompose_local.chat import Chat, Said, TurnStats
 from kvcompose_local.chat.reasoning import CLOSE, OPEN
 from kvcompose_local.compaction import CompactionReport
 from kvcompose_local.errors import InvalidInput, KVComposeError, PositionsFull
-from kvcompose_local.interrupts import Interrupts, uninterrupted
+from kvcompose_local.interrupts import Interrupts
 from kvcompose_local.memory_chart import ASCII_MARKS, UNICODE_MARKS, can_show, draw
 from kvcompose_local.terminal import inputs
 from kvcompose_local.terminal.shown import control, shown
@@ -165,30 +164,6 @@ class Status:
             self.stream.flush()
 
 
-@contextlib.contextmanager
-def meanwhile(work: Callable[[Callable[[], bool]], None]) -> Iterator[None]:
-    """Run ``work(stop)`` in a thread during this block, at whose end ``stop()`` becomes true and the thread is awaited.
-
-    Its errors are dropped: what it would have done is done when it is needed, and fails there if it must.
-    """
-    over = threading.Event()
-
-    def run() -> None:
-        with contextlib.suppress(KVComposeError):
-            work(over.is_set)
-
-    thread = threading.Thread(target=run, name="meanwhile", daemon=True)
-    try:
-        with uninterrupted():
-            thread.start()
-        yield
-    finally:
-        over.set()
-        with uninterrupted():  # two threads must never have the cache
-            if thread.ident is not None:
-                thread.join()
-
-
 def check_room(chat: Chat, documents: Sequence[tuple[str, str]]) -> None:
     """Raises PositionsFull where (name, text) do not all fit the positions left: reading some takes minutes."""
     memory, whole = chat.memory, "".join(text for _, text in documents)
@@ -261,8 +236,7 @@ class Repl:
     read_line returns the next line without its newline, or None at the end of input; it may raise KeyboardInterrupt
     for Ctrl-C at the prompt. Answers go to ``out``, everything else to ``status``. save and load take the name of a
     session and return what to say of it. edit shows a text to be edited and returns it, None or an interrupt for no
-    change. at_temperature is entered while an answer is drawn at another temperature. idle is work to do while the user
-    reads and types, until it is told to stop.
+    change. at_temperature is entered while an answer is drawn at another temperature.
     """
 
     def __init__(
@@ -280,7 +254,6 @@ class Repl:
         load: Callable[[str], str] = lambda name: "",
         edit: Callable[[str], str | None] | None = None,
         at_temperature: Callable[[float], AbstractContextManager[object]] = lambda temperature: nullcontext(),
-        idle: Callable[[Callable[[], bool]], None] = lambda stop: None,
     ) -> None:
         self.chat = chat
         self.read_line = read_line
@@ -294,7 +267,6 @@ class Repl:
         self.load = load
         self.edit = edit
         self.at_temperature = at_temperature
-        self.idle = idle
         self._takes_commands = False  # as `run` does
         self._warned = 0  # which of the warnings that positions run out was given
 
@@ -303,7 +275,7 @@ class Repl:
         self._takes_commands = True
         while not self.interrupts.leaving:
             try:
-                with meanwhile(self.idle), self.interrupts.waiting():
+                with self.interrupts.waiting():
                     message = self._read_message()
             except KeyboardInterrupt:
                 if self.interrupts.leaving:

@@ -5,7 +5,8 @@ The container is that of :mod:`kvcompose_local.sections`. For layer ``l`` it hol
     text      json U8 (bytes,): JSON of system prompt, messages, draft, the text that was fed, steps and pins
     tokens    read I32 (position,), pending I32 (n,)
     cells     keys.l, values.l U8 (K_l + n_live, row bytes)
-    scores    scores.l F32 (H, K_l), seen.l F32 (H, at most K_l + n_live), popularity.l U8 (H, K_l)
+    scores    scores.l F32 (H, K_l), origins.l I32 (H, K_l): the positions of their tokens
+    scorer    weights.l F32 (H, F), places.l F32 (H, 3), furthest I32 (1,): what the scores are of, where something is
     window    bytes U8 (bytes,): llama.cpp's own cells of sliding-window layers, where there are any
 
 A file takes its name only when it is whole, and nothing of it is believed, allocated or handed on before its sizes and
@@ -32,6 +33,8 @@ from safetensors import SafetensorError
 from kvcompose_local import __version__, sections
 from kvcompose_local.chat import Chat, ChatState, Place, Step
 from kvcompose_local.compaction import MemoryState
+from kvcompose_local.composing.scorer import DTYPE as SCORER_DTYPE
+from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.errors import InvalidInput, KVComposeError, NoHome, SessionError
 from kvcompose_local.install.files import own_folder, part_of
 from kvcompose_local.install.model_files import model_digest
@@ -42,7 +45,7 @@ from kvcompose_local.sections import Section, Sections
 
 FORMAT = 5
 #: The newest version of each section that this program reads, and the one that it writes.
-VERSIONS = {"text": 1, "tokens": 1, "cells": 1, "scores": 1, "window": 1}
+VERSIONS = {"text": 1, "tokens": 1, "cells": 1, "scores": 1, "scorer": 1, "window": 1}
 SUFFIX = ".kvc"
 #: The session that the REPL leaves behind when it was given none.
 LAST = "last"
@@ -231,9 +234,12 @@ def _sections_of(state: ChatState) -> dict[str, Section]:
             "read": lambda: np.array(memory.tokens, "<i4"),
             "pending": lambda: np.array(state.pending, "<i4"),
         },
-        "scores": planes(scores=memory.scores, seen=memory.seen, popularity=memory.popularity),
+        "scores": planes(scores=memory.scores, origins=memory.origins),
         "cells": planes(keys=cells.keys, values=cells.values),
     }
+    if (scorer := memory.scorer) is not None and any(cells.composed):  # whatever is fitted later, they go on by this
+        made["scorer"] = planes(weights=scorer.weights, places=scorer.places)
+        made["scorer"]["furthest"] = lambda: np.array([scorer.furthest], "<i4")
     if cells.window.size:
         made["window"] = {"bytes": lambda: cells.window}
     return {name: Section(VERSIONS[name], arrays) for name, arrays in made.items()}
@@ -241,7 +247,7 @@ def _sections_of(state: ChatState) -> dict[str, Section]:
 
 def _plane(planes: Sequence[Array], i: int) -> Array:
     array = planes[i]
-    return array if array.dtype == np.uint8 else array.astype("<f4")
+    return array if array.dtype in (np.uint8, np.int32) else array.astype("<f4")
 
 
 def _pin() -> str:
@@ -343,14 +349,13 @@ def _state_of(manifest: Manifest, parts: Sections, shape: ModelShape) -> ChatSta
     def planes(kind: str) -> Lazy:
         return Lazy(len(shape.layers), lambda i: parts.array(f"{kind}.{i}"))
 
-    for section, kinds in (("cells", ("keys", "values")), ("scores", ("scores", "seen", "popularity"))):
+    for section, kinds in (("cells", ("keys", "values")), ("scores", ("scores", "origins"))):
         if parts.names(section) != {f"{kind}.{i}" for kind in kinds for i in range(len(shape.layers))}:
             raise ValueError(f"its {section} are not those of this model")
     for i, (layer, k) in enumerate(zip(shape.layers, manifest.composed, strict=True)):
         n, heads = _only(k + n_live), _only(layer.n_kv_heads)
         parts.shape(f"scores/scores.{i}", "F32", heads, _only(k))
-        parts.shape(f"scores/popularity.{i}", "U8", heads, _only(k))
-        parts.shape(f"scores/seen.{i}", "F32", heads, range(k + n_live + 1))
+        parts.shape(f"scores/origins.{i}", "I32", heads, _only(k))
         _, width = parts.shape(f"cells/keys.{i}", "U8", n, range(layer.row_bytes + 1))
         parts.shape(f"cells/values.{i}", "U8", n, _only(layer.row_bytes - width))
     anything = range(2**31)  # the file is there, so it is no larger than memory
@@ -361,9 +366,29 @@ def _state_of(manifest: Manifest, parts: Sections, shape: ModelShape) -> ChatSta
     text, pins = _text(tensor("text/json", "U8", anything).tobytes())
     composed = tuple(manifest.composed)
     cells = CacheSnapshot(composed, n_live, position, planes("cells/keys"), planes("cells/values"), window)
-    scores, popularity, seen = (planes(f"scores/{kind}") for kind in ("scores", "popularity", "seen"))
-    memory = MemoryState(tuple(tokens.tolist()), scores, popularity, seen, cells, pins)
+    scorer = _scorer_of(parts, shape) if "scorer" in parts.versions else None
+    scores, origins = planes("scores/scores"), planes("scores/origins")
+    memory = MemoryState(tuple(tokens.tolist()), scores, origins, cells, pins, scorer)
     return ChatState(**text, pending=tuple(pending.tolist()), memory=memory)
+
+
+def _scorer_of(parts: Sections, shape: ModelShape) -> Scorer:
+    """The scorer that the cells were scored by. Raises ValueError where it is none of this model."""
+    layers = range(len(shape.layers))
+    names = {f"{kind}.{i}" for kind in ("weights", "places") for i in layers} | {"furthest"}
+    if parts.names("scorer") != names:
+        raise ValueError("its scorer is not of this model")
+    for i, layer in enumerate(shape.layers):
+        parts.shape(f"scorer/weights.{i}", "F32", _only(layer.n_kv_heads), range(1, 2**20))
+        parts.shape(f"scorer/places.{i}", "F32", _only(layer.n_kv_heads), _only(3))
+    parts.shape("scorer/furthest", "I32", _only(1))
+    weights, places = ([parts.array(f"scorer/{kind}.{i}") for i in layers] for kind in ("weights", "places"))
+    try:
+        return Scorer(
+            tuple(w.astype(SCORER_DTYPE) for w in weights), tuple(places), int(parts.array("scorer/furthest")[0])
+        )
+    except InvalidInput as error:
+        raise ValueError(str(error)) from error
 
 
 def _only(n: int) -> range:

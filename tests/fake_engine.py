@@ -13,6 +13,7 @@ from kvcompose_local.interfaces import (
     AttentionSink,
     CacheLayout,
     CacheSnapshot,
+    FloatArray,
     LayerShape,
     ModelShape,
     Progress,
@@ -29,10 +30,18 @@ class FakeEngine:
     max_replay = 10**9
     compute_bytes = None
     cannot_snapshot = ""
+    goes_back = True
 
     def __init__(
-        self, n_cells: int, answers: Sequence[str] = (), *, per_layer: bool = False, n_layers: int = 2
+        self,
+        n_cells: int,
+        answers: Sequence[str] = (),
+        *,
+        per_layer: bool = False,
+        n_layers: int = 2,
+        reads_rows: bool = False,
     ) -> None:
+        self.reads_rows = reads_rows
         layers = tuple(LayerShape(i, 4, 2, 10) for i in range(n_layers))
         self.shape = ModelShape("Fake", "fake", 10**6, 257, layers)
         self.per_layer = per_layer
@@ -41,7 +50,6 @@ class FakeEngine:
         self.answers = [*answers]
         self.replayed: list[bytes] = []
         self.fed = b""
-        self.glance: dict[int, float] = {}  # attention that a token gets from each token read after it
         self.clear()
 
     def clear(self) -> None:
@@ -56,14 +64,7 @@ class FakeEngine:
         free = (self.arena_bytes[0] - used) // self.shape.row_bytes
         return CacheLayout(composed, len(self.live), free, self.position)
 
-    def decode(
-        self,
-        tokens: Sequence[int],
-        progress: Progress | None = None,
-        seen: AttentionSink | None = None,
-        *,
-        logits: bool = True,
-    ) -> None:
+    def decode(self, tokens: Sequence[int], progress: Progress | None = None, *, logits: bool = True) -> None:
         if len(tokens) > self.layout().n_free:
             raise ContextFull("fake cache is full")
         for n, token in enumerate(tokens, 1):
@@ -72,36 +73,33 @@ class FakeEngine:
             self.position += 1
             if progress is not None:
                 progress(n, len(tokens))
-        if seen is not None:
-            weights = np.array([self.glance.get(t, 0) for t in self.live], np.float32)
-            positions = np.arange(self.position - len(self.live), self.position)
-            for layer, composed in enumerate(self.composed):
-                if composed.size:
-                    at_each = np.vectorize(lambda t: self.glance.get(t, 0))(np.repeat(composed, 2, axis=0))
-                    seen.update(layer, np.tile(at_each[:, None].astype(np.float32), (1, len(tokens), 1)), slice(None))
-                every_query = np.tile(weights, (4, len(tokens), 1))
-                queries = positions[-len(tokens) :]
-                seen.update(layer, every_query, slice(None), queries, positions, composed.shape[1])
 
     def sample(self) -> int:
         if not self._answer:
             self._answer = [*self.answers.pop(0).encode(), END]
         return self._answer.pop(0)
 
-    def replay(self, tokens: Sequence[int], seen: AttentionSink, near: slice | None = None) -> None:
+    def replay(self, tokens: Sequence[int], seen: AttentionSink) -> None:
         if len(tokens) > self.layout().n_free:
             raise ContextFull("fake cache is full")
         self.replayed.append(bytes(tokens))
         values = np.array(self.live, np.float32) / 256
         heads = np.linspace(0.5, 1, 4, dtype=np.float32)[:, None]
         for i in range(len(self.shape.layers)):
-            weights = (heads * (values if i % 2 == 0 else 1 - values))[:, None]
-            seen.update(i, weights, near or slice(None), first=near.start if near else 0)
+            seen.update(i, (heads * (values if i % 2 == 0 else 1 - values))[:, None], slice(None))
 
-    def rewrite(self, selection: Sequence[Selection], n_tail: int) -> None:
-        rows = [np.concatenate([c, np.tile(self.live, (2, 1))], axis=1) for c in self.composed]
+    def live_rows(self, n: int) -> list[tuple[FloatArray, FloatArray]]:
+        """Key and value of a token are its number / 256, of even layers, or what is left to 1; one number a head."""
+        numbers = np.tile(np.array(self.live[:n], np.float32) / 256, (2, 1))[..., None]
+        of_layers = [numbers if i % 2 == 0 else 1 - numbers for i in range(len(self.shape.layers))]
+        return [(rows, rows) for rows in of_layers]
+
+    def rewrite(self, selection: Sequence[Selection], n_tail: int, n_forgotten: int = 0) -> None:
+        assert not (n_tail and n_forgotten)
+        rows = [np.concatenate([c, np.tile(self.live, (2, 1)).astype(np.int64)], axis=1) for c in self.composed]
         self.composed = [np.take_along_axis(r, s, axis=1) for r, s in zip(rows, selection, strict=True)]
         self.live = self.live[len(self.live) - n_tail :]
+        self.position -= n_forgotten
         if self.layout().n_free < 0:
             raise ContextFull("the fake cache overflowed")
 

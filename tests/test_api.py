@@ -14,10 +14,11 @@ import kvcompose_local
 from kvcompose_local import LocalChat, Sampling, profiles
 from kvcompose_local.api import template_of
 from kvcompose_local.errors import InvalidInput, SessionError
+from kvcompose_local.llama_ffi.cells import library_is_patched
 from kvcompose_local.llama_ffi.library import library_path
-from kvcompose_local.predictor import n_features
 from kvcompose_local.sessions import model_digest
 
+needs_patches = pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
 EXAMPLE = Path(__file__).parent.parent / "docs" / "library.py"
 
 
@@ -117,34 +118,38 @@ def test_names_are_imported_on_first_use() -> None:
         kvcompose_local.nothing  # noqa: B018
 
 
-def test_a_chat_goes_by_the_models_own_tuning(
+@needs_patches
+def test_a_chat_goes_by_the_models_own_profile(
     tiny_model: Callable[..., Path], private_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a profile that was tuned, and only under a budget; without one no model is read for its digest."""
+    """Only under a budget; without a profile the first text teaches a scorer, and no model is read for its digest."""
     monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(library_path().parent))
     model = tiny_model()
-    with LocalChat(model, budget=0.5, n_ctx=512, n_threads=1) as chat:
-        assert chat.memory.tuning == profiles.NOT_TUNED
+    with LocalChat(model, budget=0.25, n_ctx=2048, n_threads=1, cache_type="f16") as chat:
+        assert chat.memory.scoring.scorer is None
         layers = chat.memory.engine.shape.layers
-        n_layers = len(layers)
+        chat.read("Some words about nothing. " * 30)
+        assert chat.memory.reports
+        learnt = chat.memory.scoring.scorer
+        assert learnt is not None
+    with LocalChat(model, budget=0.25, n_ctx=2048, n_threads=1, cache_type="f16", scoring="replay") as chat:
+        chat.read("Some words about nothing. " * 30)
+        assert chat.memory.reports
+        assert chat.memory.scoring.scorer is None
     assert not (private_cache / "digests").exists()
-    weights, even = tuple(range(1, n_layers + 1)), (1.0,) * n_layers
-    digest, size = model_digest(model), model.stat().st_size
+    digest = model_digest(model)
     own = profiles.user_path(digest)
     own.parent.mkdir(parents=True)
-    n_heads = sum(layer.n_kv_heads for layer in layers)
-    rows = tuple((0.25,) * n_features(n_heads) for _ in range(n_heads))
-    own.write_text(profiles.Profile("tiny", digest, (1.0,), (even,), 1, 10, weights, size, rows).dump())
-    with LocalChat(model, budget=0.5, n_ctx=512, n_threads=1) as chat:
-        assert chat.memory.tuning.weights == weights
-        assert chat.memory.tuning.predictor is not None
-        assert chat.memory.tuning.predictor.n_heads == n_heads
-        chat.memory.feed(list(range(5, 105)))
+    own.write_bytes(profiles.Profile("tiny", digest, model.stat().st_size, 1, 10, "qa", learnt).dump())
+    with LocalChat(model, budget=0.25, n_ctx=2048, n_threads=1, cache_type="f16") as chat:
+        assert chat.memory.scoring.scorer is not None
+        assert chat.memory.scoring.scorer.digest == learnt.digest
+        chat.read("Some words about nothing. " * 30)
         report = chat.memory.compact(0.5)
         assert report is not None
-        assert sum(report.composed) > 0, "it composed by them"
+        assert len(report.composed) == len(layers)
     with LocalChat(model, budget=1, n_ctx=512, n_threads=1) as chat:
-        assert chat.memory.tuning == profiles.NOT_TUNED
+        assert chat.memory.scoring.scorer is None
 
 
 def test_another_template_is_a_name_or_a_file(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from kvcompose_local.budgets import allocate_bytes, allocate_layer_budgets, allocate_tempered
+from kvcompose_local.budgets import allocate_bytes, allocate_composites, allocate_layer_budgets
 from kvcompose_local.errors import InvalidInput
 
 # L=2, H=2, T=3; composite scores by rank: layer 0 has 6, 4, 1, layer 1 has 5, 2, 1
@@ -211,56 +211,40 @@ def test_refuses_wrong_sizes_and_limits(arguments):
         allocate_bytes(**{"scores": SCORES, "row_bytes": [8, 8], "byte_budget": 16, **arguments})
 
 
-# tempered
+# composite tokens
 
 
-def test_tempered_hand_worked():
-    # one head alone wants layer 0's tokens, (9 + 0) / 2 = 4.5; both want layer 1's, 4: the power mean is 2.25 against 4
-    scores = np.array([[[9.0, 9.0], [0.0, 0.0]], [[4.0, 4.0], [4.0, 4.0]]], np.float32)
-    assert allocate_bytes(scores, [8, 8], 16).tolist() == [2, 0]
-    assert allocate_tempered(scores, [8, 8], 16).tolist() == [0, 2]
+def test_composites_hand_worked():
+    worths = [np.array([6.0, 4.0, 1.0], np.float32), np.array([5.0, 2.0, 1.0], np.float32)]
+    assert [allocate_composites(worths, [8, 8], n * 8).tolist() for n in range(5)] == [
+        [0, 0],
+        [1, 0],
+        [1, 1],
+        [2, 1],
+        [2, 2],
+    ]
 
 
 def test_a_tenth_of_the_cells_is_shared_out_evenly():
-    scores = [np.full((2, 100), 0.001, np.float32), np.full((2, 100), 1.0, np.float32)]
-    assert allocate_bytes(scores, [8, 8], 800).tolist() == [0, 100]
-    assert allocate_tempered(scores, [8, 8], 800).tolist() == [5, 95]
+    worths = [np.full(100, 0.001, np.float32), np.full(100, 1.0, np.float32)]
+    assert allocate_composites(worths, [8, 8], 800).tolist() == [5, 95]
     # each device's own limit counts, and what a layer lacks goes to the others
-    assert allocate_tempered(scores, [8, 8], [80, 800], device=[0, 1]).tolist() == [10, 100]
-    assert allocate_tempered([scores[0][:, :2], scores[1]], [8, 8], 800).tolist() == [2, 98]
-    assert allocate_tempered(scores, [0, 8], 400).tolist() == [0, 50]
+    assert allocate_composites(worths, [8, 8], [80, 800], device=[0, 1]).tolist() == [10, 100]
+    assert allocate_composites([worths[0][:2], worths[1]], [8, 8], 800).tolist() == [2, 98]
+    assert allocate_composites(worths, [0, 8], 400).tolist() == [0, 50]
 
 
 @given(ragged_scores(st.floats(0, 1, width=16)), st.integers(0, 400), st.integers(1, 9))
-def test_tempered_budgets_fill_their_limit(scores, byte_budget, row_bytes):
-    budgets = allocate_tempered(scores, [row_bytes] * len(scores), byte_budget)
-    available = [layer.shape[1] for layer in scores]
+def test_budgets_of_composites_fill_their_limit(scores, byte_budget, row_bytes):
+    worths = [np.sort(layer.mean(axis=0))[::-1].astype(np.float32) for layer in scores]
+    budgets = allocate_composites(worths, [row_bytes] * len(worths), byte_budget)
+    available = [len(worth) for worth in worths]
     assert budgets.sum() == min(byte_budget // row_bytes, sum(available))
-    floor = byte_budget // 10 // (row_bytes * len(scores))
+    floor = byte_budget // 10 // (row_bytes * len(worths))
     assert all(min(floor, n) <= budget <= n for budget, n in zip(budgets, available, strict=True))
 
 
-@pytest.mark.parametrize("arguments", [{"byte_budget": -1}, {"byte_budget": float("nan")}, {"scores": -SCORES}])
-def test_tempered_refuses(arguments):
+@pytest.mark.parametrize("byte_budget", [-1, float("nan")])
+def test_composites_refuse_what_is_no_limit(byte_budget):
     with pytest.raises(InvalidInput):
-        allocate_tempered(**{"scores": SCORES, "row_bytes": [8, 8], "byte_budget": 16, **arguments})
-
-
-def test_weights_are_factors_of_scores() -> None:
-    """As if each layer's scores had been multiplied; weights of 1 change nothing."""
-    rng = np.random.default_rng(3)
-    scores = [rng.random((2, 40), np.float32) for _ in range(3)]
-    weights = [0.25, 1.0, 4.0]
-    by_hand = [layer * np.float32(weight) for layer, weight in zip(scores, weights, strict=True)]
-    weighted = allocate_tempered(scores, [1] * 3, 60, weights=weights)
-    assert weighted.tolist() == allocate_tempered(by_hand, [1] * 3, 60).tolist()
-    assert weighted.tolist() != allocate_tempered(scores, [1] * 3, 60).tolist()
-    assert allocate_tempered(scores, [1] * 3, 60, weights=[1] * 3).tolist() == (
-        allocate_tempered(scores, [1] * 3, 60).tolist()
-    )
-
-
-@pytest.mark.parametrize("weights", [[1.0, 1.0], [1.0, -1.0, 1.0], [1.0, float("nan"), 1.0], [1.0, float("inf"), 1.0]])
-def test_wrong_weights_are_refused(weights: list[float]) -> None:
-    with pytest.raises(InvalidInput, match="3 finite weights"):
-        allocate_tempered(np.ones((3, 2, 4), np.float32), [1] * 3, 6, weights=weights)
+        allocate_composites([np.ones(3, np.float32)] * 2, [8, 8], byte_budget)

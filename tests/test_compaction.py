@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcompose_local.compaction import LEAST_TAIL, CacheMemory, CompactionReport, Policy
+from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.errors import ContextFull, InvalidInput
 from kvcompose_local.interfaces import CacheSnapshot, Selection
 
-POLICY = Policy(n_tail=4, n_headroom=8, n_scratch=8, n_lead_in=2)
+POLICY = Policy(n_tail=4, n_headroom=8, n_scratch=8)
 
 
 def test_nothing_is_composed_before_it_must_be() -> None:
@@ -48,10 +50,10 @@ def test_the_replay_is_chunked_with_a_lead_in() -> None:
     engine = FakeEngine(40)
     memory = CacheMemory(engine, 1000, policy=POLICY)
     memory.feed(range(65, 65 + 33))
-    assert engine.replayed == [b"ABCDE", b"DEFGHIJK", b"JKLMNOP", b"OPQRSTUV", b"UVWXYZ[\\"]
+    assert engine.replayed == [b"ABCD", b"ABCDEFGH", b"EFGHIJKL", b"IJKLMNOP", b"MNOPQRST", b"QRSTUVWX", b"UVWXYZ[\\"]
     engine.replayed.clear()
     memory.feed(range(100, 110))
-    assert engine.replayed == [b"[\\]^_`", b"_`adef"], "led in by what is composed"
+    assert engine.replayed == [b"YZ[\\]^_`", b"]^_`adef"], "led in by what is composed"
 
 
 def test_composed_cells_keep_their_scores() -> None:
@@ -151,8 +153,8 @@ def test_compressing_twice_compresses_what_is_composed() -> None:
 
 def test_ctrl_c_while_cells_are_rewritten_waits_for_their_scores() -> None:
     class PressesCtrlC(FakeEngine):
-        def rewrite(self, selection: Sequence[Selection], n_tail: int) -> None:
-            super().rewrite(selection, n_tail)
+        def rewrite(self, selection: Sequence[Selection], n_tail: int, n_forgotten: int = 0) -> None:
+            super().rewrite(selection, n_tail, n_forgotten)
             signal.raise_signal(signal.SIGINT)
 
     memory = CacheMemory(PressesCtrlC(200), 1000)
@@ -192,51 +194,6 @@ def test_an_arena_too_small_is_told() -> None:
     memory = CacheMemory(FakeEngine(16), 1000, policy=POLICY)
     with pytest.raises(ContextFull, match="raise --ctx or --budget"):
         memory.feed(range(20))
-
-
-def test_what_was_seen_while_reading_counts() -> None:
-    kept = []
-    for glance in ({}, {100: 1.0}):
-        engine = FakeEngine(200)
-        engine.glance = glance
-        memory = CacheMemory(engine, 1000, policy=POLICY)
-        memory.feed([0, 255, 100])
-        memory.feed([100])  # alone, which is not watched
-        for more in (range(40, 60), range(200, 220)):  # too near to count, then far enough
-            memory.feed(more)
-        memory.compact(0.25)
-        kept.append([cells.tolist() for cells in engine.composed])
-    for layer in (0, 1):
-        assert (100 in kept[0][layer][0], 100 in kept[1][layer][0]) == (False, True)
-
-
-def test_what_later_text_attends_to_stays_when_it_is_composed_already() -> None:
-    kept = []
-    for glance in ({}, {100: 1.0}):
-        engine = FakeEngine(200)
-        memory = CacheMemory(engine, 1000, policy=POLICY)
-        memory.feed([100, *range(40, 60), *range(140, 160)])  # the layers like high, or low, tokens best
-        memory.compact(0.8)
-        assert all(100 in cells for cells in engine.composed)
-        engine.glance = glance
-        memory.feed([250, 251, 252])
-        again = CacheMemory(engine, 1000, policy=POLICY)  # a state carries it on
-        again.restore(memory.state())
-        again.feed([*range(190, 220), *range(3, 33)])
-        again.compact(0.2)
-        kept.append([100 in cells for cells in engine.composed])
-    assert kept == [[False, False], [True, True]]
-
-
-def test_a_glance_is_forgotten_with_its_token() -> None:
-    engine = FakeEngine(200)
-    engine.glance = {100: 1.0}
-    memory = CacheMemory(engine, 1000, policy=POLICY)
-    memory.feed([0, 255, 100, *range(40, 60)])
-    memory.rewind(2)
-    memory.feed([101, *range(40, 60)])
-    memory.compact(0.25)
-    assert all(101 not in cells for cells in engine.composed)
 
 
 def test_rewinding_uses_live_cells_or_reads_the_transcript_again() -> None:
@@ -323,11 +280,11 @@ def test_a_window_that_moved_on_is_not_rewound_into() -> None:
 
 
 def test_the_report_line() -> None:
-    report = CompactionReport(900, 800, (10, 300), 8, 3 << 20, 1 << 20, 0.5, 0.1, 0.25, 0.25)
+    report = CompactionReport(900, 800, (10, 300), 8, 3 << 20, 1 << 20, 0.5, 0.25, 0.25)
     assert report.line() == (
         "compacted: 900 tokens seen, 10–300 composed + 8 live cells a layer, 3.0 → 1.0 MiB in 1.0 s"
     )
-    earlier = CompactionReport(700, 700, (9, 250), 8, 3 << 20, 2 << 20, 1.5, 0.0, 0.0, 0.0)
+    earlier = CompactionReport(700, 700, (9, 250), 8, 3 << 20, 2 << 20, 1.5, 0.0, 0.0)
     assert report.line(earlier, earlier) == (
         "compacted: 900 tokens seen, 10–300 composed + 8 live cells a layer, 3.0 → 1.0 MiB in 4.0 s, 3 times"
     )
@@ -357,89 +314,10 @@ def test_the_tail_gives_way_to_pins_and_to_those_who_ask() -> None:
     assert engine.layout().n_live == LEAST_TAIL
 
 
-def test_scoring_ahead_of_a_compaction_changes_when_and_not_what() -> None:
-    kept, replayed = [], []
-    for ahead in (False, True):
-        engine = FakeEngine(200)
-        memory = CacheMemory(engine, 1000, policy=POLICY)
-        memory.feed(range(65, 105))
-        if ahead:
-            memory.score(lambda: False)
-            assert b"".join(engine.replayed) == bytes(range(65, 101))
-            memory.score(lambda: False)  # nothing is left to do
-        memory.feed(range(105, 115))
-        before = len(engine.replayed)
-        memory.compact(0.5)
-        replayed.append(len(b"".join(engine.replayed[before:])))
-        kept.append([cells.tolist() for cells in engine.composed])
-    assert kept[0] == kept[1]
-    assert replayed[0] > 46 > 20 > replayed[1]
-
-
-def test_scoring_stops_when_told_and_goes_on_later() -> None:
-    engine = FakeEngine(400)
-    memory = CacheMemory(engine, 1000, policy=POLICY)
-    memory.feed([7] * 200)
-    looks = iter([False] * 3 + [True] * 9)
-    memory.score(lambda: next(looks))  # each of two layers looks: stopped in the second chunk
-    assert len(engine.replayed) == 2
-    assert engine.layout().n_live == 200
-    memory.score(lambda: False)
-    assert len(b"".join(engine.replayed)) > 196 + 49, "the chunk that was stopped comes again"
-    assert memory.compact(0.5) is not None
-    memory.feed([9] * 5)
-    memory.rewind(memory.position - 5)
-    memory.score(lambda: False)
-    engine.replayed.clear()
-    assert memory.compact(0.9).tokens_scored == 0, "only the tail is live"
-    assert engine.replayed == []
-
-
-@pytest.mark.parametrize(("n_new", "spared"), [(16, True), (40, False)])
-def test_what_came_after_scoring_stays_live_where_it_is_little(n_new: int, spared: bool) -> None:
-    engine = FakeEngine(400)
-    memory = CacheMemory(engine, 1000, policy=Policy(4, 64, 32))
-    memory.feed([7] * 200)
-    memory.score(lambda: False)
-    n_before = len(engine.replayed)
-    memory.feed([8] * n_new)
-    report = memory.compact()
-    assert report is not None
-    assert (len(engine.replayed) == n_before) == spared
-    assert report.n_live == (n_new + 4 if spared else 4)
-
-
-def test_what_is_pinned_needs_no_less_room_for_that() -> None:
-    engine = FakeEngine(200)
-    memory = CacheMemory(engine, 1000, policy=Policy(4, 64, 32))
-    memory.pin(0, 96)  # all that a compaction can keep beside its usual tail
-    memory.feed([7] * 100)
-    memory.score(lambda: False)
-    memory.feed([8] * 20)
-    report = memory.compact()
-    assert report is not None
-    assert (report.composed, report.n_live) == ((100, 100), 4)
-
-
-def test_what_was_scored_is_forgotten_with_its_token() -> None:
-    engine = FakeEngine(400)
-    memory = CacheMemory(engine, 1000, policy=POLICY)
-    memory.feed([100] * 20 + [250] * 20)
-    memory.score(lambda: False)
-    memory.rewind(20)
-    memory.feed([10] * 20)
-    n_before = len(engine.replayed)
-    memory.compact(0.5)
-    assert b"".join(engine.replayed[n_before:]).count(10) >= 16
-    assert 250 not in engine.composed[0]
-
-
 def test_a_cell_for_every_position_is_used_without_a_compaction() -> None:
     engine = FakeEngine(40)
     memory = CacheMemory(engine, 40, policy=POLICY)
-    memory.feed([100] * 20)
-    memory.score(lambda: False)
-    memory.feed([100] * 20)
+    memory.feed([100] * 40)
     assert (memory.reports, engine.replayed) == ([], [])
     assert engine.layout().n_free == 0
     again = CacheMemory(FakeEngine(40), 40, policy=POLICY)
@@ -541,3 +419,130 @@ def test_cells_at_other_positions_than_they_say_are_not_gone_on_with(monkeypatch
     with pytest.raises(InvalidInput, match="positions"):
         other.restore(memory.state())
     assert (other.position, other.tokens, other.pins) == (0, [], [(0, 2)])
+
+
+# -- by a scorer ------------------------------------------------------------------------------------------------------
+
+
+def scored(n_cells: int, *, age: float = 0.0, n_ctx: int = 10_000, **options: Any) -> tuple[FakeEngine, CacheMemory]:
+    """A memory whose scorer likes what the fake engine's layers do: high tokens, or low ones."""
+    engine = FakeEngine(n_cells, per_layer=True, reads_rows=True)
+    weights, places = np.array([[4.0, 4.0]] * 2, np.float16), np.array([[age, 0.0, -8.0]] * 2, np.float32)
+    scorer = Scorer((weights,) * 2, (places,) * 2, 1000)
+    return engine, CacheMemory(engine, n_ctx, policy=POLICY, scorer=scorer, **options)
+
+
+def test_a_scorer_feeds_nothing_and_keeps_the_best_of_all_time() -> None:
+    engine, memory = scored(60)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 256, 600).tolist()
+    memory.feed(tokens)
+    assert engine.replayed == []
+    assert engine.fed == bytes(tokens), "nothing is read twice"
+    assert len(memory.reports) > 5
+    older = tokens[: memory.position - engine.layout().n_live]
+    for layer, composed in enumerate(engine.composed):
+        ranked = sorted(older, reverse=layer == 0)[: composed.shape[1]]
+        for head in composed.tolist():
+            assert sorted(head, reverse=layer == 0) == ranked, "as if all had been chosen at once"
+
+
+def test_age_moves_cells_to_newer_tokens() -> None:
+    tokens = [*range(256)] * 3
+    places = []
+    for age in (0.0, -2.0):
+        _, memory = scored(60, age=age)
+        memory.feed(tokens)
+        places.append(np.mean([origins.mean() for origins in memory.state().origins]))
+    assert places[1] > places[0] + 50
+
+
+def test_where_tokens_stood_is_known_of_each_head() -> None:
+    engine, memory = scored(60)
+    memory.feed(np.random.default_rng(1).integers(0, 256, 300).tolist())
+    for composed, origins in zip(engine.composed, memory.state().origins, strict=True):
+        assert [[memory.tokens[i] for i in head] for head in origins.tolist()] == composed.tolist()
+
+
+def test_composed_tokens_are_dropped_from_a_position_on() -> None:
+    engine, memory = scored(120)
+    tokens = np.random.default_rng(2).integers(0, 256, 400).tolist()
+    memory.feed(tokens)
+    memory.compact(0.9)
+    before = memory.state()
+    engine.fed = b""
+    position = 330
+    assert memory.can_drop(position)
+    assert memory.rewind(position)
+    assert len(engine.fed) == POLICY.n_tail, "the text that goes on is read again, and no more"
+    assert memory.tokens == tokens[:position]
+    assert memory.position == engine.position == position
+    for composed, origins, old in zip(engine.composed, memory.state().origins, before.origins, strict=True):
+        assert [[tokens[i] for i in head] for head in origins.tolist()] == composed.tolist()
+        older = (old < position - POLICY.n_tail).sum(axis=1)
+        assert origins.shape[1] == older.min()
+    memory.feed([1, 2, 3] * 100)
+    assert memory.position == position + 300
+
+
+def test_going_far_back_or_past_what_is_left_reads_again() -> None:
+    engine, memory = scored(120)
+    memory.feed(np.random.default_rng(2).integers(0, 256, 400).tolist())
+    assert not memory.can_drop(150), "more than half of it"
+    assert not memory.rewind(150)
+    assert (memory.position, len(memory.tokens)) == (150, 150)
+    engine.goes_back = False
+    memory.feed([9] * 200)
+    memory.compact(0.5)
+    assert not memory.can_drop(300)
+
+
+def test_pins_hold_in_composed_cells() -> None:
+    _, memory = scored(80)
+    memory.pin(3, 6)
+    memory.feed([100, 100, 100, 128, 128, 128, *[5, 250] * 200])
+    assert len(memory.reports) > 3
+    for origins in memory.state().origins:
+        assert all({3, 4, 5} <= {*head} for head in origins.tolist())
+    memory.unpin(0)
+    memory.feed([5, 250] * 100)
+    assert not all({3, 4, 5} <= {*head} for origins in memory.state().origins for head in origins.tolist())
+
+
+def test_a_replay_of_the_first_text_teaches_a_scorer() -> None:
+    engine = FakeEngine(120, per_layer=True, reads_rows=True)
+    memory = CacheMemory(engine, 10_000, policy=POLICY)
+    assert memory.policy.n_scratch == POLICY.n_scratch
+    tokens = np.random.default_rng(3).integers(0, 256, 400).tolist()
+    memory.feed(tokens)
+    replayed = b"".join(engine.replayed)
+    assert 100 < len(replayed) < 250, "what was live at the first compaction, with its lead-ins, and nothing after"
+    assert memory.policy.n_scratch == 0
+    state = memory.state()
+    assert state.scorer is not None
+    assert np.mean(engine.composed[0]) > 150 > 100 > np.mean(engine.composed[1]), "as the fake layers look"
+    assert all({0, 1, 2, 3} <= {*head} for origins in state.origins for head in origins.tolist()), "sinks stay"
+    again = CacheMemory(FakeEngine(120, per_layer=True, reads_rows=True), 10_000, policy=POLICY)
+    again.restore(state)
+    assert again.state().scorer is state.scorer
+    again.feed(tokens)
+    assert again.engine.replayed == [], "it goes on by what it had learnt"  # type: ignore[attr-defined]
+    other = CacheMemory(FakeEngine(120, per_layer=True, reads_rows=True), 10_000, policy=POLICY, replay=True)
+    other.feed(tokens)
+    assert other.state().scorer is None
+
+
+def test_an_engine_that_reads_no_rows_goes_on_from_no_scored_cells() -> None:
+    _, memory = scored(60)
+    memory.feed([*range(200)])
+    blind = CacheMemory(FakeEngine(60), 10_000, policy=POLICY)
+    with pytest.raises(InvalidInput, match="kvcompose-local build"):
+        blind.restore(memory.state())
+    assert blind.position == 0
+
+
+def test_a_scorer_of_another_model_is_refused() -> None:
+    engine = FakeEngine(60, reads_rows=True)
+    weights, places = np.ones((3, 2), np.float16), np.zeros((3, 3), np.float32)
+    with pytest.raises(InvalidInput, match="measure it again"):
+        CacheMemory(engine, 100, scorer=Scorer((weights,) * 2, (places,) * 2, 10))

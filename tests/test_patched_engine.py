@@ -14,12 +14,10 @@ import numpy as np
 import pytest
 from tiny_models import ARCHITECTURES, SLIDING, replayed
 
-from kvcompose_local.attention import AttentionMax
 from kvcompose_local.cells import parse_state
 from kvcompose_local.compaction import CacheMemory
 from kvcompose_local.engines import base, open_engine
-from kvcompose_local.engines import patched as patched_engine
-from kvcompose_local.engines.patched import N_SINKS, PatchedEngine
+from kvcompose_local.engines.patched import PatchedEngine
 from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput, ModelError
 from kvcompose_local.interfaces import IntArray, Sampling
@@ -39,15 +37,6 @@ WORKERS = [w for w in os.environ.get("KVCOMPOSE_TEST_WORKERS", "").split(",") if
 if WORKERS:
     add_workers(WORKERS)
 GPU_LAYERS = 999 if WORKERS else 0
-WRONG_RANGES = [
-    [(-1, 3)],
-    [(5, 5)],
-    [(5, 3)],
-    [(0, 300)],
-    [(3, 9), (8, 12)],
-    [(3, 9), (0, 2)],
-    [(i, i + 1) for i in range(5)],
-]
 TOKENS = np.random.default_rng(3).integers(3, 259, 400).tolist()
 
 
@@ -58,6 +47,7 @@ def patched(path: Path, *, n_cells: int = 256, cache_type: str = "f16", n_ubatch
         n_threads=1,
         cache_type=cache_type,
         n_ubatch=n_ubatch,
+        n_outputs=n_ubatch,
         sampling=GREEDY,
     )
 
@@ -149,14 +139,12 @@ def test_attention_is_the_same_where_it_must_be_fetched(
 ) -> None:
     shown = []
     with patched(tiny_model(arch)) as engine:
-        n_layers, heads = len(engine.shape.layers), [layer.n_heads for layer in engine.shape.layers]
         for in_place in (True, False):
             if not in_place:
                 monkeypatch.setattr(context_module, "_kvc_host_data", None)
             engine.clear()
-            watched = AttentionMax(n_layers, heads)
-            engine.decode(TOKENS[:100], seen=watched)
-            shown.append([*watched.result(), *replayed(engine, TOKENS[:20])])
+            engine.decode(TOKENS[:100])
+            shown.append(replayed(engine, TOKENS[:20]))
     assert_same([shown[0]], [shown[1]])
 
 
@@ -312,43 +300,6 @@ def test_threads_share_a_query_of_quantized_cells(tiny_model: Callable[..., Path
         np.testing.assert_allclose(found, engine.decode_all(TOKENS[3:4]), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("stride", [1, 3, 8, 50])
-def test_what_is_watched_beside_flash_attention_is_the_explicit_softmax(
-    tiny_model: Callable[..., Path], stride: int
-) -> None:
-    for arch in ARCHITECTURES:
-        for cache_type in ("f16", "q8_0", "q4_0", "q8_0/q4_0") if stride == 3 else ("f16",):
-            with patched(tiny_model(arch, n_layers=7), cache_type=cache_type) as engine:
-                engine.decode(TOKENS[:90])
-                engine.rewrite(uneven(np.random.default_rng(0), engine, 8), 8)
-                engine.decode(TOKENS[90:110])
-                plain = engine.logits()
-                engine.drop_tail(20)
-                shown: dict[int, dict[int, np.ndarray]] = {}
-                explicit: dict[int, np.ndarray] = {}
-                with engine._cells.watched(
-                    stride, lambda il, h, w, into=shown: into.setdefault(il, {}).__setitem__(h, w.copy())
-                ):
-                    engine._context.decode(TOKENS[90:110])
-                assert (engine.logits() == plain).all(), "what is only looked at changes nothing"
-                engine.drop_tail(20)
-                with engine.watching(lambda i, w, into=explicit: into.__setitem__(i, w.copy())):
-                    engine._context.decode(TOKENS[90:110])
-                assert sorted(shown) == [layer.index for layer in engine.shape.layers]
-                for i, layer in enumerate(engine.shape.layers):
-                    heads = shown[layer.index]
-                    assert sorted(heads) == list(range(layer.n_kv_heads))
-                    weights = np.concatenate([heads[h] for h in sorted(heads)])
-                    assert weights.shape[1] == 19 // stride + 1
-                    np.testing.assert_allclose(weights.sum(axis=2), 1, atol=1e-5)
-                    # Beyond the first layer the text went through flash attention here, and not there.
-                    expected = explicit[i][:, 19 % stride :: stride]
-                    if layer.index == 0 or cache_type == "f16":
-                        np.testing.assert_allclose(weights, expected, atol=1e-5 if layer.index == 0 else 3e-2)
-                    else:  # there queries are rounded to 8 bits beside quantized keys, which random layers amplify
-                        assert np.abs(weights - expected).mean() < 2e-3
-
-
 def test_replay_leaves_no_trace_and_rows_sum_to_one(llama: PatchedEngine) -> None:
     llama.decode(TOKENS[:60])
     llama.rewrite(uneven(np.random.default_rng(0), llama, 8), 8)
@@ -368,110 +319,6 @@ def test_replay_leaves_no_trace_and_rows_sum_to_one(llama: PatchedEngine) -> Non
         assert tapped[i].shape == (4, 20, rows)
         np.testing.assert_allclose(tapped[i].sum(axis=2), 1, atol=1e-5)
         np.testing.assert_allclose(seen[i], tapped[i][:, :, :28].max(axis=1), atol=1e-6)
-
-
-@pytest.mark.parametrize("cache_type", ["f16", "q8_0", "q8_0/q4_0"])
-@pytest.mark.parametrize("arch", UNIFORM)
-def test_a_replay_that_looks_near_sees_what_is_left_when_the_rest_is_removed(
-    tiny_model: Callable[..., Path], arch: str, cache_type: str
-) -> None:
-    """Forty tokens from the 260th on look at their own cells, N_AROUND = 64 before these and the sinks."""
-    near = slice(196, 300)
-    rtol = 2e-2 if cache_type == "f16" else 5e-2  # rounded to blocks, a little goes a long way
-    engines = [patched(tiny_model(arch), n_cells=512, cache_type=cache_type) for _ in range(2)]
-    with engines[0] as narrow, engines[1] as removed:
-        narrow.decode(TOKENS[:60])
-        wide = replayed(narrow, TOKENS[20:60])
-        for one, two in zip(wide, replayed(narrow, TOKENS[20:60], slice(0, 60)), strict=True):
-            np.testing.assert_allclose(one, two, rtol=rtol, atol=2e-4)
-        narrow.decode(TOKENS[60:300])
-        removed.decode(TOKENS[:60])  # as above: fewer than a tile of tokens are attended to in another way
-        removed.decode(TOKENS[60:300])
-        wide = replayed(narrow, TOKENS[260:300])
-        before, layout = exported(narrow), narrow.layout()
-        seen = replayed(narrow, TOKENS[260:300], slice(100, 300))
-        removed._context.remove(N_SINKS, near.start)
-        for one, two, all_of_it in zip(seen, replayed(removed, TOKENS[260:300]), wide, strict=True):
-            np.testing.assert_allclose(one[:, near], two[:, N_SINKS:], rtol=rtol, atol=2e-4)
-            assert not one[:, : near.start].any()
-            assert (one[:, near].mean(axis=1) > all_of_it[:, near].mean(axis=1)).all()
-        assert_same(before, exported(narrow))
-        assert narrow.layout() == layout
-
-
-def test_each_micro_batch_of_a_replay_looks_at_its_own_cells(
-    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(patched_engine, "N_AROUND", 10)
-    monkeypatch.setattr(patched_engine, "REPLAY_MICRO_BATCH", 20)
-    with patched(tiny_model("llama"), n_cells=512) as engine:
-        engine.decode(TOKENS[:200])
-        seen = replayed(engine, TOKENS[140:200], slice(120, 200))
-        expected = [np.zeros_like(one) for one in seen]
-        looked_at = [  # sinks, own cells, and of the replay
-            [(0, 32), (130, 170), (200, 220)],
-            [(0, 32), (150, 190), (210, 240)],
-            [(0, 32), (170, 200), (230, 260)],
-        ]
-        for start, rows in zip((140, 160, 180), looked_at, strict=True):
-            first, stop = rows[1]
-
-            def tap(layer: int, weights: np.ndarray, first: int = first, stop: int = stop) -> None:
-                seen_now = weights[:, :, 32 : 32 + stop - first].max(axis=1)
-                np.maximum(expected[layer][:, first:stop], seen_now, out=expected[layer][:, first:stop])
-
-            with engine._cells.visible_softmax(), engine._cells.visible_rows(rows):
-                engine._context.tap = tap
-                engine._context.decode(TOKENS[start : start + 20])
-                engine._context.tap = None
-    for one, two in zip(seen, expected, strict=True):
-        np.testing.assert_allclose(one, two, rtol=1e-5)
-        assert (one[:, 130:] > 0).all()
-
-
-def test_a_replay_that_looks_near_sees_the_best_composed_rows(tiny_model: Callable[..., Path]) -> None:
-    engines = [patched(tiny_model("llama"), n_cells=512) for _ in range(2)]
-    with engines[0] as all_rows, engines[1] as best_rows:
-        for engine in engines:
-            engine.decode(TOKENS[:120])
-        selection = [rows[:, :n] for rows, n in zip(identity(all_rows, 20), (90, 40, 10), strict=True)]
-        all_rows.rewrite(selection, 20)
-        best_rows.rewrite([rows[:, :N_SINKS] for rows in selection], 20)
-        seen = [replayed(engine, TOKENS[100:120], slice(0, 20)) for engine in engines]
-        for one, two in zip(*seen, strict=True):
-            np.testing.assert_allclose(one, two, rtol=1e-5)
-        whole = replayed(all_rows, TOKENS[100:120])
-        assert any(not np.allclose(one, two, rtol=1e-3) for one, two in zip(seen[0], whole, strict=True))
-        with all_rows._cells.visible_rows([(all_rows._cells.info().n_cells - 1, all_rows._cells.info().n_cells)]):
-            for tapped in replayed(all_rows, TOKENS[:3]):  # layers without that row look at all they have
-                assert np.isfinite(tapped).all()
-
-
-def test_what_leads_a_replay_in_may_be_composed(
-    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Thirty tokens, of which the last eight are live ones: the first micro-batches have no cells of their own."""
-    monkeypatch.setattr(patched_engine, "N_AROUND", 5)
-    monkeypatch.setattr(patched_engine, "REPLAY_MICRO_BATCH", 8)
-    with patched(tiny_model("llama"), n_cells=512) as engine:
-        engine.decode(TOKENS[:120])
-        engine.rewrite([rows[:, :40] for rows in identity(engine, 20)], 20)
-        shown: list[tuple[slice, int, int]] = []
-
-        class Columns:
-            def update(self, layer: int, weights: np.ndarray, columns: slice, first: int = 0) -> None:
-                if layer == 0:
-                    shown.append((columns, first, weights.shape[1]))
-
-        engine.replay(TOKENS[78:108], Columns(), slice(0, 8))  # type: ignore[arg-type]
-    # of each: where it ends, before the last token; sinks are composed, so they come last
-    assert [n for _, _, n in shown] == [8, 8, 8, 6]
-    assert [(columns.start, columns.stop, first) for columns, first, _ in shown] == [
-        (0, 0, 0),  # -22
-        (0, 0, 0),  # -14
-        (0, 7, 0),  # -6, so 2 of its own and 5 after
-        (0, 8, 0),
-    ]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -556,10 +403,10 @@ def test_wrong_input_changes_nothing(llama: PatchedEngine) -> None:
         lambda: cells.rewrite(50, -1, raw),
         lambda: cells.rewrite(50, layout.n_live + 1, raw),
         lambda: cells.rewrite(50, 2**31 - 1, raw),
-        lambda: cells._call("rewrite", 50, 8, counts, None, 2),
-        lambda: cells._call("rewrite", 50, 8, counts, numbers, 2),
-        lambda: cells._call("rewrite", 50, 8, None, numbers, 2),
-        *(lambda size=size: cells._call("rewrite", 50, 8, counts, numbers, size) for size in (-2, 0, 1, 3, 8)),
+        lambda: cells._call("rewrite", 50, 8, 0, counts, None, 2),
+        lambda: cells._call("rewrite", 50, 8, 0, counts, numbers, 2),
+        lambda: cells._call("rewrite", 50, 8, 0, None, numbers, 2),
+        *(lambda size=size: cells._call("rewrite", 50, 8, 0, counts, numbers, size) for size in (-2, 0, 1, 3, 8)),
         lambda: cells.set_layout(50, np.arange(3), 5, np.zeros(3, np.int64)),
         lambda: cells.set_layout(50, np.array([5, 5]), 5, np.zeros(3, np.int64)),
         lambda: cells.set_layout(50, np.array([5]), 5, np.array([6, 0, 0])),
@@ -574,10 +421,6 @@ def test_wrong_input_changes_nothing(llama: PatchedEngine) -> None:
         lambda: cells.set_rows(0, np.zeros((10**4, 128), np.uint8), values=False),
         lambda: cells.set_rows(0, np.zeros((3, 5), np.uint8), values=True),
         lambda: cells._call("set_explicit_softmax", 2),
-        *(lambda r=r: cells.visible_rows(r).__enter__() for r in WRONG_RANGES),
-        lambda: cells._call("set_ranges", 1, None, None),
-        lambda: cells._call("set_ranges", -1, None, None),
-        lambda: cells._call("set_watch", -1),
         lambda: cells._call("get_compute_bytes", None),
         lambda: llama._context.state(),
         lambda: llama.decode(TOKENS[:256]),
@@ -601,7 +444,7 @@ def test_sources_may_have_four_bytes(tiny_model: Callable[..., Path]) -> None:
         wide = [np.ascontiguousarray(rows, np.uint32) for rows in selection]
         table = (ctypes.c_void_p * len(wide))(*(rows.ctypes.data for rows in wide))
         counts = (ctypes.c_int32 * len(wide))(*(rows.shape[1] for rows in wide))
-        large._cells._call("rewrite", small._cells.info().n_live_cap, 8, counts, table, 4)
+        large._cells._call("rewrite", small._cells.info().n_live_cap, 8, 0, counts, table, 4)
         for i in range(len(wide)):
             for values in (False, True):
                 assert (small._cells.rows(i, values=values) == large._cells.rows(i, values=values)).all()
@@ -611,48 +454,6 @@ def test_more_than_the_arena_is_refused(llama: PatchedEngine) -> None:
     llama.decode(TOKENS[:250])
     with pytest.raises(ContextFull):
         llama._cells.rewrite(30, 8, identity(llama, 8))
-
-
-@pytest.mark.parametrize("arch", ["llama", "gemma3"])
-def test_attention_seen_while_reading_is_that_of_a_forward_pass(tiny_model: Callable[..., Path], arch: str) -> None:
-    """Read in pieces after a rewrite, against one pass whose weights are kept whole."""
-    with patched(tiny_model(arch, n_layers=7 if arch == "gemma3" else 3), n_ubatch=16) as engine:
-        engine.decode(TOKENS[:40])
-        engine.rewrite(uneven(np.random.default_rng(0), engine, 8), 8)
-        n_composed, saved = engine.layout().composed, engine.snapshot()
-        layers = engine.shape.layers
-        seen = AttentionMax(len(layers), [x.n_heads for x in layers], exclude_nearest=4)
-        for piece in (TOKENS[40:60], TOKENS[60:61], TOKENS[61:90]):
-            engine.decode(piece, seen=seen if len(piece) > 1 else None)
-        engine.restore(saved)
-        whole: dict[int, list[np.ndarray]] = {}
-        columns: list[np.ndarray] = []
-
-        def keep(layer: int, weights: np.ndarray) -> None:
-            if layer == 0:
-                columns.append(engine._live_cells())
-            rows = np.append(engine._cells.info().n_live_cap + np.arange(n_composed[layer]), columns[-1])
-            padded = np.zeros((*weights.shape[:2], n_composed[layer] + 58), np.float32)
-            padded[:, :, : len(rows)] = weights[:, :, rows]
-            whole.setdefault(layer, []).append(padded)
-
-        with engine.watching(keep):
-            engine.decode(TOKENS[40:90])
-        counts = np.arange(40, 90)[:, None] - np.arange(32, 90) >= 4
-        # Of micro-batches of 16, 4, 16 and 13 tokens every eighth, from the last back; one token was read alone.
-        watched = np.isin(np.arange(50), [7, 15, 19, 28, 36, 41, 49])
-        counts[~watched] = False
-        for layer, expected in enumerate(seen.result()):
-            weights = np.concatenate(whole[layer], axis=1)
-            assert weights.shape[1:] == (50, n_composed[layer] + 58)
-            counted = np.concatenate(
-                [
-                    weights[:, watched, : n_composed[layer]].max(axis=1),
-                    np.where(counts, weights[:, :, n_composed[layer] :], 0).max(axis=1),
-                ],
-                axis=1,
-            )
-            np.testing.assert_allclose(counted, expected, atol=1e-2)
 
 
 @pytest.mark.parametrize("cache_type", ["f16", "q8_0/q4_0"])
@@ -731,9 +532,39 @@ def test_the_patched_engine_is_chosen_and_the_stock_one_runs_the_rest(tiny_model
     engine, _ = open_engine(tiny_model("gemma3", n_layers=6), n_ctx=1024, budget=0.5)
     with engine:
         assert engine.name == "patched"
-        assert engine.max_replay <= engine._replay_micro_batch(slice(0, 0), 1000), "more would overwrite what it needs"
+        assert engine.max_replay <= engine.softmax_micro_batch(1000), "more would overwrite what it needs"
     engine, _ = open_engine(tiny_model("llama"), n_ctx=1024, budget=0.5, engine_name="stock")
     with engine:
         assert engine.name == "stock"
         with pytest.raises(ModelError, match="flash attention"):
             PerLayerCells(engine._context)
+
+
+@pytest.mark.parametrize("cache_type", ["f16", "q8_0/q4_0"])
+def test_going_back_behind_composed_cells(tiny_model: Callable[..., Path], cache_type: str) -> None:
+    """The rows that stay keep their bytes, the next token stands where it should, and answers as those rows make it."""
+    kept = np.arange(0, 80, 2)
+    with (
+        patched(tiny_model("llama", head=32), cache_type=cache_type) as engine,
+        patched(tiny_model("llama", head=32), cache_type=cache_type) as other,
+    ):
+        rows = [np.tile(kept, (2, 1))] * len(engine.shape.layers)
+        for each in (engine, other):
+            each.decode(TOKENS[:100])
+        engine.rewrite([np.tile(np.arange(90), (2, 1))] * len(rows), 10)
+        engine.decode(TOKENS[100:110])
+        engine.rewrite(rows, 0, 30)
+        assert (engine.layout().position, engine.layout().n_live) == (80, 0)
+        other.drop_tail(20)
+        other.rewrite(rows, 0)
+        for one, two in zip(exported(engine), exported(other), strict=True):
+            for plane, twin in zip(one, two, strict=True):
+                np.testing.assert_array_equal(plane, twin)
+        for each in (engine, other):
+            each.decode(TOKENS[80:90])
+        np.testing.assert_allclose(engine.logits(), other.logits(), atol=1e-3)
+        before = engine.layout()
+        for n_tail, n_forgotten in ((1, 1), (0, -1), (0, 1000)):
+            with pytest.raises((InvalidInput, EngineError)):
+                engine.rewrite(rows, n_tail, n_forgotten)
+        assert engine.layout() == before

@@ -31,6 +31,7 @@ from kvcompose_local import sessions
 from kvcompose_local.api import LocalChat
 from kvcompose_local.chat import Chat, ChatState
 from kvcompose_local.compaction import CacheMemory
+from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.engines import open_engine
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.errors import EngineError, InvalidInput, ModelError, SessionError
@@ -68,9 +69,8 @@ def fake_chat(answers: list[str] | None = None, *, n_cells: int = 200, n_ctx: in
 
 
 def talked() -> Chat:
-    """A fake chat with composed and live cells, a draft, and attention that was seen."""
+    """A fake chat with composed and live cells and a draft."""
     chat = fake_chat(["hello", "again"], system="Be kind.")
-    fake_engine(chat).glance = {ord("x"): 0.5}
     list(chat.ask("x" * 200, max_tokens=9))
     chat.read("a document", pin=True)
     assert chat.memory.reports
@@ -124,10 +124,12 @@ def same_cells(a: CacheSnapshot, b: CacheSnapshot) -> bool:
 
 def same_state(a: ChatState, b: ChatState) -> bool:
     one, two = a.memory, b.memory
-    arrays = zip([*one.scores, *one.popularity, *one.seen], [*two.scores, *two.popularity, *two.seen], strict=True)
+    arrays = zip([*one.scores, *one.origins], [*two.scores, *two.origins], strict=True)
+    scorers = [state.scorer and state.scorer.digest for state in (one, two) if any(state.cells.composed)]
     return (
         replace(a, memory=two, began=b.began) == b  # when a chat began is no part of what was said
         and (one.tokens, one.pins) == (two.tokens, two.pins)
+        and len({*scorers}) <= 1
         and all(np.array_equal(x, y) for x, y in arrays)
         and same_cells(one.cells, two.cells)
     )
@@ -539,7 +541,8 @@ def test_forged_files_of_the_right_checksum(tmp_path: Path, setup: Setup) -> Non
     forged += [
         (manifest, altered("scores/scores.1", np.nan)),
         (manifest, altered("scores/scores.0", np.inf)),
-        (manifest, altered("scores/seen.0", np.nan)),
+        (manifest, altered("scores/origins.0", -1)),
+        (manifest, altered("scores/origins.0", manifest["position"] - n_live)),
         (manifest, altered("tokens/read", -1)),
         (manifest, altered("tokens/read", 257)),
         (manifest, altered("text/json", 0)),
@@ -550,8 +553,9 @@ def test_forged_files_of_the_right_checksum(tmp_path: Path, setup: Setup) -> Non
         (manifest, arrays | {"tokens/read": arrays["tokens/read"][1:]}),
         (manifest, arrays | {"scores/scores.0": arrays["scores/scores.0"][:1]}),
         (manifest, arrays | {"scores/scores.0": arrays["scores/scores.0"][:, 1:]}),
-        (manifest, arrays | {"scores/seen.0": np.zeros((4, manifest["composed"][0] + n_live + 1), np.float32)}),
-        (manifest, arrays | {"scores/seen.0": np.zeros((3, 1), np.float32)}),
+        (manifest, arrays | {"scores/origins.0": arrays["scores/origins.0"][:, 1:]}),
+        (manifest, arrays | {"scores/origins.0": arrays["scores/origins.0"].astype(np.float32)}),
+        (manifest, arrays | {"scorer/furthest": np.array([1], np.int32)}),
         (manifest, arrays | {"cells/keys.0": arrays["cells/keys.0"][1:]}),
         (manifest, arrays | {"cells/keys.0": arrays["cells/keys.0"][:, 1:]}),
         (manifest, arrays | {"cells/values.0": np.zeros((len(arrays["cells/keys.0"]), 3), np.uint8)}),
@@ -868,7 +872,7 @@ def test_a_document_is_read_once_and_answered_about_at_once(
 
     short = ["run", "--session", out, "-p", "Who?", "--threads", 1]
     refused(program(*short, "--ctx", 512), 1, "raise --ctx")
-    refused(program(*short, "--budget", 0.125), 1, "raise --budget")
+    refused(program(*short, "--budget", 0.06), 1, "raise --budget")
     refused(
         program(*short, "--cache-type", "f16"),
         1,
@@ -928,3 +932,44 @@ def test_a_chat_is_saved_when_its_model_was_moved_or_replaced(tiny_model: TinyMo
         pytest.raises(SessionError, match="belongs to another model"),
     ):
         other.load(saved)
+
+
+def own_scorer(engine: Any, seed: int) -> Scorer:
+    """Of any weights, for an engine's layers."""
+    rng = np.random.default_rng(seed)
+    layers = engine.shape.layers
+    n_features = engine.live_rows(0)[0][0].shape[2] + engine.live_rows(0)[0][1].shape[2]
+    weights = tuple(rng.standard_normal((layer.n_kv_heads, n_features)).astype(np.float16) for layer in layers)
+    return Scorer(weights, tuple(np.full((layer.n_kv_heads, 3), -0.1, np.float32) for layer in layers), 1000)
+
+
+@needs_patches
+def test_a_session_goes_on_by_the_scorer_that_its_cells_were_scored_by(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model, path = tiny_model("llama"), tmp_path / "s.kvc"
+    setup = Setup(model, "f16", 0.25)
+    text = [*range(20, 220)] * 3
+    with real_chat(model) as first:
+        engine = first.memory.engine
+        first.memory.feed([7])  # how keys are turned is known when something was decoded
+        scorer = own_scorer(engine, 0)
+        chat = Chat(first.model, CacheMemory(engine, 1024, scorer=scorer))
+        chat.memory.clear()
+        chat.memory.feed(text)
+        assert chat.memory.reports
+        sessions.save(path, chat, setup)
+        saved = chat.state()
+        chat.memory.feed(text[:200])
+        went_on = chat.state()
+    for other in (None, 1):
+        with real_chat(model) as again:
+            engine = again.memory.engine
+            again.memory.feed([7])
+            mine = None if other is None else own_scorer(engine, other)
+            chat = Chat(again.model, CacheMemory(engine, 1024, scorer=mine))
+            chat.memory.clear()
+            sessions.load(path, chat, setup)
+            assert same_state(chat.state(), saved)
+            chat.memory.feed(text[:200])
+            assert same_state(chat.state(), went_on), "nothing of its scale has changed"

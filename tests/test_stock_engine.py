@@ -17,7 +17,7 @@ from kvcompose_local.engines import cells_for, open_engine
 from kvcompose_local.engines.base import softmax_queries
 from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput, ModelError
-from kvcompose_local.interfaces import FloatArray, IntArray, Sampling, TokenShape
+from kvcompose_local.interfaces import Sampling, TokenShape
 from kvcompose_local.llama_ffi.context import Context
 from kvcompose_local.llama_ffi.model import Loading, Model
 
@@ -116,18 +116,6 @@ def test_replay_sees_what_attention_saw_and_leaves_no_trace(llama: StockEngine) 
         assert tapped[layer].shape[:2] == (4, 30)
         np.testing.assert_allclose(tapped[layer].sum(axis=2), 1, atol=1e-5)
         np.testing.assert_allclose(whole[layer], tapped[layer][:, :, :40].max(axis=1), atol=1e-6)
-
-
-def test_a_replay_shows_no_more_than_what_is_near(llama: StockEngine) -> None:
-    """Whatever it looks at: late tokens would collect what early ones cannot (they are settled by then)."""
-    llama.decode(TOKENS[:40])
-    near = slice(10, 30)
-    whole, part = replayed(llama, TOKENS[20:30]), replayed(llama, TOKENS[20:30], near)
-    for one, two in zip(whole, part, strict=True):
-        assert two.shape == (4, near.stop)
-        np.testing.assert_array_equal(two[:, near], one[:, near])
-        assert not two[:, : near.start].any()
-        assert one[:, : near.start].any()
 
 
 def test_the_maximum_does_not_depend_on_the_micro_batch(tiny_model: Callable[..., Path]) -> None:
@@ -329,35 +317,6 @@ def test_loading_can_be_stopped(tiny_model: Callable[..., Path]) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         Model(tiny_model("llama"), progress=stop)
-
-
-def test_every_eighth_token_is_watched(tiny_model: Callable[..., Path]) -> None:
-    class Queries:
-        def __init__(self) -> None:
-            self.seen: list[int] = []
-
-        def update(
-            self,
-            layer: int,
-            weights: FloatArray,
-            columns: object,
-            queries: IntArray | None = None,
-            tokens: IntArray | None = None,
-            first: int = 0,
-            head: int = 0,
-        ) -> None:
-            if layer == 0 and queries is not None:
-                assert weights.shape[1] == len(queries)
-                self.seen += queries.tolist()
-
-    seen = Queries()
-    with engine_of(tiny_model("llama"), n_cells=2048) as engine:
-        step = engine.micro_batch()
-        for n in (step, 200, 3):
-            engine.decode((TOKENS * 10)[:n], seen=seen)
-    assert seen.seen[: step // 8] == list(range(7, step, 8))
-    assert seen.seen[-1] == step + 202
-    assert len(seen.seen) <= (step + 200) // 8 + 3
 
 
 def test_a_model_loads_while_its_user_gets_ready(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -460,7 +460,7 @@ def test_two_chats_on_one_session_both_stay(terminal: Terminal, tmp_path: Path) 
 
 def test_an_answer_that_is_held_up_by_a_compaction_stays_whole(terminal: Terminal) -> None:
     child = terminal("--max-tokens", "300", "--ctx", "1024")
-    shown = say(child, "x" * 200)
+    shown = say(child, "x" * 300)
     assert re.search(r"[^\n]\ncompacted: \d+ tokens seen[^\n]*\n[^\n]", shown), (
         "on a line of its own, inside the answer"
     )

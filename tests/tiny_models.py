@@ -179,9 +179,9 @@ def split_model(path: Path, folder: Path, n: int, *, name: str = "tiny", first_e
     return paths
 
 
-def replayed(engine: Engine, tokens: Sequence[int], near: slice | None = None) -> list[np.ndarray]:
+def replayed(engine: Engine, tokens: Sequence[int]) -> list[np.ndarray]:
     """What :meth:`Engine.replay` shows, for each layer float32 (Q, n_live)."""
     layers = engine.shape.layers
     seen = AttentionMax(len(layers), [layer.n_heads for layer in layers])
-    engine.replay(tokens, seen, near)
+    engine.replay(tokens, seen)
     return seen.result()

@@ -60,8 +60,7 @@ def bench_command(
     """Reading, compaction and decoding on MODEL, in one run; the last line is JSON.
 
     Every mode holds the same text in a context of its own, the modes take turns, and medians are shown. llama.cpp
-    without the patches takes part where `kvcompose-local build --stock` has built it, and reading by the layer profile
-    where MODEL has one.
+    without the patches takes part where `kvcompose-local build --stock` has built it.
     """
     from kvcompose_local import models
     from kvcompose_local.bench import measure

@@ -25,18 +25,18 @@ from gguf import GGUFReader
 
 from kvcompose_local import profiles
 from kvcompose_local.compaction import CacheMemory
+from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.engines import cells_for, default_cache_type, has_whole_blocks, token_of
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import EngineError, InvalidInput, KVComposeError
-from kvcompose_local.install.model_files import model_digest
+from kvcompose_local.install.model_files import model_digest, size_of
 from kvcompose_local.install.threads import default_threads
 from kvcompose_local.interfaces import CacheSnapshot, LayerShape, Sampling
 from kvcompose_local.llama_ffi.library import library_path
 from kvcompose_local.llama_ffi.model import Model
 from kvcompose_local.pin import library_dir
-from kvcompose_local.profiles import Profile
 
 UNPATCHED = "unpatched llama.cpp"
 TWIN = "the same, patched"
@@ -51,8 +51,8 @@ _ANSWER_CELLS = 256
 class Mode:
     """One way to read and decode: its cache, its compute buffers, what reading took, and what each round measured.
 
-    Seconds are wall time over the whole text, those of all its compactions included; reduce_seconds are a part of
-    replay_seconds; rates are tokens a second; question_seconds go from a question to the first token of its answer.
+    Seconds are wall time over the whole text, those of all its compactions included; rates are tokens a second;
+    question_seconds go from a question to the first token of its answer.
     """
 
     name: str
@@ -60,8 +60,7 @@ class Mode:
     compute_bytes: int | None = None
     read_seconds: float | None = None
     n_compactions: int = 0
-    replay_seconds: float = 0.0
-    reduce_seconds: float = 0.0
+    score_seconds: float = 0.0
     select_seconds: float = 0.0
     rewrite_seconds: float = 0.0
     rates: list[float] = field(default_factory=list)
@@ -69,7 +68,7 @@ class Mode:
 
     @property
     def compaction_seconds(self) -> float:
-        return self.replay_seconds + self.select_seconds + self.rewrite_seconds
+        return self.score_seconds + self.select_seconds + self.rewrite_seconds
 
     @property
     def median(self) -> float:
@@ -302,16 +301,12 @@ def measure(
             read_whole(f"{FULL}, {cache_type}", cache_type)
         whole = full.snapshot()
         rewrite_seconds = _rewrite_seconds(full, whole)
-        profile = _profile(path)
+        scorer = profiles.scorer_of(size_of(path), lambda: model_digest(path))
         for name, n in cells.items():
             engines[name] = small = stack.enter_context(
                 _patched(model, n, threads, SMALL_MICRO_BATCH, cache_type, n_positions=n_cells)
             )
-            if profile is not None:
-                by_profile = _read_as_a_chat(f"{name}, profile", small, tokens, progress, profile)
-                modes.append(by_profile)  # which decodes as the other does
-                small.clear()
-            modes.append(_read_as_a_chat(name, small, tokens, progress))
+            modes.append(_read_as_a_chat(name, small, tokens, progress, scorer))
         full.restore(whole)
         library = library_dir(patched=False)
         if library is not None and library != library_path().parent:
@@ -344,23 +339,15 @@ def measure(
         )
 
 
-def _profile(path: Path) -> Profile | None:
-    """The model's layer profile, if it has one."""
-    with suppress(KVComposeError):
-        return profiles.find(model_digest(path))
-    return None
-
-
 def _read_as_a_chat(
     name: str,
     engine: PatchedEngine,
     tokens: Sequence[int],
     progress: Callable[[str, int, int], None],
-    profile: Profile | None = None,
+    scorer: Scorer | None,
 ) -> Mode:
     """Read tokens into a cache that is too small for them, and leave it compacted."""
-    tuning = profiles.tuning_of(engine.model.path, model_digest)
-    memory = CacheMemory(engine, len(tokens) + _ANSWER_CELLS, profile=profile, tuning=tuning)
+    memory = CacheMemory(engine, len(tokens) + _ANSWER_CELLS, scorer=scorer)
     started = time.perf_counter()
     memory.feed(tokens, lambda done, total: progress(f"reading, {name}:", done, total))
     memory.compact()
@@ -372,8 +359,7 @@ def _read_as_a_chat(
         engine.compute_bytes,
         seconds,
         len(reports),
-        sum(r.replay_seconds for r in reports),
-        sum(r.reduce_seconds for r in reports),
+        sum(r.score_seconds for r in reports),
         sum(r.select_seconds for r in reports),
         sum(r.rewrite_seconds for r in reports),
     )
@@ -424,17 +410,17 @@ def tables(results: Sequence[LengthResult], model_bytes: int, bandwidth: float, 
             )
     lines += [
         "",
-        "| tokens | mode | reading s | × uncompressed | its floor s | share of it | compactions | their replays s "
-        "| of it reduction s | choices s | rewrites s | compactions, × uncompressed reading |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| tokens | mode | reading s | × uncompressed | its floor s | share of it | compactions | their scores s "
+        "| choices s | rewrites s | compactions, × uncompressed reading |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         base = result.mode(FULL).read_seconds or 1.0
         floor = result.multiply_adds / matmul
         lines += [
             f"| {result.n_tokens} | {m.name} | {m.read_seconds:.1f} | {m.read_seconds / base:.2f} "
-            f"| {floor:.1f} | {floor / m.read_seconds:.0%} | {m.n_compactions} | {m.replay_seconds:.1f} "
-            f"| {m.reduce_seconds:.2f} | {m.select_seconds:.2f} | {m.rewrite_seconds:.2f} "
+            f"| {floor:.1f} | {floor / m.read_seconds:.0%} | {m.n_compactions} | {m.score_seconds:.2f} "
+            f"| {m.select_seconds:.2f} | {m.rewrite_seconds:.2f} "
             f"| {m.compaction_seconds / base:.2f} |"
             for m in result.modes
             if m.read_seconds is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 from kvcompose_local.engines.base import LlamaEngine
@@ -81,14 +82,15 @@ def open_engine(
     engine_name: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     load: Callable[..., Model] = Model,
+    n_outputs: int = 1,
 ) -> tuple[LlamaEngine, int]:
     """Load a model under a budget; returns the engine and the number of positions.
 
     engine_name: "patched" or "stock"; None takes the patched one when the library has it. n_ctx None takes 8192 or the
     model's trained length, whichever is less. cache_type, of CACHE_TYPES: None takes a quantized one where cells are
-    composed and F16 elsewhere. load: as :class:`Model`, where that has been begun
-    already. Raises InvalidInput for impossible numbers, before the weights are read where that can be known, and
-    ModelError for models that cannot run.
+    composed and F16 elsewhere. n_outputs: most logits of a micro-batch, of the patched engine; load: as :class:`Model`,
+    where that has been begun already. Raises InvalidInput for impossible numbers, before the weights are read where
+    that can be known, and ModelError for models that cannot run.
     """
     cells_for(DEFAULT_CTX if n_ctx is None else n_ctx, budget, cache_type or QUANTIZED)
     model = load(path, gpu_layers=gpu_layers, progress=progress)
@@ -116,7 +118,7 @@ def open_engine(
                     f"{model.name} knows {positions} positions, too few to compress: run it with --budget 1"
                 ) from error
         n_cells = cells_for(positions, budget, cache_type, token_of(model))
-        open_ = _patched if patched else _stock
+        open_ = partial(_patched, n_outputs=n_outputs) if patched else _stock
         engine = open_(model, n_cells, positions, threads, cache_type, sampling, budget)
     except BaseException:
         model.close()
@@ -151,6 +153,8 @@ def _patched(
     cache_type: str,
     sampling: Sampling | None,
     budget: float,
+    *,
+    n_outputs: int,
 ) -> LlamaEngine:
     """The patched engine; at budget 1 the stock one runs what cannot be composed."""
     try:
@@ -163,6 +167,7 @@ def _patched(
             n_threads=n_threads,
             cache_type=cache_type,
             n_ubatch=PREFILL_MICRO_BATCH if budget == 1 else SMALL_MICRO_BATCH,
+            n_outputs=n_outputs,
             sampling=sampling,
         )
     except ModelError as error:

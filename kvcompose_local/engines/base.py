@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 
 import numpy as np
 from typing_extensions import Self
 
-from kvcompose_local.errors import ContextFull, InvalidInput
+from kvcompose_local.errors import ContextFull, EngineError, InvalidInput
 from kvcompose_local.interfaces import (
     SOFTMAX_BYTES,
     AttentionSink,
@@ -28,9 +28,6 @@ from kvcompose_local.interfaces import (
 from kvcompose_local.llama_ffi.context import Context, SoftmaxTap
 from kvcompose_local.llama_ffi.model import Model
 
-#: While text is read, every so many of its tokens show what they attend to: more of them make reading slower and the
-#: choice hardly better (docs/trials.md).
-WATCH_STRIDE = 8
 #: Rows that a CPU multiplies repacked weights by at a time; what is left over goes row by row.
 ROWS = 4
 #: Queries that a CPU's flash attention takes together; fewer go one by one, which is slower than the whole tile.
@@ -47,10 +44,6 @@ def softmax_queries(n_cells: int, n_heads: int, wanted_bytes: int, *, largest: i
     return min(largest, max(fitting // 4 * 4, 4))
 
 
-#: Receives (l, first query head, float32 (heads, n_watched, n_kv) weights, tokens from one watched query to the next).
-ShownTap = Callable[[int, int, FloatArray, int], None]
-
-
 class LlamaEngine(ABC):
     """:class:`kvcompose_local.interfaces.Engine` but for the cells; owns the model and the context."""
 
@@ -61,6 +54,8 @@ class LlamaEngine(ABC):
     max_replay: int
     #: Why there is no :meth:`snapshot` of this cache, empty where there is.
     cannot_snapshot = ""
+    reads_rows = False
+    goes_back = True
 
     def __init__(self, model: Model, context: Context, shape: ModelShape, sampling: Sampling | None) -> None:
         self.model = model
@@ -95,8 +90,12 @@ class LlamaEngine(ABC):
     def layout(self) -> CacheLayout:
         """What stands in the cache now."""
 
+    def live_rows(self, n: int) -> Sequence[tuple[FloatArray, FloatArray]]:
+        """See :meth:`Engine.live_rows`."""
+        raise EngineError(f"the {self.name} engine does not tell how keys were turned")
+
     @abstractmethod
-    def rewrite(self, selection: Sequence[Selection], n_tail: int) -> None:
+    def rewrite(self, selection: Sequence[Selection], n_tail: int, n_forgotten: int = 0) -> None:
         """See :meth:`Engine.rewrite`."""
 
     @abstractmethod
@@ -136,10 +135,6 @@ class LlamaEngine(ABC):
     def _live_columns(self) -> slice | IntArray:
         """The columns of a softmax that are the live cells, oldest first."""
 
-    @abstractmethod
-    def _composed_columns(self, layer: int) -> slice:
-        """The columns of its softmax that are the composed cells of ``shape.layers[layer]``."""
-
     def micro_batch(self) -> int:
         """Tokens that :meth:`decode` takes at a time; fewer than a tile more join them at the end."""
         fitting = self._fitting_tokens()
@@ -176,33 +171,24 @@ class LlamaEngine(ABC):
             finally:
                 self._context.tap = None
 
-    def decode(
-        self,
-        tokens: Sequence[int],
-        progress: Progress | None = None,
-        seen: AttentionSink | None = None,
-        *,
-        logits: bool = True,
-    ) -> None:
+    def decode(self, tokens: Sequence[int], progress: Progress | None = None, *, logits: bool = True) -> None:
         layout = self.layout()
         if len(tokens) > layout.n_free:
             raise ContextFull(f"{len(tokens)} tokens do not fit in {layout.n_free} free cells")
-        parts = self._micro_batches(len(tokens))
-        with nullcontext() if seen is None else self._watched(self._shown_to(seen, layout), parts):
-            for start, stop in parts:
-                before = self._context.next_position
-                try:
-                    self._context.decode(tokens[start:stop], logits=logits and stop == len(tokens))
-                    if progress is not None:
-                        progress(stop, len(tokens))
-                except KeyboardInterrupt:
-                    # Whatever was read stays read; the caller asks layout() how much that is.
-                    self._context.has_logits = False
-                    raise
-                except BaseException:
-                    self._context.has_logits = False
-                    self._context.remove(before)
-                    raise
+        for start, stop in self._micro_batches(len(tokens)):
+            before = self._context.next_position
+            try:
+                self._context.decode(tokens[start:stop], logits=logits and stop == len(tokens))
+                if progress is not None:
+                    progress(stop, len(tokens))
+            except KeyboardInterrupt:
+                # Whatever was read stays read; the caller asks layout() how much that is.
+                self._context.has_logits = False
+                raise
+            except BaseException:
+                self._context.has_logits = False
+                self._context.remove(before)
+                raise
 
     def _micro_batches(self, n: int) -> list[tuple[int, int]]:
         """(start, stop) of the micro-batches that ``n`` tokens are decoded in."""
@@ -212,31 +198,6 @@ class LlamaEngine(ABC):
         if len(edges) > 2 and n - edges[-2] < TILE and n - edges[-3] <= self._fitting_tokens():
             del edges[-2]
         return list(itertools.pairwise(edges))
-
-    @abstractmethod
-    def _watched(self, tap: ShownTap, parts: Sequence[tuple[int, int]]) -> AbstractContextManager[None]:
-        """While open, ``tap`` sees what some queries of each micro-batch attend to.
-
-        parts: (start, stop) of the micro-batches to come.
-        """
-
-    def _shown_to(self, sink: AttentionSink, layout: CacheLayout) -> ShownTap:
-        """A tap that hands on the columns of composed cells and those of live ones, these with positions."""
-        first = layout.position - layout.n_live
-        end, columns = -1, self._live_columns()  # of this micro-batch
-
-        def tap(layer: int, head: int, weights: FloatArray, stride: int) -> None:
-            nonlocal end, columns
-            if end != self._context.next_position:
-                end, columns = self._context.next_position, self._live_columns()
-            composed = self._composed_columns(layer)
-            n_composed = composed.stop - composed.start
-            if n_composed:
-                sink.update(layer, weights, composed, head=head)
-            queries = np.arange(end - 1 - stride * (weights.shape[1] - 1), end, stride)
-            sink.update(layer, weights, columns, queries, np.arange(first, end), n_composed, head)
-
-        return tap
 
     def sample(self) -> int:
         return self._context.sample()
@@ -256,50 +217,19 @@ class LlamaEngine(ABC):
         """How :meth:`sample` draws from now on."""
         self._context.set_sampling(sampling)
 
-    def replay(self, tokens: Sequence[int], seen: AttentionSink, near: slice | None = None) -> None:
+    def replay(self, tokens: Sequence[int], seen: AttentionSink) -> None:
         layout = self.layout()
         if len(tokens) > layout.n_free:
             raise ContextFull(f"a replay of {len(tokens)} tokens does not fit in {layout.n_free} free cells")
-        columns, first = all_shown = self._shown_of(self._live_columns(), near)
+        columns = self._live_columns()
 
-        def show(layer: int, weights: FloatArray) -> None:
-            seen.update(layer, weights, columns, first=first)
-
-        with self.watching(show):
+        with self.watching(lambda layer, weights: seen.update(layer, weights, columns)):
             try:
-                for start, stop in even_parts(len(tokens), self._replay_micro_batch(near, len(tokens)), ROWS):
-                    with self._looking_near(near, layout.n_live, start - len(tokens), stop - len(tokens)) as shown:
-                        columns, first = shown or all_shown
-                        self._context.decode(tokens[start:stop], logits=False)
+                for start, stop in even_parts(len(tokens), self.softmax_micro_batch(len(tokens)), ROWS):
+                    self._context.decode(tokens[start:stop], logits=False)
             finally:
                 self._context.has_logits = False
                 self._context.remove(layout.position)
-
-    @staticmethod
-    def _shown_of(live: slice | IntArray, near: slice | None) -> tuple[slice | IntArray, int]:
-        """The columns of the live cells that a replay shows, and the number of the first of them."""
-        if near is None:
-            return live, 0
-        # Of what it looks at beyond that, the next chunk knows nothing.
-        if isinstance(live, slice):
-            return slice(live.start + near.start, live.start + near.stop), near.start
-        return live[near], near.start
-
-    def _replay_micro_batch(self, near: slice | None, n_tokens: int) -> int:
-        """Tokens of a replay that are decoded at a time."""
-        return self.softmax_micro_batch(n_tokens)
-
-    @contextmanager
-    def _looking_near(
-        self, near: slice | None, n_live: int, start: int, stop: int
-    ) -> Iterator[tuple[slice | IntArray, int] | None]:
-        """While open, tokens ``start`` to ``stop`` of a replay, below 0 since counted from its end, may look at less.
-
-        At the sinks, the cells of ``near`` that are theirs or around them, and as far back in the replay. n_live: live
-        cells but for the replay's. Gives the columns of the live cells that they see and the number of the first of
-        them, None where they see all.
-        """
-        yield None
 
     def drop_tail(self, n: int) -> None:
         layout = self.layout()

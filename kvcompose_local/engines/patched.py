@@ -14,10 +14,10 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from kvcompose_local.engines.base import TILE, WATCH_STRIDE, LlamaEngine, ShownTap, softmax_queries
+from kvcompose_local.composing.rotation import unjoined
+from kvcompose_local.engines.base import TILE, LlamaEngine, softmax_queries
 from kvcompose_local.errors import ContextFull, InvalidInput
 from kvcompose_local.interfaces import (
-    N_AROUND,
     SOFTMAX_SHARE,
     CacheLayout,
     CacheSnapshot,
@@ -29,7 +29,7 @@ from kvcompose_local.interfaces import (
     Sampling,
     Selection,
 )
-from kvcompose_local.llama_ffi.cells import PerLayerCells
+from kvcompose_local.llama_ffi.cells import PerLayerCells, Turn
 from kvcompose_local.llama_ffi.context import Context
 from kvcompose_local.llama_ffi.library import give_small_blocks_back
 from kvcompose_local.llama_ffi.model import Model
@@ -42,11 +42,6 @@ PREFILL_MICRO_BATCH = 320
 SMALL_MICRO_BATCH = 192
 #: llama.cpp pads the cell table, and what attention looks at of it, to this many cells.
 CELL_PADDING = 256
-#: Tokens of a replay's micro-batch: fewer have all weights read more often, more look at more cells, and their mask, of
-#: all cells, would take more than while reading.
-REPLAY_MICRO_BATCH = 96
-#: Rows that a replay looks at beside its neighbourhood, for the attention sinks among them.
-N_SINKS = 32
 #: The strictest alignment of a buffer type that llama.cpp has, in bytes; K and V of each layer may lose as much.
 ALIGNMENT = 256
 
@@ -60,6 +55,7 @@ class PatchedEngine(LlamaEngine):
 
     name = "patched"
     per_layer = True
+    reads_rows = True
 
     def __init__(
         self,
@@ -70,6 +66,7 @@ class PatchedEngine(LlamaEngine):
         n_positions: int | None = None,
         cache_type: str = "f16",
         n_ubatch: int = PREFILL_MICRO_BATCH,
+        n_outputs: int = 1,
         sampling: Sampling | None = None,
     ) -> None:
         context = Context(
@@ -79,6 +76,7 @@ class PatchedEngine(LlamaEngine):
             n_threads=n_threads,
             flash_attention=True,
             cache_type=cache_type,
+            n_outputs=n_outputs,
             n_positions=n_positions,
         )
         self.n_positions = n_positions or n_cells
@@ -103,13 +101,15 @@ class PatchedEngine(LlamaEngine):
         super().__init__(model, context, shape, sampling)
         info = self._cells.info()
         self._has_window = bool(info.has_window)
+        self.goes_back = not self._has_window
         slack = [2 * ALIGNMENT * sum(x.arena == i for x in layers) for i in range(info.n_arenas)]
         sizes = [int(self._cells.arena(i).size) for i in range(info.n_arenas)]
         self.cache_bytes = sum(sizes)
         # A window cache overwrites what a replay of more than one micro-batch would have to give back.
-        self.max_replay = self._replay_micro_batch(slice(0, 0), n_cells) if self._has_window else n_cells
+        self.max_replay = self._fitting_queries(n_cells) if self._has_window else n_cells
         self.arena_bytes = tuple(size - lost for size, lost in zip(sizes, slack, strict=True))
         self._composed = (0,) * len(layers)
+        self._turns: list[Turn] = []
 
     @property
     def compute_bytes(self) -> int:
@@ -131,10 +131,6 @@ class PatchedEngine(LlamaEngine):
         contiguous = (cells == np.arange(len(cells))).all()
         return slice(0, len(cells)) if contiguous else cells
 
-    def _composed_columns(self, layer: int) -> slice:
-        live_cap = self._cells.info().n_live_cap
-        return slice(live_cap, live_cap + self._composed[layer])
-
     def _fitting_tokens(self) -> int:
         # The mask, of tokens × cells, is allocated for a cache with nothing composed, and the widest layer may come to
         # have several times as many cells: fewer tokens at a time then keep it at that size.
@@ -153,57 +149,38 @@ class PatchedEngine(LlamaEngine):
         # llama.cpp looks at the cells in use, rounded up to its padding
         return int(min(info.n_cells, info.n_live + n_tokens + CELL_PADDING))
 
-    @contextmanager
-    def _watched(self, tap: ShownTap, parts: Sequence[tuple[int, int]]) -> Iterator[None]:
-        layers = self.shape.layers
-        n_heads = max(layer.n_heads // layer.n_kv_heads for layer in layers)  # shown at a time
-        largest = max(stop - start for start, stop in parts)
-        stride = max(WATCH_STRIDE, -(-largest // self._fitting_queries(self._n_columns(parts[-1][1]), n_heads)))
-
-        def shown(layer: int, kv_head: int, weights: FloatArray) -> None:
-            if layer in self._ordinal:
-                tap(self._ordinal[layer], kv_head * len(weights), weights, stride)
-
-        with self._cells.watched(stride, shown):
-            yield
-
-    def _fitting_queries(self, n_columns: int, n_heads: int | None = None, largest: int = PREFILL_MICRO_BATCH) -> int:
-        n_heads = n_heads or max(layer.n_heads for layer in self.shape.layers)
-        largest = min(largest, self._context.n_ubatch)
+    def _fitting_queries(self, n_columns: int) -> int:
+        n_heads = max(layer.n_heads for layer in self.shape.layers)
         # What a small cache saves must not be spent on it.
-        return softmax_queries(n_columns, n_heads, int(self.cache_bytes * SOFTMAX_SHARE), largest=largest)
-
-    def _replay_micro_batch(self, near: slice | None, n_tokens: int) -> int:
-        if near is None or not isinstance(self._live_columns(), slice):  # a cache with gaps is looked at whole
-            return self.softmax_micro_batch(n_tokens)
-        return self._fitting_queries(N_SINKS + 3 * N_AROUND + 2 * REPLAY_MICRO_BATCH, largest=REPLAY_MICRO_BATCH)
-
-    @contextmanager
-    def _looking_near(
-        self, near: slice | None, n_live: int, start: int, stop: int
-    ) -> Iterator[tuple[slice | IntArray, int] | None]:
-        if near is None or not isinstance(self._live_columns(), slice):
-            yield None
-            return
-        info = self._cells.info()
-        first = max(near.start, near.stop + start - N_AROUND)
-        last = max(first, min(near.stop + stop + N_AROUND, near.stop))
-        # Composed rows stand best first, so that the sinks are among the first of them. What is replayed goes to the
-        # next free cells.
-        sinks = (info.n_live_cap, info.n_live_cap + N_SINKS) if any(self._composed) else (0, min(N_SINKS, first))
-        done = info.n_live - n_live
-        ranges = [sinks, (first, last), (n_live + max(done - N_AROUND, 0), info.n_live + stop - start)]
-        ranges = sorted((begin, min(end, info.n_cells)) for begin, end in ranges if begin < end)
-        n_sinks = sum(end - begin for begin, end in ranges if begin < first)
-        with self._cells.visible_rows(ranges):
-            yield slice(n_sinks, n_sinks + last - first), first
+        wanted = int(self.cache_bytes * SOFTMAX_SHARE)
+        return softmax_queries(n_columns, n_heads, wanted, largest=self._context.n_ubatch)
 
     @contextmanager
     def _visible_softmax(self) -> Iterator[None]:
         with self._cells.visible_softmax():
             yield
 
-    def rewrite(self, selection: Sequence[Selection], n_tail: int) -> None:
+    def live_rows(self, n: int) -> Sequence[tuple[FloatArray, FloatArray]]:
+        if not self._turns:  # not before anything was decoded: only then are all of them chosen
+            self._turns = [self._cells.turn(i) for i in range(self._cells.n_layers)]
+        layout = self.layout()
+        if not 0 <= n <= layout.n_live:
+            raise InvalidInput(f"there are no {n} live cells, but {layout.n_live}")
+        cells = self._live_cells()[:n]
+        start, stop = (int(cells.min()), int(cells.max()) + 1) if n else (0, 0)
+        in_order = bool((np.diff(cells) == 1).all())
+        first = layout.position - layout.n_live
+
+        def rows(layer: int) -> tuple[FloatArray, FloatArray]:
+            turn = self._turns[layer]
+            keys, values = (self._cells.numbers(layer, values=v, first=start, stop=stop) for v in (False, True))
+            if not in_order:
+                keys, values = keys[:, cells - start], values[:, cells - start]
+            return turn.rope.undone(unjoined(keys, turn.hadamard_k), first), unjoined(values, turn.hadamard_v)
+
+        return Lazy(len(self.shape.layers), rows)
+
+    def rewrite(self, selection: Sequence[Selection], n_tail: int, n_forgotten: int = 0) -> None:
         layout = self.layout()
         if not 0 <= n_tail <= layout.n_live:
             raise InvalidInput(f"cannot keep {n_tail} of {layout.n_live} live cells")
@@ -216,7 +193,8 @@ class PatchedEngine(LlamaEngine):
                 raise InvalidInput(f"the selection names rows outside the {n_composed + layout.n_live} of its layer")
         composed = [rows.shape[1] for rows in selection]
         try:
-            self._cells.rewrite(self._fitting_live_cells(composed, n_tail), n_tail, selection)
+            n_live_cap = self._fitting_live_cells(composed, n_tail)
+            self._cells.rewrite(n_live_cap, n_tail, selection, n_forgotten)
         finally:  # a rewrite that fails half-way leaves the cache empty
             self._composed = tuple(int(self._cells.layer(i).n_composed) for i in range(self._cells.n_layers))
         give_small_blocks_back()  # what the choice of cells took

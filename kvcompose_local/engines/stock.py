@@ -7,19 +7,17 @@ It is the fallback where nobody can compile, and the twin that the patched engin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from kvcompose_local.cells import CellBlock, Plane, parse_state, row_bytes, write_state
-from kvcompose_local.engines.base import WATCH_STRIDE, LlamaEngine, ShownTap, softmax_queries
+from kvcompose_local.engines.base import LlamaEngine, softmax_queries
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput, ModelError
 from kvcompose_local.interfaces import (
     CacheLayout,
     CacheSnapshot,
-    FloatArray,
     LayerShape,
     ModelShape,
     Sampling,
@@ -127,19 +125,8 @@ class StockEngine(LlamaEngine):
         # Cells stand where they were put: composed ones first, then the live ones without a gap.
         return slice(self._n_composed, self._n_composed + self.layout().n_live)
 
-    def _composed_columns(self, layer: int) -> slice:
-        return slice(0, self._n_composed)
-
     def softmax_micro_batch(self, n_tokens: int) -> int:
         return self._context.n_ubatch
-
-    @contextmanager
-    def _watched(self, tap: ShownTap, parts: Sequence[tuple[int, int]]) -> Iterator[None]:
-        def every_few(layer: int, weights: FloatArray) -> None:
-            tap(layer, 0, weights[:, (weights.shape[1] - 1) % WATCH_STRIDE :: WATCH_STRIDE], WATCH_STRIDE)
-
-        with self.watching(every_few):
-            yield
 
     def _read_cells(self) -> CellBlock:
         cells = parse_state(self._context.state())
@@ -155,15 +142,17 @@ class StockEngine(LlamaEngine):
         self._n_composed = len(cells.positions) - n_live
         self._first_live = position - n_live
 
-    def rewrite(self, selection: Sequence[Selection], n_tail: int) -> None:
+    def rewrite(self, selection: Sequence[Selection], n_tail: int, n_forgotten: int = 0) -> None:
         before = self._read_cells()
         layout = self.layout()
         if not 0 <= n_tail <= layout.n_live:
             raise InvalidInput(f"cannot keep {n_tail} of {layout.n_live} live cells")
-        after = before.gather(selection, n_tail)
+        if n_forgotten < 0 or (n_tail and n_forgotten):
+            raise InvalidInput(f"{n_forgotten} positions cannot be forgotten before a tail of {n_tail}")
+        after = before.gather(selection, n_tail, n_forgotten)
         if not 0 < len(after.positions) <= self._n_cells:
             raise ContextFull(f"{len(after.positions)} cells do not fit in {self._n_cells}")
-        self._replace_cells(after, n_tail, layout.position)
+        self._replace_cells(after, n_tail, layout.position - n_forgotten)
 
     def snapshot(self) -> CacheSnapshot:
         if self.cannot_snapshot:

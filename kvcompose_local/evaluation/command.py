@@ -46,7 +46,7 @@ def _names(_context: click.Context, _parameter: click.Parameter, value: str) -> 
     callback=_names,
     default=OURS,
     show_default=True,
-    help="Comma-separated; `all`; `trials`, variations of ours (docs/trials.md). NAME+q8_0 keeps its cells in that "
+    help="Comma-separated; `all`. NAME+q8_0 keeps its cells in that "
     "type, NAME+q8_0/q4_0 keys and values in two (full+q8_0: all of them), `streaming` reads turn by turn as the chat "
     "does.",
 )
@@ -62,6 +62,7 @@ def _names(_context: click.Context, _parameter: click.Parameter, value: str) -> 
     type=click.Path(path_type=Path),
     help="JSON lines; a run goes on from it.  [default: MODEL.eval.jsonl]",
 )
+@click.option("--profile", type=click.Path(path_type=Path), help="Go by this profile.  [default: the model's]")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw figures into this folder.")
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print the results as one JSON object.")
@@ -75,6 +76,7 @@ def eval_command(
     items: int,
     first_seed: int,
     output: Path | None,
+    profile: Path | None,
     plot: Path | None,
     threads: int | None,
     as_json: bool,
@@ -84,14 +86,14 @@ def eval_command(
     Every figure is relative to the model's own answers from the full cache; tasks that it answers below 60% are left
     out. Results go to the output file as they come, Ctrl-C stops, and the same command goes on.
     """
-    from kvcompose_local import models
+    from kvcompose_local import models, profiles
     from kvcompose_local.engines import has_whole_blocks
     from kvcompose_local.errors import InvalidInput
     from kvcompose_local.evaluation import report
     from kvcompose_local.evaluation.harness import FULL, Evaluation, cell_share, check_method, room_for
     from kvcompose_local.evaluation.methods import method_names
     from kvcompose_local.evaluation.tasks import TASKS, make_item
-    from kvcompose_local.install.model_files import check_gguf
+    from kvcompose_local.install.model_files import check_gguf, model_digest, size_of
     from kvcompose_local.install.threads import default_threads
     from kvcompose_local.repl import Status
 
@@ -100,8 +102,7 @@ def eval_command(
     tasks = tasks or tuple(TASKS)
     if set(tasks) - set(TASKS):
         raise InvalidInput(f"the tasks are {', '.join(TASKS)}")
-    groups = {"all": method_names(trials=False), "trials": method_names(trials=True)}
-    methods = tuple(name for part in methods for name in groups.get(part, [part]))
+    methods = tuple(name for part in methods for name in (method_names() if part == "all" else [part]))
     if not methods:
         raise InvalidInput("name some --methods")
     for name in methods:
@@ -125,7 +126,11 @@ def eval_command(
             caches = {(n, k): f"{k * cell_share(n):.2g} of its bytes" for n, k in trials if n == ours}
         if not has_whole_blocks(engine.model) and any(cell_share(name) < 1 for name, _ in trials):
             raise InvalidInput(f"heads of {path.name} are no whole blocks of a quantized type: choose other --methods")
-        evaluation = Evaluation(engine, output, {"file": path.name}, n_threads=threads or default_threads())
+        own = None if profile is None else profiles.read(profile)
+        scorer = own.scorer if own else profiles.scorer_of(size_of(path), lambda: model_digest(path))
+        evaluation = Evaluation(
+            engine, output, {"file": path.name}, scorer=scorer, n_threads=threads or default_threads()
+        )
         if others := {r.get("file", path.name) for r in evaluation.records} - {path.name}:
             raise InvalidInput(f"{output} holds results of {', '.join(sorted(others))}: name another file with -o")
         plan = [(task, seed) for seed in range(first_seed, first_seed + items) for task in tasks]
@@ -168,9 +173,10 @@ def open_uncompressed(path: Path, length: int, n_cells: int, n_threads: int | No
     from kvcompose_local.engines import open_engine
     from kvcompose_local.engines.patched import PatchedEngine
     from kvcompose_local.errors import InvalidInput
+    from kvcompose_local.evaluation.harness import MOST_OUTPUTS
 
     try:
-        engine, _ = open_engine(path, n_ctx=n_cells, budget=1.0, n_threads=n_threads)
+        engine, _ = open_engine(path, n_ctx=n_cells, budget=1.0, n_threads=n_threads, n_outputs=MOST_OUTPUTS)
     except InvalidInput as error:
         raise InvalidInput(f"--length {length} takes a cache of {n_cells} cells: {error}") from error
     if not isinstance(engine, PatchedEngine):
@@ -194,43 +200,70 @@ def chat_caches(model: Model) -> dict[tuple[str, float], str]:
 
 @click.command("profile", short_help="Measure a model once, so that its chats forget less.")
 @click.argument("model", required=False)
-@click.option("--texts", type=click.IntRange(1, 1000), default=16, show_default=True, help="Texts to measure on.")
-@click.option("--length", type=click.IntRange(256, 131072), default=2048, show_default=True, help="Tokens of a text.")
+@click.option("--texts", type=click.IntRange(1, 1000), default=38, show_default=True, help="Texts to measure on.")
+@click.option("--length", type=click.IntRange(512, 131072), default=2048, show_default=True, help="Tokens of a text.")
+@click.option("--tasks", callback=_names, default="", help="Comma-separated kinds of text.  [default: many]")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="JSON file to write.  [default: one in the cache folder]"
+    "--text", "files", multiple=True, type=click.Path(path_type=Path), help="A text of your own to measure on first."
+)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="File to write.  [default: one in the cache folder]"
 )
 @threads_option
-def profile_command(model: str | None, texts: int, length: int, output: Path | None, threads: int | None) -> None:
-    """What questions about a text make MODEL look at, and how many tokens each of its layers needs.
+def profile_command(
+    model: str | None,
+    texts: int,
+    length: int,
+    tasks: tuple[str, ...],
+    files: tuple[Path, ...],
+    output: Path | None,
+    threads: int | None,
+) -> None:
+    """What questions about a text make MODEL look at, told from its cells alone.
 
-    Both are nearly the same for every text, so they are measured once, on texts made for it. Afterwards `run MODEL`
-    keeps more of what will be asked, and `run MODEL --scoring profile` compresses without reading anything twice. The
-    file is small, holds no text and may be shared: it belongs to the GGUF file's sha256, and counts from the cache
-    folder's `profiles`. Weights of layers that one has stay when it is measured again.
+    That is nearly the same for every text, so it is measured once, on texts made for it and `--text` of your own.
+    Afterwards `run MODEL` chooses the cells that stay by it, at once and better. The file is small, holds no text and
+    may be shared: it belongs to the GGUF file's sha256, and counts from the cache folder's `profiles`. Ctrl-C stops,
+    and the same command goes on.
     """
     from kvcompose_local import models, profiles
+    from kvcompose_local.errors import InvalidInput
     from kvcompose_local.evaluation.harness import room_for
-    from kvcompose_local.evaluation.profiling import measure_profile
+    from kvcompose_local.evaluation.profiling import TASKS, measure_profile
+    from kvcompose_local.evaluation.tasks import TASKS as ALL_TASKS
     from kvcompose_local.install.files import own_folder, replacing
     from kvcompose_local.install.model_files import check_gguf, model_digest
     from kvcompose_local.repl import Status
+    from kvcompose_local.terminal import inputs
 
+    if set(tasks) - set(ALL_TASKS):
+        raise InvalidInput(f"the tasks are {', '.join(ALL_TASKS)}")
+    own_texts = [text for _, text in inputs.read_all(files)[0]]
     status = Status(sys.stderr)
     path = models.resolve(model, pull=True, progress=status.fetching)
     check_gguf(path)
     digest = model_digest(path, status.checking)
+    started = time.monotonic()
+
+    def progress(done: int, total: int, what: str) -> None:
+        if what == "texts" and done == 1:
+            minutes = (time.monotonic() - started) * total / 60
+            status.line(f"{total} texts take about {minutes:.0f} minutes; Ctrl-C stops, the same command goes on")
+        status.progress("measuring:", done, total, what)
+
     with open_uncompressed(path, length, room_for(length), threads) as engine:
         profile = measure_profile(
             engine,
             digest,
             n_texts=texts,
             n_tokens=length,
-            weights=profiles.tuning_of(path, model_digest).weights,
-            progress=lambda done, total, what: status.progress("measuring:", done, total, what),
+            tasks=tasks or TASKS,
+            own_texts=own_texts,
+            progress=progress,
         )
     file = output or profiles.user_path(digest)
     if output is None:
         own_folder(file.parent)
     with replacing(file) as stream:
-        stream.write(profile.dump().encode())
+        stream.write(profile.dump())
     status.line(f"wrote {file}")

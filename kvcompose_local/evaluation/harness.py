@@ -18,20 +18,23 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcompose_local import __version__
-from kvcompose_local.compaction import CacheMemory, Policy
+from kvcompose_local.compaction import CacheMemory
+from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.errors import InvalidInput, KVComposeError
 from kvcompose_local.evaluation.methods import find_method
 from kvcompose_local.evaluation.quantized import quantized
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import Item, Question
-from kvcompose_local.interfaces import VALUE_BYTES, CacheSnapshot, IntArray, share_of_f16
+from kvcompose_local.interfaces import VALUE_BYTES, CacheSnapshot, Selection, share_of_f16
 
 #: The name of the uncompressed cache among the methods.
 FULL = "full"
 #: The chat itself: the context is fed in turns to a cache of the size that the keep ratio names, scratch included.
 STREAMING = "streaming"
 _N_TURNS = 16
+#: Tokens of the longest answer that is measured at once.
+MOST_OUTPUTS = 192
 #: What a method's name may end in, as "+q8_0" or, K and V, "+q8_0/q4_0": its cells are of these types, so that they
 #: take fewer bytes than the keep ratio says.
 QUANTIZED_TYPES = {kind for kind in VALUE_BYTES if kind.startswith("q")}
@@ -57,7 +60,7 @@ class _Start:
 
     engine: PatchedEngine
     cells: CacheSnapshot
-    selection: list[IntArray] | None
+    selection: Sequence[Selection] | None
     kept: float
     seconds: float
 
@@ -101,10 +104,19 @@ class Evaluation:
     """
 
     def __init__(
-        self, engine: PatchedEngine, output: Path, facts: dict[str, Any] | None = None, *, n_threads: int = 1
+        self,
+        engine: PatchedEngine,
+        output: Path,
+        facts: dict[str, Any] | None = None,
+        *,
+        scorer: Scorer | None = None,
+        n_threads: int = 1,
     ) -> None:
-        """n_threads: of the engines that quantized and streaming trials need beside this one."""
+        """scorer: the model's, None where it has no profile; n_threads: of the engines that quantized and streaming
+        trials need beside this one.
+        """
         self.engine = engine
+        self._scorer = scorer
         self.n_threads = n_threads
         self.output = output
         self.facts = {"model": engine.model.name, "version": __version__, "engine": engine.name, **(facts or {})}
@@ -183,8 +195,7 @@ class Evaluation:
         engine.clear()
         progress("reading")
         tokens = model.tokenize(self._head + item.context + "\n\n", add_bos=model.adds_bos)
-        policy = Policy.for_cells(len(tokens))
-        stats = Statistics(engine, tokens, n_scratch=policy.n_scratch, n_lead_in=policy.n_lead_in)
+        stats = Statistics(engine, tokens, self._scorer)
         n_full = len(tokens) * len(engine.shape.layers)
         full = {"": (engine, engine.snapshot())}
         starts = {}
@@ -223,7 +234,7 @@ class Evaluation:
         n_cells = max(round(keep * len(tokens) / CELL_PADDING), 1) * CELL_PADDING  # the record says how many they are
         small = self._new_engine(n_cells, kind or "f16", SMALL_MICRO_BATCH)
         try:
-            memory = CacheMemory(small, len(tokens), tuning=stats.tuning)
+            memory = CacheMemory(small, len(tokens), scorer=self._scorer)
             size = -(-len(tokens) // _N_TURNS)
             for start in range(0, len(tokens), size):
                 memory.feed(tokens[start : start + size])
@@ -241,6 +252,7 @@ class Evaluation:
             n_threads=self.n_threads,
             cache_type=cache_type,
             n_ubatch=n_ubatch,
+            n_outputs=min(n_ubatch, MOST_OUTPUTS),
         )
 
     def close(self) -> None:

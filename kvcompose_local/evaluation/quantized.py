@@ -9,7 +9,8 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from gguf.quants import quantize
 
-from kvcompose_local.interfaces import ByteArray, CacheSnapshot, FloatArray, ModelShape
+from kvcompose_local.composing.rotation import unjoined
+from kvcompose_local.interfaces import ByteArray, CacheSnapshot, ModelShape
 
 #: What llama.cpp rotates by at least, and what V is always rotated by.
 _ROTATED = 64
@@ -24,12 +25,11 @@ def quantized(snapshot: CacheSnapshot, shape: ModelShape, kind: str) -> CacheSna
     k_kind, _, v_kind = kind.partition("/")
     heads = [layer.n_kv_heads for layer in shape.layers]
     k_size, v_size = (_rotated_size(planes, heads) for planes in (snapshot.keys, snapshot.values))
-    k_rotation = _hadamard(k_size & -k_size) if k_size else None  # the largest power of two that divides it
-    v_rotation = _hadamard(_ROTATED) if v_size else None
+    k_joined, v_joined = k_size & -k_size, _ROTATED if v_size else 0  # the largest power of two that divides it
     return replace(
         snapshot,
-        keys=tuple(_stored(rows, k_rotation, k_kind) for rows in snapshot.keys),
-        values=tuple(_stored(rows, v_rotation, v_kind or k_kind) for rows in snapshot.values),
+        keys=tuple(_stored(rows, k_joined, k_kind) for rows in snapshot.keys),
+        values=tuple(_stored(rows, v_joined, v_kind or k_kind) for rows in snapshot.values),
     )
 
 
@@ -40,16 +40,6 @@ def _rotated_size(planes: Sequence[ByteArray], n_kv_heads: Sequence[int]) -> int
     return 0 if sizes or size % _ROTATED else size
 
 
-def _hadamard(n: int) -> FloatArray:
-    """The Walsh-Hadamard matrix (n, n), orthonormal and its own inverse."""
-    matrix = np.ones((1, 1), np.float32)
-    while len(matrix) < n:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return np.asarray(matrix / np.sqrt(np.float32(n)), np.float32)
-
-
-def _stored(rows: ByteArray, rotation: FloatArray | None, kind: str) -> ByteArray:
+def _stored(rows: ByteArray, joined: int, kind: str) -> ByteArray:
     numbers = np.ascontiguousarray(rows).view(np.float16).astype(np.float32)
-    if rotation is not None:
-        numbers = (numbers.reshape(-1, len(rotation)) @ rotation).reshape(numbers.shape)
-    return np.asarray(quantize(numbers, GGMLQuantizationType[kind.upper()]), np.uint8)
+    return np.asarray(quantize(unjoined(numbers, joined), GGMLQuantizationType[kind.upper()]), np.uint8)

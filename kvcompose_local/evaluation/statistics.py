@@ -8,17 +8,13 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from kvcompose_local import profiles
 from kvcompose_local.attention import AttentionMax
-from kvcompose_local.cell_scores import N_NEAREST, SCORE_DTYPE, SEEN_DTYPE
-from kvcompose_local.compaction import near_chunk
+from kvcompose_local.compaction import Policy
+from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.engines.base import LlamaEngine
-from kvcompose_local.install.model_files import model_digest
-from kvcompose_local.interfaces import FloatArray
-from kvcompose_local.profiles import Profile, Tuning
+from kvcompose_local.interfaces import FloatArray, HalfArray
+from kvcompose_local.scoring import Learned, Replayed, Scored, Scoring
 
-#: Tokens of :attr:`Statistics.look_back`.
-N_LOOKING_BACK = 64
 #: Queries of a recent-query method (SnapKV, arXiv 2404.14469, uses 32 with short contexts).
 N_RECENT = 32
 
@@ -26,69 +22,49 @@ N_RECENT = 32
 class Statistics:
     """Of one context, which the engine's cache holds, uncompressed, when the attributes are first asked for.
 
-    All are lists of L arrays over the T tokens; scores are float32 (H, T), as the program makes them.
+    All are lists of L arrays over the T tokens.
     """
 
-    def __init__(self, engine: LlamaEngine, tokens: Sequence[int], *, n_scratch: int, n_lead_in: int) -> None:
-        """Reads ``tokens`` into the empty cache of ``engine``; n_scratch, n_lead_in: of the chat's replay policy."""
+    def __init__(self, engine: LlamaEngine, tokens: Sequence[int], scorer: Scorer | None = None) -> None:
+        """Reads ``tokens`` into the empty cache of ``engine``; scorer: the model's, None where it has no profile."""
         self.engine = engine
         self.tokens = list(tokens)
-        self.n_scratch = n_scratch
-        self.n_lead_in = n_lead_in
-        self._seen = AttentionMax.over(engine.shape.layers, exclude_nearest=N_NEAREST, dtype=SEEN_DTYPE)
-        engine.decode(self.tokens, seen=self._seen)
+        self._model_scorer = scorer
+        self._n_scratch = Policy.for_cells(len(self.tokens)).n_scratch
+        engine.decode(self.tokens)
 
     @property
     def n_tokens(self) -> int:
         return len(self.tokens)
 
     @cached_property
-    def seen(self) -> list[FloatArray]:
-        """The most attention that any later token but the 16 nearest paid during prefill."""
-        return [layer.astype(np.float32) for layer in self._seen.result()]
+    def cells(self) -> tuple[Scorer, list[HalfArray]]:
+        """The scorer that a chat goes by, and its scores without age: float16 (H, T)."""
+        known = self._model_scorer
+        by: Scoring = Learned(self.engine) if known is None else Scored(self.engine, known)
+        scores = self._by(by)
+        if by.scorer is None:
+            raise AssertionError("what has scored has a scorer")
+        return by.scorer, scores
 
     @cached_property
-    def replay(self) -> list[FloatArray]:
-        """The most attention that any replayed token pays, replayed in the chat's chunks."""
-        chunk = self.n_scratch - self.n_lead_in
-        seen = AttentionMax.over(self.engine.shape.layers, dtype=SCORE_DTYPE)
-        for start in range(0, self.n_tokens, chunk):
-            part = self.tokens[max(start - self.n_lead_in, 0) : start + chunk]
-            self.engine.replay(part, seen, near_chunk(start, min(start + chunk, self.n_tokens)))
-        return [layer.astype(np.float32) for layer in seen.result()]
+    def replay(self) -> list[HalfArray]:
+        """Logarithms of the most attention that any replayed token pays, replayed in the chat's chunks: (H, T)."""
+        return self._by(Replayed(self.engine))
 
-    @cached_property
-    def both(self) -> list[FloatArray]:
-        """Their sum, which is what the chat ranks tokens by."""
-        return [a + b for a, b in zip(self.replay, self.seen, strict=True)]
-
-    @cached_property
-    def look_back(self) -> list[FloatArray]:
-        """The most attention that any of the last 64 tokens pays when these are replayed."""
-        seen = AttentionMax.over(self.engine.shape.layers)
-        self.engine.replay(self.tokens[-N_LOOKING_BACK:], seen)
-        return [layer.astype(np.float32) for layer in seen.result()]
-
-    @cached_property
-    def profile(self) -> Profile:
-        """The layer profile of the model. Raises KVComposeError where there is none."""
-        return profiles.find(model_digest(self.engine.model.path))
-
-    @cached_property
-    def tuning(self) -> Tuning:
-        """What the program knows of the model beside the text."""
-        return profiles.tuning_of(self.engine.model.path, model_digest)
+    def _by(self, scoring: Scoring) -> list[HalfArray]:
+        return scoring.scores(self.tokens, self.n_tokens, self._n_scratch)
 
     @cached_property
     def whole_replay(self) -> list[FloatArray]:
         """Attention, float32 (Q, T), replayed in one piece as published: needs as much room again."""
         seen = AttentionMax(len(self.engine.shape.layers), [layer.n_heads for layer in self.engine.shape.layers])
         self.engine.replay(self.tokens, seen)
-        return [layer.astype(np.float32) for layer in seen.result()]
+        return seen.result()
 
     @cached_property
     def recent(self) -> list[FloatArray]:
-        """The mean attention of the last 32 tokens."""
+        """The mean attention of the last 32 tokens: float32 (Q, T)."""
         sums = [np.zeros((layer.n_heads, self.n_tokens), np.float32) for layer in self.engine.shape.layers]
 
         def tap(layer: int, weights: FloatArray) -> None:
@@ -103,11 +79,6 @@ class Statistics:
     def key_norms(self) -> list[FloatArray]:
         """The Euclidean norms of an F16 cache's keys, float32 (H, T)."""
         return [self._norms(rows, i) for i, rows in enumerate(self.engine.snapshot().keys)]
-
-    @cached_property
-    def value_norms(self) -> list[FloatArray]:
-        """The Euclidean norms of an F16 cache's values, float32 (H, T)."""
-        return [self._norms(rows, i) for i, rows in enumerate(self.engine.snapshot().values)]
 
     def _norms(self, rows: npt.NDArray[np.uint8], layer: int) -> FloatArray:
         n_heads = self.engine.shape.layers[layer].n_kv_heads

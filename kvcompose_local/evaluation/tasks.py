@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from kvcompose_local.errors import InvalidInput
+from kvcompose_local.evaluation.kinds import KINDS
 
 ADJECTIVES = (
     "silver quiet amber hollow brisk velvet rusty lunar crimson gentle frozen sandy nimble dusty golden pale sturdy "
@@ -293,6 +294,16 @@ def _recall(w: _Writer) -> Item:
     return Item("", 0, f"This is our conversation so far.\n{first}\n{second}", questions)
 
 
+def _of_kind(kind: str) -> Callable[[_Writer], Item]:
+    """A text of :mod:`kinds`, and some questions about it."""
+
+    def make(w: _Writer) -> Item:
+        text, asked = KINDS[kind](w.random, w.n_tokens, w.count)
+        return Item("", 0, text, tuple(Question(a.question, a.prefix, (a.reference,), a.max_tokens) for a in asked))
+
+    return make
+
+
 TASKS: dict[str, Callable[[_Writer], Item]] = {
     "niah_single_1": _niah("noise", 1, 1, 1, "number"),
     "niah_single_2": _niah("prose", 1, 1, 1, "number"),
@@ -308,6 +319,7 @@ TASKS: dict[str, Callable[[_Writer], Item]] = {
     "qa": _documents,
     "needles_8": _many_needles,
     "recall": _recall,
+    **{kind: _of_kind(kind) for kind in KINDS},
 }
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from kvcompose_local.composing.rotation import Rope
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput, ModelError
-from kvcompose_local.interfaces import IntArray
-from kvcompose_local.llama_ffi.context import Context, WatchTap
+from kvcompose_local.interfaces import FloatArray, IntArray
+from kvcompose_local.llama_ffi.context import Context
 from kvcompose_local.llama_ffi.library import bind
 
 
@@ -38,8 +40,31 @@ class _Arena(ctypes.Structure):
     ]
 
 
+class _Turn(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, ctypes.c_int32)
+            for name in ("hadamard_k", "hadamard_v", "n_rope", "rope_offset", "rope_mode", "n_ctx_orig")
+        ),
+        *(
+            (name, ctypes.c_float)
+            for name in ("freq_base", "freq_scale", "ext_factor", "attn_factor", "beta_fast", "beta_slow")
+        ),
+        ("has_factors", ctypes.c_int32),
+    ]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How a layer turns the rows that it stores: keys by RoPE, then both by Hadamard matrices of so many numbers."""
+
+    rope: Rope
+    hadamard_k: int
+    hadamard_v: int
+
+
 _INT32_P = ctypes.POINTER(ctypes.c_int32)
-_KVC_VERSION = 6
+_KVC_VERSION = 7
 _kvc_version = bind("llama_kvc_version", ctypes.c_int32)
 _KVC_FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "supported": (),
@@ -47,20 +72,21 @@ _KVC_FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "get_layer": (ctypes.c_int32, ctypes.POINTER(_Layer)),
     "get_arena": (ctypes.c_int32, ctypes.POINTER(_Arena)),
     "get_positions": (_INT32_P, ctypes.c_int32),
-    "rewrite": (ctypes.c_int32, ctypes.c_int32, _INT32_P, ctypes.POINTER(ctypes.c_void_p), ctypes.c_int32),
+    "get_turn": (ctypes.c_int32, ctypes.POINTER(_Turn), ctypes.POINTER(ctypes.c_float), ctypes.c_int32),
+    "rewrite": (*(ctypes.c_int32,) * 3, _INT32_P, ctypes.POINTER(ctypes.c_void_p), ctypes.c_int32),
     "set_layout": (ctypes.c_int32, _INT32_P, ctypes.c_int32, ctypes.c_int32, _INT32_P),
     "get_rows": (*(ctypes.c_int32,) * 4, ctypes.c_void_p, ctypes.c_size_t),
     "set_rows": (*(ctypes.c_int32,) * 4, ctypes.c_void_p, ctypes.c_size_t),
     "set_eval_callback": (ctypes.c_void_p, ctypes.c_void_p),
     "set_explicit_softmax": (ctypes.c_int32,),
-    "set_ranges": (ctypes.c_int32, _INT32_P, _INT32_P),
-    "set_watch": (ctypes.c_int32,),
     "get_compute_bytes": (ctypes.POINTER(ctypes.c_uint64),),
 }
 _kvc = {
     name: bind(f"llama_kvc_{name}", ctypes.c_int32, ctypes.c_void_p, *argtypes)
     for name, argtypes in _KVC_FUNCTIONS.items()
 }
+#: Types that gguf takes apart block by block.
+_BLOCKS = frozenset({"Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"})
 _kvc_last_error = bind("llama_kvc_last_error", ctypes.c_char_p)
 _KVC_UNSUPPORTED, _KVC_NO_SPACE = -2, -3
 
@@ -124,8 +150,12 @@ class PerLayerCells:
         self._call("get_positions", positions.ctypes.data_as(_INT32_P), positions.size)
         return positions
 
-    def rewrite(self, n_live_cap: int, n_tail: int, sources: Sequence[npt.NDArray[np.integer[Any]]]) -> None:
-        """n_tail: newest live cells that stay; sources: a layer's int (H, K_l), as a selection counts its cells."""
+    def rewrite(
+        self, n_live_cap: int, n_tail: int, sources: Sequence[npt.NDArray[np.integer[Any]]], n_forgotten: int = 0
+    ) -> None:
+        """n_tail: newest live cells that stay; sources: a layer's int (H, K_l), as a selection counts its cells;
+        n_forgotten: without a tail, positions to go back by.
+        """
         self._check_layers(sources)
         for i, cells in enumerate(sources):
             if cells.ndim != 2 or len(cells) != self.layer(i).n_head_kv:
@@ -137,7 +167,7 @@ class PerLayerCells:
         table = (ctypes.c_void_p * len(arrays))(*(cells.ctypes.data for cells in arrays))
         self._context.has_logits = False
         counts = _int32([cells.shape[1] for cells in arrays])
-        self._call("rewrite", n_live_cap, n_tail, counts, table, width.itemsize)
+        self._call("rewrite", n_live_cap, n_tail, n_forgotten, counts, table, width.itemsize)
 
     def set_layout(self, n_live_cap: int, live_positions: IntArray, end: int, n_composed: IntArray) -> None:
         """Empty the cache and lay it out for an import; composed cells take the positions before ``end``."""
@@ -149,13 +179,54 @@ class PerLayerCells:
         if len(values) != self.n_layers:
             raise InvalidInput(f"{len(values)} layers are given, the cache has {self.n_layers}")
 
-    def rows(self, i: int, *, values: bool) -> npt.NDArray[np.uint8]:
-        """uint8 (n_rows, row bytes): all K, or all V rows of a layer."""
+    def rows(self, i: int, *, values: bool, first: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
+        """uint8 (n, row bytes): K or V rows of a layer, all of them or ``first`` to ``stop``."""
         layer = self.layer(i)
         width = layer.v_row_bytes if values else layer.k_row_bytes
-        data = np.empty((layer.n_rows, width), np.uint8)
-        self._call("get_rows", i, int(values), 0, layer.n_rows, data.ctypes.data, data.nbytes)
+        data = np.empty(((layer.n_rows if stop is None else stop) - first, width), np.uint8)
+        self._call("get_rows", i, int(values), first, len(data), data.ctypes.data, data.nbytes)
         return data
+
+    def numbers(self, i: int, *, values: bool, first: int, stop: int) -> FloatArray:
+        """The same as float32 (H, n, numbers of a head), turned as they are stored."""
+        from gguf import GGMLQuantizationType, quants  # late: their tables take time to import
+
+        layer = self.layer(i)
+        size = layer.head_dim_v if values else layer.head_dim_k
+        kind = GGMLQuantizationType(layer.type_v if values else layer.type_k)
+        rows = self.rows(i, values=values, first=first, stop=stop)
+        if not len(rows):
+            numbers = np.zeros(0, np.float32)
+        elif kind.name == "F16":
+            numbers = rows.view(np.float16).astype(np.float32)
+        elif kind.name in _BLOCKS:  # at once: gguf's own loop over groups of rows takes longer than the numbers do
+            type_ = getattr(quants, kind.name)
+            numbers = type_.dequantize_blocks(rows.reshape(-1, type_.type_size))
+        else:
+            numbers = np.asarray(quants.dequantize(rows, kind), np.float32)
+        return np.asarray(numbers.reshape(len(rows), layer.n_head_kv, size).transpose(1, 0, 2))
+
+    def turn(self, i: int) -> Turn:
+        """How a layer turns its rows, as the graph that was built last tells. Raises EngineError where none tells."""
+        turn = _Turn()
+        self._call("get_turn", i, ctypes.byref(turn), None, 0)
+        factors = (ctypes.c_float * (turn.n_rope // 2))()
+        if turn.has_factors:
+            self._call("get_turn", i, ctypes.byref(turn), factors, len(factors))
+        rope = Rope(
+            n_rotated=turn.n_rope,
+            mode=turn.rope_mode,
+            base=turn.freq_base,
+            scale=turn.freq_scale,
+            factors=tuple(factors) if turn.has_factors else (),
+            magnitude=turn.attn_factor,
+            extrapolation=turn.ext_factor,
+            n_ctx_original=turn.n_ctx_orig,
+            beta_fast=turn.beta_fast,
+            beta_slow=turn.beta_slow,
+            offset=turn.rope_offset,
+        )
+        return Turn(rope, turn.hadamard_k, turn.hadamard_v)
 
     def set_rows(self, i: int, data: npt.NDArray[np.uint8], *, values: bool, first: int = 0) -> None:
         """Write K or V rows of a layer from row ``first`` on."""
@@ -165,36 +236,10 @@ class PerLayerCells:
     @contextmanager
     def visible_softmax(self) -> Iterator[None]:
         """While open, attention takes the explicit softmax and the context's tap sees it."""
-        with self._shown("set_explicit_softmax", 1):
-            yield
-
-    @contextmanager
-    def watched(self, stride: int, tap: WatchTap) -> Iterator[None]:
-        """While open, ``tap`` sees what every ``stride``-th query of a micro-batch attends to, from its last back."""
-        self._context.watch = stride, tap
-        try:
-            with self._shown("set_watch", stride):
-                yield
-        finally:
-            self._context.watch = None
-
-    @contextmanager
-    def _shown(self, switch: str, value: int) -> Iterator[None]:
-        """While open, a switch is on and the context's callback is installed."""
-        self._call(switch, value)
+        self._call("set_explicit_softmax", 1)
         self._call("set_eval_callback", ctypes.cast(self._context._callback, ctypes.c_void_p), None)
         try:
             yield
         finally:
             self._call("set_eval_callback", None, None)
-            self._call(switch, 0)
-
-    @contextmanager
-    def visible_rows(self, ranges: Sequence[tuple[int, int]]) -> Iterator[None]:
-        """While open, the columns of the explicit softmax are these (start, stop) of a layer's rows, at most four."""
-        starts, stops = np.array(ranges, np.int32).reshape(-1, 2).T
-        self._call("set_ranges", len(ranges), _int32(starts), _int32(stops - starts))
-        try:
-            yield
-        finally:
-            self._call("set_ranges", 0, None, None)
+            self._call("set_explicit_softmax", 0)

@@ -19,14 +19,11 @@ from kvcompose_local.llama_ffi.model import Model
 #: ggml's type numbers of what K and V may be stored as.
 _TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
 _SOFTMAX_PREFIX = b"kq_soft_max-"
-_WATCH_PREFIX = b"kq_watch-"
 _WINDOW_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 
 #: Receives (model layer, float32 (Q, n_queries, n_kv) softmax weights of one micro-batch); the array is native memory
 #: and dies with the call.
 SoftmaxTap = Callable[[int, FloatArray], None]
-#: Receives (model layer, KV head, float32 (G, n_watched, n_kv) softmax weights of its query heads), likewise.
-WatchTap = Callable[[int, int, FloatArray], None]
 
 
 # Accessors only: the layout of ggml_tensor is not part of ggml's interface and has changed before.
@@ -70,9 +67,10 @@ class Context:
     """A llama.cpp context with one sequence.
 
     n_ctx: cells, a multiple of 256; n_ubatch: most tokens of a micro-batch; flash_attention: False makes the softmax
-    visible in every pass and V transposed; cache_type: see :func:`type_numbers`; callback_at_creation: let the tap
-    work from the start (an unpatched llama.cpp cannot install it later); n_positions: what the sequence may span, if
-    that is not ``n_ctx`` (an unpatched llama.cpp cannot be told).
+    visible in every pass and V transposed; cache_type: see :func:`type_numbers`; n_outputs: most logits of a
+    micro-batch, for which buffers are taken; callback_at_creation: let the tap work from the start (an unpatched
+    llama.cpp cannot install it later); n_positions: what the sequence may span, if that is not ``n_ctx`` (an unpatched
+    llama.cpp cannot be told).
     """
 
     def __init__(
@@ -84,15 +82,16 @@ class Context:
         n_threads: int,
         flash_attention: bool,
         cache_type: str = "f16",
+        n_outputs: int = 1,
         callback_at_creation: bool = False,
         n_positions: int | None = None,
     ) -> None:
         self.model = model
         self.n_ctx = n_ctx
         self.n_ubatch = n_ubatch
+        self.n_outputs = n_outputs
         self.tap: SoftmaxTap | None = None
         self.tap_prefix = _SOFTMAX_PREFIX
-        self.watch: tuple[int, WatchTap] | None = None  # of every so many queries (a patched llama.cpp)
         self.has_logits = False
         self._n_queries = 0
         self._callback_error: BaseException | None = None
@@ -102,6 +101,7 @@ class Context:
         params.n_batch = n_ubatch
         params.n_ubatch = n_ubatch
         params.n_seq_max = 1
+        params.n_outputs_max = n_outputs
         params.n_threads = n_threads
         params.n_threads_batch = n_threads
         params.flash_attn_type = 1 if flash_attention else 0
@@ -166,21 +166,15 @@ class Context:
 
     def _on_tensor(self, tensor: int, ask: bool, _user_data: object) -> bool:
         """llama.cpp asks for each node whether we want it (True), then shows it (False stops the graph)."""
-        if self.tap is None and self.watch is None:
+        if self.tap is None:
             return not ask
-        prefix = self.tap_prefix if self.tap is not None else _WATCH_PREFIX
         try:
             name = _ggml_get_name(tensor)
-            if not name.startswith(prefix):
+            if not name.startswith(self.tap_prefix):
                 return not ask
             if ask:
                 return True
-            if self.tap is not None:
-                self.tap(int(name[len(prefix) :]), self._softmax(tensor, self._n_queries))
-            elif self.watch is not None:
-                stride, tap = self.watch
-                layer, head = name[len(prefix) :].split(b"-")
-                tap(int(layer), int(head), self._softmax(tensor, (self._n_queries - 1) // stride + 1))
+            self.tap(int(name[len(self.tap_prefix) :]), self._softmax(tensor, self._n_queries))
         except BaseException as error:
             # An exception cannot cross the native frames: stop the graph and let decode() raise it.
             self._callback_error = error
@@ -204,6 +198,8 @@ class Context:
         """Run one micro-batch at the next positions; logits are kept of its last token, of all, or of none."""
         if not 0 < len(tokens) <= self.n_ubatch:
             raise InvalidInput(f"a micro-batch holds 1 to {self.n_ubatch} tokens, not {len(tokens)}")
+        if all_logits and len(tokens) > self.n_outputs:
+            raise InvalidInput(f"there is room for the logits of {self.n_outputs} tokens, not {len(tokens)}")
         # The batch holds only a pointer: the array must outlive the call.
         array = (lib.llama_token * len(tokens))(*tokens)
         batch = lib.llama_batch_get_one(array, len(tokens))

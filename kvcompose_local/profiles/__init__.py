@@ -1,241 +1,113 @@
-"""What was measured once a model: what its layers' cells are worth, and layer budgets that need no replay.
+"""What was measured once of a model: the scorer that tells from its cells what questions will look at.
 
-Which layers need many tokens is nearly the same for every text. A *profile* holds the share of the tokens that each
-layer keeps at some keep ratios and what predicts what questions look at (:mod:`predictor`), as ``kvcompose-local
-profile`` measured them, and the weights by which layers' scores compete; it is keyed by the sha256 of the GGUF file.
-The ones beside this module come with the program, those that a user measures stand in the cache folder.
+A *profile* belongs to the sha256 of the GGUF file. It is a safetensors file: tensors ``weights.l`` (F16) and
+``places.l`` (F32) of each layer, and as metadata what it was fitted to. Some come with the program, beside this module.
+The ones that a user measures (``kvcompose-local profile``) stand in the cache folder and count first.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
 
-from kvcompose_local.errors import InvalidInput, KVComposeError, NoHome
-from kvcompose_local.install.model_files import size_of
-from kvcompose_local.interfaces import IntArray
-from kvcompose_local.predictor import Predictor
+from kvcompose_local.composing.scorer import Scorer
+from kvcompose_local.errors import InvalidInput, NoHome
 from kvcompose_local.resources import cache_folder
 
-FORMAT = 1
-#: Keep ratios that are measured.
-KEEPS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
-#: Fields that are written a line a row.
-_TABLES = ("shares", "predictor")
-#: Of a keep ratio: less than one token of any cache.
-_PRECISION = 2.0**-40
+FORMAT = 2
+SUFFIX = ".safetensors"
+_TEXT, _NUMBERS = ("model", "model_sha256", "kinds"), ("model_bytes", "n_texts", "n_tokens", "furthest")
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The shares of its tokens that each layer keeps.
+    """A scorer and what it was fitted to.
 
-    model: name, for people; model_sha256: of the GGUF; keeps: R rising ratios, the last one 1; shares: R lists of L
-    shares in [0, 1], none of which falls from one ratio to the next; n_texts, n_tokens: texts measured, and the length
-    of each; weights: L factors of scores where layers compete for few cells (:func:`faded`), 0.5 for a layer whose
-    cells are worth half of what attention says, none where they were not tuned; model_bytes: of the GGUF; predictor:
-    the weights of a :class:`~kvcompose_local.predictor.Predictor`, none where it was not fitted.
+    model: name, for people; model_sha256, model_bytes: of the GGUF file; n_texts, n_tokens: texts, and tokens of all of
+    them; kinds: of text, comma-separated.
     """
 
     model: str
     model_sha256: str
-    keeps: tuple[float, ...]
-    shares: tuple[tuple[float, ...], ...]
+    model_bytes: int
     n_texts: int
     n_tokens: int
-    weights: tuple[float, ...] = ()
-    model_bytes: int = 0
-    predictor: tuple[tuple[float, ...], ...] = ()
+    kinds: str
+    scorer: Scorer
 
-    @classmethod
-    def parse(cls, text: str) -> Profile:
-        """From JSON. Raises InvalidInput for anything that is no profile."""
-        try:
-            values = json.loads(text)
-            if values.pop("format") != FORMAT:
-                raise ValueError("it has another format")
-            values["keeps"] = tuple(map(float, values["keeps"]))
-            values["shares"] = tuple(tuple(map(float, row)) for row in values["shares"])
-            values["weights"] = tuple(map(float, values.get("weights", ())))
-            values["predictor"] = tuple(tuple(map(float, row)) for row in values.get("predictor", ()))
-            profile = cls(**values)
-            keeps, shares = np.array(profile.keeps), np.array(profile.shares)
-            if shares.ndim != 2 or keeps.shape != shares.shape[:1] or not keeps.size or not shares.size:
-                raise ValueError("its shapes do not fit")
-            if not ((np.diff(keeps, prepend=0.0) > 0).all() and keeps[-1] == 1 and (shares[-1] == 1).all()):
-                raise ValueError("its keep ratios do not rise to 1")
-            if not ((np.diff(shares, axis=0, prepend=np.zeros((1, shares.shape[1]))) >= 0).all()):
-                raise ValueError("its shares fall")
-            weights = np.array(profile.weights)
-            if weights.size and (weights.shape != shares.shape[1:] or not (np.isfinite(weights) & (weights > 0)).all()):
-                raise ValueError("its weights do not fit")
-            if profile.predictor:
-                Predictor(profile.predictor)
-            if not (isinstance(profile.model, str) and isinstance(profile.model_sha256, str)):
-                raise ValueError("it names no model")
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-            raise InvalidInput(
-                f"this is no layer profile ({error}): measure one with `kvcompose-local profile`"
-            ) from error
-        return profile
+    def dump(self) -> bytes:
+        """As a file's bytes."""
+        from safetensors.numpy import save  # late: what reads a profile does not need it
 
-    def dump(self) -> str:
-        """As JSON, a line a keep ratio, and a head of the predictor."""
-        values = {"format": FORMAT, **asdict(self)}
-        text = json.dumps({name: value for name, value in values.items() if name not in _TABLES}, indent=1)[:-2]
-        for name in _TABLES:
-            rows = ",\n  ".join(json.dumps(row) for row in values[name])
-            text += f',\n "{name}": [\n  {rows}\n ]' if rows else ""
-        return text + "\n}\n"
-
-    def budgets(
-        self,
-        n_tokens: int,
-        available: Sequence[int] | IntArray,
-        row_bytes: Sequence[int] | IntArray,
-        byte_budgets: Sequence[int],
-        device: Sequence[int] | IntArray,
-        *,
-        min_per_layer: int = 0,
-    ) -> IntArray:
-        """Composite tokens to keep in each layer: int64 (L,).
-
-        n_tokens: that were seen, which the shares are of; available: rows that each layer has, int (L,), which bound
-        what it can keep; row_bytes: int (L,), 0 for a layer that gets nothing; byte_budgets: one a device; device: int
-        (L,). Each device takes the largest keep ratio that its bytes hold; ``min_per_layer`` rows of every layer are
-        taken whatever the shares say. Raises InvalidInput for a profile of another number of layers.
-        """
-        rows, cost, drawn_on = (np.asarray(x, np.int64) for x in (available, row_bytes, device))
-        if rows.shape != (len(self.shares[0]),):
-            raise InvalidInput(f"the profile has {len(self.shares[0])} layers, and the model composes {rows.size}")
-        least = np.where(cost > 0, np.minimum(rows, min_per_layer), 0)
-
-        def at(keep: float) -> IntArray:
-            wanted = np.floor(self._shares_at(keep) * n_tokens).astype(np.int64)
-            return np.where(cost > 0, np.clip(wanted, least, rows), 0)
-
-        budgets = least
-        for index, limit in enumerate(byte_budgets):
-            here = drawn_on == index
-
-            def fits(keep: float, here: NDArray[np.bool_] = here, limit: int = limit) -> bool:
-                return int((at(keep) * cost)[here].sum()) <= limit
-
-            low, high = (1.0, 1.0) if fits(1.0) else (0.0, 1.0)
-            while high - low > _PRECISION:
-                middle = (low + high) / 2
-                low, high = (middle, high) if fits(middle) else (low, middle)
-            budgets = np.where(here, at(low), budgets)
-        return budgets
-
-    def _shares_at(self, keep: float) -> NDArray[np.float64]:
-        """float64 (L,) by straight lines between what was measured, from nothing at 0."""
-        keeps = np.concatenate([[0.0], self.keeps])
-        shares = np.vstack([np.zeros(len(self.shares[0])), self.shares])
-        return np.array([np.interp(keep, keeps, column) for column in shares.T])
+        layers = range(len(self.scorer.weights))
+        tensors: dict[str, npt.NDArray[Any]] = {f"weights.{i}": self.scorer.weights[i] for i in layers}
+        tensors |= {f"places.{i}": self.scorer.places[i] for i in layers}
+        facts = {name: str(getattr(self, name)) for name in (*_TEXT, *_NUMBERS[:-1])}
+        return save(tensors, {"format": str(FORMAT), "furthest": str(self.scorer.furthest), **facts})
 
 
-class Tuning(NamedTuple):
-    """What a profile knows beside its shares: ``weights`` and ``predictor`` of it, each as far as there is one."""
+def read(path: Path) -> Profile:
+    """A profile from its file. Raises InvalidInput for anything that is none."""
+    try:
+        with safe_open(path, "numpy") as file:
+            facts = _facts_of(file.metadata())
+            n_layers = len(file.keys()) // 2
+            weights, places = (
+                tuple(file.get_tensor(f"{kind}.{i}") for i in range(n_layers)) for kind in ("weights", "places")
+            )
+            scorer = Scorer(weights, places, int(facts.pop("furthest")))
+            return Profile(**facts, scorer=scorer)  # type: ignore[arg-type]
+    except (SafetensorError, InvalidInput, OSError, KeyError, ValueError, TypeError) as error:
+        raise InvalidInput(
+            f"{path} is no profile of this version ({str(error)[:80]}): remove it, or measure it again with "
+            "`kvcompose-local profile`"
+        ) from error
 
-    weights: tuple[float, ...] = ()
-    predictor: Predictor | None = None
 
-
-NOT_TUNED = Tuning()
-
-
-def average(
-    model: str,
-    model_sha256: str,
-    budgets: Sequence[NDArray[np.int64]],
-    n_tokens: Sequence[int],
-    weights: Sequence[float] = (),
-    model_bytes: int = 0,
-    predictor: Sequence[Sequence[float]] = (),
-) -> Profile:
-    """The profile of some texts: of each the budgets int (R, L) at :data:`KEEPS`, and its tokens."""
-    shares = np.mean([b / n for b, n in zip(budgets, n_tokens, strict=True)], axis=0)
-    shares[-1] = 1.0
-    rising = np.maximum.accumulate(np.floor(shares * 1e4) / 1e4, axis=0)
-    return Profile(
-        model,
-        model_sha256,
-        KEEPS,
-        tuple(map(tuple, rising.tolist())),
-        len(budgets),
-        int(np.mean(n_tokens)),
-        tuple(weights),
-        model_bytes,
-        tuple(map(tuple, predictor)),
-    )
+def _facts_of(metadata: dict[str, str] | None) -> dict[str, str | int]:
+    """What a file tells beside its tensors. Raises ValueError, or KeyError, where it is of another format."""
+    metadata = metadata or {}
+    if metadata.get("format") != str(FORMAT):
+        raise ValueError("it has another format")
+    return {**{name: metadata[name] for name in _TEXT}, **{name: int(metadata[name]) for name in _NUMBERS}}
 
 
 def user_path(model_sha256: str) -> Path:
     """Where the profile that a user measures belongs. Raises NoHome."""
-    return cache_folder() / "profiles" / f"{model_sha256}.json"
+    return cache_folder() / "profiles" / f"{model_sha256}{SUFFIX}"
 
 
-def find(model_sha256: str) -> Profile:
-    """The profile of a model: the user's own, or one that came with the program.
+def scorer_of(n_bytes: int, digest: Callable[[], str]) -> Scorer | None:
+    """The scorer of a model file of ``n_bytes``, the user's own first; None where it has no profile.
 
-    Raises KVComposeError where there is none, and InvalidInput where the user's is damaged.
+    digest: gives the file's sha256, asked only where some profile is of a file as large, since it may take seconds.
     """
-    own = None
-    with suppress(NoHome):
-        own = user_path(model_sha256)
-    if own and own.exists():
-        try:
-            return Profile.parse(own.read_text(encoding="utf-8", errors="replace"))
-        except (InvalidInput, OSError) as error:
-            raise InvalidInput(f"{own}: {error}") from error
-    for profile in _shipped():
-        if profile.model_sha256 == model_sha256:
-            return profile
-    raise KVComposeError("this model has no layer profile yet: `kvcompose-local profile MODEL` measures one")
+    candidates = [path for path in _files() if _n_bytes_of(path) == n_bytes]
+    model_sha256 = digest() if candidates else ""
+    for path in candidates:
+        with suppress(InvalidInput):
+            profile = read(path)
+            if profile.model_sha256 == model_sha256:
+                return profile.scorer
+    return None
 
 
-def faded(weights: Sequence[float], keep: float) -> list[float]:
-    """Weights for a cache of this share of the tokens seen: those of a profile are for the smallest.
-
-    A layer that attention leaves with too few cells has enough where there are many, so that a weight's exponent falls
-    from 1 to 0 at a half (docs/trials.md).
-    """
-    exponent = max(0.0, 1 - 2 * keep)
-    return [float(weight**exponent) for weight in weights]
+def _files() -> Iterator[Path]:
+    with suppress(NoHome, OSError):
+        yield from sorted((cache_folder() / "profiles").glob(f"*{SUFFIX}"))
+    yield from sorted(Path(__file__).parent.glob(f"*{SUFFIX}"))
 
 
-def tuning_of(path: Path, digest: Callable[[Path], str]) -> Tuning:
-    """How to choose in the model of a file, the user's own profile first, as far as it was tuned.
-
-    digest: gives a file's sha256, asked only where some tuned profile is of a file as large, since it may take seconds.
-    """
-    n_bytes = size_of(path)
-    tuned = [p for p in (*_own(), *_shipped()) if (p.weights or p.predictor) and p.model_bytes == n_bytes]
-    model_sha256 = digest(path) if tuned else ""
-    known = [profile for profile in tuned if profile.model_sha256 == model_sha256]
-    predictor = next((profile.predictor for profile in known if profile.predictor), ())
-    weights = next((profile.weights for profile in known if profile.weights), ())
-    return Tuning(weights, Predictor(predictor) if predictor else None)
-
-
-def _shipped() -> Iterator[Profile]:
-    for path in sorted(Path(__file__).parent.glob("*.json")):
-        yield Profile.parse(path.read_text(encoding="utf-8"))
-
-
-def _own() -> Iterator[Profile]:
-    """Those in the cache folder that can be read."""
-    own: list[Path] = []
-    with suppress(OSError):  # as where there is no home folder
-        own = sorted((cache_folder() / "profiles").glob("*.json"))
-    for path in own:
-        with suppress(InvalidInput, OSError):
-            yield Profile.parse(path.read_text(encoding="utf-8", errors="replace"))
+def _n_bytes_of(path: Path) -> int | None:
+    """Bytes of the model that a profile belongs to; None for a file that cannot be read."""
+    try:
+        with safe_open(path, "numpy") as file:
+            return int(_facts_of(file.metadata())["model_bytes"])
+    except (SafetensorError, OSError, KeyError, ValueError):
+        return None

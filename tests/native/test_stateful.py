@@ -205,13 +205,6 @@ class Walk:
         self.context.tap = None
         assert not seen or max(seen) < 1e-3
 
-    def watch(self) -> None:
-        seen: list[float] = []
-        stride = int(self.rng.integers(1, 40))
-        with self.cells.watched(stride, lambda _il, _head, w: seen.append(float(abs(w.sum(axis=2) - 1).max()))):
-            self.decode()
-        assert not seen or max(seen) < 1e-3
-
     def serialize(self) -> None:
         """llama.cpp's own state functions: refused while composed, a round trip otherwise."""
         if self.cells.info().composed:
@@ -228,7 +221,7 @@ class Walk:
         operation = self.rng.choice(
             [self.decode] * 6 + [self.rewrite] * 4 + [self.wrong_rewrite] * 2
             + [self.remove, self.dig, self.dig, self.clear, self.export, self.restore, self.wrong_layout]
-            + [self.look, self.watch, self.serialize]
+            + [self.look, self.serialize]
         )  # fmt: skip
         operation()
         info = self.cells.info()

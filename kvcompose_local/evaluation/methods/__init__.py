@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.evaluation.statistics import Statistics
-from kvcompose_local.interfaces import FloatArray, IntArray
+from kvcompose_local.interfaces import FloatArray, Selection
 
 #: Takes the statistics and the number of cells to keep over all layers; returns a selection as ``Engine.rewrite`` does.
-Method = Callable[[Statistics, int], list[IntArray]]
+Method = Callable[[Statistics, int], Sequence[Selection]]
 
 _METHODS: dict[str, Method] = {}
 
@@ -36,10 +36,9 @@ def find_method(name: str) -> Method:
     return _METHODS[name]
 
 
-def method_names(*, trials: bool | None = None) -> list[str]:
-    """All names; only or without the variations that docs/trials.md is about."""
-    module = f"{__name__}.trials"
-    return sorted(name for name, made in _METHODS.items() if trials in (None, made.__module__ == module))
+def method_names() -> list[str]:
+    """All names."""
+    return sorted(_METHODS)
 
 
 def by_kv_head(attention: FloatArray, n_kv_heads: int) -> FloatArray:

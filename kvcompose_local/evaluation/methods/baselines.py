@@ -22,12 +22,6 @@ def _best(stats: Statistics, scores: list[FloatArray], n_cells: int) -> list[Int
     return select_composites(scores, [_per_layer(stats, n_cells)] * len(scores))
 
 
-@method("uniform")
-def uniform(stats: Statistics, n_cells: int) -> list[IntArray]:
-    """This program's scores, equally many cells in every layer: what stock llama.cpp can hold."""
-    return _best(stats, stats.both, n_cells)
-
-
 @method("sinks+recent")
 def sinks_and_recent(stats: Statistics, n_cells: int) -> list[IntArray]:
     """The first four tokens and the newest ones: what context shift keeps (StreamingLLM, arXiv 2309.17453)."""

@@ -1,0 +1,1 @@
+"""Which cells stay: arrays in, arrays out, and no llama.cpp."""

@@ -1,0 +1,63 @@
+"""Which rows of each layer stay, by the logarithms of their scores: what a chat and an evaluation both do.
+
+Each head ranks its rows; the heads' r-th best make one composite token, worth the power mean of exponent 1/2 of their
+scores, and all layers compete for the bytes by that (:func:`kvcompose_local.budgets.allocate_composites`). Axes: layer
+L, KV head H, row T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcompose_local.composing.scorer import BOUNDS, DTYPE, Scorer
+from kvcompose_local.interfaces import FloatArray, HalfArray, Selection
+
+#: What a pinned token competes with: above any score.
+PINNED = 2 * BOUNDS[1]
+
+
+def competing(
+    scorer: Scorer | None,
+    layer: int,
+    scores: FloatArray | HalfArray,
+    origins: Selection,
+    n_seen: int,
+    pinned: npt.NDArray[np.bool_],
+) -> FloatArray:
+    """Logarithms by which the rows of a layer compete: float32 (H, T).
+
+    scores: float (H, T), without age; origins: int (H, T) or (T,), the positions of their tokens, of ``n_seen``;
+    pinned: bool (n_seen,), which of all tokens are; scorer: None where age does not count.
+    """
+    result = scores.astype(np.float32)
+    if scorer is not None:
+        result += scorer.ages(layer, origins, n_seen)
+    np.clip(result, *BOUNDS, out=result)
+    if pinned.any():
+        result[np.broadcast_to(pinned[origins], result.shape)] = PINNED
+    return result
+
+
+def ranked(layers: Iterable[FloatArray]) -> tuple[list[Selection], list[FloatArray]]:
+    """Of each layer its heads' rows, best first: int (H, T), and what each rank's composite token is worth: (T,).
+
+    layers: L float arrays (H, T) of logarithms, each looked at once. They are compared as float16, whose sixteen bits
+    are sorted in linear time; of equal ones the lower row is better. The worth is a float32 that never rises.
+    """
+    orders, worths = [], []
+    for logarithms in layers:
+        halves = logarithms.astype(DTYPE)
+        order = np.argsort(_falling(halves), axis=1, kind="stable")
+        roots = np.exp(np.take_along_axis(halves, order, axis=1), dtype=np.float32) ** np.float32(0.5)
+        orders.append(order.astype(np.min_scalar_type(max(order.shape[1] - 1, 0))))
+        worths.append(roots.mean(axis=0, dtype=np.float64).astype(np.float32))
+    return orders, worths
+
+
+def _falling(halves: HalfArray) -> npt.NDArray[np.uint16]:
+    """Integers of which the smallest is that of the largest number."""
+    bits = (halves + DTYPE(0)).view(np.uint16)  # the sum makes one zero of +0 and -0
+    return np.asarray(np.where(bits & 0x8000, bits, 0x7FFF - bits), np.uint16)

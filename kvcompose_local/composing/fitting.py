@@ -1,0 +1,101 @@
+"""Fits a scorer to the attention that questions about some texts paid, by Poisson regression with a ridge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcompose_local.composing.scorer import BOUNDS, DTYPE, Scorer, features_of
+from kvcompose_local.interfaces import FloatArray, Progress
+
+#: Of the ridge, per unit of the features' variance, and Newton's steps.
+RIDGE = 0.003
+_STEPS, _SMALL_STEP = 8, 0.01
+#: A float16 holds it, and no weight that counts is near it.
+_LARGEST = 6e4
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Of one text: its cells, and what questions looked at.
+
+    keys, values: L float arrays (H, T, D), keys as they were before RoPE; looked: L float32 arrays (H, T); n_tokens: T
+    and the newest tokens that are left out.
+    """
+
+    keys: Sequence[FloatArray]
+    values: Sequence[FloatArray]
+    looked: Sequence[FloatArray]
+    n_tokens: int
+
+
+def fit(
+    texts: Sequence[Observed],
+    *,
+    ridge: float = RIDGE,
+    places: bool = True,
+    progress: Progress = lambda _done, _total: None,
+) -> Scorer:
+    """The scorer under which what questions looked at in these texts is most likely.
+
+    places: whether age and position count; progress gets (layers done, in all). A head that no question looked at gets
+    the lowest score everywhere.
+    """
+    n_layers = len(texts[0].keys)
+    weights, of_places = [], []
+    for layer in range(n_layers):
+        progress(layer, n_layers)
+        features = np.concatenate([features_of(text.keys[layer], text.values[layer]) for text in texts], axis=1)
+        place = np.concatenate([_places_of(text, layer) for text in texts]) * np.float32(places)
+        looked = np.concatenate([text.looked[layer] for text in texts], axis=1)
+        found = np.stack([_fitted(*of_head, place, ridge) for of_head in zip(features, looked, strict=True)])
+        weights.append(np.clip(found[:, :-3], -_LARGEST, _LARGEST).astype(DTYPE))
+        of_places.append(found[:, -3:].astype(np.float32))
+    progress(n_layers, n_layers)
+    return Scorer(tuple(weights), tuple(of_places), max(text.n_tokens for text in texts))
+
+
+def _places_of(text: Observed, layer: int) -> FloatArray:
+    """Logarithms of age and position: float32 (T, 2)."""
+    positions = np.arange(text.looked[layer].shape[1])
+    return np.log(np.stack([text.n_tokens - positions, positions + 1], axis=1)).astype(np.float32)
+
+
+def _fitted(features: FloatArray, counts: FloatArray, place: FloatArray, ridge: float) -> npt.NDArray[np.float64]:
+    """Of a head the weights of its features, of age and position, and of 1: float64 (F + 3,)."""
+    rows = np.concatenate([features, place, np.ones((len(place), 1), np.float32)], axis=1)
+    mean, deviation = rows.mean(axis=0), rows.std(axis=0) + np.float32(1e-6)
+    mean[-1], deviation[-1] = 0, 1
+    found = poisson((rows - mean) / deviation, counts, ridge)
+    weights = found / deviation
+    weights[-1] -= (found[:-1] * mean[:-1] / deviation[:-1]).sum()
+    return np.asarray(weights)
+
+
+def poisson(features: FloatArray, counts: FloatArray, ridge: float) -> npt.NDArray[np.float64]:
+    """b for which exp(features · b) is most likely the mean of ``counts``: float64 (F,), by Newton's method.
+
+    features: float32 (T, F), the last of which is 1 and is not held back by the ridge; counts: float32 (T,), 0 or more.
+    """
+    n = features.shape[1]
+    b = np.zeros(n)
+    total = float(counts.sum(dtype=np.float64))
+    if total <= 0:
+        b[-1] = BOUNDS[0]
+        return b
+    b[-1] = np.log(total / len(counts))
+    held = ridge * np.eye(n)
+    held[-1, -1] = 1e-6
+    for _ in range(_STEPS):
+        means = np.exp(np.clip(features @ b.astype(np.float32), *BOUNDS))
+        slope = (features.T @ (counts - means)).astype(np.float64) / total - held @ b
+        curvature = (features * means[:, None]).T @ features / total + held
+        step = np.linalg.solve(curvature, slope)
+        largest = float(np.abs(step).max())
+        b += step * min(1.0, 1.0 / largest)
+        if largest < _SMALL_STEP:
+            break
+    return b

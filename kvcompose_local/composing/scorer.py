@@ -1,0 +1,95 @@
+"""What a cell's own key and value, and its place, tell of the attention that questions will pay it.
+
+For each KV head a linear function of its key and value, which stand in the cache anyway, gives the logarithm of that
+attention; those of the layer's other heads add nothing (docs/results.md). It is fitted once a model (:mod:`fitting`),
+to what questions about some texts looked at; after that no attention is needed, and a cell's score is made once, when
+it is composed for the first time. Only its age, which grows, is added when cells compete.
+This project's own; KVzap (arXiv 2601.07891) predicts another method's scores from the hidden state.
+Axes: layer L, KV head H, token T, numbers of a head D, features F.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcompose_local.errors import InvalidInput
+from kvcompose_local.interfaces import FloatArray, HalfArray, IntArray
+
+#: No logarithm of an attention is beyond these.
+BOUNDS = -30.0, 5.0
+#: Weights, and scores, as they are kept.
+DTYPE = np.float16
+
+
+def features_of(keys: FloatArray, values: FloatArray) -> FloatArray:
+    """What the heads of a layer go by: float32 (H, T, F).
+
+    keys, values: float (H, T, D), keys as they were before RoPE.
+    """
+    return np.concatenate([keys, values], axis=2, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Of one model.
+
+    weights: of each layer float16 (H, F), by the features; places: of each layer float32 (H, 3), by the logarithms of
+    the token's age and of its position, both at least 1, and by one that is 1; furthest: the age and the position
+    beyond which neither counts more.
+    """
+
+    weights: tuple[HalfArray, ...]
+    places: tuple[FloatArray, ...]
+    furthest: int
+
+    def __post_init__(self) -> None:
+        if not self.weights or len(self.weights) != len(self.places) or self.furthest < 1:
+            raise InvalidInput("a scorer has weights and places for each layer")
+        for weights, places in zip(self.weights, self.places, strict=True):
+            if weights.ndim != 2 or places.shape != (len(weights), 3):
+                raise InvalidInput("a scorer's weights and places are not of the same heads")
+            if not (np.isfinite(weights).all() and np.isfinite(places).all()):
+                raise InvalidInput("a scorer's weights are not finite")
+
+    @cached_property
+    def digest(self) -> str:
+        """A name of 16 characters that no other scorer has."""
+        found = hashlib.blake2b(str(self.furthest).encode(), digest_size=8)
+        for array in (*self.weights, *self.places):
+            found.update(np.ascontiguousarray(array, np.float32).data)
+        return found.hexdigest()
+
+    def check(self, heads: Sequence[int]) -> None:
+        """Raises InvalidInput unless the model's layers have these KV heads."""
+        if [len(weights) for weights in self.weights] != list(heads):
+            raise InvalidInput("the model's profile is of other layers: measure it again")
+
+    def scores(self, layer: int, keys: FloatArray, values: FloatArray, first: int) -> FloatArray:
+        """Logarithms of expected attention, without age: float32 (H, T).
+
+        keys, values: float32 (H, T, D), keys as they were before RoPE, of tokens at positions from ``first`` on. Raises
+        InvalidInput for another number of heads or features.
+        """
+        weights, places = self.weights[layer].astype(np.float32), self.places[layer]
+        features = features_of(keys, values)
+        n_heads, n_tokens, n_features = features.shape
+        if weights.shape != (n_heads, n_features):
+            raise InvalidInput("the model's profile is of other heads: measure it again")
+        positions = self._logarithm(np.arange(first, first + n_tokens) + 1)
+        scores = (features @ weights[..., None])[..., 0] + places[:, 1:2] * positions + places[:, 2:]
+        return np.asarray(np.clip(scores, *BOUNDS), np.float32)
+
+    def ages(self, layer: int, origins: npt.NDArray[np.integer[Any]], n_seen: int) -> FloatArray:
+        """What age adds to these: float32 (H, T); origins: int (H, T) or (T,), positions of tokens, of ``n_seen``."""
+        logarithms = self._logarithm(n_seen - np.arange(n_seen))  # a table: a logarithm costs more than a look
+        return np.asarray(self.places[layer][:, :1] * logarithms[origins], np.float32)
+
+    def _logarithm(self, places: IntArray) -> FloatArray:
+        return np.log(np.clip(places, 1, self.furthest)).astype(np.float32)
