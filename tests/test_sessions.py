@@ -28,7 +28,7 @@ from safetensors.numpy import load_file
 from test_cli import endless, program, refused
 
 from kvcompose_local import sessions
-from kvcompose_local.api import LocalChat
+from kvcompose_local.api import LocalChat, memory_of
 from kvcompose_local.chat import Chat, ChatState
 from kvcompose_local.compaction import CacheMemory
 from kvcompose_local.composing.scorer import Scorer
@@ -94,7 +94,7 @@ def real_chat(
         path, n_ctx=n_ctx, budget=budget, n_threads=1, cache_type=cache, sampling=greedy, **options
     )
     with engine:
-        yield Chat(engine.model, CacheMemory(engine, positions, compose=budget < 1))
+        yield Chat(engine.model, memory_of(engine, positions, compose=budget < 1))
 
 
 def next_tokens(chat: Chat, n: int, *, walk: int = 0) -> tuple[list[int], list[FloatArray]]:
