@@ -44,6 +44,8 @@ SMALL_MICRO_BATCH = 192
 CELL_PADDING = 256
 #: The strictest alignment of a buffer type that llama.cpp has, in bytes; K and V of each layer may lose as much.
 ALIGNMENT = 256
+#: What a device may add to K and to V of each layer, in bytes: CUDA fills quantized rows up to 512 numbers.
+DEVICE_PADDING = 1024
 
 
 class PatchedEngine(LlamaEngine):
@@ -102,7 +104,11 @@ class PatchedEngine(LlamaEngine):
         info = self._cells.info()
         self._has_window = bool(info.has_window)
         self.goes_back = not self._has_window
-        slack = [2 * ALIGNMENT * sum(x.arena == i for x in layers) for i in range(info.n_arenas)]
+        on_host = [self._cells.arena(i).name == b"CPU" for i in range(info.n_arenas)]
+        slack = [
+            2 * (ALIGNMENT + DEVICE_PADDING * (not on_host[i])) * sum(x.arena == i for x in layers)
+            for i in range(info.n_arenas)
+        ]
         sizes = [int(self._cells.arena(i).size) for i in range(info.n_arenas)]
         self.cache_bytes = sum(sizes)
         # A window cache overwrites what a replay of more than one micro-batch would have to give back.
