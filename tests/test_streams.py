@@ -138,8 +138,8 @@ def test_a_chat_obeys_nobody(models: dict[str, Path], tmp_path: Path, term: str)
     assert not re.search("[\x00-\x07\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", left), left
     assert "no^[[2Jte<U+202E>.txt holds no text" in left
     assert "\x1b[2J" not in got
-    assert "Nice^[]0;title^G^Mname: 1024 positions" in left
-    assert "Nice^[]0;title^G^Mname (llama), engine" in left
+    assert "Nice^[]0;title^G name: 1024 positions" in left
+    assert "Nice^[]0;title^G name (llama), engine" in left
     assert "Be<U+009B>2J brief" in left
     assert HOSTILE_SHOWN in left.replace("\r", "")
 
@@ -147,7 +147,7 @@ def test_a_chat_obeys_nobody(models: dict[str, Path], tmp_path: Path, term: str)
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ("inspect {hostile}", "Nice^[]0;title^G^Mname (llama): 1 layers"),
+        ("inspect {hostile}", "Nice^[]0;title^G name (llama): 1 layers"),
         ("inspect 'no\x1b[2Jne.gguf'", "no^[[2Jne.gguf"),
         ("run {hostile} --session 'a\x1b[2Jb.kvc' " + FAST.removesuffix(" --no-autosave") + " -p hi", "a^[[2Jb.kvc"),
         ("run {hostile} " + FAST + " -p hi -f 'no\u202ene\x07'", "cannot read no<U+202E>ne^G"),
