@@ -7,6 +7,7 @@ Shapes are from the models' own configurations. ``scripts/shapes`` tries all and
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -161,8 +162,11 @@ def _logits(engine: LlamaEngine, memory: CacheMemory, tokens: Sequence[int]) -> 
 def try_shape(shape: Shape, gpu_layers: int = 0) -> str:
     """:func:`run` in a process of its own, which an abort may end; says what was done. Raises AssertionError."""
     command = [sys.executable, __file__, shape.name, str(gpu_layers)]
+    env = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # as `run` has it: shapes are tried side by side
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT, cwd=ROOT, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIME_LIMIT, cwd=ROOT, check=False, env=env
+        )
     except subprocess.TimeoutExpired:
         raise AssertionError(f"{shape.name}: not done after {TIME_LIMIT} s") from None
     if done.returncode != 0:

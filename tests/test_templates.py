@@ -177,7 +177,7 @@ def test_thinking_is_told_apart_and_given_back_as_the_template_wants_it(name: st
 
 def test_every_format_is_found_in_a_template_that_llama_cpp_ships_or_known_not_to_be() -> None:
     found = {format_of(source).name for source in templates().values()}
-    assert {form.name for form in FORMATS} - found == {"thought", "kimi-vl"}
+    assert {form.name for form in FORMATS} - found == {"answer", "kimi-vl", "reasoning", "thinking", "thought"}
 
 
 def read(form: Format, text: str, *, size: int, is_reasoning: bool = False) -> tuple[str, str]:
