@@ -262,9 +262,15 @@ def run_command(
             import psutil
 
             from kvcompose_local.prompt import line_reader
+            from kvcompose_local.scoring import Learned
 
             free_bytes = psutil.virtual_memory().available
             status.line(greeting(chat, models.hint_beyond_toy(local.setup.model, free_bytes)))
+            if chat.memory.compose and isinstance(chat.memory.scoring, Learned):
+                status.line(
+                    "No profile of this model is here: its first text teaches what to keep, and chats keep more after "
+                    f"`kvcompose-local profile {shlex.quote(str(local.setup.model))}`, once, which takes minutes."
+                )
             if not sys.stdout.isatty():
                 status.line("Answers go to standard output, which is no terminal.")
             repl.edit = line_reader(COMMANDS, sessions.names)
