@@ -327,9 +327,7 @@ class Model:
 
     def control_text(self, token: int) -> str:
         """The text of a control token, such as ``<|channel|>``; empty for all others."""
-        if not lib.llama_vocab_is_control(self._vocab, token):
-            return ""
-        return lib.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace")  # type: ignore[no-any-return]
+        return self._text_of(token) if lib.llama_vocab_is_control(self._vocab, token) else ""
 
     def is_marker(self, text: str) -> bool:
         """Whether ``text`` is one token of the vocabulary that no other text becomes."""
