@@ -54,6 +54,8 @@ def _gemma(name: str, arch: str, *sizes: int) -> Shape:
 _LONGROPE = {"rope.scaling.original_context_length": 4096, "rope.scaling.attn_factor": 1.19}
 _YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 16.0, "rope.scaling.original_context_length": 256}
 _EXPERTS = {"expert_count": 4, "expert_used_count": 4, "expert_feed_forward_length": 32}  # the choice would be chaotic
+#: As many at once make the most tensors of a graph for each that the model has.
+_MANY_EXPERTS = _EXPERTS | {"expert_count": 8, "expert_used_count": 8}
 _PHI3 = Shape("Phi 3 mini", "phi3", 32, 32, 32, 96, _LONGROPE)
 _PHI4 = Shape("Phi 4 mini", "phi3", 32, 24, 8, 128, _LONGROPE, n_rot=96)
 
@@ -97,6 +99,15 @@ SHAPES = (
     Shape("GLM 4 9B", "glm4", 40, 32, 2, 128, n_rot=64),
     Shape("Granite 3 2B", "granite", 40, 32, 8, 64, {"logit_scale": 8.0, "attention.scale": 0.015625}),
     Shape("Granite 3 8B", "granite", 40, 32, 8, 128, {"logit_scale": 16.0, "attention.scale": 0.0078125}),
+    Shape(
+        "Granite 3 1B-A400M",
+        "granitemoe",
+        24,
+        16,
+        8,
+        64,
+        {"logit_scale": 16.0, "attention.scale": 0.0078125} | _MANY_EXPERTS,
+    ),
     _narrow(Shape("OLMo 2 1B", "olmo2", 16, 16, 16, 128)),
     _narrow(Shape("OLMo 2 7B", "olmo2", 32, 32, 32, 128)),
 )
