@@ -10,7 +10,7 @@ def main() -> None:
     """The command line, of which importing alone takes a tenth of a second: Ctrl-C ends that in one line, too."""
     open_what_is_closed()
     try:
-        from kvcompose_local import cli
+        from kvcompose_local.commands import cli
     except KeyboardInterrupt:
         sys.stderr.write("error: stopped\n")
         sys.exit(1)

@@ -182,7 +182,7 @@ def even_parts(n: int, largest: int, rows: int = 1) -> list[tuple[int, int]]:
 
 
 class AttentionSink(Protocol):
-    """Takes softmax weights as they stream by (:class:`kvcompose_local.attention.AttentionMax`)."""
+    """Takes softmax weights as they stream by (:class:`kvcompose_local.composing.attention.AttentionMax`)."""
 
     def update(self, layer: int, weights: FloatArray, columns: slice | IntArray) -> None: ...
 

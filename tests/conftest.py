@@ -31,7 +31,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def real_model() -> Callable[[str], Path]:
     """``real_model(name)`` gives the path of a model of models.txt, fetching it when the set-up has not."""
-    from kvcompose_local import models
+    from kvcompose_local.install import models
 
     return lambda name: models.resolve(name, pull=True)
 

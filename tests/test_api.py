@@ -13,10 +13,10 @@ import pytest
 import kvcompose_local
 from kvcompose_local import LocalChat, Sampling, profiles
 from kvcompose_local.api import template_of
+from kvcompose_local.chat.sessions import model_digest
 from kvcompose_local.errors import InvalidInput, SessionError
 from kvcompose_local.llama_ffi.cells import library_is_patched
 from kvcompose_local.llama_ffi.library import library_path
-from kvcompose_local.sessions import model_digest
 
 needs_patches = pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
 EXAMPLE = Path(__file__).parent.parent / "docs" / "library.py"

@@ -24,7 +24,7 @@ import psutil
 from gguf import GGUFReader
 
 from kvcompose_local import profiles
-from kvcompose_local.compaction import CacheMemory
+from kvcompose_local.chat.memory import CacheMemory
 from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.engines import cells_for, default_cache_type, has_whole_blocks, token_of
 from kvcompose_local.engines.base import LlamaEngine
@@ -32,11 +32,11 @@ from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, S
 from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import EngineError, InvalidInput, KVComposeError
 from kvcompose_local.install.model_files import model_digest, size_of
+from kvcompose_local.install.pin import library_dir
 from kvcompose_local.install.threads import default_threads
 from kvcompose_local.interfaces import CacheSnapshot, LayerShape, Sampling
 from kvcompose_local.llama_ffi.library import library_path
 from kvcompose_local.llama_ffi.model import Model
-from kvcompose_local.pin import library_dir
 
 UNPATCHED = "unpatched llama.cpp"
 TWIN = "the same, patched"

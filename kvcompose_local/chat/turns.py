@@ -11,9 +11,9 @@ from datetime import datetime
 from itertools import pairwise
 from typing import Any
 
+from kvcompose_local.chat.memory import CacheMemory, MemoryState
 from kvcompose_local.chat.reasoning import CLOSE, OPEN, Reader, Said
 from kvcompose_local.chat.transcript import Message, Place, Saved, Step, TextModel, Transcript, n_common
-from kvcompose_local.compaction import CacheMemory, MemoryState
 from kvcompose_local.errors import ContextFull, InvalidInput, KVComposeError
 from kvcompose_local.interfaces import Progress
 

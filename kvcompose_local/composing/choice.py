@@ -1,8 +1,8 @@
 """Which rows of each layer stay, by the logarithms of their scores: what a chat and an evaluation both do.
 
 Each head ranks its rows; the heads' r-th best make one composite token, worth the power mean of exponent 1/2 of their
-scores, and all layers compete for the bytes by that (:func:`kvcompose_local.budgets.allocate_composites`). Axes: layer
-L, KV head H, row T.
+scores, and all layers compete for the bytes by that (:func:`~kvcompose_local.composing.budgets.allocate_composites`).
+Axes: layer L, KV head H, row T.
 """
 
 from __future__ import annotations

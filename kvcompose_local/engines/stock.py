@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from kvcompose_local.cells import CellBlock, Plane, parse_state, row_bytes, write_state
 from kvcompose_local.engines.base import LlamaEngine, softmax_queries
+from kvcompose_local.engines.state_format import CellBlock, Plane, parse_state, row_bytes, write_state
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput, ModelError
 from kvcompose_local.interfaces import (
     CacheLayout,

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcompose_local import __version__
-from kvcompose_local.compaction import CacheMemory
+from kvcompose_local.chat.memory import CacheMemory
 from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.errors import InvalidInput, KVComposeError

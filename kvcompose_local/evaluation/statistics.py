@@ -8,12 +8,12 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from kvcompose_local.attention import AttentionMax
-from kvcompose_local.compaction import Policy
+from kvcompose_local.chat.memory import Policy
+from kvcompose_local.chat.scoring import Learned, Replayed, Scored, Scoring
+from kvcompose_local.composing.attention import AttentionMax
 from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.interfaces import FloatArray, HalfArray
-from kvcompose_local.scoring import Learned, Replayed, Scored, Scoring
 
 #: Queries of a recent-query method (SnapKV, arXiv 2404.14469, uses 32 with short contexts).
 N_RECENT = 32

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kvcompose_local.errors import SessionError
-from kvcompose_local.resources import DISK_FULL
+from kvcompose_local.install.resources import DISK_FULL
 
 
 @contextmanager

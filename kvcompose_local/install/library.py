@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvcompose_local.errors import EngineError, KVComposeError
-from kvcompose_local.pin import cpu_features, library_dir, read_pin
-from kvcompose_local.resources import CACHE_VARIABLE, cache_folder, data_file
+from kvcompose_local.install.pin import cpu_features, library_dir, read_pin
+from kvcompose_local.install.resources import CACHE_VARIABLE, cache_folder, data_file
 
 #: Read by llama-cpp-python when it is imported; a library that the user names there wins.
 VARIABLE = "LLAMA_CPP_LIB_PATH"

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-from kvcompose_local.pin import output_of
+from kvcompose_local.install.pin import output_of
 
 #: A core is slow with less than this share of the fastest one's capacity (Linux' cpu_capacity: little cores have 250
 #: to 450 beside 1024, middle ones, which are worth a thread, 700 and more), or of its highest clock, which differs less

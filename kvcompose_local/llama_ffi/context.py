@@ -277,7 +277,7 @@ class Context:
         lib.llama_memory_clear(self._memory, True)
 
     def state(self) -> ByteArray:
-        """The sequence's cells as llama.cpp serializes them (see :mod:`kvcompose_local.cells`)."""
+        """The sequence's cells as llama.cpp serializes them (see :mod:`kvcompose_local.engines.state_format`)."""
         return self._state(0)
 
     def set_state(self, blob: ByteArray) -> None:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.errors import InvalidInput, NoHome
-from kvcompose_local.resources import cache_folder
+from kvcompose_local.install.resources import cache_folder
 
 FORMAT = 2
 SUFFIX = ".safetensors"

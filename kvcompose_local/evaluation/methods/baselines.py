@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvcompose_local.composing.selection import select_composites
 from kvcompose_local.evaluation.methods import by_kv_head, method
 from kvcompose_local.evaluation.statistics import N_RECENT, Statistics
 from kvcompose_local.interfaces import FloatArray, IntArray
-from kvcompose_local.selection import select_composites
 
 N_SINKS = 4
 #: Width of the smoothing of SnapKV.

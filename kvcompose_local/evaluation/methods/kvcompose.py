@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvcompose_local.budgets import allocate_bytes, allocate_composites
-from kvcompose_local.compaction import LEAST_TAIL
+from kvcompose_local.chat.memory import LEAST_TAIL
+from kvcompose_local.composing.budgets import allocate_bytes, allocate_composites
 from kvcompose_local.composing.choice import competing, ranked
 from kvcompose_local.composing.scorer import Scorer
+from kvcompose_local.composing.scores import token_scores
+from kvcompose_local.composing.selection import select_composites
 from kvcompose_local.evaluation.methods import method
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.interfaces import FloatArray, HalfArray, Selection
-from kvcompose_local.scores import token_scores
-from kvcompose_local.selection import select_composites
 
 
 def as_the_program(stats: Statistics, scorer: Scorer | None, scores: Sequence[HalfArray]) -> list[FloatArray]:

@@ -1,0 +1,539 @@
+"""The orchestrator: keeps a chat's cache inside its arena. It sees only the :class:`Engine` protocol.
+
+Tokens are read as live cells until the next ones would not fit. Then one *compaction* runs:
+
+1. every live token, all but the newest few, gets its score: how much attention questions are expected to pay it. A
+   model's scorer (:mod:`composing.scorer`) tells that from the cell's own key, value and place; where there is none, a
+   replay of the text does (:mod:`scoring`). Composed cells have theirs;
+2. all compete for the arena's bytes, less what the live region needs (:mod:`budgets`);
+3. the winners are aligned into composite tokens (:mod:`selection`) and the engine rewrites its cells.
+
+Nothing is compressed before it must be, and nothing is changed before step 3.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcompose_local.chat.scoring import Learned, Replayed, Scored, Scoring
+from kvcompose_local.composing.budgets import allocate_composites
+from kvcompose_local.composing.cell_scores import CellScores
+from kvcompose_local.composing.choice import competing, ranked
+from kvcompose_local.composing.scorer import Scorer
+from kvcompose_local.errors import ContextFull, InvalidInput, PositionsFull
+from kvcompose_local.interfaces import CacheLayout, CacheSnapshot, Engine, FloatArray, IntArray, Progress, Selection
+from kvcompose_local.interrupts import uninterrupted
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How the arena is divided, in cells of a uniform cache.
+
+    n_tail: newest live tokens that a compaction leaves alone; n_headroom: live cells that it makes free;
+    n_scratch: cells kept free for what scoring feeds, where it feeds anything.
+    """
+
+    n_tail: int = 8
+    n_headroom: int = 256
+    n_scratch: int = 128
+
+    @classmethod
+    def for_cells(cls, n_cells: int) -> Policy:
+        """A sixteenth of the cells for headroom, one for scratch and a sixth for the tail, all of them bounded.
+
+        The tail is for reading well, not for answering: a text whose last sentence is half gone is misread
+        (docs/trials.md).
+        """
+        chunk = min(max(-(-n_cells // 16), 24), 256)
+        return cls(
+            n_tail=min(max(n_cells // 6, 8), 128),
+            n_headroom=2 * chunk if n_cells >= 31 * chunk else chunk,
+            n_scratch=chunk,
+        )
+
+
+#: Tokens of the tail that stay where pinned ones need its room, or the user asks for a compaction.
+LEAST_TAIL = 8
+
+
+def _in(spans: Sequence[tuple[int, int]], n: int) -> npt.NDArray[np.bool_]:
+    """Which of the first ``n`` positions are in some (start, stop): bool (n,)."""
+    found = np.zeros(n, bool)
+    for start, stop in spans:
+        found[start:stop] = True
+    return found
+
+
+def _n_in(spans: Sequence[tuple[int, int]]) -> int:
+    """How many positions are in some (start, stop)."""
+    return int(_in(spans, max((stop for _, stop in spans), default=0)).sum())
+
+
+@dataclass(frozen=True)
+class CompactionReport:
+    """What one compaction did. Bytes are of cells in use, seconds of wall time."""
+
+    tokens_seen: int
+    tokens_scored: int
+    composed: tuple[int, ...]
+    n_live: int
+    bytes_before: int
+    bytes_after: int
+    score_seconds: float
+    select_seconds: float
+    rewrite_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        return self.score_seconds + self.select_seconds + self.rewrite_seconds
+
+    def line(self, *earlier: CompactionReport) -> str:
+        """One line for people, which counts in ``earlier`` ones that were not told."""
+        low, high = min(self.composed), max(self.composed)
+        cells = f"{low}" if low == high else f"{low}–{high}"
+        seconds = sum(report.seconds for report in (*earlier, self))
+        times = f", {len(earlier) + 1} times" if earlier else ""
+        return (
+            f"compacted: {self.tokens_seen} tokens seen, {cells} composed + {self.n_live} live cells a layer, "
+            f"{self.bytes_before / 2**20:.1f} → {self.bytes_after / 2**20:.1f} MiB in {seconds:.1f} s{times}"
+        )
+
+
+@dataclass(frozen=True)
+class MemoryState:
+    """All that a :class:`CacheMemory` knows, to go on from later.
+
+    tokens: all that were seen; scores: float32 (H, K_l), each layer's composed cells', without age; origins: int32
+    (H, K_l), the positions that their tokens stood at; cells: as the engine gave them; pins: the (start, stop) of what
+    is pinned; scorer: what the scores are of, None for a replay.
+    """
+
+    tokens: tuple[int, ...]
+    scores: Sequence[FloatArray]
+    origins: Sequence[Selection]
+    cells: CacheSnapshot
+    pins: tuple[tuple[int, int], ...] = ()
+    scorer: Scorer | None = None
+
+
+class CacheMemory:
+    """A cache that is fed tokens and compacts itself when it must.
+
+    n_ctx: positions the chat may span; on_compaction is told of each; on_progress gets (tokens scored, in all) and
+    may raise KeyboardInterrupt, which leaves the cache as it was. ``compose`` False never compacts (budget 1).
+    ``scorer`` is the model's; without one a replay of the first text teaches one. With ``replay``, or where the engine
+    does not read rows, all text is replayed. Raises InvalidInput for a scorer of another model.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        n_ctx: int,
+        *,
+        compose: bool = True,
+        policy: Policy | None = None,
+        scorer: Scorer | None = None,
+        replay: bool = False,
+        on_compaction: Callable[[CompactionReport], None] | None = None,
+        on_progress: Progress | None = None,
+    ) -> None:
+        self.engine = engine
+        self.n_ctx = n_ctx
+        self.compose = compose
+        self._policy = policy or Policy.for_cells(sum(engine.arena_bytes) // max(engine.shape.row_bytes, 1))
+        self.scoring: Scoring
+        if not engine.reads_rows or replay:
+            self.scoring = Replayed(engine)
+        elif scorer is None:
+            self.scoring = Learned(engine)
+        else:
+            self.scoring = self._scored_by(scorer)
+        self.on_compaction = on_compaction
+        self.on_progress = on_progress
+        self.reports: list[CompactionReport] = []
+        self.n_asked = 0  # compactions that somebody asked for
+        self.tokens: list[int] = []  # all that were seen, in their order
+        self.pins: list[tuple[int, int]] = []  # (start, stop) in positions, read or yet to be read
+        self._furthest = 0  # the highest position that a sliding window had to reach
+        self._scores = CellScores(engine.shape.layers)
+
+    def _scored_by(self, scorer: Scorer) -> Scored:
+        scorer.check([layer.n_kv_heads for layer in self.engine.shape.layers])
+        return Scored(self.engine, scorer)
+
+    @property
+    def policy(self) -> Policy:
+        """How the arena is divided now: what feeds nothing needs no scratch, and compacts half as often instead."""
+        if self.scoring.feeds:
+            return self._policy
+        return replace(self._policy, n_headroom=max(self._policy.n_headroom, 2 * self._policy.n_scratch), n_scratch=0)
+
+    @property
+    def position(self) -> int:
+        """Tokens seen."""
+        return self.engine.layout().position
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the cells in use."""
+        return self._bytes_of(self.engine.layout())
+
+    def _bytes_of(self, layout: CacheLayout) -> int:
+        layers = zip(self.engine.shape.layers, layout.composed, strict=True)
+        return sum(layer.row_bytes * (k + layout.n_live) for layer, k in layers)
+
+    def feed(self, tokens: Sequence[int], progress: Progress | None = None) -> None:
+        """Append tokens, compacting whenever the next ones would not fit.
+
+        Raises ContextFull before anything is read when the positions run out. An interrupt keeps what was read:
+        ``position`` tells how much that is.
+        """
+        self.check_positions(self.position, len(tokens))
+        done = 0
+        if progress is not None:
+            progress(0, len(tokens))
+        while done < len(tokens):
+            room = self._room()
+            if room <= 0:
+                self.compact()
+                room = self._room()
+                if room <= 0:
+                    raise ContextFull("compaction cannot make room: raise --ctx or --budget")
+            piece = tokens[done : done + room]
+            offset = done
+
+            def piece_progress(n: int, _total: int, offset: int = offset) -> None:
+                if progress is not None:
+                    progress(offset + n, len(tokens))
+
+            try:
+                self.engine.decode(piece, piece_progress, logits=offset + len(piece) == len(tokens))
+            finally:
+                with uninterrupted():
+                    self.tokens += piece[: self.position - len(self.tokens)]
+                    self._furthest = max(self._furthest, len(self.tokens))
+            done += len(piece)
+
+    def check_positions(self, position: int, n_more: int) -> None:
+        """Raises PositionsFull unless ``n_more`` tokens fit behind the first ``position`` ones."""
+        if position + n_more > self.n_ctx:
+            raise PositionsFull(
+                f"{n_more} more tokens do not fit: {position} of --ctx {self.n_ctx} positions are used; "
+                f"{self.way_to_more_positions}"
+            )
+
+    @property
+    def way_to_more_positions(self) -> str:
+        """What to do where they do not suffice."""
+        known = self.engine.shape.n_ctx_train
+        return f"start again with --ctx up to {known}" if known > self.n_ctx else "the model knows no more: send less"
+
+    def _room(self) -> int:
+        layout = self.engine.layout()
+        spared = self.policy.n_scratch if self.compose and not self._fits_to_the_end(layout) else 0
+        return layout.n_free - spared
+
+    def _fits_to_the_end(self, layout: CacheLayout) -> bool:
+        """Whether each position that is left has a cell, so that nothing will have to be compacted any more."""
+        return layout.n_free >= self.n_ctx - layout.position
+
+    def compact(self, keep: float | None = None) -> CompactionReport | None:
+        """Run one compaction now; ``keep`` in (0, 1] bounds the bytes kept by that share of those in use.
+
+        Returns None when there is nothing to compose. The logits are gone afterwards.
+        """
+        if keep is not None and not 0 < keep <= 1:
+            raise InvalidInput(f"keep a share in (0, 1], not {keep}")
+        if not self.compose:
+            raise InvalidInput("this chat runs at budget 1: start it with --budget below 1 to compress")
+        before = self.engine.layout()
+        # A chat that fits to its end spares no scratch: the newest tokens give theirs, and are read again.
+        n_short = min(self.policy.n_scratch // 2 - before.n_free, before.n_live)
+        if n_short > 0 and self.can_drop(before.position - n_short):
+            again = self.tokens[before.position - n_short :]
+            self.rewind(before.position - n_short)
+            try:
+                return self.compact(keep)
+            finally:
+                if len(self.tokens) + len(again) == before.position:  # unless a failure left nothing
+                    self.feed(again)
+        n_tail = self._n_tail(before.n_live) if keep is None else min(self._least_tail, before.n_live)
+        n_scored = before.n_live - n_tail
+        if n_scored == 0 and not any(before.composed):
+            return None
+        started = time.perf_counter()
+        first = before.position - before.n_live
+        if self.scoring.feeds:  # a sliding window moves on by that
+            self._furthest = max(self._furthest, before.position + self.policy.n_scratch)
+        live = self.scoring.scores(self.tokens, n_scored, self.policy.n_scratch, self.on_progress)
+        scored = time.perf_counter()
+        pinned = _in(self.pins, before.position)
+        bytes_before = self._bytes_of(before)
+        at_most = None if keep is None else int(keep * bytes_before)
+
+        def competing_rows(layer: int) -> FloatArray:
+            scores, origins = self._scores.rows(layer, live[layer], first)
+            return competing(self.scoring.scorer, layer, scores, origins, before.position, pinned)
+
+        n_rows = [n + n_scored for n in before.composed]
+        n_pinned = int(pinned[: before.position - n_tail].sum())
+        orders, worths = ranked(map(competing_rows, range(len(n_rows))))
+        budgets = self._budgets(worths, n_rows, n_tail, at_most, n_pinned)
+        selection = [order[:, :k] for order, k in zip(orders, budgets.tolist(), strict=True)]
+        selected = time.perf_counter()
+        with self._emptied_on_failure(before):
+            self.engine.rewrite(selection, n_tail)
+            self._scores.keep(selection, live, first)
+        after = self.engine.layout()
+        report = CompactionReport(
+            tokens_seen=after.position,
+            tokens_scored=n_scored,
+            composed=after.composed,
+            n_live=after.n_live,
+            bytes_before=bytes_before,
+            bytes_after=self._bytes_of(after),
+            score_seconds=scored - started,
+            select_seconds=selected - scored,
+            rewrite_seconds=time.perf_counter() - selected,
+        )
+        self.reports.append(report)
+        self.n_asked += keep is not None
+        if self.on_compaction is not None:
+            self.on_compaction(report)
+        return report
+
+    @contextlib.contextmanager
+    def _emptied_on_failure(self, before: CacheLayout) -> Iterator[None]:
+        """Rewrite cells here: what fails half-way leaves nobody's cells, and a Ctrl-C waits."""
+        with uninterrupted():
+            try:
+                yield
+            except BaseException:
+                if self.engine.layout() != before:
+                    self._forget_cells()
+                raise
+
+    def _n_tail(self, n_live: int) -> int:
+        """Newest live tokens that a compaction leaves alone."""
+        n_tail = self.policy.n_tail
+        return min(max(n_tail - max(self.n_pinned - self._fitting(n_tail), 0), self._least_tail), n_live)
+
+    @property
+    def _least_tail(self) -> int:
+        return min(self.policy.n_tail, LEAST_TAIL)
+
+    def _fitting(self, n_tail: int) -> int:
+        """Composed cells that every layer may have beside a tail."""
+        return int((self._composed_room(n_tail) // np.maximum(self._live_bytes(), 1)).min())
+
+    def _budgets(
+        self, worths: Sequence[FloatArray], n_rows: Sequence[int], n_tail: int, at_most: int | None, n_pinned: int
+    ) -> IntArray:
+        """How many of its ``n_rows`` each layer keeps, within ``at_most`` bytes of all cells but for what is pinned."""
+        layers = self.engine.shape.layers
+        device = np.array([layer.device for layer in layers])
+        row_bytes = np.array([layer.row_bytes for layer in layers])
+        live_bytes = self._live_bytes()
+        room = self._composed_room(n_tail)
+        if at_most is not None:
+            share = np.array(self.engine.arena_bytes, np.float64) / sum(self.engine.arena_bytes)
+            wanted = np.floor(share * at_most).astype(np.int64) - n_tail * live_bytes
+            room = np.minimum(room, np.maximum(wanted, n_pinned * live_bytes))
+        if (room < 0).any():
+            raise ContextFull("the budget leaves no cells for composed tokens: raise --ctx or --budget")
+        if self.engine.per_layer:
+            return allocate_composites(worths, row_bytes, room.tolist(), device=device)
+        fitting = int((room // np.maximum(live_bytes, 1)).min())
+        return np.minimum(fitting, np.array(n_rows, np.int64))
+
+    def _live_bytes(self) -> IntArray:
+        """Bytes that one live token takes in each arena: int64 (devices,)."""
+        layers = self.engine.shape.layers
+        device, row_bytes = [layer.device for layer in layers], [layer.row_bytes for layer in layers]
+        return np.bincount(device, weights=row_bytes, minlength=len(self.engine.arena_bytes)).astype(np.int64)
+
+    def _composed_room(self, n_tail: int) -> IntArray:
+        """Bytes that each arena has for composed cells beside tail, headroom and scratch: int64 (devices,)."""
+        reserved = n_tail + self.policy.n_headroom + self.policy.n_scratch
+        return np.array(self.engine.arena_bytes, np.int64) - reserved * self._live_bytes()
+
+    def pin(self, start: int, stop: int) -> bool:
+        """Keep the tokens at positions ``start`` to ``stop``, read or yet to be read, in all layers and heads.
+
+        Returns whether that holds from now on: composed tokens cannot be told apart any more, so False says that some
+        are among them, and that it holds once ``rewind(start)`` has made them be read again. Raises ContextFull, with
+        nothing changed, when a compaction could not keep all that is pinned, and InvalidInput where none ever runs.
+        """
+        if not self.compose:
+            raise InvalidInput("this chat runs at budget 1: nothing is ever dropped")
+        if not 0 <= start <= stop:
+            raise InvalidInput(f"there are no positions {start} to {stop}")
+        before = self.pins
+        self.pins = [*before, (start, stop)]
+        try:
+            self._check_pinned(self.n_pinned)
+        except ContextFull:
+            self.pins = before
+            raise
+        layout = self.engine.layout()
+        return start >= layout.position - layout.n_live
+
+    def _check_pinned(self, n_pinned: int) -> None:
+        n_fitting = self._fitting(self._least_tail)
+        if n_pinned > n_fitting:
+            raise ContextFull(
+                f"{n_pinned} pinned tokens are more than the {max(n_fitting, 0)} that a compaction can keep: "
+                "raise --ctx or --budget"
+            )
+
+    def unpin(self, position: int) -> None:
+        """Forget what is pinned from ``position`` on."""
+        self.pins = [(start, min(stop, position)) for start, stop in self.pins if start < position]
+
+    @property
+    def n_pinned(self) -> int:
+        """Tokens that are pinned."""
+        return _n_in(self.pins)
+
+    def state(self) -> MemoryState:
+        """A copy of everything, for :meth:`restore`."""
+        view = self.view()
+        return replace(view, scores=tuple(view.scores), origins=tuple(view.origins), cells=self.engine.snapshot())
+
+    def view(self) -> MemoryState:
+        """The same, but what is large is copied when it is looked at, layer by layer: good until anything changes."""
+        scores, origins = self._scores.view()
+        return MemoryState(
+            tuple(self.tokens), scores, origins, self.engine.view(), tuple(self.pins), self.scoring.scorer
+        )
+
+    def restore(self, state: MemoryState) -> None:
+        """Go on from a state, perhaps of another size of cache; the logits are gone.
+
+        Raises InvalidInput, before anything is changed, where it belongs to another model or contradicts itself, and
+        ContextFull where it does not fit. Where only the positions in the cells tell, the cache is empty afterwards.
+        """
+        cells = state.cells
+        n_vocab = self.engine.shape.n_vocab
+        if len(state.tokens) != cells.position or not all(0 <= token < n_vocab for token in state.tokens):
+            raise InvalidInput("the tokens are not those of these cells")
+        first_live = cells.position - cells.n_live
+        scores = self._scores.restored(state.scores, state.origins, cells.composed, first_live)
+        scoring = self.scoring
+        if any(cells.composed):  # scores must be of one scale
+            if state.scorer is not None and not self.engine.reads_rows:
+                raise InvalidInput("these cells were scored by the patched engine: `kvcompose-local build` makes it")
+            scoring = Replayed(self.engine) if state.scorer is None else self._scored_by(state.scorer)
+        if any(not 0 <= start <= stop <= self.n_ctx for start, stop in state.pins):
+            raise InvalidInput("the pins are not those of these tokens")
+        self._check_room(cells, self._policy.n_scratch if scoring.feeds else 0)
+        if self.compose:
+            self._check_pinned(_n_in(state.pins))
+        self.engine.restore(cells)
+        layout = self.engine.layout()
+        if (layout.composed, layout.n_live, layout.position) != (cells.composed, cells.n_live, cells.position):
+            self._forget_cells()
+            raise InvalidInput("the positions are not those of these cells")
+        self.tokens = [*state.tokens]
+        self.pins = [*state.pins]
+        self._furthest = cells.position + (self.engine.max_replay if cells.window.size else 0)
+        self._scores, self.scoring = scores, scoring
+
+    def _check_room(self, cells: CacheSnapshot, n_scratch: int) -> None:
+        """Raises ContextFull unless the cells fit beside enough of the scratch for the next compaction, or of the rest.
+
+        Where every position that is left has a cell, there will be no compaction.
+        """
+        engine = self.engine
+        if cells.position > self.n_ctx:
+            raise ContextFull(f"{cells.position} positions are more than --ctx {self.n_ctx}: raise --ctx")
+        if not self.compose:
+            return
+        n_live = cells.n_live + min(n_scratch // 2, self.n_ctx - cells.position)
+        if not any(cells.composed) and n_live <= engine.cache_bytes // engine.shape.row_bytes:
+            return  # uncompressed, the whole cache is there: nothing is lost to alignment
+        for device, arena_bytes in enumerate(engine.arena_bytes):
+            layers = zip(engine.shape.layers, cells.composed, strict=True)
+            needed = sum(layer.row_bytes * (k + n_live) for layer, k in layers if layer.device == device)
+            if needed > arena_bytes:
+                raise ContextFull(  # no layer has more cells than positions, so a budget of 1 holds them all
+                    f"the cells need {needed / 2**20:.1f} MiB of cache and there are {arena_bytes / 2**20:.1f} MiB: "
+                    "raise --budget"
+                )
+
+    def rewind(self, position: int, progress: Progress | None = None) -> bool:
+        """Forget the tokens from ``position`` on; the logits are gone.
+
+        Returns whether the cells that are older sufficed. Where they do not, everything is read again from the
+        transcript, which an interrupt may cut short: ``tokens`` is what has been read. Pins stay, for what is read
+        there next.
+        """
+        if not 0 <= position <= self.position:
+            raise InvalidInput(f"cannot go back to position {position}: {self.position} tokens were seen")
+        if self._is_live(position):
+            with uninterrupted():
+                self.engine.drop_tail(self.position - position)
+                del self.tokens[position:]
+            return True
+        again, pins = self.tokens[:position], self.pins
+        if n_again := self._n_behind(position):
+            self._go_back(position - n_again)
+            self.feed(again[position - n_again :], progress)
+            return True
+        self.clear()
+        self.pins = pins
+        self.feed(again, progress)
+        return False
+
+    def can_drop(self, position: int) -> bool:
+        """Whether the cells that are older suffice to go back to ``position``."""
+        return self._is_live(position) or bool(self._n_behind(position))
+
+    def _is_live(self, position: int) -> bool:
+        layout = self.engine.layout()
+        # A sliding window that has moved on by more than a replay lacks what stood before.
+        return layout.position - position <= layout.n_live and self._furthest - position <= self.engine.max_replay
+
+    def _n_behind(self, position: int) -> int:
+        """Tokens to read again where composed cells from ``position`` on are dropped; 0 where all must be read again.
+
+        Text is read on from whole sentences, so that a tail is made anew. What went before was chosen beside what
+        came after, and is less than reading again would keep: a chat that goes back by half or more reads again.
+        """
+        layout = self.engine.layout()
+        n_tail = self.policy.n_tail
+        pinned = _in(self.pins, layout.position - layout.n_live)[:position]
+        if 2 * position <= layout.position or position <= n_tail or not self.engine.goes_back:
+            return 0
+        chosen = self._scores.before(position - n_tail)
+        enough = min(rows.shape[1] for rows in chosen) > int(pinned.sum())
+        return n_tail if enough else 0
+
+    def _go_back(self, position: int) -> None:
+        """Forget the tokens from ``position`` on, composed ones among them."""
+        before = self.engine.layout()
+        chosen = self._scores.before(position)
+        none = [np.zeros((layer.n_kv_heads, 0), np.float16) for layer in self.engine.shape.layers]
+        with self._emptied_on_failure(before):
+            self.engine.rewrite(chosen, 0, before.position - position)
+            self._scores.keep(chosen, none, 0)
+            del self.tokens[position:]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._forget_cells()
+        self.pins = []
+
+    def _forget_cells(self) -> None:
+        """Be empty, so that whoever has the transcript reads it again; pins are of positions, and stay."""
+        with uninterrupted():
+            self.engine.clear()
+            self.tokens = []
+            self._furthest = 0
+            self._scores.clear()

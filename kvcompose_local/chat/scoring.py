@@ -1,0 +1,144 @@
+"""Where the scores of live cells come from: what stands in them, or a replay of their text.
+
+A score is the logarithm of the attention that a token is expected to get, but for its age
+(:mod:`kvcompose_local.composing.scorer`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from kvcompose_local.composing.attention import AttentionMax
+from kvcompose_local.composing.fitting import Observed, fit
+from kvcompose_local.composing.scorer import BOUNDS, DTYPE, Scorer
+from kvcompose_local.errors import ContextFull
+from kvcompose_local.interfaces import Engine, HalfArray, Lazy, Progress, even_parts
+
+#: Attention that any token has; less than any that counts.
+_LEAST = 1e-6
+#: Tokens before a replayed chunk that are replayed with it, so that its first ones find their place in the text.
+_N_LEAD_IN = 4
+#: Tokens that a scorer is fitted to at most while somebody waits, and how much it is held back: one text is little.
+_MOST_FITTED, _RIDGE = 2048, 0.01
+#: The first tokens of all, at which most heads look when they look at nothing.
+_N_SINKS = 4
+
+
+class Scoring(Protocol):
+    """How live cells get their scores."""
+
+    @property
+    def scorer(self) -> Scorer | None:
+        """What tells scores from cells, and how they age; None where a replay does."""
+        ...
+
+    @property
+    def feeds(self) -> bool:
+        """Whether it needs free cells to feed tokens to."""
+        ...
+
+    def scores(
+        self, tokens: Sequence[int], n: int, n_scratch: int, progress: Progress | None = None
+    ) -> list[HalfArray]:
+        """Scores of the first ``n`` live cells: L float16 arrays (H, n).
+
+        tokens: all that were seen; n_scratch: free cells that may be used; progress gets (tokens done, in all) and may
+        raise KeyboardInterrupt.
+        """
+        ...
+
+
+class Scored:
+    """By a scorer, from the cells themselves."""
+
+    feeds = False
+
+    def __init__(self, engine: Engine, scorer: Scorer) -> None:
+        self._engine = engine
+        self.scorer = scorer
+
+    def scores(
+        self, tokens: Sequence[int], n: int, n_scratch: int, progress: Progress | None = None
+    ) -> list[HalfArray]:
+        """See :class:`Scoring`."""
+        first = len(tokens) - self._engine.layout().n_live
+        if progress is not None:
+            progress(0, n)
+        rows = self._engine.live_rows(n)
+        return [self.scorer.scores(i, *rows[i], first).astype(DTYPE) for i in range(len(rows))]
+
+
+class Replayed:
+    """By the most attention that a replay of the text pays, as KVCompose (arXiv 2509.05165) has it, in chunks as KVzip
+    (arXiv 2505.23416) has them.
+    """
+
+    feeds = True
+    scorer: Scorer | None = None
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def scores(
+        self, tokens: Sequence[int], n: int, n_scratch: int, progress: Progress | None = None
+    ) -> list[HalfArray]:
+        """See :class:`Scoring`. Raises ContextFull where there are no free cells."""
+        layout, layers = self._engine.layout(), self._engine.shape.layers
+        step = min(layout.n_free, self._engine.max_replay, max(n_scratch, 1))
+        if n and step <= 0:
+            raise ContextFull("no free cells are left to score the text in")
+        seen = AttentionMax.over(layers, dtype=np.float32)
+        first, lead_in = len(tokens) - layout.n_live, min(_N_LEAD_IN, step // 2)
+        for start, stop in even_parts(n, step - lead_in) if n else []:
+            if progress is not None:
+                progress(start, n)
+            self._engine.replay(tokens[max(first + start - lead_in, 0) : first + stop], seen)
+        if progress is not None:
+            progress(n, n)
+        return [
+            np.log(np.maximum(seen.of_layer(i)[:, :n], _LEAST)).astype(DTYPE)
+            if n
+            else np.zeros((layer.n_kv_heads, 0), DTYPE)
+            for i, layer in enumerate(layers)
+        ]
+
+
+class Learned:
+    """By a scorer that a replay of the first live text teaches, where the model has no profile.
+
+    It scores that text, too, so that all scores are of one scale.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.scorer: Scorer | None = None
+
+    @property
+    def feeds(self) -> bool:
+        """See :class:`Scoring`."""
+        return self.scorer is None
+
+    def scores(
+        self, tokens: Sequence[int], n: int, n_scratch: int, progress: Progress | None = None
+    ) -> list[HalfArray]:
+        """See :class:`Scoring`. Raises ContextFull where there are no free cells."""
+        if self.scorer is None:
+            self.scorer = self._fitted(tokens, min(n, _MOST_FITTED), n_scratch, progress)
+        found = Scored(self._engine, self.scorer).scores(tokens, n, n_scratch, progress)
+        n_sinks = max(_N_SINKS - (len(tokens) - self._engine.layout().n_live), 0)
+        for scores in found:
+            scores[:, :n_sinks] = BOUNDS[1]
+        return found
+
+    def _fitted(self, tokens: Sequence[int], n: int, n_scratch: int, progress: Progress | None) -> Scorer:
+        replayed = Replayed(self._engine).scores(tokens, n, n_scratch, progress)
+        looked = [np.exp(scores.astype(np.float32)) for scores in replayed]
+        rows = self._engine.live_rows(n)
+
+        def of_cells(which: int) -> Lazy:
+            return Lazy(len(rows), lambda i: rows[i][which])
+
+        return fit([Observed(of_cells(0), of_cells(1), looked, n)], ridge=_RIDGE)

@@ -1,0 +1,445 @@
+"""Chats as files: all that a chat knows and all its cells, in a container that holds numbers and text and no code.
+
+The container is that of :mod:`kvcompose_local.chat.sections`. For layer ``l`` it holds::
+
+    text      json U8 (bytes,): JSON of system prompt, messages, draft, the text that was fed, steps and pins
+    tokens    read I32 (position,), pending I32 (n,)
+    cells     keys.l, values.l U8 (K_l + n_live, row bytes)
+    scores    scores.l F32 (H, K_l), origins.l I32 (H, K_l): the positions of their tokens
+    scorer    weights.l F32 (H, F), places.l F32 (H, 3), furthest I32 (1,): what the scores are of, where something is
+    window    bytes U8 (bytes,): llama.cpp's own cells of sliding-window layers, where there are any
+
+A file takes its name only when it is whole, and nothing of it is believed, allocated or handed on before its sizes and
+its checksums were looked at.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+
+from kvcompose_local import __version__
+from kvcompose_local.chat import Chat, ChatState, Place, Step, sections
+from kvcompose_local.chat.memory import MemoryState
+from kvcompose_local.chat.sections import Section, Sections
+from kvcompose_local.composing.scorer import DTYPE as SCORER_DTYPE
+from kvcompose_local.composing.scorer import Scorer
+from kvcompose_local.errors import InvalidInput, KVComposeError, NoHome, SessionError
+from kvcompose_local.install.files import own_folder, part_of
+from kvcompose_local.install.model_files import model_digest
+from kvcompose_local.install.pin import read_pin
+from kvcompose_local.install.resources import data_file, state_folder
+from kvcompose_local.interfaces import CacheSnapshot, Lazy, ModelShape, Progress
+
+FORMAT = 5
+#: The newest version of each section that this program reads, and the one that it writes.
+VERSIONS = {"text": 1, "tokens": 1, "cells": 1, "scores": 1, "scorer": 1, "window": 1}
+SUFFIX = ".kvc"
+#: The session that the REPL leaves behind when it was given none.
+LAST = "last"
+#: Bytes of a file name, almost everywhere.
+_LONGEST_NAME = 255
+_NAME = re.compile(r"[\w-][\w -]*")
+#: Texts of a ChatState, and what is left out where it is empty, as in older files.
+_STRINGS = ("draft", "fed")
+_OPTIONAL: dict[str, type] = {"template": str, "began": float}
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a chat runs with, beside what its engine knows: the model's file, ``--cache-type`` and ``--budget``.
+
+    files: the model's files as they were when it was loaded; what stands at its path may be another by now, or none.
+    """
+
+    model: Path
+    cache_type: str
+    budget: float
+    files: tuple[BinaryIO, ...] = ()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a session was made with, and how many cells it holds.
+
+    llama_cpp: the pin; rope_factors: of :class:`ModelShape`; composed: K_l.
+    """
+
+    format: int
+    program: str
+    llama_cpp: str
+    engine: str
+    cache_type: str
+    rope_factors: str
+    model_path: str
+    model_sha256: str
+    n_ctx: int
+    budget: float
+    composed: list[int]
+    n_live: int
+    position: int
+
+    @classmethod
+    def parse(cls, text: str) -> Manifest:
+        """Raises SessionError for a manifest of another format, ValueError for what is none."""
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("it is not an object")
+        version = values.get("format")
+        if version != FORMAT and type(version) is int:
+            raise SessionError(
+                f"has format {version} and was made by version {str(values.get('program'))[:20]} of this program; "
+                f"this is version {__version__}, which reads format {FORMAT}"
+            )
+        kinds = {"str": str, "int": int, "float": float, "list[int]": list}
+        if values.keys() != {field.name for field in fields(cls)} or any(
+            type(values[field.name]) is not kinds[str(field.type)] for field in fields(cls)
+        ):
+            raise ValueError("its values are not those of a manifest")
+        manifest = cls(**values)
+        _counts([manifest.n_ctx, manifest.n_live, manifest.position, *manifest.composed])
+        if not (manifest.n_ctx and 0 < manifest.budget <= 1):
+            raise ValueError("its numbers are out of range")
+        return manifest
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def sessions_folder() -> Path:
+    """Where sessions with a plain name live; not made here. Raises NoHome."""
+    return state_folder() / "sessions"
+
+
+def path_of(name: str) -> Path:
+    """The file of a session: a plain name is one of the sessions folder, what has a slash or a suffix is a path.
+
+    Raises InvalidInput for a name that cannot be one, NoHome for a plain one where there is no such folder.
+    """
+    path = Path(os.path.expanduser(name))
+    if os.sep in name or (os.altsep and os.altsep in name) or path.suffix:
+        return path
+    if not _NAME.fullmatch(name):
+        raise InvalidInput(f"{name!r} cannot name a session: use letters, digits, - and _, or give a path")
+    return sessions_folder() / (name + SUFFIX)
+
+
+def version_of(path: Path) -> tuple[int, ...]:
+    """What another chat changes by saving to the file; () where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def beside(path: Path) -> Path:
+    """A file next to this one that is not there yet: notes-2.kvc for notes.kvc."""
+    numbered = (path.with_name(f"{path.stem}-{i}{path.suffix}") for i in itertools.count(2))
+    return next(other for other in numbered if not other.exists())
+
+
+def names() -> list[str]:
+    """The sessions of the sessions folder, newest first."""
+    found = []
+    with suppress(OSError):
+        found = [(path.stat().st_mtime_ns, path.stem) for path in sessions_folder().glob(f"*{SUFFIX}")]
+    return [name for _, name in sorted(found, reverse=True) if _NAME.fullmatch(name)]
+
+
+def check_writable(path: Path) -> None:
+    """Raises SessionError where a session cannot be written for sure: better told before the chat than after it.
+
+    Nor is a file replaced that is something else: ``-o notes.txt`` is soon typed for ``-o notes.kvc``.
+    """
+    folder = path.resolve().parent
+    if path.is_dir():
+        raise SessionError(f"{path} is a folder, and a session is a file")
+    if path.exists() and not path.is_file():
+        raise SessionError(f"{path} is a device or a pipe, and a session is a file: give another name")
+    if len(os.fsencode(part_of(path).name)) > _LONGEST_NAME:
+        raise SessionError(f"a file name of {len(os.fsencode(path.name))} bytes is too long: give a shorter one")
+    with suppress(NoHome):
+        if folder == sessions_folder().resolve():
+            own_folder(folder)
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise SessionError(f"cannot write to {folder}: make the folder, or give another path")
+    if path.suffix != SUFFIX and path.is_file() and path.stat().st_size:
+        try:
+            read_manifest(path)
+        except SessionError as error:
+            raise SessionError(f"{path} is no session, and is not overwritten: give another name") from error
+
+
+# -- saving -----------------------------------------------------------------------------------------------------------
+
+
+def save(path: Path, chat: Chat, setup: Setup, progress: Progress | None = None) -> int:
+    """Write a chat to a file, which is there either whole or as it was before; returns its bytes.
+
+    Raises SessionError, with nothing left behind, where it cannot be written.
+    """
+    check_writable(path)
+    digest = model_digest(setup.model, progress, setup.files)
+    state = chat.view()  # all cells must not be in memory a second time
+    cells = state.memory.cells
+    manifest = Manifest(
+        format=FORMAT,
+        program=__version__,
+        llama_cpp=_pin(),
+        engine=chat.memory.engine.name,
+        cache_type=setup.cache_type,
+        rope_factors=chat.memory.engine.shape.rope_factors,
+        model_path=os.path.abspath(setup.model),  # not where links lead: shards are found by the names of links
+        model_sha256=digest,
+        n_ctx=chat.memory.n_ctx,
+        budget=float(setup.budget),
+        composed=list(cells.composed),
+        n_live=cells.n_live,
+        position=cells.position,
+    )
+    return sections.write(path, json.dumps(asdict(manifest)), _sections_of(state))
+
+
+def _sections_of(state: ChatState) -> dict[str, Section]:
+    """What a session is made of."""
+    memory, cells = state.memory, state.memory.cells
+    text = {name: getattr(state, name) for name in (*_STRINGS, "system", "messages")}
+    text |= {name: value for name in _OPTIONAL if (value := getattr(state, name))}
+    text["steps"] = [[step.begin, step.n_messages, step.draft, step.answer] for step in state.steps]
+    text["pins"] = memory.pins
+    raw = np.frombuffer(json.dumps(text).encode(), np.uint8)
+
+    def planes(**kinds: Sequence[Array]) -> dict[str, Callable[[], Array]]:
+        layers = range(len(cells.composed))
+        return {f"{kind}.{i}": partial(_plane, arrays, i) for kind, arrays in kinds.items() for i in layers}
+
+    made: dict[str, dict[str, Callable[[], Array]]] = {
+        "text": {"json": lambda: raw},
+        "tokens": {
+            "read": lambda: np.array(memory.tokens, "<i4"),
+            "pending": lambda: np.array(state.pending, "<i4"),
+        },
+        "scores": planes(scores=memory.scores, origins=memory.origins),
+        "cells": planes(keys=cells.keys, values=cells.values),
+    }
+    if (scorer := memory.scorer) is not None and any(cells.composed):  # whatever is fitted later, they go on by this
+        made["scorer"] = planes(weights=scorer.weights, places=scorer.places)
+        made["scorer"]["furthest"] = lambda: np.array([scorer.furthest], "<i4")
+    if cells.window.size:
+        made["window"] = {"bytes": lambda: cells.window}
+    return {name: Section(VERSIONS[name], arrays) for name, arrays in made.items()}
+
+
+def _plane(planes: Sequence[Array], i: int) -> Array:
+    array = planes[i]
+    return array if array.dtype in (np.uint8, np.int32) else array.astype("<f4")
+
+
+def _pin() -> str:
+    return str(read_pin(data_file("patches")))
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(path: Path) -> Manifest:
+    """What a session was made with. Raises SessionError for a file that is missing, damaged or none."""
+    with _opened(path) as (manifest, _parts):
+        return manifest
+
+
+def model_of(manifest: Manifest) -> str:
+    """The path of the model that a session was made with. Raises SessionError where it is no longer there."""
+    if not os.path.isfile(manifest.model_path):
+        raise SessionError(f"the session's model is no longer at {manifest.model_path}: name it before --session")
+    return manifest.model_path
+
+
+def check_model(manifest: Manifest, setup: Setup, progress: Progress | None = None) -> None:
+    """Raises SessionError where the session belongs to another model or cache type."""
+    if model_digest(setup.model, progress, setup.files) != manifest.model_sha256:
+        own = Path(manifest.model_path)
+        if own.name == setup.model.name:
+            raise SessionError(f"the session belongs to another model: {own.name} was another file when it was saved")
+        raise SessionError(
+            f"the session belongs to another model: {own.name}, not {setup.model.name}; "
+            "`kvcompose-local run --session` without MODEL takes its own"
+        )
+    if setup.cache_type != manifest.cache_type:
+        raise SessionError(
+            f"the session's cells are {manifest.cache_type} and the cache is {setup.cache_type}: "
+            f"start with --cache-type {manifest.cache_type}, or with --session and no --cache-type"
+        )
+
+
+def load(path: Path, chat: Chat, setup: Setup, progress: Progress | None = None) -> Manifest:
+    """Replace a chat's conversation by that of a file.
+
+    Raises SessionError, before the chat is touched, where the file is damaged, belongs to another model or cache type
+    or does not fit.
+    """
+    with _opened(path) as (manifest, parts):
+        check_model(manifest, setup, progress)
+        shape = chat.memory.engine.shape
+        if manifest.position > chat.memory.n_ctx:  # before anything of that size is read
+            raise SessionError(f"the session spans {manifest.position} positions: raise --ctx to that at least")
+        if manifest.rope_factors != shape.rope_factors:  # its keys were turned by others than the next ones will be
+            raise SessionError(
+                f"the session was made with the model's {manifest.rope_factors or 'only'} RoPE factors, and this chat "
+                f"has its {shape.rope_factors or 'only'} ones: start with --ctx {manifest.n_ctx}"
+            )
+        state = _state_of(manifest, parts, shape)
+        if state.memory.cells.window.size and manifest.llama_cpp != _pin():
+            raise SessionError(f"the session's sliding windows are those of {manifest.llama_cpp}, and this is {_pin()}")
+        before = chat.memory.position
+        try:
+            chat.restore(state)
+        except KVComposeError as error:
+            lost = "; the chat that was here is lost" if chat.memory.position < before else ""
+            raise SessionError(f"it cannot be loaded: {error}{lost}") from error
+    return manifest
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Manifest, Sections]]:
+    """The manifest and the sections of a file whose checksums are right.
+
+    Anything wrong with the file in this block is told as a SessionError.
+    """
+    try:
+        with sections.opened(path, VERSIONS, check=Manifest.parse) as (manifest, parts):
+            yield Manifest.parse(manifest), parts
+    except SessionError as error:
+        raise SessionError(f"{path.name}: {error}") from error
+    except OSError as error:
+        raise SessionError(f"cannot read {path}: {error.strerror or error}") from error
+    except (SafetensorError, ValueError, RecursionError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise SessionError(f"{path} is damaged or no session ({reason})") from error
+
+
+def _state_of(manifest: Manifest, parts: Sections, shape: ModelShape) -> ChatState:
+    """The state that the sections hold, of which what is large is read when it is looked at.
+
+    Raises ValueError unless there are just the tensors that belong there.
+    """
+    n_live, position = manifest.n_live, manifest.position
+    if len(manifest.composed) != len(shape.layers) or max(manifest.composed) + n_live > position:
+        raise ValueError("its cells are not those of this model")
+
+    def tensor(name: str, dtype: str, *sizes: range) -> Array:
+        parts.shape(name, dtype, *sizes)
+        return parts.array(name)
+
+    def planes(kind: str) -> Lazy:
+        return Lazy(len(shape.layers), lambda i: parts.array(f"{kind}.{i}"))
+
+    for section, kinds in (("cells", ("keys", "values")), ("scores", ("scores", "origins"))):
+        if parts.names(section) != {f"{kind}.{i}" for kind in kinds for i in range(len(shape.layers))}:
+            raise ValueError(f"its {section} are not those of this model")
+    for i, (layer, k) in enumerate(zip(shape.layers, manifest.composed, strict=True)):
+        n, heads = _only(k + n_live), _only(layer.n_kv_heads)
+        parts.shape(f"scores/scores.{i}", "F32", heads, _only(k))
+        parts.shape(f"scores/origins.{i}", "I32", heads, _only(k))
+        _, width = parts.shape(f"cells/keys.{i}", "U8", n, range(layer.row_bytes + 1))
+        parts.shape(f"cells/values.{i}", "U8", n, _only(layer.row_bytes - width))
+    anything = range(2**31)  # the file is there, so it is no larger than memory
+    tokens = tensor("tokens/read", "I32", _only(position))
+    pending = tensor("tokens/pending", "I32", anything)
+    has_window = "window" in parts.versions
+    window = tensor("window/bytes", "U8", anything) if has_window else np.zeros(0, np.uint8)
+    text, pins = _text(tensor("text/json", "U8", anything).tobytes())
+    composed = tuple(manifest.composed)
+    cells = CacheSnapshot(composed, n_live, position, planes("cells/keys"), planes("cells/values"), window)
+    scorer = _scorer_of(parts, shape) if "scorer" in parts.versions else None
+    scores, origins = planes("scores/scores"), planes("scores/origins")
+    memory = MemoryState(tuple(tokens.tolist()), scores, origins, cells, pins, scorer)
+    return ChatState(**text, pending=tuple(pending.tolist()), memory=memory)
+
+
+def _scorer_of(parts: Sections, shape: ModelShape) -> Scorer:
+    """The scorer that the cells were scored by. Raises ValueError where it is none of this model."""
+    layers = range(len(shape.layers))
+    names = {f"{kind}.{i}" for kind in ("weights", "places") for i in layers} | {"furthest"}
+    if parts.names("scorer") != names:
+        raise ValueError("its scorer is not of this model")
+    for i, layer in enumerate(shape.layers):
+        parts.shape(f"scorer/weights.{i}", "F32", _only(layer.n_kv_heads), range(1, 2**20))
+        parts.shape(f"scorer/places.{i}", "F32", _only(layer.n_kv_heads), _only(3))
+    parts.shape("scorer/furthest", "I32", _only(1))
+    weights, places = ([parts.array(f"scorer/{kind}.{i}") for i in layers] for kind in ("weights", "places"))
+    try:
+        return Scorer(
+            tuple(w.astype(SCORER_DTYPE) for w in weights), tuple(places), int(parts.array("scorer/furthest")[0])
+        )
+    except InvalidInput as error:
+        raise ValueError(str(error)) from error
+
+
+def _only(n: int) -> range:
+    return range(n, n + 1)
+
+
+def _text(raw: bytes) -> tuple[dict[str, Any], tuple[tuple[int, int], ...]]:
+    """The text fields of a ChatState, and the pins. Raises ValueError where they are not what they should be."""
+    text = json.loads(raw)
+    needed = {*_STRINGS, "system", "messages", "steps", "pins"}
+    if not isinstance(text, dict) or not needed <= text.keys() <= needed | {*_OPTIONAL}:
+        raise ValueError("its text is not that of a chat")
+    if not all(isinstance(text[name], list) for name in ("messages", "steps", "pins")):
+        raise ValueError("its text is not that of a chat")
+    kinds = dict.fromkeys(_STRINGS, str) | _OPTIONAL
+    if not all(type(text.get(name, kind())) is kind for name, kind in kinds.items()):
+        raise ValueError("its text is not that of a chat")
+    if not 0 <= text.get("began", 0.0) < 2**32:  # seconds since 1970
+        raise ValueError("it began at no time")
+    if not isinstance(text["system"], str | None):
+        raise ValueError("its system prompt is no text")
+    messages = tuple(map(_message, text["messages"]))
+    steps = []
+    for begin, n_messages, draft, answer in text["steps"]:
+        (count,) = _counts([n_messages])
+        if not isinstance(draft, str):
+            raise ValueError("its text is not that of a chat")
+        steps.append(Step(Place(*_two(begin)), count, draft, None if answer is None else Place(*_two(answer))))
+    pins = tuple(_two(pin) for pin in text.pop("pins"))
+    return {**text, "messages": messages, "steps": tuple(steps)}, pins
+
+
+def _message(message: Any) -> dict[str, str]:
+    """The same message. Raises ValueError for what is none."""
+    if (
+        not isinstance(message, dict)
+        or not {"role", "content"} <= message.keys() <= {"role", "content", "reasoning"}
+        or not all(isinstance(value, str) for value in message.values())
+        or message["role"] not in ("system", "user", "assistant")
+    ):
+        raise ValueError("its messages are not those of a chat")
+    return message
+
+
+def _counts(values: Any) -> list[int]:
+    """The same list. Raises ValueError unless it holds numbers from 0 on."""
+    if not isinstance(values, list) or not all(type(n) is int and 0 <= n < 2**31 for n in values):
+        raise ValueError("its numbers are out of range")
+    return values
+
+
+def _two(values: Any) -> tuple[int, int]:
+    first, second = _counts(values)
+    return first, second

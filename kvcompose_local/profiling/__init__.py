@@ -1,0 +1,1 @@
+"""How a scorer is measured: texts read, questions asked, attention seen, a fit."""

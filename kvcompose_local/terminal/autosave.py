@@ -1,0 +1,161 @@
+"""When and where the command line saves a chat, so that none is lost unasked and none is overwritten by another."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvcompose_local.chat import sessions
+from kvcompose_local.errors import InvalidInput, KVComposeError, NoHome
+from kvcompose_local.terminal.figures import MIB
+
+if TYPE_CHECKING:
+    from kvcompose_local.chat import Chat
+    from kvcompose_local.interrupts import Interrupts
+    from kvcompose_local.terminal.repl import Status
+
+
+class Autosave:
+    """Saves and loads one chat: on ``/save`` and ``/load``, and unasked at its end.
+
+    session: what ``--session`` named; None saves the chat as :data:`sessions.LAST` in the end, in place of the chat
+    before, where no failure is one of the program. version: of that file when it was looked at first; is_on: False
+    saves nothing unasked.
+    """
+
+    def __init__(
+        self,
+        chat: Chat,
+        setup: sessions.Setup,
+        *,
+        session: str | None,
+        version: tuple[int, ...],
+        is_on: bool,
+        status: Status,
+        interrupts: Interrupts,
+    ) -> None:
+        self.chat = chat
+        self.setup = setup
+        self.is_on = is_on
+        self.status = status
+        self.interrupts = interrupts
+        self._session = session
+        self._name = session or sessions.LAST  # of what is saved unasked
+        # What is known of that file, which another chat may write meanwhile.
+        self._version = version if session is not None else _version_of(self._name)
+        self._holds_last = session is not None and _is_same(session, sessions.LAST)
+        self._wrote = False  # that file, since the chat was begun or loaded
+        self._begun = self._kept = self._now()  # as it was loaded; as it was saved last
+
+    def _now(self) -> tuple[Any, ...]:
+        """All that is worth a file, ``/compress`` included."""
+        return self.chat.conversation, self.chat.memory.n_asked
+
+    @property
+    def is_unsaved(self) -> bool:
+        """Whether there may be something to save at the end; a session that was emptied is."""
+        is_worth_a_file = self.chat.memory.position > 0 or self._name == self._session
+        return self.is_on and is_worth_a_file and (self._wrote or self._now() != self._begun)
+
+    def save(self, name: str) -> str:
+        """Save the chat under a name or to a path; returns what to say of it. Raises InvalidInput and SessionError."""
+        if not name:
+            raise InvalidInput("/save takes a name")
+        return self._save(name)
+
+    def load(self, name: str) -> str:
+        """Put a saved chat in place of this one, which is saved before; returns what to say of it.
+
+        Raises InvalidInput where that would overwrite what is to be loaded, and SessionError.
+        """
+        if not name:
+            raise InvalidInput(f"/load takes a name: {', '.join(sessions.names()) or 'nothing is saved yet'}")
+        if self.is_unsaved and self._now()[0] not in (self._begun[0], self._kept[0]):
+            if _is_same(name, self._name):
+                raise InvalidInput(f"this chat would be lost: /save it under another name than {name} first")
+            self.status.line(self._save(self._own_name()))
+        told = self._load(name)
+        # Over no session that a chat of this program began as or was saved to.
+        self._name = _beside(sessions.LAST) if self._holds_last else sessions.LAST
+        self._version = _version_of(self._name)
+        return told
+
+    def resume(self) -> str:
+        """Load the session of ``--session``; returns what to say of it. Raises SessionError."""
+        return self._load(self._name)
+
+    def at_the_end(self) -> None:
+        """Save what is unsaved, where it cannot be elsewhere.
+
+        Raises SessionError where it is not what the user asked for by ``--session``.
+        """
+        if not self.is_unsaved:
+            return
+        try:
+            with self.interrupts.caught():
+                told = self._save(self._own_name())
+        except (KVComposeError, KeyboardInterrupt) as error:
+            elsewhere = self._saved_elsewhere() if isinstance(error, KVComposeError) else ""
+            if elsewhere:
+                self.status.line(f"not where it should be, but {elsewhere}")
+            if self._session is not None:
+                raise
+            told = f"the chat is not saved: {str(error) or 'stopped'}"
+        self.status.line(told)
+
+    def _saved_elsewhere(self) -> str:
+        """Save what has no place where it belongs beside the last chat, or among temporary files; says where."""
+        with contextlib.suppress(KVComposeError, KeyboardInterrupt):
+            return self._save(_beside(sessions.LAST))
+        with contextlib.suppress(KVComposeError, KeyboardInterrupt):
+            return self._save(str(Path(tempfile.gettempdir()) / f"kvcompose-{os.getpid()}.kvc"))
+        return ""
+
+    def _own_name(self) -> str:
+        """Where the chat is saved unasked: beside its session where another chat was saved there meanwhile."""
+        if _version_of(self._name) not in (self._version, ()):  # one that was deleted can be written
+            name, self._name, self._version = self._name, _beside(self._name), ()
+            self.status.line(f"another chat was saved as {name} meanwhile: this one is saved as {self._name}")
+        return self._name
+
+    def _save(self, name: str) -> str:
+        path = sessions.path_of(name)
+        mib = sessions.save(path, self.chat, self.setup, self.status.checking) / MIB
+        self._kept = self._now()
+        self._holds_last |= _is_same(name, sessions.LAST)
+        if _is_same(name, self._name):
+            self._wrote = True
+            self._version = sessions.version_of(path)
+        return f"saved ({mib:.1f} MiB): kvcompose-local run --session {shlex.quote(name)} goes on from here"
+
+    def _load(self, name: str) -> str:
+        sessions.load(sessions.path_of(name), self.chat, self.setup, self.status.checking)
+        self._begun = self._kept = self._now()
+        self._wrote = False
+        n_messages = sum(message["role"] != "system" for message in self.chat.messages)
+        return f"loaded {name}: {n_messages} messages, {self.chat.memory.position} tokens"
+
+
+def _version_of(name: str) -> tuple[int, ...]:
+    with contextlib.suppress(NoHome):
+        return sessions.version_of(sessions.path_of(name))
+    return ()
+
+
+def _is_same(one: str, other: str) -> bool:
+    """Whether two names are of one session, however they are spelled."""
+    try:
+        first, second = sessions.path_of(one), sessions.path_of(other)
+    except NoHome:  # then a plain name is of no session
+        return False
+    return first.resolve() == second.resolve() or (first.exists() and second.exists() and first.samefile(second))
+
+
+def _beside(name: str) -> str:
+    """A name that is free, next to this one."""
+    path = sessions.beside(sessions.path_of(name))
+    return str(path) if Path(name).suffix or Path(name).parent != Path() else path.stem

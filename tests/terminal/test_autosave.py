@@ -1,0 +1,255 @@
+"""Where and when a chat is saved: none is lost, and none is overwritten by another."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_engine import FakeEngine, FakeModel
+
+from kvcompose_local.chat import Chat, sessions
+from kvcompose_local.chat.memory import CacheMemory
+from kvcompose_local.errors import InvalidInput, SessionError
+from kvcompose_local.install import model_files
+from kvcompose_local.interrupts import Interrupts
+from kvcompose_local.terminal.autosave import Autosave
+from kvcompose_local.terminal.repl import Status
+
+Begin = Callable[..., tuple[Chat, Autosave]]
+
+
+@pytest.fixture
+def told() -> io.StringIO:
+    return io.StringIO()
+
+
+@pytest.fixture
+def begin(tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> Begin:
+    """``begin(session, said)`` starts a chat, resumes its session where there is one, and says something."""
+    monkeypatch.setattr(sessions, "sessions_folder", lambda: tmp_path)
+    monkeypatch.setattr(model_files, "cache_folder", lambda: tmp_path / "cache")
+    model = tmp_path / "fake.gguf"
+    model.write_bytes(b"GGUF of nothing")
+
+    def start(session: str | None = None, *said: str, is_on: bool = True) -> tuple[Chat, Autosave]:
+        engine = FakeEngine(200, ["ok"] * 9, per_layer=True)
+        chat = Chat(FakeModel(), CacheMemory(engine, 400))
+        path = sessions.path_of(session) if session else None
+        options: dict[str, Any] = {"status": Status(told), "interrupts": Interrupts(), "is_on": is_on}
+        autosave = Autosave(
+            chat,
+            sessions.Setup(model, "f16", 0.5),
+            session=session,
+            version=sessions.version_of(path) if path else (),
+            **options,
+        )
+        if path is not None and path.exists():
+            autosave.resume()
+        for message in said:
+            list(chat.ask(message, max_tokens=9))
+        return chat, autosave
+
+    return start
+
+
+def n_messages(begin: Begin, session: str) -> int:
+    return len(begin(session)[0].messages)
+
+
+def test_what_was_said_is_saved_and_silence_is_not(begin: Begin, tmp_path: Path, told: io.StringIO) -> None:
+    begin("s")[1].at_the_end()
+    assert not (tmp_path / "s.kvc").exists()
+    begin("s", "Hi", is_on=False)[1].at_the_end()
+    assert not (tmp_path / "s.kvc").exists()
+    begin("s", "Hi")[1].at_the_end()
+    before = sessions.version_of(tmp_path / "s.kvc")
+    begin("s")[1].at_the_end()
+    assert sessions.version_of(tmp_path / "s.kvc") == before
+    begin(None, "Hi")[1].at_the_end()
+    assert told.getvalue().count("goes on from here") == 2
+    assert sorted(sessions.names()) == ["last", "s"]
+
+
+def test_a_session_that_was_emptied_is_empty(begin: Begin, tmp_path: Path) -> None:
+    begin("s", "my secret is 42")[1].at_the_end()
+    chat, autosave = begin("s")
+    chat.clear()
+    autosave.at_the_end()
+    assert n_messages(begin, "s") == 0
+    chat, autosave = begin(None, "Hi")
+    chat.clear()
+    autosave.at_the_end()
+    assert sessions.names() == ["s"], "no empty file that nobody asked for"
+
+
+def test_two_chats_without_a_name_are_both_saved(begin: Begin, told: io.StringIO) -> None:
+    first, second = begin(None, "One")[1], begin(None, "Two", "Three")[1]
+    second.at_the_end()
+    first.at_the_end()
+    assert "another chat was saved as last meanwhile: this one is saved as last-2\n" in told.getvalue()
+    assert [n_messages(begin, name) for name in ("last", "last-2")] == [4, 2]
+    begin(None, "Four")[1].at_the_end()
+    assert n_messages(begin, "last") == 2, "one after the other, the newer takes the place of the older"
+
+
+@pytest.mark.parametrize("state_folder_is_full", [False, True])
+def test_a_chat_that_cannot_be_saved_in_its_place_is_saved_elsewhere(
+    begin: Begin, tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch, state_folder_is_full: bool
+) -> None:
+    folder, other = tmp_path / "gone", tmp_path / "temporary"
+    folder.mkdir()
+    other.mkdir()
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(other))
+    autosave = begin(str(folder / "s.kvc"), "Hi")[1]
+    folder.rmdir()
+    if state_folder_is_full:
+        save = sessions.save
+
+        def refuse(path: Path, *rest: Any) -> int:
+            if path.parent == tmp_path:
+                raise SessionError("the disk is full")
+            return save(path, *rest)
+
+        monkeypatch.setattr(sessions, "save", refuse)
+    with pytest.raises(SessionError, match="make the folder"):
+        autosave.at_the_end()
+    name = str(next(other.iterdir())) if state_folder_is_full else "last-2"
+    assert told.getvalue().startswith("not where it should be, but saved (")
+    assert f"--session {name} goes on from here" in told.getvalue()
+    assert n_messages(begin, name) == 2
+
+
+def test_a_copy_does_not_make_the_session_ones_own_again(begin: Begin, tmp_path: Path, told: io.StringIO) -> None:
+    """Another chat wrote the session meanwhile, and a /save elsewhere changes nothing about that."""
+    first, second = begin("s", "One")[1], begin("s", "Two", "Three")[1]
+    second.at_the_end()
+    first.save("copy")
+    first.at_the_end()
+    assert "another chat was saved as s meanwhile: this one is saved as s-2\n" in told.getvalue()
+    assert [n_messages(begin, name) for name in ("s", "copy", "s-2")] == [4, 2, 2]
+
+
+def test_a_load_that_fails_saves_once(begin: Begin, tmp_path: Path, told: io.StringIO) -> None:
+    autosave = begin("s", "One")[1]
+    with pytest.raises(InvalidInput, match="takes a name: nothing is saved yet"):
+        autosave.load("")
+    for _ in range(2):
+        with pytest.raises(SessionError, match="cannot read"):
+            autosave.load("typo")
+    assert told.getvalue().count("saved (") == 1
+    autosave.at_the_end()
+    assert "meanwhile" not in told.getvalue()
+    assert sessions.names() == ["s"]
+
+
+def test_a_chat_beside_its_session_stays_there(begin: Begin, tmp_path: Path) -> None:
+    chat, first = begin("s", "One")
+    begin("s", "Two", "Three")[1].at_the_end()
+    with pytest.raises(SessionError):
+        first.load("typo")
+    list(chat.ask("More", max_tokens=9))
+    first.at_the_end()
+    assert sorted(path.name for path in tmp_path.glob("*.kvc")) == ["s-2.kvc", "s.kvc"]
+    assert n_messages(begin, "s-2") == 4
+
+
+def test_a_chat_beside_its_session_overwrites_none_there_either(begin: Begin, told: io.StringIO) -> None:
+    chat, first = begin("s", "One")
+    begin("s", "Two", "Three")[1].at_the_end()
+    with pytest.raises(SessionError):
+        first.load("typo")  # saves it as s-2 ...
+    begin("s-2", "Four", "Five")[1].at_the_end()  # ... with which another goes on
+    list(chat.ask("More", max_tokens=9))
+    first.at_the_end()
+    assert "another chat was saved as s-2 meanwhile: this one is saved as s-2-2\n" in told.getvalue()
+    assert [n_messages(begin, name) for name in ("s", "s-2", "s-2-2")] == [4, 6, 4]
+
+
+def test_a_session_that_was_deleted_meanwhile_is_written_again(begin: Begin, tmp_path: Path, told: io.StringIO) -> None:
+    begin("s", "One")[1].at_the_end()
+    autosave = begin("s", "Two")[1]
+    (tmp_path / "s.kvc").unlink()
+    autosave.at_the_end()
+    assert "meanwhile" not in told.getvalue()
+    assert n_messages(begin, "s") == 4
+
+
+def test_what_was_taken_back_after_saving_is_taken_back_in_the_file(begin: Begin) -> None:
+    begin("s", "One")[1].at_the_end()
+    chat, autosave = begin("s", "Two")
+    autosave.save("s")
+    assert n_messages(begin, "s") == 4
+    chat.undo()
+    autosave.at_the_end()
+    assert n_messages(begin, "s") == 2
+
+
+def test_a_session_is_the_same_however_it_is_spelled(begin: Begin, tmp_path: Path, told: io.StringIO) -> None:
+    path = str(tmp_path / "s.kvc")
+    chat, autosave = begin("s", "One")
+    autosave.save(path)
+    list(chat.ask("Two", max_tokens=9))
+    with pytest.raises(InvalidInput, match="would be lost"):
+        autosave.load(path)
+    (tmp_path / "link.kvc").symlink_to(path)
+    with pytest.raises(InvalidInput, match="would be lost"):
+        autosave.load("link")
+    autosave.at_the_end()
+    assert "meanwhile" not in told.getvalue()
+    assert n_messages(begin, "s") == 4
+
+
+def test_no_chat_of_a_program_is_saved_over_another_of_it(begin: Begin, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        begin(name, "One")[1].at_the_end()
+    for session in (None, "last"):  # the second goes on from what the first left as last
+        before = n_messages(begin, "last") if session else 0
+        chat, autosave = begin(session, "Two")
+        for name in ("a", "b"):
+            autosave.load(name)
+            list(chat.ask("Three", max_tokens=9))
+        autosave.at_the_end()
+        assert n_messages(begin, "last") == before + 2
+    # each time two chats more: what came of a and of b
+    assert sorted(path.stem for path in tmp_path.glob("last*.kvc")) == ["last", "last-2", "last-3", "last-4", "last-5"]
+    assert [n_messages(begin, name) for name in ("a", "b", "last-2", "last-5")] == [2, 2, 4, 4]
+
+
+def test_what_was_compressed_alone_is_saved_or_taken_back(begin: Begin, tmp_path: Path) -> None:
+    begin("s", "x" * 150)[1].at_the_end()
+    size = (tmp_path / "s.kvc").stat().st_size
+    chat, autosave = begin("s")
+    chat.memory.compact(0.3)
+    assert autosave.is_unsaved
+    autosave.load("s")  # as it was: nothing that was said would be lost
+    assert not autosave.is_unsaved
+    chat.memory.compact(0.3)
+    autosave.at_the_end()
+    assert (tmp_path / "last.kvc").stat().st_size < size == (tmp_path / "s.kvc").stat().st_size
+
+
+def test_what_was_taken_back_is_not_in_the_way_of_loading(begin: Begin) -> None:
+    begin("s", "One")[1].at_the_end()
+    chat, autosave = begin("s", "x" * 200)
+    assert chat.memory.reports
+    with pytest.raises(InvalidInput, match="would be lost: /save it under another name than s first"):
+        autosave.load("s")
+    chat.undo()
+    autosave.load("s")
+    assert len(chat.messages) == 2
+
+
+def test_a_failure_is_the_programs_only_where_it_was_asked_to_save(
+    begin: Begin, tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_arguments: object) -> int:
+        raise SessionError("the disk is full")
+
+    monkeypatch.setattr(sessions, "save", fail)
+    begin(None, "Hi")[1].at_the_end()
+    assert told.getvalue() == "the chat is not saved: the disk is full\n"
+    with pytest.raises(SessionError, match="disk is full"):
+        begin("s", "Hi")[1].at_the_end()
