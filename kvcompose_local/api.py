@@ -21,7 +21,8 @@ from typing_extensions import Self
 
 from kvcompose_local import profiles
 from kvcompose_local.chat import Chat, TurnStats, inputs, sessions
-from kvcompose_local.chat.memory import CacheMemory, CompactionReport
+from kvcompose_local.chat.memory import CacheMemory
+from kvcompose_local.chat.report import CompactionReport
 from kvcompose_local.engines import open_engine
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.errors import InvalidInput

@@ -26,7 +26,7 @@ from kvcompose_local.evaluation.methods import find_method
 from kvcompose_local.evaluation.quantized import quantized
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import Item, Question
-from kvcompose_local.interfaces import VALUE_BYTES, CacheSnapshot, Selection, share_of_f16
+from kvcompose_local.interfaces import VALUE_BYTES, CacheSnapshot, ModelShape, Selection, share_of_f16
 
 #: The name of the uncompressed cache among the methods.
 FULL = "full"
@@ -211,7 +211,9 @@ class Evaluation:
             if kind not in full:
                 full[kind] = self._quantized(full[""][1], kind)
             other, cells = full[kind]
-            kept = 1.0 if selection is None else sum(rows.shape[1] for rows in selection) / n_full
+            kept = (
+                1.0 if selection is None else _n_bytes(selection, engine.shape) / (len(tokens) * engine.shape.row_bytes)
+            )
             kept *= other.shape.row_bytes / engine.shape.row_bytes
             starts[name, keep] = _Start(other, cells, selection, kept, seconds)
         return starts
@@ -317,6 +319,11 @@ class Evaluation:
             raise KVComposeError(
                 f"cannot write {self.output} ({error.strerror}): free space or name another"
             ) from error
+
+
+def _n_bytes(selection: Sequence[Selection], shape: ModelShape) -> int:
+    """Bytes of the cells that a selection fills."""
+    return sum(rows.shape[1] * layer.row_bytes for rows, layer in zip(selection, shape.layers, strict=True))
 
 
 def _key(record: dict[str, Any]) -> tuple[Any, ...]:

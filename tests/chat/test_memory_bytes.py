@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvcompose_local.chat.memory import CacheMemory, Policy
+from kvcompose_local.chat.memory import CacheMemory
+from kvcompose_local.composing.policy import Policy
 from kvcompose_local.composing.scorer import DTYPE, Scorer
 from kvcompose_local.interfaces import UPKEEP_BYTES, CacheLayout, FloatArray, LayerShape, Lazy, ModelShape, Selection
 

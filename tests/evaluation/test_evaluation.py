@@ -14,9 +14,9 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from kvcompose_local import profiles
-from kvcompose_local.chat.memory import LEAST_TAIL
 from kvcompose_local.chat.scoring import Scored
 from kvcompose_local.commands.cli import cli
+from kvcompose_local.composing.policy import LEAST_TAIL
 from kvcompose_local.engines import cells_for, open_engine
 from kvcompose_local.engines.patched import PatchedEngine
 from kvcompose_local.errors import InvalidInput
