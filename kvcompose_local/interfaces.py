@@ -160,6 +160,8 @@ class Engine(Protocol):
     max_replay: int
     #: Why there is no ``snapshot`` of this cache, empty where there is.
     cannot_snapshot: str
+    #: Of each device, what it wants the number of a layer's rows to be a multiple of: its fast kernels need that.
+    row_steps: tuple[int, ...]
     #: Whether there are :meth:`live_rows`, and whether :meth:`rewrite` can go back.
     reads_rows: bool
     goes_back: bool
@@ -196,6 +198,13 @@ class Engine(Protocol):
         """Of each layer keys and values of the first ``n`` live cells: float32 (H, n, D) each, read when looked at.
 
         They are as the model made them, before a position or a quantized type turned them.
+        """
+        ...
+
+    def live_products(self, weights: Sequence[FloatArray | HalfArray], n: int) -> Sequence[FloatArray]:
+        """Of each layer what its weights, float (H, numbers of key and value), make of these rows: float32 (H, n).
+
+        The sums of each head's key and value times their weights, computed where the cells are.
         """
         ...
 

@@ -280,6 +280,9 @@ class CacheMemory:
             room.composed_bytes_within(at_most, n_tail, n_pinned),
             room.device,
             per_layer=self.engine.per_layer,
+            steps=self.engine.row_steps,
+            n_beside=room.n_beside(n_tail),
+            at_least=n_pinned,
         )
 
     @contextlib.contextmanager

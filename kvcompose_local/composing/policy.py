@@ -75,8 +75,11 @@ class Room:
 
     def composed_bytes(self, n_tail: int) -> IntArray:
         """Bytes that each arena has for composed cells beside tail, headroom and scratch: int64 (devices,)."""
-        reserved = n_tail + self.policy.n_headroom + self.policy.n_scratch
-        return np.array(self.arena_bytes, np.int64) - reserved * self.live_bytes
+        return np.array(self.arena_bytes, np.int64) - self.n_beside(n_tail) * self.live_bytes
+
+    def n_beside(self, n_tail: int) -> int:
+        """Live cells that every layer has beside its composed ones: tail, headroom and scratch."""
+        return n_tail + self.policy.n_headroom + self.policy.n_scratch
 
     def n_composed(self, n_tail: int) -> int:
         """Composed cells that every layer may have beside a tail, below 0 where the tail itself does not fit."""

@@ -36,6 +36,17 @@ def features_of(keys: FloatArray, values: FloatArray) -> FloatArray:
     return np.concatenate([keys, values], axis=2, dtype=np.float32)
 
 
+def products(weights: FloatArray | HalfArray, keys: FloatArray, values: FloatArray) -> FloatArray:
+    """The features of tokens times the weights of their heads, summed: float32 (H, T).
+
+    weights: float (H, F); keys, values: as :func:`features_of` takes them. Raises InvalidInput where they do not fit.
+    """
+    features = features_of(keys, values)
+    if weights.shape != features.shape[::2]:
+        raise InvalidInput("the model's profile is of other heads: measure it again")
+    return np.asarray((features @ weights.astype(np.float32)[..., None])[..., 0])
+
+
 @dataclass(frozen=True)
 class Scorer:
     """Of one model.
@@ -77,14 +88,13 @@ class Scorer:
         keys, values: float32 (H, T, D), keys as they were before RoPE, of tokens at positions from ``first`` on. Raises
         InvalidInput for another number of heads or features.
         """
-        weights, places = self.weights[layer].astype(np.float32), self.places[layer]
-        features = features_of(keys, values)
-        n_heads, n_tokens, n_features = features.shape
-        if weights.shape != (n_heads, n_features):
-            raise InvalidInput("the model's profile is of other heads: measure it again")
-        positions = self._logarithm(np.arange(first, first + n_tokens) + 1)
-        scores = (features @ weights[..., None])[..., 0] + places[:, 1:2] * positions + places[:, 2:]
-        return np.asarray(np.clip(scores, *BOUNDS), np.float32)
+        return self.placed(layer, products(self.weights[layer], keys, values), first)
+
+    def placed(self, layer: int, sums: FloatArray, first: int) -> FloatArray:
+        """The same of what :func:`products` gives."""
+        places = self.places[layer]
+        positions = self._logarithm(np.arange(first, first + sums.shape[1]) + 1)
+        return np.asarray(np.clip(sums + places[:, 1:2] * positions + places[:, 2:], *BOUNDS), np.float32)
 
     def ages(self, layer: int, origins: npt.NDArray[np.integer[Any]], n_seen: int) -> FloatArray:
         """What age adds to these: float32 (H, T); origins: int (H, T) or (T,), positions of tokens, of ``n_seen``."""

@@ -22,6 +22,7 @@ from kvcompose_local.interfaces import (
     CacheLayout,
     CacheSnapshot,
     FloatArray,
+    HalfArray,
     IntArray,
     LayerShape,
     Lazy,
@@ -44,6 +45,8 @@ SMALL_MICRO_BATCH = 192
 ALIGNMENT = 256
 #: What a device may add to K and to V of each layer, in bytes: CUDA fills quantized rows up to 512 numbers.
 DEVICE_PADDING = 1024
+#: Rows of a layer that a device's kernels take at a time: other numbers get slower ones (CUDA: ``FATTN_KQ_STRIDE``).
+DEVICE_ROWS = 256
 
 
 class PatchedEngine(LlamaEngine):
@@ -103,6 +106,7 @@ class PatchedEngine(LlamaEngine):
         self._has_window = bool(info.has_window)
         self.goes_back = not self._has_window
         on_host = [self._cells.arena(i).name == b"CPU" for i in range(info.n_arenas)]
+        self.row_steps = tuple(1 if host else DEVICE_ROWS for host in on_host)
         slack = [
             2 * (ALIGNMENT + DEVICE_PADDING * (not on_host[i])) * sum(x.arena == i for x in layers)
             for i in range(info.n_arenas)
@@ -184,6 +188,10 @@ class PatchedEngine(LlamaEngine):
 
         return Lazy(len(self.shape.layers), rows)
 
+    def live_products(self, weights: Sequence[FloatArray | HalfArray], n: int) -> Sequence[FloatArray]:
+        """See :meth:`Engine.live_products`."""
+        return self._cells.products(weights, n)
+
     def rewrite(self, selection: Sequence[Selection], n_tail: int, n_forgotten: int = 0) -> None:
         layout = self.layout()
         if not 0 <= n_tail <= layout.n_live:
@@ -205,15 +213,20 @@ class PatchedEngine(LlamaEngine):
 
     def _fitting_live_cells(self, composed: Sequence[int], n_live: int) -> int:
         """Live cells that every arena holds beside the composed ones, of which ``n_live`` are in use."""
-        fitting = []
+        fitting, odd = [], set()
         for device, size in enumerate(self.arena_bytes):
             layers = [(x, k) for x, k in zip(self.shape.layers, composed, strict=True) if x.device == device]
             if layers:
                 left = size - sum(layer.row_bytes * k for layer, k in layers)
                 fitting.append(left // sum(layer.row_bytes for layer, _ in layers))
+            if self.row_steps[device] > 1:
+                odd |= {-k % self.row_steps[device] for _, k in layers}
         n_fitting = int(min(fitting))
         if n_fitting < max(n_live, 1):
             raise ContextFull(f"the composed cells leave room for {n_fitting} live ones; {n_live} are to stay")
+        if len(odd) == 1:  # one number of live cells rounds all layers
+            n_rounded = n_fitting - (n_fitting - odd.pop()) % max(self.row_steps)
+            n_fitting = n_rounded if n_rounded >= max(n_live, 1) else n_fitting
         return n_fitting
 
     def snapshot(self) -> CacheSnapshot:

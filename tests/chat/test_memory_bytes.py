@@ -10,8 +10,8 @@ import numpy as np
 from kvcompose_local.arena import UPKEEP_BYTES
 from kvcompose_local.chat.memory import CacheMemory
 from kvcompose_local.composing.policy import Policy
-from kvcompose_local.composing.scorer import DTYPE, Scorer
-from kvcompose_local.interfaces import CacheLayout, FloatArray, LayerShape, Lazy, ModelShape, Selection
+from kvcompose_local.composing.scorer import DTYPE, Scorer, products
+from kvcompose_local.interfaces import CacheLayout, FloatArray, HalfArray, LayerShape, Lazy, ModelShape, Selection
 
 N_LAYERS, N_QUERY_HEADS, N_KV_HEADS, HEAD, N_CELLS = 24, 14, 2, 64, 8192
 ROW_BYTES = 4 * N_KV_HEADS * HEAD
@@ -23,6 +23,7 @@ class FullEngine:
 
     per_layer = True
     reads_rows = goes_back = True
+    row_steps = (1,)
     max_replay = 10**6
 
     def __init__(self) -> None:
@@ -43,6 +44,10 @@ class FullEngine:
             return keys, values
 
         return Lazy(N_LAYERS, rows)
+
+    def live_products(self, weights: Sequence[HalfArray], n: int) -> Sequence[FloatArray]:
+        rows = self.live_rows(n)
+        return [products(w, *rows[i]) for i, w in enumerate(weights)]
 
     def rewrite(self, selection: Sequence[Selection], n_tail: int, n_forgotten: int = 0) -> None:
         self.composed, self.n_live = tuple(rows.shape[1] for rows in selection), n_tail  # read as it is by llama.cpp

@@ -8,12 +8,14 @@ from datetime import datetime
 import numpy as np
 
 from kvcompose_local.chat.reasoning import Format, format_of
+from kvcompose_local.composing.scorer import products
 from kvcompose_local.errors import ContextFull, InvalidInput
 from kvcompose_local.interfaces import (
     AttentionSink,
     CacheLayout,
     CacheSnapshot,
     FloatArray,
+    HalfArray,
     LayerShape,
     ModelShape,
     Progress,
@@ -31,6 +33,7 @@ class FakeEngine:
     compute_bytes = None
     cannot_snapshot = ""
     goes_back = True
+    row_steps = (1,)
 
     def __init__(
         self,
@@ -93,6 +96,9 @@ class FakeEngine:
         numbers = np.tile(np.array(self.live[:n], np.float32) / 256, (2, 1))[..., None]
         of_layers = [numbers if i % 2 == 0 else 1 - numbers for i in range(len(self.shape.layers))]
         return [(rows, rows) for rows in of_layers]
+
+    def live_products(self, weights: Sequence[FloatArray | HalfArray], n: int) -> list[FloatArray]:
+        return [products(w, *rows) for w, rows in zip(weights, self.live_rows(n), strict=True)]
 
     def rewrite(self, selection: Sequence[Selection], n_tail: int, n_forgotten: int = 0) -> None:
         assert not (n_tail and n_forgotten)
