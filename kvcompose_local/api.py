@@ -30,7 +30,7 @@ from kvcompose_local.errors import InvalidInput
 from kvcompose_local.install import models
 from kvcompose_local.install.model_files import check_gguf, model_digest, size_of
 from kvcompose_local.interfaces import CacheLayout, Progress, Sampling
-from kvcompose_local.llama_ffi.library import layers_to_offload
+from kvcompose_local.llama_ffi.devices import layers_to_offload
 from kvcompose_local.llama_ffi.model import Model
 from kvcompose_local.llama_ffi.rpc import add_workers
 
@@ -77,11 +77,12 @@ class LocalChat:
 
     model: a GGUF file or a name of ``models.txt``, which is fetched, None for the small default; budget: share in (0,
     1] of the bytes that an uncompressed F16 cache of ``n_ctx`` tokens takes; n_ctx: positions the chat may span
-    (default 8192, or what the model was trained for); n_threads: default one a fast core; gpu_layers: default all where
-    a GPU backend is built in; cache_type: ``f16``, ``q8_0``, …, default what ``run`` takes; scoring: ``cells``, by
-    the model's profile or what a replay of the first text teaches, or ``replay``, as KVCompose was published; workers:
-    ``HOST:PORT`` of ``rpc-server`` processes; system: default what ``models.txt`` says, or the template; template: a
-    Jinja file, or a name: llama.cpp's, the GGUF's or ``plain``, default the GGUF's own.
+    (default 8192, or what the model was trained for); n_threads: default one a fast core; gpu_layers: default as many
+    as the GPUs' free memory holds with their share of the cache; cache_type: ``f16``, ``q8_0``, …, default what ``run``
+    takes; scoring: ``cells``, by the model's profile or what a replay of the first text teaches, or ``replay``, as
+    KVCompose was published; workers: ``HOST:PORT`` of ``rpc-server`` processes; system: default what ``models.txt``
+    says, or the template; template: a Jinja file, or a name: llama.cpp's, the GGUF's or ``plain``, default the GGUF's
+    own.
     on_compaction is told of each compaction, on_rebuild how many tokens are read again because a turn was taken back,
     on_note what a user should know of the chat template, in lines;
     on_loading, on_reading and on_compacting get (done, in all), and may raise KeyboardInterrupt; should_stop is asked
@@ -129,7 +130,7 @@ class LocalChat:
             n_ctx=n_ctx,
             budget=budget,
             n_threads=n_threads,
-            gpu_layers=layers_to_offload(gpu_layers, workers),
+            gpu_layers=layers_to_offload(path, gpu_layers, n_ctx=n_ctx, budget=budget, workers=workers),
             cache_type=cache_type,
             sampling=sampling,
             progress=on_loading,

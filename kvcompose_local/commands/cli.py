@@ -108,8 +108,13 @@ def models_path(name: str) -> None:
 @cli.command(short_help="Build the patched llama.cpp; nothing to do when it is there.")
 @click.option("--jobs", type=click.IntRange(1), help="Parallel compiler runs.  [default: all cores]")
 @click.option("--stock", is_flag=True, help="Build llama.cpp without the patches.")
-def build(jobs: int | None, stock: bool) -> None:
-    """Build the patched llama.cpp into the cache folder; does nothing when it is there."""
+@click.option("--cuda", "device", flag_value="cuda", help="For NVIDIA GPUs, too: needs nvcc of CUDA's toolkit.")
+@click.option("--vulkan", "device", flag_value="vulkan", help="For other GPUs, too: needs glslc and Vulkan's headers.")
+def build(jobs: int | None, stock: bool, device: str | None) -> None:
+    """Build the patched llama.cpp into the cache folder; does nothing when it is there.
+
+    A build for a GPU is taken from then on; on a Mac every build has Metal.
+    """
     from kvcompose_local.install import build as builder
     from kvcompose_local.terminal.repl import Status
 
@@ -121,7 +126,7 @@ def build(jobs: int | None, stock: bool) -> None:
         else:
             status.line(what)
 
-    click.echo(str(builder.build(patched=not stock, jobs=jobs, progress=progress)))
+    click.echo(str(builder.build(patched=not stock, jobs=jobs, device=device, progress=progress)))
 
 
 @cli.command(short_help="Say what is installed and what to mend.")

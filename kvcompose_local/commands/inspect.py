@@ -11,7 +11,7 @@ from kvcompose_local.arena import BLOCK, DEFAULT_CTX, TokenShape, cells_for, def
 from kvcompose_local.errors import InvalidInput, ModelError
 from kvcompose_local.install.model_files import size_of
 from kvcompose_local.llama_ffi.cells import library_is_patched
-from kvcompose_local.llama_ffi.library import layers_to_offload
+from kvcompose_local.llama_ffi.devices import gpus
 from kvcompose_local.llama_ffi.model import Model
 from kvcompose_local.terminal.figures import MIB
 
@@ -50,7 +50,7 @@ class Inspection:
     def type_at(self, budget: float) -> str:
         """How cells are stored under a budget."""
         whole_blocks = all(size % BLOCK == 0 for size in self.head_sizes)
-        on_gpu, patched = layers_to_offload(None) > 0, library_is_patched()
+        on_gpu, patched = bool(gpus()), library_is_patched()
         return self.cache_type or default_cache_type(budget, whole_blocks=whole_blocks, on_gpu=on_gpu, patched=patched)
 
     def row_bytes(self, budget: float) -> int:

@@ -143,7 +143,7 @@ def run_command(
     """
     check_numbers(budget, n_ctx)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # nothing here uses them, and they spin while a model loads
-    load = begin_loading(context, model, gpu_layers) if session is None and rpc is None else None
+    load = begin_loading(context, model, gpu_layers, n_ctx, budget) if session is None and rpc is None else None
     if load is not None:  # what is needed later is imported while the model is loaded
         for name in ("kvcompose_local.chat.template", "kvcompose_local.api"):
             importlib.import_module(name)
@@ -204,7 +204,7 @@ def run_command(
         budget=budget,
         n_ctx=n_ctx,
         n_threads=threads,
-        gpu_layers=gpu_layers,
+        gpu_layers=gpu_layers if load is None else load.gpu_layers,
         cache_type=cache_type,
         scoring=scoring,
         workers=rpc.split(",") if rpc else [],
@@ -316,7 +316,9 @@ def check_numbers(budget: float, n_ctx: int | None) -> None:
         raise click.BadParameter(f"{n_ctx} is not a number of positions above 0", param_hint="--ctx")
 
 
-def begin_loading(context: click.Context, model: str | None, gpu_layers: int | None) -> Loading | None:
+def begin_loading(
+    context: click.Context, model: str | None, gpu_layers: int | None, n_ctx: int | None, budget: float
+) -> Loading | None:
     """Let a model that is there be loaded by another thread; None where what is wrong had better be told in order."""
     from kvcompose_local.install import models
     from kvcompose_local.install.model_files import check_gguf
@@ -326,10 +328,10 @@ def begin_loading(context: click.Context, model: str | None, gpu_layers: int | N
         check_gguf(path)
     except KVComposeError:
         return None
-    from kvcompose_local.llama_ffi.library import layers_to_offload
+    from kvcompose_local.llama_ffi.devices import layers_to_offload
     from kvcompose_local.llama_ffi.model import Loading
 
-    loading = Loading(path, gpu_layers=layers_to_offload(gpu_layers))
+    loading = Loading(path, gpu_layers=layers_to_offload(path, gpu_layers, n_ctx=n_ctx, budget=budget))
     context.call_on_close(loading.close)
     return loading
 

@@ -164,7 +164,7 @@ def allocate_composites(
     for index, step in enumerate(steps):
         layers = np.flatnonzero((limits.device == index) & (limits.cost > 0))
         if step > 1 and layers.size:
-            some, costs = [worths[i] for i in layers], limits.cost[layers]
+            some, costs = [worths[i] for i in layers.tolist()], limits.cost[layers]
             stepped = _in_steps(some, costs, limits.limits[index], step, n_beside)
             if stepped is not None and all(k >= min(at_least, x.size) for k, x in zip(stepped, some, strict=True)):
                 budgets[layers] = stepped

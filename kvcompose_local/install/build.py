@@ -285,7 +285,8 @@ def build(
     """Build llama.cpp unless the cache has it; returns the folder with its libraries.
 
     The libraries appear in the cache in one rename, complete; the work tree is deleted. Of concurrent builds of one key
-    the first compiles and the others wait; device: of :data:`~kvcompose_local.install.pin.DEVICES`. When CMake or the compiler fails, the end of their log goes to stderr.
+    the first compiles and the others wait; device: of :data:`~kvcompose_local.install.pin.DEVICES`. When CMake or the
+    compiler fails, the end of their log goes to stderr.
 
     Raises BuildError (compiler, tools, patches, cache folder), DownloadError (archive), InvalidInput (sanitizer).
     """

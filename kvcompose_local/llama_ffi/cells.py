@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from kvcompose_local.composing.rotation import Rope
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput, ModelError
-from kvcompose_local.interfaces import FloatArray, IntArray
+from kvcompose_local.interfaces import FloatArray, HalfArray, IntArray
 from kvcompose_local.llama_ffi.context import Context
 from kvcompose_local.llama_ffi.library import bind
 
@@ -211,7 +211,7 @@ class PerLayerCells:
             numbers = np.asarray(quants.dequantize(rows, kind), np.float32)
         return np.asarray(numbers.reshape(len(rows), layer.n_head_kv, size).transpose(1, 0, 2))
 
-    def products(self, weights: Sequence[FloatArray], n: int) -> list[FloatArray]:
+    def products(self, weights: Sequence[FloatArray | HalfArray], n: int) -> list[FloatArray]:
         """What the oldest ``n`` live cells' keys, as they were before they were turned, and values give by ``weights``.
 
         Of each layer float32 (H, n), of weights (H, numbers of a key and of a value).

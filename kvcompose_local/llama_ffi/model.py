@@ -469,6 +469,11 @@ class Loading:
         self._thread = threading.Thread(target=self._load, daemon=True)
         self._thread.start()
 
+    @property
+    def gpu_layers(self) -> int:
+        """As it was made with."""
+        return self._wanted[1]
+
     def _load(self) -> None:
         path, gpu_layers = self._wanted
         try:
