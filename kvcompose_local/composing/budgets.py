@@ -27,7 +27,7 @@ _FLOATS = range(-0x7F800001, 0x7F800001)
 #: The share of the cells that layers do not compete for.
 SHARED_EVENLY = 0.1
 #: Steps that a layer's cells are on average, at the least, for budgets to be multiples of a step.
-COARSE = 4
+COARSE = 3
 
 
 def allocate_layer_budgets(
@@ -160,14 +160,25 @@ def allocate_composites(
         for index, limit in enumerate(limits.limits)
         if (needed := int(limits.cost[limits.device == index].sum()))
     ]
+    stepped = _stepped(worths, limits, steps, n_beside, at_least)
+    if (stepped >= 0).all():
+        return stepped
     budgets = _allocate([*worths], limits, min(floors, default=0))
+    return np.where(stepped < 0, budgets, stepped)
+
+
+def _stepped(
+    worths: Sequence[FloatArray], limits: _Limits, steps: Sequence[int], n_beside: int, at_least: int
+) -> IntArray:
+    """Budgets of the layers whose limit wants and allows steps, -1 of others: int64 (L,)."""
+    budgets = np.full(len(worths), -1, np.int64)
     for index, step in enumerate(steps):
         layers = np.flatnonzero((limits.device == index) & (limits.cost > 0))
         if step > 1 and layers.size:
             some, costs = [worths[i] for i in layers.tolist()], limits.cost[layers]
-            stepped = _in_steps(some, costs, limits.limits[index], step, n_beside)
-            if stepped is not None and all(k >= min(at_least, x.size) for k, x in zip(stepped, some, strict=True)):
-                budgets[layers] = stepped
+            found = _in_steps(some, costs, limits.limits[index], step, n_beside)
+            if found is not None and all(k >= min(at_least, x.size) for k, x in zip(found, some, strict=True)):
+                budgets[layers] = found
     return budgets
 
 

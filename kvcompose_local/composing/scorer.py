@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -98,8 +98,17 @@ class Scorer:
 
     def ages(self, layer: int, origins: npt.NDArray[np.integer[Any]], n_seen: int) -> FloatArray:
         """What age adds to these: float32 (H, T); origins: int (H, T) or (T,), positions of tokens, of ``n_seen``."""
-        logarithms = self._logarithm(n_seen - np.arange(n_seen))  # a table: a logarithm costs more than a look
+        logarithms = _ages(n_seen, self.furthest)  # a table: a logarithm costs more than a look
         return np.asarray(self.places[layer][:, :1] * logarithms[origins], np.float32)
 
     def _logarithm(self, places: IntArray) -> FloatArray:
-        return np.log(np.clip(places, 1, self.furthest)).astype(np.float32)
+        return _logarithm(places, self.furthest)
+
+
+@lru_cache(maxsize=1)  # all layers of a compaction ask for the same
+def _ages(n_seen: int, furthest: int) -> FloatArray:
+    return _logarithm(n_seen - np.arange(n_seen), furthest)
+
+
+def _logarithm(places: IntArray, furthest: int) -> FloatArray:
+    return np.log(np.clip(places, 1, furthest)).astype(np.float32)

@@ -18,7 +18,7 @@ from kvcompose_local.arena import (
     value_types,
 )
 from kvcompose_local.engines.base import LlamaEngine
-from kvcompose_local.engines.patched import PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
+from kvcompose_local.engines.patched import DEVICE_MICRO_BATCH, PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.errors import InvalidInput, ModelError
 from kvcompose_local.install.threads import default_threads
 from kvcompose_local.interfaces import Sampling
@@ -115,7 +115,7 @@ def _patched(
             n_positions=n_positions,
             n_threads=n_threads,
             cache_type=cache_type,
-            n_ubatch=PREFILL_MICRO_BATCH if budget == 1 else SMALL_MICRO_BATCH,
+            n_ubatch=_micro_batch(model, budget),
             n_outputs=n_outputs,
             sampling=sampling,
         )
@@ -123,6 +123,12 @@ def _patched(
         if budget < 1:
             raise ModelError(f"{model.architecture} runs with --budget 1 only: {error}") from error
         return _stock(model, n_cells, n_positions, n_threads, cache_type, sampling, budget)
+
+
+def _micro_batch(model: Model, budget: float) -> int:
+    if model.gpu_layers > 0:
+        return DEVICE_MICRO_BATCH
+    return PREFILL_MICRO_BATCH if budget == 1 else SMALL_MICRO_BATCH
 
 
 def _stock(

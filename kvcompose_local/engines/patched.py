@@ -41,6 +41,8 @@ PREFILL_MICRO_BATCH = 320
 #: The same under a budget: its work buffers come out of what the budget saves, and most of what is read there comes in
 #: smaller pieces (:meth:`PatchedEngine.micro_batch`).
 SMALL_MICRO_BATCH = 192
+#: The same where layers are on a device, at every budget: a micro-batch costs it more in launches than in products.
+DEVICE_MICRO_BATCH = 512
 #: The strictest alignment of a buffer type that llama.cpp has, in bytes; K and V of each layer may lose as much.
 ALIGNMENT = 256
 #: What a device may add to K and to V of each layer, in bytes: CUDA fills quantized rows up to 512 numbers.
@@ -145,6 +147,10 @@ class PatchedEngine(LlamaEngine):
         n_ubatch = self._context.n_ubatch
         fitting = n_ubatch * self._context.n_ctx // max(int(self._cells.info().n_cells), 1)
         return min(n_ubatch, max(fitting, TILE))
+
+    def micro_batch(self) -> int:
+        """Tokens that :meth:`decode` takes at a time; on a device all that fit, whose mask is little beside products."""
+        return self._context.n_ubatch if max(self.row_steps) > 1 else super().micro_batch()
 
     def softmax_micro_batch(self, n_tokens: int) -> int:
         return self._fitting_queries(self._n_columns(n_tokens))
