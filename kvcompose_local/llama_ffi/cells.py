@@ -217,14 +217,12 @@ class PerLayerCells:
         Of each layer float32 (H, n), of weights (H, numbers of a key and of a value).
         """
         self._check_layers(weights)
-        tables, results = [], []
         for i, rows in enumerate(weights):
             layer = self.layer(i)
             if rows.shape != (layer.n_head_kv, layer.head_dim_k + layer.head_dim_v):
                 raise InvalidInput("the model's profile is of other heads: measure it again")
-            parts = np.split(rows, [layer.head_dim_k], axis=1)
-            tables.append(np.concatenate([part.ravel() for part in parts], dtype=np.float32))
-            results.append(np.empty((layer.n_head_kv, n), np.float32))
+        tables = [np.ascontiguousarray(rows, np.float32) for rows in weights]
+        results = [np.empty((len(rows), n), np.float32) for rows in weights]
         self._context.has_logits = False
         self._call("get_products", n, _addresses(tables), _addresses(results))
         return results

@@ -120,6 +120,7 @@ def run(shape: Shape, gpu_layers: int = 0) -> str:
         Path(shape.name),
         n_ctx=N_CTX,
         budget=BUDGET,
+        cache_type="f16" if gpu_layers else None,  # so few positions have no 256 cells of q8_0
         n_threads=1,
         gpu_layers=gpu_layers,
         sampling=Sampling(temperature=0),
