@@ -215,7 +215,8 @@ class PatchedEngine(LlamaEngine):
             self._cells.rewrite(n_live_cap, n_tail, selection, n_forgotten)
         finally:  # a rewrite that fails half-way leaves the cache empty
             self._composed = tuple(int(self._cells.layer(i).n_composed) for i in range(self._cells.n_layers))
-        give_small_blocks_back()  # what the choice of cells took
+        if max(self.row_steps) == 1:  # what the choice of cells took; its milliseconds are many beside a device
+            give_small_blocks_back()
 
     def _fitting_live_cells(self, composed: Sequence[int], n_live: int) -> int:
         """Live cells that every arena holds beside the composed ones, of which ``n_live`` are in use."""
