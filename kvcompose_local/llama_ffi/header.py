@@ -12,7 +12,7 @@ from typing import Any
 from kvcompose_local.llama_ffi.library import bind
 
 _STRING, _ARRAY = 8, 9  # GGUF_TYPE_STRING, GGUF_TYPE_ARRAY
-#: GGUF's numbers of integer types.
+#: GGUF's numbers of integer types, and of booleans.
 _INTEGERS: dict[int, Any] = {
     0: ctypes.c_uint8,
     1: ctypes.c_int8,
@@ -20,6 +20,7 @@ _INTEGERS: dict[int, Any] = {
     3: ctypes.c_int16,
     4: ctypes.c_uint32,
     5: ctypes.c_int32,
+    7: ctypes.c_bool,
     10: ctypes.c_uint64,
     11: ctypes.c_int64,
 }

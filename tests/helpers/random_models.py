@@ -21,7 +21,7 @@ from kvcompose_local.interfaces import Progress
 from kvcompose_local.llama_ffi.library import bind, lib
 from kvcompose_local.llama_ffi.model import Model
 
-Value = bool | int | float | str | Sequence[str]
+Value = bool | int | float | str | Sequence[str] | Sequence[int]
 N_VOCAB, N_EMBD, N_FF = 260, 32, 32
 
 _init_empty = bind("gguf_init_empty", ctypes.c_void_p)
@@ -38,6 +38,10 @@ _set_strings = bind(
     ctypes.POINTER(ctypes.c_char_p),
     ctypes.c_size_t,
 )
+_set_numbers = bind(
+    "gguf_set_arr_data", None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t
+)
+_UINT32 = 4  # GGUF_TYPE_UINT32
 _write = bind("gguf_write_to_file", ctypes.c_bool, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_bool)
 _name = bind("ggml_get_name", ctypes.c_char_p, ctypes.c_void_p)
 _nelements = bind("ggml_nelements", ctypes.c_int64, ctypes.c_void_p)
@@ -114,8 +118,11 @@ def _gguf(metadata: Mapping[str, Value]) -> int:
             _set_f32(gguf, name, value)
         elif isinstance(value, str):
             _set_str(gguf, name, value.encode())
+        elif isinstance(value[0], int):
+            _set_numbers(gguf, name, _UINT32, (ctypes.c_uint32 * len(value))(*value), len(value))
         else:
-            _set_strings(gguf, name, (ctypes.c_char_p * len(value))(*(text.encode() for text in value)), len(value))
+            texts = [str(text).encode() for text in value]
+            _set_strings(gguf, name, (ctypes.c_char_p * len(texts))(*texts), len(texts))
     return int(gguf)
 
 
@@ -130,6 +137,8 @@ def _fill(tensor: int, q_scale: float) -> None:
         data = 1 + np.abs(noise)
     elif name.endswith(".bias"):
         data = 0.1 * noise
+    elif "ssm_a" in name:
+        data = -0.1 - np.abs(noise)  # a state decays
     elif "sinks" in name or name.startswith("token_embd"):
         data = noise
     else:
