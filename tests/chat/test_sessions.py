@@ -114,8 +114,8 @@ def next_tokens(chat: Chat, n: int, *, walk: int = 0) -> tuple[list[int], list[F
 
 
 def same_cells(a: CacheSnapshot, b: CacheSnapshot) -> bool:
-    planes = zip([*a.keys, *a.values, a.window], [*b.keys, *b.values, b.window], strict=True)
-    return replace(a, keys=(), values=(), window=b.window) == replace(b, keys=(), values=()) and all(
+    planes = zip([*a.keys, *a.values, a.window], [*b.keys, *b.values, b.state], strict=True)
+    return replace(a, keys=(), values=(), state=b.state) == replace(b, keys=(), values=()) and all(
         np.array_equal(x, y) for x, y in planes
     )
 

@@ -5,7 +5,7 @@ Attention is as in the models' own configurations; recurrent states have fewer h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from random_models import N_EMBD, N_FF, Shape, Value
@@ -54,8 +54,8 @@ def _nemotron(name: str, arch: str, pattern: str, *sizes: int, **more: Value) ->
     """pattern: a letter for each layer: M for Mamba, * for attention, anything else for a feed-forward one."""
     n_layers, attention = len(pattern), [i for i, kind in enumerate(pattern) if kind == "*"]
     n_ff = tuple(0 if kind in "M*" else N_FF for kind in pattern)
-    own = {"attention.head_count": _only_at(attention, n_layers, sizes[0]), "feed_forward_length": n_ff}
-    shape = Shape(name, arch, n_layers, *sizes, more=own | _mamba() | {"attention.layer_norm_epsilon": 1e-5} | more)
+    own = {"feed_forward_length": n_ff, "attention.layer_norm_epsilon": 1e-5}
+    shape = Shape(name, arch, n_layers, *sizes, more=own | _mamba() | more)
     return _of_some_layers(shape, attention)
 
 
@@ -106,13 +106,13 @@ HYBRIDS = (
     Shape(
         "MiniMax-Text-01",
         "minimax-01",
-        16,
+        8,
         64,
         8,
         128,
-        _EXPERTS | {"full_attention_interval": 8},
+        _EXPERTS | {"full_attention_interval": 8, "residual_scale": 3.5},
         n_rot=64,
-        note="attention in 2 layers, in the model in 10 of 80",
+        note="attention in 1 layer, in the model in 10 of 80",
     ),
 )
 #: Positions of these have several sections.
@@ -122,3 +122,28 @@ QWEN35 = (
     _qwen("Qwen3.6 27B", "qwen35", 64, 24, 4, 256),
     _qwen("Qwen3.6 35B-A3B", "qwen35moe", 40, 16, 2, 256),
 )
+
+
+def _small(arch: str, more: Mapping[str, Value], *, n_layers: int = 7) -> Shape:
+    """Three layers with attention, whose heads are of 32."""
+    shape = Shape(arch, arch, n_layers, 4, 2, 32, more, n_embd=128)
+    return shape if n_layers != 7 else _of_some_layers(shape, (1, 3, 6))
+
+
+#: One of each architecture, with three layers of attention, for exact tests.
+SMALL = {
+    shape.arch: shape
+    for shape in (
+        _small("qwen3next", _DELTA | _EXPERTS | _SHARED | {"full_attention_interval": 2}, n_layers=6),
+        _small("lfm2", _LFM2_CACHE),
+        _small("lfm2moe", _LFM2_CACHE | _LFM2_EXPERTS),
+        _small("granitehybrid", _mamba(128) | _NO_ROPE),
+        replace(
+            _nemotron("nemotron_h", "nemotron_h", "M*-M*-*", 4, 2, 32, **_mamba(128)), name="nemotron_h", n_embd=128
+        ),
+        _small("falcon-h1", _mamba(128), n_layers=3),
+        _small("jamba", _mamba(128, groups=None)),
+        _small("plamo2", _mamba(128, groups=0)),
+        _small("minimax-01", _EXPERTS | {"full_attention_interval": 2, "residual_scale": 3.5}, n_layers=6),
+    )
+}
