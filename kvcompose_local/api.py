@@ -20,14 +20,16 @@ from typing import Any
 from typing_extensions import Self
 
 from kvcompose_local import profiles
+from kvcompose_local.arena import CACHE_TYPES
 from kvcompose_local.chat import Chat, TurnStats, inputs, sessions
-from kvcompose_local.chat.memory import CacheMemory, CompactionReport
+from kvcompose_local.chat.memory import CacheMemory
+from kvcompose_local.chat.report import CompactionReport
 from kvcompose_local.engines import open_engine
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.install import models
 from kvcompose_local.install.model_files import check_gguf, model_digest, size_of
-from kvcompose_local.interfaces import CACHE_TYPES, CacheLayout, Progress, Sampling
+from kvcompose_local.interfaces import CacheLayout, Progress, Sampling
 from kvcompose_local.llama_ffi.library import layers_to_offload
 from kvcompose_local.llama_ffi.model import Model
 from kvcompose_local.llama_ffi.rpc import add_workers

@@ -14,7 +14,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "kvcompose_local"
 #: From what knows nothing to what knows everything.
 ROOMS = (
-    "errors interfaces interrupts install composing scores budgets selection profiles chat llama_ffi engines "
+    "errors arena interfaces interrupts install composing scores budgets selection profiles chat llama_ffi engines "
     "evaluation profiling bench api __init__ terminal commands __main__"
 ).split()
 MODULES = {

@@ -14,9 +14,10 @@ from typing import TextIO
 import click
 
 from kvcompose_local import __version__
+from kvcompose_local.arena import CACHE_TYPES
 from kvcompose_local.commands.bench import bench_command
 from kvcompose_local.commands.eval import eval_command, profile_command
-from kvcompose_local.commands.options import CACHE_TYPE_NAMES, threads_option
+from kvcompose_local.commands.options import threads_option
 from kvcompose_local.commands.run import compress_command, run_command
 from kvcompose_local.errors import KVComposeError
 from kvcompose_local.terminal.shown import show_on_terminals
@@ -143,7 +144,7 @@ for command in (run_command, compress_command, bench_command, eval_command, prof
 @cli.command("inspect", short_help="What a model's cache takes at each budget.")
 @click.argument("model", required=False)
 @click.option("--ctx", "n_ctx", type=int, help="Positions to reckon with.  [default: 8192, or what the model knows]")
-@click.option("--cache-type", type=click.Choice(CACHE_TYPE_NAMES), help="As in run.")
+@click.option("--cache-type", type=click.Choice(CACHE_TYPES), help="As in run.")
 def inspect_command(model: str | None, n_ctx: int | None, cache_type: str | None) -> None:
     """Layers, heads, bytes a token, and memory at each budget, from the header of MODEL alone."""
     from kvcompose_local.commands.inspect import inspect

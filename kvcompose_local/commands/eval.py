@@ -188,7 +188,8 @@ def open_uncompressed(path: Path, length: int, n_cells: int, n_threads: int | No
 
 def chat_caches(model: Model) -> dict[tuple[str, float], str]:
     """The trials that keep what a chat does under a few budgets, and what to call them."""
-    from kvcompose_local.engines import DEFAULT_CTX, cells_for, default_cache_type, has_whole_blocks, token_of
+    from kvcompose_local.arena import DEFAULT_CTX, cells_for, default_cache_type
+    from kvcompose_local.engines import has_whole_blocks, token_of
 
     method, caches = OURS.partition("+")[0], {}
     token, whole_blocks = token_of(model), has_whole_blocks(model)

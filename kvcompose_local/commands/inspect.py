@@ -7,10 +7,9 @@ from pathlib import Path
 
 import psutil
 
-from kvcompose_local.engines import DEFAULT_CTX, cells_for, default_cache_type
+from kvcompose_local.arena import BLOCK, DEFAULT_CTX, TokenShape, cells_for, default_cache_type, share_of_f16
 from kvcompose_local.errors import InvalidInput, ModelError
 from kvcompose_local.install.model_files import size_of
-from kvcompose_local.interfaces import BLOCK, TokenShape, share_of_f16
 from kvcompose_local.llama_ffi.cells import library_is_patched
 from kvcompose_local.llama_ffi.library import layers_to_offload
 from kvcompose_local.llama_ffi.model import Model

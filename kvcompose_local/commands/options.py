@@ -8,8 +8,6 @@ from typing import Any
 
 import click
 
-CACHE_TYPE_NAMES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q8_0/q4_0")
-
 #: More threads than the machine has wait for each other at every layer: a question takes minutes instead of a second.
 threads_option = click.option(
     "--threads", type=click.IntRange(1, os.cpu_count() or 1), help="CPU threads.  [default: fast cores]"

@@ -21,8 +21,9 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
+from kvcompose_local.arena import CACHE_TYPES
 from kvcompose_local.chat import inputs
-from kvcompose_local.commands.options import CACHE_TYPE_NAMES, Real, threads_option
+from kvcompose_local.commands.options import Real, threads_option
 from kvcompose_local.errors import InvalidInput, KVComposeError
 from kvcompose_local.install.resources import state_folder
 from kvcompose_local.terminal.figures import MIB, describe, greeting, result
@@ -83,7 +84,7 @@ def complete_session(_context: click.Context, _parameter: click.Parameter, begun
 @click.option("--gpu-layers", type=click.IntRange(0), help="Layers on the GPU.  [default: all with Metal, else 0]")
 @click.option(
     "--cache-type",
-    type=click.Choice(CACHE_TYPE_NAMES),
+    type=click.Choice(CACHE_TYPES),
     help="How K and V are stored. Keys in q8_0 and values in q4_0 fit two and a half times as many tokens into the "
     "budget; keys of fewer bits hurt small models.  [default: q8_0/q4_0 below --budget 1, q8_0 on a GPU or with --rpc; "
     "f16 at budget 1 and on the stock engine]",
@@ -458,7 +459,7 @@ def saved_on_abort(chat: Chat) -> Iterator[None]:
 )
 @click.option("--ctx", "n_ctx", type=int, help="Positions: text and chat.  [default: 8192, or what the model knows]")
 @click.option("--keep", type=Real(0, 1, min_open=True), default=0.5, show_default=True, help="Share of bytes to keep.")
-@click.option("--cache-type", type=click.Choice(CACHE_TYPE_NAMES), help="As in run.")
+@click.option("--cache-type", type=click.Choice(CACHE_TYPES), help="As in run.")
 @click.option("--system", help="System prompt, which stands before the document.")
 @threads_option
 @click.option("--gpu-layers", type=click.IntRange(0), help="Layers on the GPU.  [default: all with Metal, else 0]")

@@ -11,8 +11,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TextIO
 
 from kvcompose_local.chat import Chat, Said, TurnStats, inputs
-from kvcompose_local.chat.memory import CompactionReport
 from kvcompose_local.chat.reasoning import CLOSE, OPEN
+from kvcompose_local.chat.report import CompactionReport
 from kvcompose_local.errors import InvalidInput, KVComposeError, PositionsFull
 from kvcompose_local.interrupts import Interrupts
 from kvcompose_local.terminal.memory_chart import ASCII_MARKS, UNICODE_MARKS, can_show, draw

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcompose_local.chat import Chat, Said
-from kvcompose_local.chat.memory import CacheMemory, CompactionReport
+from kvcompose_local.chat.memory import CacheMemory
+from kvcompose_local.chat.report import CompactionReport
 from kvcompose_local.interfaces import CacheLayout, LayerShape, ModelShape
 from kvcompose_local.interrupts import Interrupts, uninterrupted
 from kvcompose_local.terminal.memory_chart import UNICODE_MARKS, can_show, draw
