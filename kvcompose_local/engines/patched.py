@@ -102,8 +102,7 @@ class PatchedEngine(LlamaEngine):
         super().__init__(model, context, shape, sampling)
         info = self._cells.info()
         self._has_window = bool(info.has_window)
-        self._state_bytes = int(info.window_bytes + info.recurrent_bytes)
-        self.moves_on = self._state_bytes > 0
+        self.moves_on = self._has_window or model.is_recurrent
         on_host = [self._cells.arena(i).name == b"CPU" for i in range(info.n_arenas)]
         slack = [
             2 * (ALIGNMENT + DEVICE_PADDING * (not on_host[i])) * sum(x.arena == i for x in layers)
@@ -114,15 +113,10 @@ class PatchedEngine(LlamaEngine):
         # A window cache overwrites what a replay of more than one micro-batch would have to give back. A recurrent state
         # gives nothing back: a replay restores it.
         self.max_replay = self._fitting_queries(n_cells) if self._has_window else n_cells
-        self.max_drop = 0 if info.recurrent_bytes else self.max_replay
+        self.max_drop = 0 if model.is_recurrent else self.max_replay
         self.arena_bytes = tuple(size - lost for size, lost in zip(sizes, slack, strict=True))
         self._composed = (0,) * len(layers)
         self._turns: list[Turn] = []
-
-    @property
-    def state_bytes(self) -> int:
-        """What is allocated for windows and recurrent states."""
-        return self._state_bytes
 
     @property
     def compute_bytes(self) -> int:

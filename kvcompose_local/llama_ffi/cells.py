@@ -20,11 +20,8 @@ from kvcompose_local.llama_ffi.library import bind
 
 class _Info(ctypes.Structure):
     _fields_ = [
-        *(
-            (name, ctypes.c_int32)
-            for name in ("n_layers", "n_arenas", "n_live_cap", "n_cells", "n_live", "pos_next", "composed", "has_window")
-        ),
-        *((name, ctypes.c_uint64) for name in ("window_bytes", "recurrent_bytes")),
+        (name, ctypes.c_int32)
+        for name in ("n_layers", "n_arenas", "n_live_cap", "n_cells", "n_live", "pos_next", "composed", "has_window")
     ]
 
 
@@ -67,7 +64,7 @@ class Turn:
 
 
 _INT32_P = ctypes.POINTER(ctypes.c_int32)
-_KVC_VERSION = 8
+_KVC_VERSION = 7
 _kvc_version = bind("llama_kvc_version", ctypes.c_int32)
 _KVC_FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "supported": (),
@@ -124,7 +121,7 @@ class PerLayerCells:
             raise kind(f"llama_kvc_{name} failed: {reason}")
 
     def info(self) -> Any:
-        """n_layers, n_arenas, n_live_cap, n_cells, n_live, pos_next, composed, has_window, window_bytes, recurrent_bytes."""
+        """n_layers, n_arenas, n_live_cap, n_cells, n_live, pos_next, composed, has_window."""
         info = _Info()
         self._call("get_info", ctypes.byref(info))
         return info
