@@ -13,37 +13,13 @@ from typing import Any
 
 from kvcompose_local.chat.memory import CacheMemory, MemoryState
 from kvcompose_local.chat.reasoning import CLOSE, OPEN, Reader, Said
+from kvcompose_local.chat.report import TurnStats
 from kvcompose_local.chat.transcript import Message, Place, Saved, Step, TextModel, Transcript, n_common
 from kvcompose_local.errors import ContextFull, InvalidInput, KVComposeError
 from kvcompose_local.interfaces import Progress
 
 #: Models without a template answer as the assistant and then go on as the user.
 _PLAIN_STOP = "\nUser:"
-
-
-@dataclass
-class TurnStats:
-    """Counts and wall seconds of one turn; compaction seconds are not part of the other two.
-
-    reread_tokens: how many of the prompt's tokens were read before, since the template rewrites what was said.
-    """
-
-    prompt_tokens: int = 0
-    reread_tokens: int = 0
-    generated_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    compactions: int = 0
-    compaction_seconds: float = 0.0
-    stopped: str = ""
-
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        return self.generated_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
 @dataclass(frozen=True)
