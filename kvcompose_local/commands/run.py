@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from kvcompose_local.chat import Chat
     from kvcompose_local.interfaces import Sampling
     from kvcompose_local.interrupts import Interrupts
-    from kvcompose_local.llama_ffi.model import Loading
+    from kvcompose_local.llama_ffi.loading import Loading
     from kvcompose_local.terminal.repl import Status
 
 
@@ -327,7 +327,7 @@ def begin_loading(context: click.Context, model: str | None, gpu_layers: int | N
     except KVComposeError:
         return None
     from kvcompose_local.llama_ffi.library import layers_to_offload
-    from kvcompose_local.llama_ffi.model import Loading
+    from kvcompose_local.llama_ffi.loading import Loading
 
     loading = Loading(path, gpu_layers=layers_to_offload(gpu_layers))
     context.call_on_close(loading.close)
