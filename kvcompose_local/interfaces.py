@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from kvcompose_local.chat_options import Sampling as Sampling
+
 FloatArray = npt.NDArray[np.float32]
 HalfArray = npt.NDArray[np.float16]
 IntArray = npt.NDArray[np.int64]
@@ -114,17 +116,6 @@ class CacheSnapshot:
     keys: Sequence[ByteArray]
     values: Sequence[ByteArray]
     state: ByteArray
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn; temperature 0 is greedy. Fields are llama.cpp's samplers, applied in this order."""
-
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    temperature: float = 0.7
-    seed: int | None = None
 
 
 def even_parts(n: int, largest: int, rows: int = 1) -> list[tuple[int, int]]:
