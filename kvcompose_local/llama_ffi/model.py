@@ -233,10 +233,10 @@ class Model:
         arch = self.architecture
         if lib.llama_model_is_recurrent(self._model):
             return "recurrent"
-        if lib.llama_model_is_hybrid(self._model):
-            return "hybrid"
         if self.metadata(f"{arch}.attention.kv_lora_rank") is not None:
             return "mla"
+        if lib.llama_model_is_hybrid(self._model):
+            return "hybrid"
         if lib.llama_model_rope_type(self._model) == -1 or arch == "starcoder":  # which llama.cpp says to be rotated
             return "rotation-free"
         if lib.llama_model_rope_type(self._model) not in (0, 2):  # normal, NeoX; the rest has 2D positions
