@@ -16,8 +16,9 @@ import click
 from kvcompose_local import __version__
 from kvcompose_local.arena import CACHE_TYPES
 from kvcompose_local.commands.bench import bench_command
-from kvcompose_local.commands.eval import eval_command, profile_command
+from kvcompose_local.commands.eval import eval_command
 from kvcompose_local.commands.options import threads_option
+from kvcompose_local.commands.profile import profile_command
 from kvcompose_local.commands.run import compress_command, run_command
 from kvcompose_local.errors import KVComposeError
 from kvcompose_local.terminal.shown import show_on_terminals
