@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kvcompose_local.commands.options import threads_option
+from kvcompose_local.commands.options import names, threads_option
+from kvcompose_local.terminal.status import Status
 
 if TYPE_CHECKING:
     from kvcompose_local.engines.patched import PatchedEngine
@@ -33,17 +34,13 @@ def _numbers(_context: click.Context, _parameter: click.Parameter, value: str) -
     return keeps
 
 
-def _names(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
-    return tuple(part for part in value.split(",") if part)
-
-
 @click.command("eval", short_help="Measure answer quality against budget.")
 @click.argument("model", required=False)
 @click.option("--quick", is_flag=True, help="A few minutes: three tasks, our method, and a recommended budget.")
-@click.option("--tasks", callback=_names, default="", help="Comma-separated; --tasks help lists them.  [default: all]")
+@click.option("--tasks", callback=names, default="", help="Comma-separated; --tasks help lists them.  [default: all]")
 @click.option(
     "--methods",
-    callback=_names,
+    callback=names,
     default=OURS,
     show_default=True,
     help="Comma-separated; `all`. NAME+q8_0 keeps its cells in that "
@@ -84,7 +81,7 @@ def eval_command(
     profile: Path | None,
     left_out: Path | None,
     plot: Path | None,
-    threads: int | None,
+    n_threads: int | None,
     as_json: bool,
 ) -> None:
     """RULER-style tasks on MODEL: each text is compressed before its questions are known.
@@ -103,7 +100,6 @@ def eval_command(
     from kvcompose_local.install import models
     from kvcompose_local.install.model_files import check_gguf
     from kvcompose_local.install.threads import default_threads
-    from kvcompose_local.terminal.repl import Status
 
     if quick:
         tasks, methods, items, length = QUICK_TASKS, (OURS,), 2, 1024
@@ -126,7 +122,7 @@ def eval_command(
     check_gguf(path)
     output = output or Path(f"{path.stem}.eval.jsonl")
     n_cells = room_for(length, whole_replay=any(name.startswith("published") for name in methods))
-    with open_uncompressed(path, length, n_cells, threads) as engine:
+    with open_uncompressed(path, length, n_cells, n_threads) as engine:
         if quick:
             caches = chat_caches(engine.model)
             trials = [(FULL, 1.0), *caches]
@@ -147,7 +143,7 @@ def eval_command(
             {"file": path.name},
             profile=known,
             left_out=without,
-            n_threads=threads or default_threads(),
+            n_threads=n_threads or default_threads(),
         )
         if others := {r.get("file", path.name) for r in evaluation.records} - {path.name}:
             raise InvalidInput(f"{output} holds results of {', '.join(sorted(others))}: name another file with -o")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
-from kvcompose_local.commands.eval import _names as names
 from kvcompose_local.commands.eval import open_uncompressed
-from kvcompose_local.commands.options import threads_option
+from kvcompose_local.commands.options import names, threads_option
+from kvcompose_local.terminal.status import Status
 
 
 @click.command("profile", short_help="Measure a model once, so that its chats forget less.")
@@ -38,7 +38,7 @@ def profile_command(
     files: tuple[Path, ...],
     left_out: Path | None,
     output: Path | None,
-    threads: int | None,
+    n_threads: int | None,
 ) -> None:
     """What questions about a text make MODEL look at, told from its cells alone.
 
@@ -59,7 +59,6 @@ def profile_command(
     from kvcompose_local.install.model_files import check_gguf, model_digest
     from kvcompose_local.install.threads import default_threads
     from kvcompose_local.profiling import measure
-    from kvcompose_local.terminal.repl import Status
 
     if set(tasks) - set(ALL_TASKS):
         raise InvalidInput(f"the tasks are {', '.join(ALL_TASKS)}")
@@ -73,7 +72,7 @@ def profile_command(
         status.progress("measuring:", done, total, what)
 
     with ExitStack() as stack:
-        engine = stack.enter_context(open_uncompressed(path, length, room_for(length), threads))
+        engine = stack.enter_context(open_uncompressed(path, length, room_for(length), n_threads))
         measurement = measure.plan(
             engine, digest, n_texts=texts, n_tokens=length, tasks=tasks or measure.TASKS, own_texts=own_texts
         )
@@ -86,8 +85,7 @@ def profile_command(
         whole_blocks = has_whole_blocks(engine.model)
         beside = {}
         for kind in (QUANTIZED, QUANTIZED_GPU) if whole_blocks else ():
-            n_threads = threads or default_threads()
-            beside[kind] = engine_beside(engine, room_for(length), kind, n_threads=n_threads)
+            beside[kind] = engine_beside(engine, room_for(length), kind, n_threads=n_threads or default_threads())
             stack.callback(beside[kind].close_context)
         measure.watch(engine, measurement, beside=beside, progress=progress)
     profile = measure.fitted(measurement, progress=progress)
