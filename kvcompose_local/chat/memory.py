@@ -16,15 +16,15 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
-from kvcompose_local.chat.checkpoints import Checkpoint, Checkpoints, WayBack, WaysBack
+from kvcompose_local.chat.checkpoints import Checkpoints, WayBack, WaysBack
 from kvcompose_local.chat.report import CompactionReport
 from kvcompose_local.chat.scoring import Learned, Replayed, Scored, Scoring
+from kvcompose_local.chat.spans import n_within, within
+from kvcompose_local.chat.state import MemoryState
 from kvcompose_local.composing.cell_scores import CellScores
 from kvcompose_local.composing.choice import choose, competing
 from kvcompose_local.composing.policy import Policy, Room
@@ -32,7 +32,6 @@ from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.errors import ContextFull, InvalidInput, PositionsFull
 from kvcompose_local.interfaces import (
     CacheLayout,
-    CacheSnapshot,
     Engine,
     FloatArray,
     HalfArray,
@@ -40,37 +39,6 @@ from kvcompose_local.interfaces import (
     Selection,
 )
 from kvcompose_local.interrupts import uninterrupted
-
-
-def _in(spans: Sequence[tuple[int, int]], n: int) -> npt.NDArray[np.bool_]:
-    """Which of the first ``n`` positions are in some (start, stop): bool (n,)."""
-    found = np.zeros(n, bool)
-    for start, stop in spans:
-        found[start:stop] = True
-    return found
-
-
-def _n_in(spans: Sequence[tuple[int, int]]) -> int:
-    """How many positions are in some (start, stop)."""
-    return int(_in(spans, max((stop for _, stop in spans), default=0)).sum())
-
-
-@dataclass(frozen=True)
-class MemoryState:
-    """All that a :class:`CacheMemory` knows, to go on from later.
-
-    tokens: all that were seen; scores: float32 (H, K_l), each layer's composed cells', without age; origins: int32
-    (H, K_l), the positions that their tokens stood at; cells: as the engine gave them; pins: the (start, stop) of what
-    is pinned; scorer: what the scores are of, None for a replay; checkpoints: of the last turn.
-    """
-
-    tokens: tuple[int, ...]
-    scores: Sequence[FloatArray]
-    origins: Sequence[Selection]
-    cells: CacheSnapshot
-    pins: tuple[tuple[int, int], ...] = ()
-    scorer: Scorer | None = None
-    checkpoints: tuple[Checkpoint, ...] = ()
 
 
 class CacheMemory:
@@ -280,7 +248,7 @@ class CacheMemory:
         live: the scores of the live tokens before the tail, float16 (H, n); at_most: bytes that all cells may take.
         """
         first, room = layout.position - layout.n_live, self.room
-        pinned = _in(self.pins, layout.position)
+        pinned = within(self.pins, layout.position)
 
         def logarithms(layer: int) -> FloatArray:
             scores, origins = self._scores.rows(layer, live[layer], first)
@@ -342,7 +310,7 @@ class CacheMemory:
     @property
     def n_pinned(self) -> int:
         """Tokens that are pinned."""
-        return _n_in(self.pins)
+        return n_within(self.pins)
 
     def state(self) -> MemoryState:
         """A copy of everything, for :meth:`restore`."""
@@ -369,9 +337,7 @@ class CacheMemory:
         ContextFull where it does not fit. Where only the positions in the cells tell, the cache is empty afterwards.
         """
         cells = state.cells
-        n_vocab = self.engine.shape.n_vocab
-        if len(state.tokens) != cells.position or not all(0 <= token < n_vocab for token in state.tokens):
-            raise InvalidInput("the tokens are not those of these cells")
+        state.check(self.engine.shape.n_vocab, self.n_ctx)
         first_live = cells.position - cells.n_live
         scores = self._scores.restored(state.scores, state.origins, cells.composed, first_live)
         scoring = self.scoring
@@ -379,14 +345,9 @@ class CacheMemory:
             if state.scorer is not None and not self.engine.reads_rows:
                 raise InvalidInput("these cells were scored by the patched engine: `kvcompose-local build` makes it")
             scoring = Replayed(self.engine) if state.scorer is None else self._scored_by(state.scorer)
-        if any(not 0 <= start <= stop <= self.n_ctx for start, stop in state.pins):
-            raise InvalidInput("the pins are not those of these tokens")
-        places = [0, *(checkpoint.position for checkpoint in state.checkpoints), cells.position]
-        if state.checkpoints and any(one >= other for one, other in pairwise(places)):
-            raise InvalidInput("the checkpoints are not those of these tokens")
-        self._check_room(cells, self._policy.n_scratch if scoring.feeds else 0)
         if self.compose:
-            self._check_pinned(_n_in(state.pins))
+            state.check_room(self.engine, self.n_ctx, self._policy.n_scratch if scoring.feeds else 0)
+            self._check_pinned(n_within(state.pins))
         self.engine.restore(cells)
         layout = self.engine.layout()
         if (layout.composed, layout.n_live, layout.position) != (cells.composed, cells.n_live, cells.position):
@@ -396,28 +357,6 @@ class CacheMemory:
         self.pins = [*state.pins]
         self._ways.restore(cells.position, state.checkpoints)
         self._scores, self.scoring = scores, scoring
-
-    def _check_room(self, cells: CacheSnapshot, n_scratch: int) -> None:
-        """Raises ContextFull unless the cells fit beside enough of the scratch for the next compaction, or of the rest.
-
-        Where every position that is left has a cell, there will be no compaction.
-        """
-        engine = self.engine
-        if cells.position > self.n_ctx:
-            raise ContextFull(f"{cells.position} positions are more than --ctx {self.n_ctx}: raise --ctx")
-        if not self.compose:
-            return
-        n_live = cells.n_live + min(n_scratch // 2, self.n_ctx - cells.position)
-        if not any(cells.composed) and n_live <= engine.cache_bytes // engine.shape.row_bytes:
-            return  # uncompressed, the whole cache is there: nothing is lost to alignment
-        for device, arena_bytes in enumerate(engine.arena_bytes):
-            layers = zip(engine.shape.layers, cells.composed, strict=True)
-            needed = sum(layer.row_bytes * (k + n_live) for layer, k in layers if layer.device == device)
-            if needed > arena_bytes:
-                raise ContextFull(  # no layer has more cells than positions, so a budget of 1 holds them all
-                    f"the cells need {needed / 2**20:.1f} MiB of cache and there are {arena_bytes / 2**20:.1f} MiB: "
-                    "raise --budget"
-                )
 
     def rewind(self, position: int, progress: Progress | None = None) -> bool:
         """Forget the tokens from ``position`` on; the logits are gone.
@@ -466,7 +405,7 @@ class CacheMemory:
         layout = self.engine.layout()
 
         def is_enough(start: int) -> bool:
-            pinned = _in(self.pins, layout.position - layout.n_live)[:position]
+            pinned = within(self.pins, layout.position - layout.n_live)[:position]
             return bool(min(rows.shape[1] for rows in self._scores.before(start)) > pinned.sum())
 
         return self._ways.find(position, self.policy.n_tail, is_enough)

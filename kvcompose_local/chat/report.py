@@ -1,4 +1,4 @@
-"""What one turn and what one compaction did, in numbers and in a line."""
+"""What one compaction did, in numbers and in a line."""
 
 from __future__ import annotations
 
@@ -33,28 +33,3 @@ class CompactionReport:
             f"compacted: {self.tokens_seen} tokens seen, {cells} composed + {self.n_live} live cells a layer, "
             f"{self.bytes_before / 2**20:.1f} → {self.bytes_after / 2**20:.1f} MiB in {seconds:.1f} s{times}"
         )
-
-
-@dataclass
-class TurnStats:
-    """Counts and wall seconds of one turn; compaction seconds are not part of the other two.
-
-    reread_tokens: how many of the prompt's tokens were read before, since the template rewrites what was said.
-    """
-
-    prompt_tokens: int = 0
-    reread_tokens: int = 0
-    generated_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    compactions: int = 0
-    compaction_seconds: float = 0.0
-    stopped: str = ""
-
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        return self.generated_tokens / self.decode_seconds if self.decode_seconds else 0.0

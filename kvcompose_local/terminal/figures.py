@@ -66,8 +66,9 @@ def beside(memory: CacheMemory) -> str:
     if not n_bytes:
         return ""
     return (
-        f"beside the budget: {n_bytes / MIB:.1f} MiB of recurrent states or sliding windows, {kept.n_bytes / MIB:.1f} MiB "
-        f"of copies of them to go back to ({len(kept.positions)} of at most {most_of(n_bytes)})"
+        f"beside the budget: {n_bytes / MIB:.1f} MiB of recurrent states or sliding windows, "
+        f"{kept.n_bytes / MIB:.1f} MiB of copies of them to go back to "
+        f"({len(kept.positions)} of at most {most_of(n_bytes)})"
     )
 
 
