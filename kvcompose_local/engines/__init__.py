@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 from kvcompose_local.arena import (
@@ -74,8 +74,8 @@ def open_engine(
                     f"{model.name} knows {positions} positions, too few to compress: run it with --budget 1"
                 ) from error
         n_cells = cells_for(positions, budget, cache_type, token_of(model))
-        open_ = partial(_patched, n_outputs=n_outputs) if patched else _stock
-        engine = open_(model, n_cells, positions, threads, cache_type, sampling, budget)
+        cache = _Cache(n_cells, positions, threads, cache_type, sampling, budget)
+        engine = _patched(model, cache, n_outputs) if patched else _stock(model, cache)
     except BaseException:
         model.close()
         raise
@@ -94,54 +94,48 @@ def token_of(model: Model) -> TokenShape:
     return TokenShape(k_size, v_size, sum(model.kv_heads)) if k_size + v_size else USUAL_TOKEN
 
 
-def _patched(
-    model: Model,
-    n_cells: int,
-    n_positions: int,
-    n_threads: int,
-    cache_type: str,
-    sampling: Sampling | None,
-    budget: float,
-    *,
-    n_outputs: int,
-) -> LlamaEngine:
+@dataclass(frozen=True)
+class _Cache:
+    """What both engines are opened with."""
+
+    n_cells: int
+    n_positions: int
+    n_threads: int
+    cache_type: str
+    sampling: Sampling | None
+    budget: float
+
+
+def _patched(model: Model, cache: _Cache, n_outputs: int) -> LlamaEngine:
     """The patched engine; at budget 1 the stock one runs what cannot be composed."""
     try:
-        if budget < 1 and model.cache_kind() == "rotation-free":
+        if cache.budget < 1 and model.cache_kind() == "rotation-free":
             raise ModelError("its keys carry no rotation (RoPE)")
         return PatchedEngine(
             model,
-            n_cells=n_cells,
-            n_positions=n_positions,
-            n_threads=n_threads,
-            cache_type=cache_type,
-            n_ubatch=PREFILL_MICRO_BATCH if budget == 1 else SMALL_MICRO_BATCH,
+            n_cells=cache.n_cells,
+            n_positions=cache.n_positions,
+            n_threads=cache.n_threads,
+            cache_type=cache.cache_type,
+            n_ubatch=PREFILL_MICRO_BATCH if cache.budget == 1 else SMALL_MICRO_BATCH,
             n_outputs=n_outputs,
-            sampling=sampling,
+            sampling=cache.sampling,
         )
     except ModelError as error:
-        if budget < 1:
+        if cache.budget < 1:
             raise ModelError(f"{model.architecture} runs with --budget 1 only: {error}") from error
-        return _stock(model, n_cells, n_positions, n_threads, cache_type, sampling, budget)
+        return _stock(model, cache)
 
 
-def _stock(
-    model: Model,
-    n_cells: int,
-    n_positions: int,
-    n_threads: int,
-    cache_type: str,
-    sampling: Sampling | None,
-    budget: float,
-) -> LlamaEngine:
+def _stock(model: Model, cache: _Cache) -> LlamaEngine:
     from kvcompose_local.engines.stock import StockEngine  # late: it reads GGML's tables, which take time to import
 
     return StockEngine(
         model,
-        n_cells=n_cells,
-        n_positions=n_positions,
-        n_threads=n_threads,
-        scoring=budget < 1,
-        cache_type=cache_type,
-        sampling=sampling,
+        n_cells=cache.n_cells,
+        n_positions=cache.n_positions,
+        n_threads=cache.n_threads,
+        scoring=cache.budget < 1,
+        cache_type=cache.cache_type,
+        sampling=cache.sampling,
     )
