@@ -16,16 +16,16 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from kvcompose_local.chat.checkpoints import Checkpoint, Checkpoints
 from kvcompose_local.chat.report import CompactionReport
 from kvcompose_local.chat.scoring import Learned, Replayed, Scored, Scoring
+from kvcompose_local.chat.spans import n_within, within
+from kvcompose_local.chat.state import MemoryState
 from kvcompose_local.composing.cell_scores import CellScores
 from kvcompose_local.composing.choice import choose, competing
 from kvcompose_local.composing.policy import Policy, Room
@@ -34,7 +34,6 @@ from kvcompose_local.errors import ContextFull, InvalidInput, PositionsFull
 from kvcompose_local.interfaces import (
     ByteArray,
     CacheLayout,
-    CacheSnapshot,
     Engine,
     FloatArray,
     HalfArray,
@@ -42,37 +41,6 @@ from kvcompose_local.interfaces import (
     Selection,
 )
 from kvcompose_local.interrupts import uninterrupted
-
-
-def _in(spans: Sequence[tuple[int, int]], n: int) -> npt.NDArray[np.bool_]:
-    """Which of the first ``n`` positions are in some (start, stop): bool (n,)."""
-    found = np.zeros(n, bool)
-    for start, stop in spans:
-        found[start:stop] = True
-    return found
-
-
-def _n_in(spans: Sequence[tuple[int, int]]) -> int:
-    """How many positions are in some (start, stop)."""
-    return int(_in(spans, max((stop for _, stop in spans), default=0)).sum())
-
-
-@dataclass(frozen=True)
-class MemoryState:
-    """All that a :class:`CacheMemory` knows, to go on from later.
-
-    tokens: all that were seen; scores: float32 (H, K_l), each layer's composed cells', without age; origins: int32
-    (H, K_l), the positions that their tokens stood at; cells: as the engine gave them; pins: the (start, stop) of what
-    is pinned; scorer: what the scores are of, None for a replay; checkpoints: of the last turn.
-    """
-
-    tokens: tuple[int, ...]
-    scores: Sequence[FloatArray]
-    origins: Sequence[Selection]
-    cells: CacheSnapshot
-    pins: tuple[tuple[int, int], ...] = ()
-    scorer: Scorer | None = None
-    checkpoints: tuple[Checkpoint, ...] = ()
 
 
 class _WayBack(NamedTuple):
@@ -295,7 +263,7 @@ class CacheMemory:
         live: the scores of the live tokens before the tail, float16 (H, n); at_most: bytes that all cells may take.
         """
         first, room = layout.position - layout.n_live, self.room
-        pinned = _in(self.pins, layout.position)
+        pinned = within(self.pins, layout.position)
 
         def logarithms(layer: int) -> FloatArray:
             scores, origins = self._scores.rows(layer, live[layer], first)
@@ -357,7 +325,7 @@ class CacheMemory:
     @property
     def n_pinned(self) -> int:
         """Tokens that are pinned."""
-        return _n_in(self.pins)
+        return n_within(self.pins)
 
     def state(self) -> MemoryState:
         """A copy of everything, for :meth:`restore`."""
@@ -384,9 +352,7 @@ class CacheMemory:
         ContextFull where it does not fit. Where only the positions in the cells tell, the cache is empty afterwards.
         """
         cells = state.cells
-        n_vocab = self.engine.shape.n_vocab
-        if len(state.tokens) != cells.position or not all(0 <= token < n_vocab for token in state.tokens):
-            raise InvalidInput("the tokens are not those of these cells")
+        state.check(self.engine.shape.n_vocab, self.n_ctx)
         first_live = cells.position - cells.n_live
         scores = self._scores.restored(state.scores, state.origins, cells.composed, first_live)
         scoring = self.scoring
@@ -394,14 +360,9 @@ class CacheMemory:
             if state.scorer is not None and not self.engine.reads_rows:
                 raise InvalidInput("these cells were scored by the patched engine: `kvcompose-local build` makes it")
             scoring = Replayed(self.engine) if state.scorer is None else self._scored_by(state.scorer)
-        if any(not 0 <= start <= stop <= self.n_ctx for start, stop in state.pins):
-            raise InvalidInput("the pins are not those of these tokens")
-        places = [0, *(checkpoint.position for checkpoint in state.checkpoints), cells.position]
-        if state.checkpoints and any(one >= other for one, other in pairwise(places)):
-            raise InvalidInput("the checkpoints are not those of these tokens")
-        self._check_room(cells, self._policy.n_scratch if scoring.feeds else 0)
         if self.compose:
-            self._check_pinned(_n_in(state.pins))
+            state.check_room(self.engine, self.n_ctx, self._policy.n_scratch if scoring.feeds else 0)
+            self._check_pinned(n_within(state.pins))
         self.engine.restore(cells)
         layout = self.engine.layout()
         if (layout.composed, layout.n_live, layout.position) != (cells.composed, cells.n_live, cells.position):
@@ -412,28 +373,6 @@ class CacheMemory:
         self._furthest = cells.position + (self.engine.max_drop if cells.state.size else 0)
         self._scores, self.scoring = scores, scoring
         self.checkpoints = Checkpoints(state.checkpoints)
-
-    def _check_room(self, cells: CacheSnapshot, n_scratch: int) -> None:
-        """Raises ContextFull unless the cells fit beside enough of the scratch for the next compaction, or of the rest.
-
-        Where every position that is left has a cell, there will be no compaction.
-        """
-        engine = self.engine
-        if cells.position > self.n_ctx:
-            raise ContextFull(f"{cells.position} positions are more than --ctx {self.n_ctx}: raise --ctx")
-        if not self.compose:
-            return
-        n_live = cells.n_live + min(n_scratch // 2, self.n_ctx - cells.position)
-        if not any(cells.composed) and n_live <= engine.cache_bytes // engine.shape.row_bytes:
-            return  # uncompressed, the whole cache is there: nothing is lost to alignment
-        for device, arena_bytes in enumerate(engine.arena_bytes):
-            layers = zip(engine.shape.layers, cells.composed, strict=True)
-            needed = sum(layer.row_bytes * (k + n_live) for layer, k in layers if layer.device == device)
-            if needed > arena_bytes:
-                raise ContextFull(  # no layer has more cells than positions, so a budget of 1 holds them all
-                    f"the cells need {needed / 2**20:.1f} MiB of cache and there are {arena_bytes / 2**20:.1f} MiB: "
-                    "raise --budget"
-                )
 
     def rewind(self, position: int, progress: Progress | None = None) -> bool:
         """Forget the tokens from ``position`` on; the logits are gone.
@@ -500,7 +439,7 @@ class CacheMemory:
                 return _WayBack(start, checkpoint, True)
         if 2 * position <= layout.position or start <= 0:
             return None
-        pinned = _in(self.pins, layout.position - layout.n_live)[:position]
+        pinned = within(self.pins, layout.position - layout.n_live)[:position]
         enough = min(rows.shape[1] for rows in self._scores.before(start)) > int(pinned.sum())
         return _WayBack(start, checkpoint, False) if enough else None
 

@@ -182,7 +182,9 @@ class Model:
         if not recurrent and (interval := _ATTENTION_INTERVALS.get(self.architecture)):
             interval = sum(self.numbers(f"{self.architecture}.full_attention_interval")) or interval
             recurrent = [int((i + 1) % interval != 0) for i in range(self.n_layers)]
-        return tuple(0 if is_recurrent else n for n, is_recurrent in zip(heads, recurrent or [0] * len(heads)))
+        return tuple(
+            0 if is_recurrent else n for n, is_recurrent in zip(heads, recurrent or [0] * len(heads), strict=False)
+        )
 
     def head_sizes(self, *names: str) -> list[int]:
         """Numbers of a head, by the keys of the GGUF header that tell them, ``key_length`` and such.

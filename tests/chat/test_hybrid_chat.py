@@ -1,4 +1,4 @@
-"""Chats with models of which a part moves on: a chat that was disturbed in every way goes on as if it never had been."""
+"""Chats with models of which a part moves on: a chat that was disturbed goes on as if it never had been."""
 
 from __future__ import annotations
 

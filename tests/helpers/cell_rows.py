@@ -65,7 +65,9 @@ def mask_dropped(reference: LlamaEngine, origin: Sequence[IntArray], first_live:
     def tap(layer: int, logits: np.ndarray) -> None:
         seen = max(first_live - 4, 0)
         for q in range(logits.shape[0]):
-            dropped = np.setdiff1d(np.arange(seen), origin[reference._ordinal[layer]][q // 2])  # two query heads share a KV head
+            dropped = np.setdiff1d(
+                np.arange(seen), origin[reference._ordinal[layer]][q // 2]
+            )  # two query heads share a KV head
             logits[q][:, dropped] = -1e30
 
     reference._context.tap_prefix = b"kq-"

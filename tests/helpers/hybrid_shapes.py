@@ -46,7 +46,9 @@ def _of_some_layers(shape: Shape, layers: Sequence[int]) -> Shape:
     kv_heads = _only_at(layers, shape.n_layers, shape.n_kv_heads)
     note = f"attention in {len(layers)} layers"
     return replace(
-        shape, more={"attention.head_count_kv": kv_heads, **shape.more}, note=", ".join(filter(None, (note, shape.note)))
+        shape,
+        more={"attention.head_count_kv": kv_heads, **shape.more},
+        note=", ".join(filter(None, (note, shape.note))),
     )
 
 

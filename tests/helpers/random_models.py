@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from tiny_models import TEMPLATE
 
 from kvcompose_local.interfaces import Progress

@@ -18,7 +18,8 @@ import numpy as np
 from hybrid_shapes import HYBRIDS
 from random_models import N_VOCAB, RandomModel, Shape
 
-from kvcompose_local.chat.memory import CacheMemory, MemoryState
+from kvcompose_local.chat.memory import CacheMemory
+from kvcompose_local.chat.state import MemoryState
 from kvcompose_local.engines import open_engine
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.interfaces import ByteArray, FloatArray, Sampling
