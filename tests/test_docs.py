@@ -15,6 +15,7 @@ import pytest
 from kvcompose_local.commands.cli import cli
 from kvcompose_local.evaluation.methods import method_names
 from kvcompose_local.evaluation.tasks import TASKS
+from kvcompose_local.terminal.chat_commands import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "patches/README.md"]
@@ -190,6 +191,13 @@ def test_the_readme_is_short() -> None:
 def test_every_command_is_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert not [name for name in cli.commands if f"kvcompose-local {name}" not in readme]
+
+
+def test_the_guide_tells_of_every_chat_command() -> None:
+    guide = (ROOT / "docs/guide.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`/.*?) \|", guide, re.MULTILINE)
+    told = {usage for row in rows for usage in re.findall(r"`([^`]+)`", row)}
+    assert told == {command.usage for command in COMMANDS.values()}
 
 
 def test_every_page_is_linked_from_another() -> None:
