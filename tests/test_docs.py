@@ -200,6 +200,11 @@ def test_the_guide_tells_of_every_chat_command() -> None:
     assert told == {command.usage for command in COMMANDS.values()}
 
 
+def test_every_patch_has_its_row() -> None:
+    told = (ROOT / "patches/README.md").read_text(encoding="utf-8")
+    assert not [path.stem for path in (ROOT / "patches").glob("*.patch") if f"`{path.stem}`" not in told]
+
+
 def test_every_page_is_linked_from_another() -> None:
     linked = set()
     for page in PAGES:
