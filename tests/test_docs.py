@@ -200,6 +200,12 @@ def test_the_guide_tells_of_every_chat_command() -> None:
     assert told == {command.usage for command in COMMANDS.values()}
 
 
+def test_the_design_tells_of_every_folder() -> None:
+    design = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    folders = [path.parent.name for path in (ROOT / "kvcompose_local").glob("*/__init__.py")]
+    assert not [name for name in folders if f"{name}/`" not in design]
+
+
 def test_every_patch_has_its_row() -> None:
     told = (ROOT / "patches/README.md").read_text(encoding="utf-8")
     assert not [path.stem for path in (ROOT / "patches").glob("*.patch") if f"`{path.stem}`" not in told]
