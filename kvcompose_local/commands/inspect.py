@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
+from kvcompose_local import profiles
 from kvcompose_local.arena import BLOCK, DEFAULT_CTX, TokenShape, cells_for, default_cache_type, share_of_f16
 from kvcompose_local.commands.opening import fetched
 from kvcompose_local.commands.options import cache_type_option, model_argument
@@ -47,6 +49,7 @@ class Inspection:
     composable: str
     file_bytes: int
     free_bytes: int
+    kl: Mapping[str, float]
 
     def type_at(self, budget: float) -> str:
         """How cells are stored under a budget."""
@@ -55,7 +58,9 @@ class Inspection:
 
         whole_blocks = all(size % BLOCK == 0 for size in self.head_sizes)
         on_gpu, patched = layers_to_offload(None) > 0, library_is_patched()
-        return self.cache_type or default_cache_type(budget, whole_blocks=whole_blocks, on_gpu=on_gpu, patched=patched)
+        return self.cache_type or default_cache_type(
+            budget, whole_blocks=whole_blocks, on_gpu=on_gpu, patched=patched, kl=self.kl
+        )
 
     def row_bytes(self, budget: float) -> int:
         """Bytes of one token over all layers, uncompressed."""
@@ -141,6 +146,8 @@ def inspect(path: Path, *, n_ctx: int | None = None, cache_type: str | None = No
         if not obstacle and not all(model.kv_heads):
             obstacle = "some of its layers have no attention"
 
+        profile = profiles.of_file(path)
+
         def shown(values: list[int]) -> str:
             return str(values[0]) if len(set(values)) == 1 else f"{min(values)}-{max(values)}"
 
@@ -159,6 +166,7 @@ def inspect(path: Path, *, n_ctx: int | None = None, cache_type: str | None = No
             obstacle,
             size_of(path),
             int(psutil.virtual_memory().available),
+            profile.kl if profile else {},
         )
     finally:
         model.close()

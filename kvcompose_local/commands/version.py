@@ -11,27 +11,28 @@ def told() -> str:
     """Version, pin, patch series and engine, a line each; the library is not loaded for it."""
     from kvcompose_local.errors import KVComposeError
     from kvcompose_local.install.library import find_library
-    from kvcompose_local.install.pin import patch_series, read_pin, series_digest
+    from kvcompose_local.install.pin import library_dir, patch_series, read_pin, series_digest
     from kvcompose_local.install.resources import data_file
 
-    lines = [f"kvcompose-local, version {__version__}"]
+    lines, built = [f"kvcompose-local, version {__version__}"], None
     try:
         patches = data_file("patches")
         lines += [
             f"pin: {read_pin(patches)}",
             f"series: {len(patch_series(patches))} patches, {series_digest(patches)}",
         ]
-    except KVComposeError as error:
-        lines.append(f"pin: {error}")
+        built = library_dir()
+    except KVComposeError as error:  # a damaged pin, no home folder
+        lines.append(f"error: {error}")
     library = find_library()
     if library.problem is not None:
         engine = f"none, {library.problem}"
+    elif library.folder == built:
+        engine = f"patched, {library.folder}"
     elif library.is_named:
         engine = f"on the library in {library.folder}, which was named"
-    elif library.why_not_built is not None:
-        engine = f"stock, {library.why_stock}"
     else:
-        engine = f"patched, {library.folder}"
+        engine = f"stock, {library.why_stock}"
     return "\n".join([*lines, f"engine: {engine}"])
 
 
