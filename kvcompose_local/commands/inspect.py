@@ -12,7 +12,7 @@ import click
 from kvcompose_local import profiles
 from kvcompose_local.arena import BLOCK, DEFAULT_CTX, TokenShape, cells_for, default_cache_type, share_of_f16
 from kvcompose_local.commands.opening import fetched
-from kvcompose_local.commands.options import cache_type_option
+from kvcompose_local.commands.options import cache_type_option, model_argument
 from kvcompose_local.errors import InvalidInput, ModelError
 from kvcompose_local.install.model_files import size_of
 from kvcompose_local.terminal.figures import MIB
@@ -173,7 +173,7 @@ def inspect(path: Path, *, n_ctx: int | None = None, cache_type: str | None = No
 
 
 @click.command("inspect", short_help="What a model's cache takes at each budget.")
-@click.argument("model", required=False)
+@model_argument
 @click.option("--ctx", "n_ctx", type=int, help="Positions to reckon with.  [default: 8192, or what the model knows]")
 @cache_type_option
 def inspect_command(model: str | None, n_ctx: int | None, cache_type: str | None) -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 import click
 
 from kvcompose_local.commands.eval import open_uncompressed
-from kvcompose_local.commands.options import names, threads_option
+from kvcompose_local.commands.options import model_argument, names, threads_option
 from kvcompose_local.terminal.status import Status
 
 
 @click.command("profile", short_help="Measure a model once, so that its chats forget less.")
-@click.argument("model", required=False)
+@model_argument
 @click.option("--texts", type=click.IntRange(1, 1000), default=40, show_default=True, help="Texts to measure on.")
 @click.option("--length", type=click.IntRange(512, 131072), default=2048, show_default=True, help="Tokens of a text.")
 @click.option("--tasks", callback=names, default="", help="Comma-separated kinds of text.  [default: many]")
