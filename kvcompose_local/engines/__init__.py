@@ -61,7 +61,7 @@ def open_engine(
         patched = engine_name == "patched" or (engine_name is None and library_is_patched())
         if cache_type is None:
             whole_blocks, on_gpu = has_whole_blocks(model), gpu_layers > 0
-            profile = profiles.of_file(path) if budget < 1 else None
+            profile = profiles.of_file(model.path) if budget < 1 else None
             kl = profile.kl if profile else None
             cache_type = default_cache_type(budget, whole_blocks=whole_blocks, on_gpu=on_gpu, patched=patched, kl=kl)
         elif any(kind.is_quantized for kind in value_types(cache_type)) and not has_whole_blocks(model):  # quantized
