@@ -144,18 +144,19 @@ def time_round(engine: LlamaEngine, n: int) -> tuple[float, float]:
     is left as it was.
     """
     token, n = 1, min(n, engine.layout().n_free - _WARM_UP)
+    before = engine.checkpoint()
     for i in range(_WARM_UP + n):
         if i == _WARM_UP:
             started = time.perf_counter()
         engine.decode([token])
         token = engine.sample()
     rate = n / (time.perf_counter() - started)
-    engine.drop_tail(_WARM_UP + n)
+    engine.drop_tail(_WARM_UP + n, before)
     started = time.perf_counter()
     engine.decode([token] * _QUESTION)
     engine.sample()
     seconds = time.perf_counter() - started
-    engine.drop_tail(_QUESTION)
+    engine.drop_tail(_QUESTION, before)
     return rate, seconds
 
 

@@ -17,11 +17,10 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 
-from kvcompose_local.chat.checkpoints import Checkpoint, Checkpoints
+from kvcompose_local.chat.checkpoints import Checkpoints, WayBack, WaysBack
 from kvcompose_local.chat.report import CompactionReport
 from kvcompose_local.chat.scoring import Learned, Replayed, Scored, Scoring
 from kvcompose_local.chat.spans import n_within, within
@@ -32,7 +31,6 @@ from kvcompose_local.composing.policy import Policy, Room
 from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.errors import ContextFull, InvalidInput, PositionsFull
 from kvcompose_local.interfaces import (
-    ByteArray,
     CacheLayout,
     Engine,
     FloatArray,
@@ -41,18 +39,6 @@ from kvcompose_local.interfaces import (
     Selection,
 )
 from kvcompose_local.interrupts import uninterrupted
-
-
-class _WayBack(NamedTuple):
-    """How to go back: to which position, with what checkpoint, and whether what stands before it is live there."""
-
-    position: int
-    checkpoint: Checkpoint | None
-    is_live: bool
-
-    @property
-    def state(self) -> ByteArray | None:
-        return None if self.checkpoint is None else self.checkpoint.state
 
 
 class CacheMemory:
@@ -93,8 +79,7 @@ class CacheMemory:
         self.n_asked = 0  # compactions that somebody asked for
         self.tokens: list[int] = []  # all that were seen, in their order
         self.pins: list[tuple[int, int]] = []  # (start, stop) in positions, read or yet to be read
-        self._furthest = 0  # the highest position that what moves on had to reach
-        self.checkpoints = Checkpoints()
+        self._ways = WaysBack(engine)
         self._scores = CellScores(engine.shape.layers)
 
     def _scored_by(self, scorer: Scorer) -> Scored:
@@ -158,7 +143,7 @@ class CacheMemory:
                     if self.position < len(self.tokens):  # a failure left nothing
                         self._forget_cells()
                     self.tokens += piece[: self.position - len(self.tokens)]
-                    self._furthest = max(self._furthest, len(self.tokens))
+                    self._ways.reach(len(self.tokens))
             done += len(piece)
 
     def check_positions(self, position: int, n_more: int) -> None:
@@ -232,7 +217,7 @@ class CacheMemory:
             return None
         started = time.perf_counter()
         if self.scoring.feeds and self.engine.max_drop:  # a sliding window moves on by that
-            self._furthest = max(self._furthest, before.position + self.policy.n_scratch)
+            self._ways.reach(before.position + self.policy.n_scratch)
         live = self.scoring.scores(self.tokens, n_scored, self.policy.n_scratch, self.on_progress)
         scored = time.perf_counter()
         bytes_before = self._bytes_of(before)
@@ -370,9 +355,8 @@ class CacheMemory:
             raise InvalidInput("the positions are not those of these cells")
         self.tokens = [*state.tokens]
         self.pins = [*state.pins]
-        self._furthest = cells.position + (self.engine.max_drop if cells.state.size else 0)
+        self._ways.restore(cells.position, state.checkpoints)
         self._scores, self.scoring = scores, scoring
-        self.checkpoints = Checkpoints(state.checkpoints)
 
     def rewind(self, position: int, progress: Progress | None = None) -> bool:
         """Forget the tokens from ``position`` on; the logits are gone.
@@ -405,45 +389,28 @@ class CacheMemory:
 
     def mark(self) -> None:
         """Let :meth:`rewind` come back to the position of now, where that needs a checkpoint."""
-        position = self.position
-        if self.moves_on and position > max(self.checkpoints.positions, default=0):
-            self.checkpoints.add(Checkpoint(position, self.engine.checkpoint()))
+        self._ways.mark()
 
     @property
     def moves_on(self) -> bool:
         """Whether a part of the cache moves on: sliding windows, recurrent states."""
-        return self.engine.state_bytes > 0
+        return self._ways.moves_on
 
-    def _is_live(self, position: int) -> bool:
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """What :meth:`mark` kept."""
+        return self._ways.checkpoints
+
+    def _way_back(self, position: int) -> WayBack | None:
         layout = self.engine.layout()
-        # What has moved on by more than that lacks what stood before.
-        return layout.position - position <= layout.n_live and self._furthest - position <= self.engine.max_drop
 
-    def _way_back(self, position: int) -> _WayBack | None:
-        """How to go back to ``position``, or to where text is read on to it from; None where all must be read again.
+        def is_enough(start: int) -> bool:
+            pinned = within(self.pins, layout.position - layout.n_live)[:position]
+            return bool(min(rows.shape[1] for rows in self._scores.before(start)) > pinned.sum())
 
-        Behind composed cells that were dropped, text is read on from whole sentences, so that a tail is made anew, or
-        from a checkpoint. What went before was chosen beside what came after, and is less than reading again would
-        keep: a chat that goes back by half or more of what is composed reads again.
-        """
-        if self._is_live(position):
-            return _WayBack(position, None, True)
-        layout = self.engine.layout()
-        checkpoint, start = None, position - self.policy.n_tail
-        if self.moves_on:
-            checkpoint = self.checkpoints.before(position)
-            if checkpoint is None:
-                return None
-            start = checkpoint.position
-            if start >= layout.position - layout.n_live:
-                return _WayBack(start, checkpoint, True)
-        if 2 * position <= layout.position or start <= 0:
-            return None
-        pinned = within(self.pins, layout.position - layout.n_live)[:position]
-        enough = min(rows.shape[1] for rows in self._scores.before(start)) > int(pinned.sum())
-        return _WayBack(start, checkpoint, False) if enough else None
+        return self._ways.find(position, self.policy.n_tail, is_enough)
 
-    def _go_back(self, way: _WayBack) -> None:
+    def _go_back(self, way: WayBack) -> None:
         """Forget the tokens from a position on, and composed ones among them where it is not live."""
         before = self.engine.layout()
         n_forgotten = before.position - way.position
@@ -456,9 +423,7 @@ class CacheMemory:
                 self.engine.rewrite(chosen, 0, n_forgotten, way.state)
                 self._scores.keep(chosen, none, 0)
             del self.tokens[way.position :]
-            self.checkpoints.forget(way.position)
-            if way.checkpoint is not None:  # which holds no more than what the next token needs
-                self._furthest = way.position + self.engine.max_drop
+            self._ways.take(way)
 
     def clear(self) -> None:
         """Forget everything."""
@@ -470,6 +435,5 @@ class CacheMemory:
         with uninterrupted():
             self.engine.clear()
             self.tokens = []
-            self._furthest = 0
+            self._ways.forget()
             self._scores.clear()
-            self.checkpoints = Checkpoints()

@@ -320,7 +320,7 @@ class Chat:
         self.memory.pins = moved
 
     def _pin_system(self) -> None:
-        """Instructions must outlast the text they are about (docs/trials.md), which begins with them."""
+        """Instructions must outlast the text they are about (docs/decisions.md), which begins with them."""
         said = self.transcript
         system = (said.system or "").strip()
         if self.memory.compose and system and system in said.fed:

@@ -23,7 +23,6 @@ BUDGETS = (1.0, 0.5, 0.25, 0.1)
 _OBSTACLES = {
     "mla": "its latent attention (MLA) has no cells by head",
     "recurrent": "it is recurrent",
-    "hybrid": "it is partly recurrent",
     "m-rope": "its positions have several dimensions (M-RoPE)",
     "rotation-free": "its keys carry no rotation (RoPE)",
 }
@@ -142,8 +141,9 @@ def inspect(path: Path, *, n_ctx: int | None = None, cache_type: str | None = No
         k_size, v_size = widths = tuple(model.head_sizes("key_length", "value_length"))
         if min(widths) < 0 or sum(widths) == 0:
             raise ModelError(f"{path.name} says that its heads have {k_size} and {v_size} numbers")
-        obstacle = _OBSTACLES.get(model.cache_kind(), "")
-        if not obstacle and not all(model.kv_heads):
+        kind = model.cache_kind()
+        obstacle = _OBSTACLES.get(kind, "")
+        if not obstacle and kind != "hybrid" and not all(model.kv_heads):
             obstacle = "some of its layers have no attention"
 
         profile = profiles.of_file(path)

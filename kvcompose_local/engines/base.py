@@ -265,8 +265,8 @@ class LlamaEngine(ABC):
         """Forget the cells from ``position`` on: what moves on first, which then finds nothing more to drop."""
         with uninterrupted():
             self._context.has_logits = False
-            if checkpoint is not None:
+            if checkpoint is not None and checkpoint.size:
                 self._context.set_partial_state(checkpoint)
             self._context.remove(position)
-            if checkpoint is not None and self._context.next_position != position:
-                raise EngineError(f"the checkpoint is of position {self._context.next_position}, not {position}")
+            if self._context.next_position != position:
+                raise EngineError(f"the cache went back to position {self._context.next_position}, not {position}")

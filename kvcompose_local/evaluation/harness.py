@@ -301,6 +301,7 @@ class Evaluation:
         expected = reference.tokens
         if len(asked) > 1:
             engine.decode(asked[:-1])
+        before = engine.checkpoint()
         rows = log_softmax(engine.decode_all([asked[-1], *expected[:-1]]))
         kl = kl_divergence(reference.log_probs, rows)
         likelihood = rows[np.arange(len(expected)), expected].mean()
@@ -308,7 +309,11 @@ class Evaluation:
         n_same = int(np.cumprod(best == expected).sum())
         tokens = list(expected[:n_same])
         if n_same < len(expected):  # the answer parts here: go on from what it says instead
-            engine.drop_tail(len(expected) - 1 - n_same)
+            if engine.moves_on:
+                engine.drop_tail(len(expected), before)
+                engine.decode([asked[-1], *tokens])
+            else:
+                engine.drop_tail(len(expected) - 1 - n_same)
             token = int(best[n_same])
             while not engine.model.is_end(token):
                 tokens.append(token)

@@ -90,7 +90,11 @@ class Statistics:
         def tap(layer: int, weights: FloatArray) -> None:
             sums[layer] += weights[:, :, : self.n_tokens].sum(axis=1) / N_RECENT
 
-        self.engine.drop_tail(N_RECENT)
+        if self.engine.moves_on:  # and does not come back
+            self.engine.clear()
+            self.engine.decode(self.tokens[:-N_RECENT])
+        else:
+            self.engine.drop_tail(N_RECENT)
         with self.engine.watching(tap):
             self.engine.decode(self.tokens[-N_RECENT:])
         return sums

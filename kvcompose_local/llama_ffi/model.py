@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
 import re
 import weakref
@@ -182,9 +183,8 @@ class Model:
         if not recurrent and (interval := _ATTENTION_INTERVALS.get(self.architecture)):
             interval = sum(self.numbers(f"{self.architecture}.full_attention_interval")) or interval
             recurrent = [int((i + 1) % interval != 0) for i in range(self.n_layers)]
-        return tuple(
-            0 if is_recurrent else n for n, is_recurrent in zip(heads, recurrent or [0] * len(heads), strict=False)
-        )
+        pairs = itertools.zip_longest(heads, recurrent[: len(heads)], fillvalue=0)
+        return tuple(0 if is_recurrent else n for n, is_recurrent in pairs)
 
     def head_sizes(self, *names: str) -> list[int]:
         """Numbers of a head, by the keys of the GGUF header that tell them, ``key_length`` and such.
@@ -233,10 +233,10 @@ class Model:
         arch = self.architecture
         if lib.llama_model_is_recurrent(self._model):
             return "recurrent"
-        if lib.llama_model_is_hybrid(self._model):
-            return "hybrid"
         if self.metadata(f"{arch}.attention.kv_lora_rank") is not None:
             return "mla"
+        if lib.llama_model_is_hybrid(self._model):
+            return "hybrid"
         if lib.llama_model_rope_type(self._model) == -1 or arch == "starcoder":  # which llama.cpp says to be rotated
             return "rotation-free"
         if lib.llama_model_rope_type(self._model) not in (0, 2):  # normal, NeoX; the rest has 2D positions
