@@ -280,7 +280,7 @@ def measure(
         stack.callback(model.close)
         if cache_type is None:
             whole_blocks = has_whole_blocks(model)
-            cache_type = default_cache_type(0.5, whole_blocks=whole_blocks, on_gpu=False, patched=True)
+            cache_type = default_cache_type(0.5, whole_blocks=whole_blocks, one_type=model.is_mla, patched=True)
         token = token_of(model)
         cells = {f"budget {budget:g}": cells_for(n_tokens, budget, cache_type, token) for budget in budgets}
         tokens = text_tokens(model, sentences, n_tokens)

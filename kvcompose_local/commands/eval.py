@@ -193,7 +193,7 @@ def chat_caches(model: Model) -> dict[tuple[str, float], str]:
     method, caches = OURS.partition("+")[0], {}
     token, whole_blocks = token_of(model), has_whole_blocks(model)
     for budget in QUICK_BUDGETS:
-        kind = default_cache_type(budget, whole_blocks=whole_blocks, on_gpu=False, patched=True)
+        kind = default_cache_type(budget, whole_blocks=whole_blocks, one_type=model.is_mla, patched=True)
         keep = round(min(cells_for(DEFAULT_CTX, budget, kind, token) / DEFAULT_CTX, 1), 4)
         caches[method if kind == "f16" else f"{method}+{kind}", keep] = f"--budget {budget:g}"
     return caches

@@ -28,8 +28,8 @@ from kvcompose_local.llama_ffi.model import Model
 #: How cells are stored under a budget: two and a half times as many fit, which is worth far more than what rounding
 #: costs (docs/results.md). Keys need 8 bits, values 4.
 QUANTIZED = "q8_0/q4_0"
-#: The same where a GPU, whose flash attention mostly wants K and V of one type, may take part.
-QUANTIZED_GPU = "q8_0"
+#: The same where K and V must be of one type: MLA, and most flash attention of GPUs.
+QUANTIZED_ALIKE = "q8_0"
 #: Positions a chat may span when the user does not say.
 DEFAULT_CTX = 8192
 #: Where nothing is known of a model yet.
@@ -104,7 +104,10 @@ def open_engine(
         patched = engine_name == "patched" or (engine_name is None and library_is_patched())
         if cache_type is None:
             whole_blocks, on_gpu = has_whole_blocks(model), gpu_layers > 0
-            cache_type = default_cache_type(budget, whole_blocks=whole_blocks, on_gpu=on_gpu, patched=patched)
+            one_type = on_gpu or model.is_mla
+            cache_type = default_cache_type(budget, whole_blocks=whole_blocks, one_type=one_type, patched=patched)
+        elif "/" in cache_type and model.is_mla:
+            raise InvalidInput(f"{model.name} keeps keys and values in one row: --cache-type must be of one type")
         elif any(VALUE_BYTES[t] < 2 for t in cache_type.split("/")) and not has_whole_blocks(model):  # quantized
             raise InvalidInput(
                 f"--cache-type {cache_type} takes blocks of {BLOCK} values, and the heads of {model.name} are of "
@@ -126,11 +129,14 @@ def open_engine(
     return engine, positions
 
 
-def default_cache_type(budget: float, *, whole_blocks: bool, on_gpu: bool, patched: bool) -> str:
-    """How a budget's cells are stored where nobody says; whole_blocks: of :func:`has_whole_blocks`."""
+def default_cache_type(budget: float, *, whole_blocks: bool, one_type: bool, patched: bool) -> str:
+    """How a budget's cells are stored where nobody says.
+
+    whole_blocks: of :func:`has_whole_blocks`; one_type: K and V are to be of one, for a GPU or since V is in K (MLA).
+    """
     if budget == 1 or not whole_blocks or not patched:
         return "f16"
-    return QUANTIZED_GPU if on_gpu else QUANTIZED
+    return QUANTIZED_ALIKE if one_type else QUANTIZED
 
 
 def has_whole_blocks(model: Model) -> bool:
@@ -142,6 +148,7 @@ def has_whole_blocks(model: Model) -> bool:
 def token_of(model: Model) -> TokenShape:
     """What a token of a model takes; a usual head's where it has none."""
     k_size, v_size = model.head_sizes("key_length", "value_length")
+    v_size = 0 if model.is_mla else v_size
     return TokenShape(k_size, v_size, sum(model.kv_heads)) if k_size + v_size else USUAL_TOKEN
 
 
@@ -158,8 +165,6 @@ def _patched(
 ) -> LlamaEngine:
     """The patched engine; at budget 1 the stock one runs what cannot be composed."""
     try:
-        if budget < 1 and model.cache_kind() == "rotation-free":
-            raise ModelError("its keys carry no rotation (RoPE)")
         return PatchedEngine(
             model,
             n_cells=n_cells,

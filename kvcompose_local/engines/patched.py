@@ -14,7 +14,6 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from kvcompose_local.composing.rotation import unjoined
 from kvcompose_local.engines.base import TILE, LlamaEngine, softmax_queries
 from kvcompose_local.errors import ContextFull, InvalidInput
 from kvcompose_local.interfaces import (
@@ -101,6 +100,8 @@ class PatchedEngine(LlamaEngine):
             context.rope_factors,
         )
         super().__init__(model, context, shape, sampling)
+        owners = {il: self._cells.owner(il) for il in range(model.n_layers)}
+        self._ordinal = {il: i for il, i in owners.items() if i is not None}  # of layers that read another's cells, too
         info = self._cells.info()
         self._has_window = bool(info.has_window)
         self.goes_back = not self._has_window
@@ -124,7 +125,10 @@ class PatchedEngine(LlamaEngine):
 
     def layout(self) -> CacheLayout:
         info = self._cells.info()
-        return CacheLayout(self._composed, info.n_live, info.n_live_cap - info.n_live, info.pos_next)
+        n_free = info.n_live_cap - info.n_live
+        if not self.model.is_rotated:  # positions that were never learned are beyond the model's table of them
+            n_free = min(n_free, max(self.shape.n_ctx_train - info.pos_next, 0))
+        return CacheLayout(self._composed, info.n_live, n_free, info.pos_next)
 
     def _live_cells(self) -> IntArray:
         """int64 (n_live,): where the live cells stand, oldest first."""
@@ -182,7 +186,7 @@ class PatchedEngine(LlamaEngine):
             keys, values = (self._cells.numbers(layer, values=v, first=start, stop=stop) for v in (False, True))
             if not in_order:
                 keys, values = keys[:, cells - start], values[:, cells - start]
-            return turn.rope.undone(unjoined(keys, turn.hadamard_k), first), unjoined(values, turn.hadamard_v)
+            return turn.keys(keys, first), turn.values(values)
 
         return Lazy(len(self.shape.layers), rows)
 
