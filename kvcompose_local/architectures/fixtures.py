@@ -21,6 +21,9 @@ _N_EMBD, _N_HEADS, _N_FF, _N_LAYERS = 256, 2, 384, 4
 NOT_MADE: Mapping[str, str] = {
     "clip": "it reads images",
     "gptj": "llama.cpp only knows its name",
+    "plm": "no shapes of it are known to run",
+    "rwkv6qwen2": "no shapes of it are known to run",
+    "graniteswitch": "it needs adapters",
     "chameleon": "llama.cpp has half of it",
     "wavtokenizer-dec": "it makes sound",
     "gemma4-assistant": "it drafts for a Gemma 4",
@@ -103,7 +106,6 @@ _OWN: Mapping[str, Mapping[str, Value]] = {
         "attention.sliding_window_pattern": [1, 0, 1, 0, 1, 0],
     },
     "step35": {"attention.sliding_window_pattern": _ALTERNATING},
-    "plm": {"attention.key_length": 192, "rope.dimension_count": 64},
     "llama-embed": {"attention.causal": False},
     "qwen3": {"attention.head_count": 4, "attention.head_count_kv": 1},
     "muse-glimmer": {"attention.head_count": 4, "attention.sliding_window_pattern": _ALTERNATING},
@@ -136,7 +138,7 @@ _OWN: Mapping[str, Mapping[str, Value]] = {
         "expert_weights_norm": True,
         "expert_gating_func": 4,
     },
-    **{arch: _MLA for arch in ("deepseek2", "deepseek32", "glm-dsa", "mistral4")},
+    **dict.fromkeys(("deepseek2", "deepseek32", "glm-dsa", "mistral4"), _MLA),
     "dots3note": {
         **_MLA,
         "attention.sliding_window_pattern": _ALTERNATING,
@@ -158,10 +160,8 @@ _OWN: Mapping[str, Mapping[str, Value]] = {
         "expert_weights_norm": True,
         "attention.indexer.types": [1, 0] * (_N_LAYERS // 2),
     },
-    **{arch: _HYBRID_HEADS for arch in ("plamo2", "jamba", "granitehybrid", "lfm2", "lfm2moe")},
-    **{
-        arch: {**_HYBRID_HEADS, "feed_forward_length": [0, 0, 0, _N_FF]} for arch in ("nemotron_h", "nemotron_h_moe")
-    },
+    **dict.fromkeys(("plamo2", "jamba", "granitehybrid", "lfm2", "lfm2moe"), _HYBRID_HEADS),
+    **{arch: {**_HYBRID_HEADS, "feed_forward_length": [0, 0, 0, _N_FF]} for arch in ("nemotron_h", "nemotron_h_moe")},
     **{arch: {"ssm.inner_size": 256} for arch in ("qwen3next", "qwen35", "qwen35moe")},
     "qwen4exp": {
         **_HYPER,

@@ -124,10 +124,14 @@ def build(jobs: int | None, stock: bool) -> None:
 
 
 @cli.command(short_help="Say what is installed and what to mend.")
-def doctor() -> None:
+@click.option("--models", is_flag=True, help="Try a tiny model of every architecture instead; takes a minute or two.")
+def doctor(models: bool) -> None:
     """Say what is installed, which engine will run, and what to do about the rest."""
     from kvcompose_local.commands import doctor as examiner
 
+    if models:
+        examiner.try_architectures()
+        return
     checks = examiner.report()
     for check in checks:
         remedy = f"\n        → {check.remedy}" if check.remedy else ""

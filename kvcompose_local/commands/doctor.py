@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import click
 import psutil
 
 from kvcompose_local.chat import sessions
@@ -176,3 +177,15 @@ def _memory() -> Check:
     if memory.available < _GB:
         return Check("memory", "warn", text, "close other programs, or take a smaller --ctx or --budget")
     return Check("memory", "ok", text)
+
+
+def try_architectures() -> None:
+    """Try a tiny model of every architecture, and print the table. Raises KVComposeError where a trial failed."""
+    from kvcompose_local.architectures import table
+    from kvcompose_local.terminal.repl import Status
+
+    status = Status(sys.stderr)
+    found = table.rows(default_threads(), lambda done, n: status.progress("trying:", done, n, "architectures"))
+    click.echo(table.text(found))
+    if any(row.failed for row in found):
+        raise KVComposeError("trials failed: see above")

@@ -56,6 +56,7 @@ class LlamaEngine(ABC):
     cannot_snapshot = ""
     reads_rows = False
     goes_back = True
+    window_bytes = 0
 
     def __init__(self, model: Model, context: Context, shape: ModelShape, sampling: Sampling | None) -> None:
         self.model = model
@@ -157,7 +158,8 @@ class LlamaEngine(ABC):
     def watching(self, tap: SoftmaxTap) -> Iterator[None]:
         """While this is open :meth:`decode` shows every softmax: ``tap(l, weights)``, l the place in ``shape.layers``.
 
-        Layers that read another's cells show theirs as that one's. weights: float32 (Q, queries of a micro-batch, n_kv), native memory that dies with the call.
+        Layers that read another's cells show theirs as that one's. weights: float32 (Q, queries of a micro-batch,
+        n_kv), native memory that dies with the call.
         """
 
         def composable(layer: int, weights: FloatArray) -> None:

@@ -31,6 +31,7 @@ from kvcompose_local.interfaces import (
 from kvcompose_local.llama_ffi.cells import PerLayerCells, Turn
 from kvcompose_local.llama_ffi.context import Context
 from kvcompose_local.llama_ffi.library import give_small_blocks_back
+from kvcompose_local.llama_ffi.memory import memory_of
 from kvcompose_local.llama_ffi.model import Model
 
 #: Tokens of the largest prefill micro-batch, of which most have a tile less: 512 read no faster on the processors
@@ -112,6 +113,7 @@ class PatchedEngine(LlamaEngine):
         ]
         sizes = [int(self._cells.arena(i).size) for i in range(info.n_arenas)]
         self.cache_bytes = sum(sizes)
+        self.window_bytes = memory_of(context).window_bytes
         # A window cache overwrites what a replay of more than one micro-batch would have to give back.
         self.max_replay = self._fitting_queries(n_cells) if self._has_window else n_cells
         self.arena_bytes = tuple(size - lost for size, lost in zip(sizes, slack, strict=True))

@@ -16,6 +16,7 @@ from kvcompose_local.errors import ContextFull, EngineError, InvalidInput, Model
 from kvcompose_local.interfaces import FloatArray, IntArray
 from kvcompose_local.llama_ffi.context import Context
 from kvcompose_local.llama_ffi.library import bind
+from kvcompose_local.llama_ffi.memory import memory_of
 
 
 class _Info(ctypes.Structure):
@@ -86,7 +87,6 @@ _INT32_P = ctypes.POINTER(ctypes.c_int32)
 _KVC_VERSION = 7
 _kvc_version = bind("llama_kvc_version", ctypes.c_int32)
 _KVC_FUNCTIONS: dict[str, tuple[Any, ...]] = {
-    "supported": (),
     "get_info": (ctypes.POINTER(_Info),),
     "get_layer": (ctypes.c_int32, ctypes.POINTER(_Layer)),
     "get_arena": (ctypes.c_int32, ctypes.POINTER(_Arena)),
@@ -130,8 +130,8 @@ class PerLayerCells:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        if _kvc["supported"](context._ctx) != 0:
-            raise ModelError(_kvc_last_error().decode("utf-8", "replace"))
+        if obstacle := memory_of(context).obstacle:
+            raise ModelError(obstacle)
         self.n_layers = int(self.info().n_layers)
 
     def _call(self, name: str, *arguments: Any) -> None:

@@ -1,4 +1,4 @@
-"""Where a model keeps its past: the class of its memory, what it takes, and why it cannot be composed where it cannot."""
+"""Where a model keeps its past: the class of its memory, what it takes, and why it is not composed where it is not."""
 
 from __future__ import annotations
 
@@ -37,6 +37,12 @@ _last_error = bind("llama_kvc_last_error", ctypes.c_char_p)
 _architecture = bind("llama_kvc_architecture", ctypes.c_char_p, ctypes.c_int32)
 #: Of enum llama_kvc_memory_kind.
 _KINDS = ("none", "attention", "recurrent", "hybrid", "indexed")
+#: Why memories of some kinds cannot be composed; of the others the library tells.
+_OBSTACLES = {
+    "none": "it keeps nothing of what it read",
+    "recurrent": "it is recurrent: one state holds all that it read",
+    "indexed": "an index of its own chooses what its attention sees",
+}
 
 
 @dataclass(frozen=True)
@@ -79,9 +85,11 @@ def memory_of(context: Context) -> Memory:
     told = _Memory()
     if _get_memory is None or _get_memory(context._ctx, ctypes.byref(told)) != 0:
         raise EngineError("this llama.cpp does not tell of its memory: `kvcompose-local build` makes one that does")
+    kind = _KINDS[told.kind]
     composable = _supported(context._ctx) == 0
+    reason = _OBSTACLES.get(kind) or _last_error().decode("utf-8", "replace")
     return Memory(
-        kind=_KINDS[told.kind],
+        kind=kind,
         is_mla=bool(told.is_mla),
         has_sections=told.n_pos > 1,
         is_turned=bool(told.is_turned),
@@ -91,14 +99,20 @@ def memory_of(context: Context) -> Memory:
         attention_bytes=told.attention_bytes,
         window_bytes=told.window_bytes,
         recurrent_bytes=told.recurrent_bytes,
-        obstacle="" if composable else _last_error().decode("utf-8", "replace"),
+        obstacle="" if composable else reason,
     )
 
 
-def dry_memory(model: Model, *, n_ctx: int, n_ubatch: int, cache_type: str) -> Memory:
+def dry_memory(model: Model, *, n_ctx: int, n_positions: int, n_ubatch: int, cache_type: str) -> Memory:
     """Of a context as an engine would make it of a dry model; takes none of its memory."""
     with Context(
-        model, n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=1, flash_attention=True, cache_type=cache_type
+        model,
+        n_ctx=n_ctx,
+        n_positions=n_positions,
+        n_ubatch=n_ubatch,
+        n_threads=1,
+        flash_attention=True,
+        cache_type=cache_type,
     ) as context:
         return memory_of(context)
 

@@ -104,6 +104,20 @@ class Model:
             told = last_log()
             advice = next((advice for words, advice in _ADVICE if re.search(words, told)), "")
             raise ModelError(f"llama.cpp cannot load {path.name}{told}{advice}")
+        try:
+            self._check_sections()
+        except ModelError:
+            self.close()
+            raise
+
+    def _check_sections(self) -> None:
+        """Raises ModelError for sections of M-RoPE at which ggml would abort."""
+        sections = self.numbers(f"{self.architecture}.rope.dimension_sections")
+        turns_by_sections = lib.llama_model_rope_type(self._model) not in (-1, 0, 2)
+        if turns_by_sections and not (
+            sections and min(sections) >= 0 < sum(sections) <= self.head_sizes("key_length")[0]
+        ):
+            raise ModelError(f"{self.path.name} says that M-RoPE turns {sections} pairs of a head: it is damaged")
 
     def _load(self, params: Any) -> Any:
         """llama.cpp's pointer to the model, None where it refuses; tests make models that are no files."""

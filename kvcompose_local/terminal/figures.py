@@ -43,6 +43,7 @@ def result(chat: Chat) -> dict[str, Any]:
         "positions": layout.position,
         "kv_bytes": engine.cache_bytes,
         "kv_bytes_used": memory.used_bytes,
+        "window_bytes": engine.window_bytes,
         "kv_bytes_full": memory.n_ctx * engine.shape.uncompressed_row_bytes,
         "compute_bytes": engine.compute_bytes,
         "layer_cells": [composed + layout.n_live for composed in layout.composed],
@@ -60,9 +61,11 @@ def greeting(chat: Chat, hint: str = "") -> str:
     """What the REPL says first; hint: one more line, of the model."""
     memory = chat.memory
     engine = memory.engine
+    windows = f", and {engine.window_bytes / MIB:.1f} MiB of sliding windows" if engine.window_bytes else ""
     lines = [
         f"{engine.shape.name}: {memory.n_ctx} positions in {engine.cache_bytes / MIB:.1f} MiB of cache "
-        f"(uncompressed: {memory.n_ctx * engine.shape.uncompressed_row_bytes / MIB:.1f} MiB), {engine.name} engine",
+        f"(uncompressed: {memory.n_ctx * engine.shape.uncompressed_row_bytes / MIB:.1f} MiB){windows}, "
+        f"{engine.name} engine",
         hint,
         "/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.",
     ]
@@ -82,6 +85,8 @@ def describe(chat: Chat) -> str:
         f"cache: {memory.used_bytes / MIB:.1f} MiB in use of {engine.cache_bytes / MIB:.1f} MiB; "
         f"uncompressed it would take {full / MIB:.1f} MiB",
     ]
+    if engine.window_bytes:
+        lines.append(f"sliding windows: {engine.window_bytes / MIB:.1f} MiB beside it, which no budget is about")
     if layout.position:
         low, high = min(layout.composed), max(layout.composed)
         composed = f"{low}" if low == high else f"{low}–{high}"
