@@ -204,7 +204,7 @@ def weights(arch: str) -> Callable[[str, int, int], FloatArray]:
 
     def of_tensor(name: str, n: int, n_columns: int) -> FloatArray:
         small = arch in _SMALL_QUERIES and "attn_q" in name
-        return random_weights(name, n, n_columns) * np.float32(0.25 if small else 1)
+        return np.asarray(random_weights(name, n, n_columns) * np.float32(0.25 if small else 1))
 
     return of_tensor
 

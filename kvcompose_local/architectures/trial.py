@@ -58,7 +58,7 @@ def chat(arch: str) -> str:
             _check(memory.position == N_TOKENS - 4, f"back at {memory.position}")
             memory.feed(question)
             answers.append([_logits(engine, memory, [engine.sample()]) for _ in range(3)])
-        _check_close(*map(np.array, answers), "after going back")
+        _check_close(np.array(answers[0]), np.array(answers[1]), "after going back")
 
         state = memory.state()
         before = _logits(engine, memory, tokens[N_TOKENS:])

@@ -75,7 +75,7 @@ class Turn:
         keys = unjoined(stored, self.hadamard_k)
         if self.gain:
             gain = np.array(self.gain, np.float32)
-            keys = keys / np.where(gain == 0, np.float32(1), gain)
+            keys = np.divide(keys, np.where(gain == 0, 1, gain), dtype=np.float32)
         return self.rope.undone(keys, first)
 
     def values(self, stored: FloatArray) -> FloatArray:

@@ -113,10 +113,9 @@ class Model:
     def _check_sections(self) -> None:
         """Raises ModelError for sections of M-RoPE at which ggml would abort."""
         sections = self.numbers(f"{self.architecture}.rope.dimension_sections")
-        turns_by_sections = lib.llama_model_rope_type(self._model) not in (-1, 0, 2)
-        if turns_by_sections and not (
-            sections and min(sections) >= 0 < sum(sections) <= self.head_sizes("key_length")[0]
-        ):
+        if lib.llama_model_rope_type(self._model) in (-1, 0, 2):  # none, normal, NeoX
+            return
+        if not (sections and min(sections) >= 0 < sum(sections) <= self.head_sizes("key_length")[0]):
             raise ModelError(f"{self.path.name} says that M-RoPE turns {sections} pairs of a head: it is damaged")
 
     def _load(self, params: Any) -> Any:

@@ -77,7 +77,7 @@ def random_numbers(name: str, n: int) -> FloatArray:
     if not _noise.size:
         _noise = np.random.default_rng(0).standard_normal(1 << 20, np.float32)
     start = zlib.crc32(name.encode()) % (len(_noise) - min(n, len(_noise) - 1))
-    return np.resize(_noise[start:], n) if n > len(_noise) - start else _noise[start : start + n]
+    return np.asarray(np.resize(_noise[start:], n) if n > len(_noise) - start else _noise[start : start + n])
 
 
 def random_weights(name: str, n: int, n_columns: int) -> FloatArray:
@@ -93,7 +93,7 @@ def random_weights(name: str, n: int, n_columns: int) -> FloatArray:
         return np.asarray(0.1 * noise, np.float32)
     if "sinks" in name or name.startswith("token_embd"):
         return noise
-    return noise * np.float32((2 if "attn_q" in name or "attn_k" in name else 1) / np.sqrt(n_columns))
+    return np.asarray(noise * np.float32((2 if "attn_q" in name or "attn_k" in name else 1) / np.sqrt(n_columns)))
 
 
 class RandomModel(Model):
@@ -127,7 +127,7 @@ class RandomModel(Model):
             return super()._load(params)
         gguf = _gguf(self._metadata)
 
-        @_SET_TENSOR
+        @_SET_TENSOR  # type: ignore[untyped-decorator]
         def fill(tensor: int, _user_data: object) -> None:
             n, rows = _nelements(tensor), _nrows(tensor)
             data = np.ascontiguousarray(self._weights(_name(tensor).decode(), n, n // rows), np.float32)
