@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kvcompose_local.architectures.fixtures import N_VOCAB, tiny
+from kvcompose_local.arena import CELL_PADDING
 from kvcompose_local.chat.memory import CacheMemory, MemoryState
 from kvcompose_local.engines import open_engine
 from kvcompose_local.engines.base import LlamaEngine
@@ -24,50 +27,66 @@ from kvcompose_local.llama_ffi.context import Context
 from kvcompose_local.llama_ffi.memory import Memory, memory_of
 from kvcompose_local.llama_ffi.model import Model
 
-#: Positions, and the share of their F16 bytes: the least arena that llama.cpp has, so that little text compacts often.
-N_CTX, BUDGET = 576, 0.25
-N_TOKENS = 480
-#: The least that these tokens compact, in a chat that learns its scorer by itself.
-N_COMPACTIONS = 5
+#: The share of the bytes of F16 cells: with few positions it buys the least arena that llama.cpp has, so that little
+#: text compacts often.
+BUDGET = 0.25
 #: Of the logits' deviation: sums of floats in another order, and cells of 4 bits that are made anew.
 ALLOWED = 0.05
 
 
-def chat(arch: str) -> str:
-    """Read under a budget, go back, save and restore, and say what was done. Raises EngineError where that fails."""
-    tokens = np.random.default_rng(1).integers(0, N_VOCAB, N_TOKENS + 8).tolist()
+@dataclass(frozen=True)
+class Length:
+    """Of a trial: positions, tokens that are read, and the least that these compact where a replay teaches a scorer."""
+
+    n_ctx: int = 576
+    n_tokens: int = 480
+    n_compactions: int = 5
+
+
+def chat(load: Callable[..., Model], n_vocab: int, length: Length, gpu_layers: int = 0) -> tuple[str, int]:
+    """Read under a budget, go back, save and restore. Raises EngineError where that fails.
+
+    load: as :class:`Model`, without a path. Returns how cells were stored, and how often they were compacted.
+    """
+    n = length.n_tokens
+    tokens = np.random.default_rng(1).integers(0, n_vocab, n + 8).tolist()
     engine, positions = open_engine(
-        Path(arch),
-        n_ctx=N_CTX,
+        Path("trial"),
+        n_ctx=length.n_ctx,
         budget=BUDGET,
         n_threads=1,
+        gpu_layers=gpu_layers,
         sampling=Sampling(temperature=0),
-        load=lambda _path, **loading: tiny(arch, **loading),
+        load=lambda _path, **loading: load(**loading),
     )
     with engine:
         memory = CacheMemory(engine, positions)
-        memory.feed(tokens[:N_TOKENS])
-        _check(engine.cache_bytes <= BUDGET * N_CTX * engine.shape.uncompressed_row_bytes, "more than the budget")
+        memory.feed(tokens[: n // 2])
+        memory.feed(tokens[n // 2 : n - 4])
+        memory.mark()
+        memory.feed(tokens[n - 4 : n])
+        whole = length.n_ctx * engine.shape.uncompressed_row_bytes
+        _check(engine.cache_bytes <= BUDGET * whole, "more than the budget")
         n_compactions = len(memory.reports)
-        _check(n_compactions >= N_COMPACTIONS, f"{n_compactions} compactions")
+        _check(n_compactions >= length.n_compactions, f"{n_compactions} compactions")
         _check(memory.used_bytes < engine.shape.row_bytes * memory.position, "nothing was dropped")
 
-        question, answers = tokens[N_TOKENS - 4 : N_TOKENS], []
+        answers = []
         for _ in range(2):
-            memory.rewind(N_TOKENS - 4)
-            _check(memory.position == N_TOKENS - 4, f"back at {memory.position}")
-            memory.feed(question)
+            _check(memory.rewind(n - 4), "all was read again")
+            _check(memory.position == n - 4, f"back at {memory.position}")
+            memory.feed(tokens[n - 4 : n])
             answers.append([_logits(engine, memory, [engine.sample()]) for _ in range(3)])
         _check_close(np.array(answers[0]), np.array(answers[1]), "after going back")
 
         state = memory.state()
-        before = _logits(engine, memory, tokens[N_TOKENS:])
+        before = _logits(engine, memory, tokens[n:])
         memory.clear()
         memory.restore(state)
         for one, two in zip(_planes(state), _planes(memory.view()), strict=True):
             _check(np.array_equal(one, two), "other cells from a saved state")
-        _check_close(before, _logits(engine, memory, tokens[N_TOKENS:]), "from a saved state")
-        return f"{n_compactions} compactions of {engine.shape.cache_type} cells, back, saved and restored"
+        _check_close(before, _logits(engine, memory, tokens[n:]), "from a saved state")
+        return engine.shape.cache_type, n_compactions
 
 
 def _check(holds: bool, otherwise: str) -> None:
@@ -83,7 +102,7 @@ def _check_close(one: FloatArray, two: FloatArray, when: str) -> None:
 
 
 def _planes(state: MemoryState) -> list[ByteArray]:
-    return [*state.cells.keys, *state.cells.values, state.cells.window]
+    return [*state.cells.keys, *state.cells.values, state.cells.state]
 
 
 def _logits(engine: LlamaEngine, memory: CacheMemory, tokens: Sequence[int]) -> FloatArray:
@@ -93,7 +112,7 @@ def _logits(engine: LlamaEngine, memory: CacheMemory, tokens: Sequence[int]) -> 
 
 def _memory(model: Model) -> Memory:
     """Of the model as it would be run."""
-    with Context(model, n_ctx=N_CTX, n_ubatch=64, n_threads=1, flash_attention=True, n_outputs=64) as context:
+    with Context(model, n_ctx=CELL_PADDING, n_ubatch=64, n_threads=1, flash_attention=True, n_outputs=64) as context:
         return memory_of(context)
 
 
@@ -114,9 +133,10 @@ def tried(arch: str) -> dict[str, Any]:
     if memory.obstacle:
         return found | {"why": memory.obstacle}
     try:
-        return found | {"tried": chat(arch)}
+        cells, n_compactions = chat(partial(tiny, arch), N_VOCAB, Length())
     except KVComposeError as error:
         return found | {"why": f"FAILED: {error}"}
+    return found | {"tried": f"{n_compactions} compactions of {cells} cells, back, saved and restored"}
 
 
 def main(names: Sequence[str], trial: Callable[[str], dict[str, Any]] = tried) -> None:

@@ -1,24 +1,25 @@
-"""What a model's cache takes at each budget, from the GGUF header alone."""
+"""``kvcompose-local inspect``: what a model's cache takes at each budget, from the GGUF header alone."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import psutil
+import click
 
-from kvcompose_local.engines import DEFAULT_CTX, cells_for, default_cache_type
-from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH
-from kvcompose_local.engines.stock import why_not_stock
+from kvcompose_local.arena import CELL_PADDING, DEFAULT_CTX, TokenShape, cells_for, default_cache_type, share_of_f16
+from kvcompose_local.commands.opening import fetched
+from kvcompose_local.commands.options import cache_type_option
 from kvcompose_local.errors import InvalidInput, ModelError
 from kvcompose_local.install.model_files import size_of
-from kvcompose_local.interfaces import BLOCK, TokenShape, share_of_f16
-from kvcompose_local.llama_ffi.cells import library_is_patched
-from kvcompose_local.llama_ffi.library import layers_to_offload
-from kvcompose_local.llama_ffi.memory import Memory, dry_memory
-from kvcompose_local.llama_ffi.model import Model
 from kvcompose_local.terminal.figures import MIB
+from kvcompose_local.terminal.status import Status
+
+if TYPE_CHECKING:
+    from kvcompose_local.llama_ffi.memory import Memory
 
 BUDGETS = (1.0, 0.5, 0.25, 0.1)
 
@@ -26,8 +27,9 @@ BUDGETS = (1.0, 0.5, 0.25, 0.1)
 @dataclass(frozen=True)
 class Inspection:
     """Sizes in bytes; n_values: numbers that one token takes over all layers; cache_type: None where budgets choose it;
-    head_sizes: numbers of a key and of a value of a head; n_window: tokens that a sliding-window layer holds; memories:
-    at each budget that buys enough cells, as llama.cpp would allocate it; empty where it does not tell.
+    head_sizes: numbers of a key and of a value of a head; whole_blocks, one_type: see
+    :func:`kvcompose_local.arena.default_cache_type`; n_window: tokens that a sliding-window layer holds; memories: at
+    each budget that buys enough cells, as llama.cpp would allocate it, empty where it does not tell.
     """
 
     name: str
@@ -40,19 +42,22 @@ class Inspection:
     n_values: int
     cache_type: str | None
     head_sizes: tuple[int, int]
+    whole_blocks: bool
+    one_type: bool
     n_window: int
     composable: str
     file_bytes: int
     free_bytes: int
     memories: Mapping[float, Memory]
-    one_type: bool
 
     def type_at(self, budget: float) -> str:
         """How cells are stored under a budget."""
-        whole_blocks = all(size % BLOCK == 0 for size in self.head_sizes)
+        from kvcompose_local.llama_ffi.cells import library_is_patched
+        from kvcompose_local.llama_ffi.library import layers_to_offload
+
         one_type, patched = self.one_type or layers_to_offload(None) > 0, library_is_patched()
         return self.cache_type or default_cache_type(
-            budget, whole_blocks=whole_blocks, one_type=one_type, patched=patched
+            budget, whole_blocks=self.whole_blocks, one_type=one_type, patched=patched
         )
 
     def row_bytes(self, budget: float) -> int:
@@ -126,6 +131,13 @@ class Inspection:
 
 def inspect(path: Path, *, n_ctx: int | None = None, cache_type: str | None = None) -> Inspection:
     """Read a GGUF header. Raises ModelError for what is no language model, InvalidInput for an impossible n_ctx."""
+    import psutil
+
+    from kvcompose_local.engines import has_whole_blocks
+    from kvcompose_local.engines.stock import why_not_stock
+    from kvcompose_local.llama_ffi.cells import library_is_patched
+    from kvcompose_local.llama_ffi.model import Model
+
     model = Model(path, header_only=True)
     try:
         arch = model.architecture
@@ -137,9 +149,10 @@ def inspect(path: Path, *, n_ctx: int | None = None, cache_type: str | None = No
         n_layers = number("block_count")
         heads, kv_heads = ([n for n in layers if n] for layers in (model.heads, model.kv_heads))
         n_ctx_train = number("context_length")
-        causal = model.metadata(f"{arch}.attention.causal") != "false"
-        if not causal or n_layers == 0 or n_ctx_train == 0 or not heads or not kv_heads:
-            raise ModelError(f"{path.name} is not a language model with attention that can chat")
+        if not model.can_generate or n_layers == 0 or n_ctx_train == 0:
+            raise ModelError(f"{path.name} is not a language model that can chat")
+        if not heads or not kv_heads:
+            raise ModelError(f"{arch} runs with --budget 1 only: it has no attention, and takes the same for any text")
         positions = min(DEFAULT_CTX, n_ctx_train) if n_ctx is None else n_ctx
         if not 0 < positions <= n_ctx_train:
             raise InvalidInput(f"--ctx {positions} is not in 1 to {n_ctx_train}, the positions that the model knows")
@@ -163,12 +176,13 @@ def inspect(path: Path, *, n_ctx: int | None = None, cache_type: str | None = No
             sum(kv_heads) * (k_size + v_size),
             cache_type,
             (k_size, v_size),
+            has_whole_blocks(model),
+            model.is_mla,
             number("attention.sliding_window"),
             "" if library_is_patched() else why_not_stock(model),
             size_of(path),
             int(psutil.virtual_memory().available),
             {},
-            model.is_mla,
         )
     finally:
         model.close()
@@ -177,6 +191,10 @@ def inspect(path: Path, *, n_ctx: int | None = None, cache_type: str | None = No
 
 def _with_memories(found: Inspection, path: Path) -> Inspection:
     """The same with what llama.cpp tells of contexts that take no memory. Raises ModelError where `run` would."""
+    from kvcompose_local.engines.patched import PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH
+    from kvcompose_local.llama_ffi.memory import dry_memory
+    from kvcompose_local.llama_ffi.model import Model
+
     model = Model(path, dry=True)
     try:
         memories = {
@@ -193,3 +211,13 @@ def _with_memories(found: Inspection, path: Path) -> Inspection:
     finally:
         model.close()
     return replace(found, memories=memories, composable=memories[1].obstacle)
+
+
+@click.command("inspect", short_help="What a model's cache takes at each budget.")
+@click.argument("model", required=False)
+@click.option("--ctx", "n_ctx", type=int, help="Positions to reckon with.  [default: 8192, or what the model knows]")
+@cache_type_option
+def inspect_command(model: str | None, n_ctx: int | None, cache_type: str | None) -> None:
+    """Layers, heads, bytes a token, and memory at each budget, from the header of MODEL alone."""
+    path = fetched(model, Status(sys.stderr))
+    click.echo(inspect(path, n_ctx=n_ctx, cache_type=cache_type).text())

@@ -14,10 +14,11 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from kvcompose_local.arena import CELL_PADDING, SOFTMAX_SHARE
 from kvcompose_local.engines.base import TILE, LlamaEngine, softmax_queries
-from kvcompose_local.errors import ContextFull, InvalidInput
+from kvcompose_local.errors import ContextFull, EngineError, InvalidInput
 from kvcompose_local.interfaces import (
-    SOFTMAX_SHARE,
+    ByteArray,
     CacheLayout,
     CacheSnapshot,
     FloatArray,
@@ -40,8 +41,6 @@ PREFILL_MICRO_BATCH = 320
 #: The same under a budget: its work buffers come out of what the budget saves, and most of what is read there comes in
 #: smaller pieces (:meth:`PatchedEngine.micro_batch`).
 SMALL_MICRO_BATCH = 192
-#: llama.cpp pads the cell table, and what attention looks at of it, to this many cells.
-CELL_PADDING = 256
 #: The strictest alignment of a buffer type that llama.cpp has, in bytes; K and V of each layer may lose as much.
 ALIGNMENT = 256
 #: What a device may add to K and to V of each layer, in bytes: CUDA fills quantized rows up to 512 numbers.
@@ -105,7 +104,7 @@ class PatchedEngine(LlamaEngine):
         self._ordinal = {il: i for il, i in owners.items() if i is not None}  # of layers that read another's cells, too
         info = self._cells.info()
         self._has_window = bool(info.has_window)
-        self.goes_back = not self._has_window
+        self.moves_on = self._has_window or model.is_recurrent
         on_host = [self._cells.arena(i).name == b"CPU" for i in range(info.n_arenas)]
         slack = [
             2 * (ALIGNMENT + DEVICE_PADDING * (not on_host[i])) * sum(x.arena == i for x in layers)
@@ -114,8 +113,10 @@ class PatchedEngine(LlamaEngine):
         sizes = [int(self._cells.arena(i).size) for i in range(info.n_arenas)]
         self.cache_bytes = sum(sizes)
         self.window_bytes = memory_of(context).window_bytes
-        # A window cache overwrites what a replay of more than one micro-batch would have to give back.
+        # A window cache overwrites what a replay of more than one micro-batch would have to give back. A recurrent state
+        # gives nothing back: a replay restores it.
         self.max_replay = self._fitting_queries(n_cells) if self._has_window else n_cells
+        self.max_drop = 0 if model.is_recurrent else self.max_replay
         self.arena_bytes = tuple(size - lost for size, lost in zip(sizes, slack, strict=True))
         self._composed = (0,) * len(layers)
         self._turns: list[Turn] = []
@@ -192,7 +193,13 @@ class PatchedEngine(LlamaEngine):
 
         return Lazy(len(self.shape.layers), rows)
 
-    def rewrite(self, selection: Sequence[Selection], n_tail: int, n_forgotten: int = 0) -> None:
+    def rewrite(
+        self,
+        selection: Sequence[Selection],
+        n_tail: int,
+        n_forgotten: int = 0,
+        checkpoint: ByteArray | None = None,
+    ) -> None:
         layout = self.layout()
         if not 0 <= n_tail <= layout.n_live:
             raise InvalidInput(f"cannot keep {n_tail} of {layout.n_live} live cells")
@@ -204,12 +211,22 @@ class PatchedEngine(LlamaEngine):
             if rows.size and not 0 <= rows.min() <= rows.max() < n_composed + layout.n_live:
                 raise InvalidInput(f"the selection names rows outside the {n_composed + layout.n_live} of its layer")
         composed = [rows.shape[1] for rows in selection]
+        n_live_cap = self._fitting_live_cells(composed, n_tail)
+        if checkpoint is not None:
+            self._go_back(n_forgotten, checkpoint)
+            n_forgotten = 0
         try:
-            n_live_cap = self._fitting_live_cells(composed, n_tail)
             self._cells.rewrite(n_live_cap, n_tail, selection, n_forgotten)
         finally:  # a rewrite that fails half-way leaves the cache empty
             self._composed = tuple(int(self._cells.layer(i).n_composed) for i in range(self._cells.n_layers))
         give_small_blocks_back()  # what the choice of cells took
+
+    def _go_back(self, n_forgotten: int, checkpoint: ByteArray) -> None:
+        """Restore what moves on: the position of now is that of the checkpoint then."""
+        position = self.layout().position - n_forgotten
+        self._context.set_partial_state(checkpoint)
+        if self.layout().position != position:
+            raise EngineError(f"the checkpoint is of position {self.layout().position}, not {position}")
 
     def _fitting_live_cells(self, composed: Sequence[int], n_live: int) -> int:
         """Live cells that every arena holds beside the composed ones, of which ``n_live`` are in use."""
@@ -237,9 +254,8 @@ class PatchedEngine(LlamaEngine):
             return np.concatenate([rows[first_composed:][: layout.composed[i]], rows[live]])
 
         n = len(layout.composed)
-        window = self._context.window_state() if self._has_window else np.zeros(0, np.uint8)
         keys, values = Lazy(n, partial(plane, values=False)), Lazy(n, partial(plane, values=True))
-        return CacheSnapshot(layout.composed, layout.n_live, layout.position, keys, values, window)
+        return CacheSnapshot(layout.composed, layout.n_live, layout.position, keys, values, self.checkpoint())
 
     def _put_back(self, snapshot: CacheSnapshot) -> None:
         n_live, end = snapshot.n_live, snapshot.position - snapshot.n_live
@@ -253,8 +269,10 @@ class PatchedEngine(LlamaEngine):
                 raise InvalidInput("these cells belong to another model or cache type")
         if n_live > n_live_cap:
             raise ContextFull(f"{n_live} cells do not fit in {n_live_cap}")
-        if (snapshot.window.size > 0) != self._has_window:
-            raise InvalidInput("these cells belong to another model: only one of the two has sliding windows")
+        if (snapshot.state.size > 0) != self.moves_on:
+            raise InvalidInput(
+                "these cells belong to another model: only one of the two has sliding windows or recurrent layers"
+            )
         positions = np.arange(end, snapshot.position, dtype=np.int64)
         self._cells.set_layout(n_live_cap, positions, end, np.array(snapshot.composed, np.int64))
         self._composed = snapshot.composed
@@ -263,8 +281,8 @@ class PatchedEngine(LlamaEngine):
                 rows = planes[i]
                 self._cells.set_rows(i, rows[n_composed:], values=is_v)
                 self._cells.set_rows(i, rows[:n_composed], values=is_v, first=n_live_cap)
-        if self._has_window:
-            self._context.set_window_state(snapshot.window)
+        if self.moves_on:
+            self._context.set_partial_state(snapshot.state)
 
     def clear(self) -> None:
         self._context.clear()

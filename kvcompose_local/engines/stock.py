@@ -12,10 +12,12 @@ from dataclasses import replace
 
 import numpy as np
 
+from kvcompose_local.arena import value_types
 from kvcompose_local.engines.base import LlamaEngine, softmax_queries
 from kvcompose_local.engines.state_format import CellBlock, Plane, parse_state, row_bytes, write_state
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput, ModelError
 from kvcompose_local.interfaces import (
+    ByteArray,
     CacheLayout,
     CacheSnapshot,
     LayerShape,
@@ -23,7 +25,7 @@ from kvcompose_local.interfaces import (
     Sampling,
     Selection,
 )
-from kvcompose_local.llama_ffi.context import Context, type_numbers
+from kvcompose_local.llama_ffi.context import Context
 from kvcompose_local.llama_ffi.model import Model
 
 
@@ -35,7 +37,7 @@ def uniform_shape(model: Model, cache_type: str, *, scoring: bool) -> ModelShape
     arch, heads, kv_heads = model.architecture, model.heads, model.kv_heads
     if scoring and (len({*heads}) > 1 or len({*kv_heads}) > 1):
         raise ModelError(f"layers of {arch} differ in heads, which the stock engine cannot compose")
-    sizes, types = model.head_sizes("key_length", "value_length"), type_numbers(cache_type)
+    sizes, types = model.head_sizes("key_length", "value_length"), [kind.ggml_type for kind in value_types(cache_type)]
 
     def layer(i: int) -> LayerShape:
         row = sum(row_bytes(kind, kv_heads[i] * size) for kind, size in zip(types, sizes, strict=True))
@@ -106,7 +108,9 @@ class StockEngine(LlamaEngine):
         self.cache_bytes = n_cells * shape.row_bytes
         self.arena_bytes = (self.cache_bytes,)
         # What moves on cannot be given back: a window by more than a micro-batch, a recurrent state at all.
-        self.max_replay = {"sliding-window": context.n_ubatch, "recurrent": 0, "hybrid": 0}.get(kind, n_cells)
+        self.max_replay = context.n_ubatch if kind == "sliding-window" else n_cells
+        self.max_drop = 0 if context.is_recurrent else self.max_replay
+        self.moves_on = kind == "sliding-window" or context.is_recurrent
         # llama.cpp's own serialization of the others is not taken apart here.
         self.cannot_snapshot = (
             "" if kind in ("attention", "rotation-free") else f"{model.architecture} has a {kind} cache"
@@ -114,7 +118,7 @@ class StockEngine(LlamaEngine):
         if not self.cannot_snapshot and not all(model.kv_heads):
             self.cannot_snapshot = f"some layers of {model.architecture} have no attention"
         self._n_cells = n_cells
-        self._types = type_numbers(cache_type)
+        self._types = [kind.ggml_type for kind in value_types(cache_type)]
         self._transposed = scoring  # llama.cpp lays V out by element where flash attention is off
         self._n_composed = 0
         self._first_live = 0
@@ -147,7 +151,13 @@ class StockEngine(LlamaEngine):
         self._n_composed = len(cells.positions) - n_live
         self._first_live = position - n_live
 
-    def rewrite(self, selection: Sequence[Selection], n_tail: int, n_forgotten: int = 0) -> None:
+    def rewrite(
+        self,
+        selection: Sequence[Selection],
+        n_tail: int,
+        n_forgotten: int = 0,
+        checkpoint: ByteArray | None = None,
+    ) -> None:
         before = self._read_cells()
         layout = self.layout()
         if not 0 <= n_tail <= layout.n_live:

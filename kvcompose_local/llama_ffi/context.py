@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from kvcompose_local.arena import value_types
 from kvcompose_local.errors import EngineError, InvalidInput
 from kvcompose_local.interfaces import ByteArray, FloatArray, Sampling
 from kvcompose_local.interrupts import uninterrupted
@@ -17,9 +18,8 @@ from kvcompose_local.llama_ffi.library import bind, clear_log, last_log, lib
 from kvcompose_local.llama_ffi.model import Model
 
 #: ggml's type numbers of what K and V may be stored as.
-_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
 _SOFTMAX_PREFIX = b"kq_soft_max-"
-_WINDOW_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+_PARTIAL_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 
 #: Receives (model layer, float32 (Q, n_queries, n_kv) softmax weights of one micro-batch); the array is native memory
 #: and dies with the call.
@@ -43,12 +43,6 @@ _kvc_get_rope_factors = bind(
 _ROPE_FACTORS = ("", "short", "long")
 
 
-def type_numbers(cache_type: str) -> tuple[int, int]:
-    """ggml's numbers of what K and V are stored as in a cache of this type, such as ``q8_0`` or ``q8_0/q4_0``."""
-    k, _, v = cache_type.partition("/")
-    return _TYPES[k], _TYPES[v or k]
-
-
 class _Floats:
     """float32 numbers of llama.cpp's, for NumPy to look at where they are.
 
@@ -68,7 +62,7 @@ class Context:
     """A llama.cpp context with one sequence.
 
     n_ctx: cells, a multiple of 256; n_ubatch: most tokens of a micro-batch; flash_attention: False makes the softmax
-    visible in every pass and V transposed; cache_type: see :func:`type_numbers`; n_outputs: most logits of a
+    visible in every pass and V transposed; cache_type: of :data:`arena.CACHE_TYPES`; n_outputs: most logits of a
     micro-batch, for which buffers are taken; callback_at_creation: let the tap work from the start (an unpatched
     llama.cpp cannot install it later); n_positions: what the sequence may span, if that is not ``n_ctx`` (an unpatched
     llama.cpp cannot be told).
@@ -97,6 +91,7 @@ class Context:
         self._n_queries = 0
         self._callback_error: BaseException | None = None
         self._callback = lib.ggml_backend_sched_eval_callback(self._on_tensor)
+        self.is_recurrent = model.is_recurrent
         params = lib.llama_context_default_params()
         params.n_ctx = n_ctx
         params.n_batch = n_ubatch
@@ -106,7 +101,7 @@ class Context:
         params.n_threads = n_threads
         params.n_threads_batch = n_threads
         params.flash_attn_type = 1 if flash_attention else 0
-        params.type_k, params.type_v = type_numbers(cache_type)
+        params.type_k, params.type_v = (kind.ggml_type for kind in value_types(cache_type))
         params.swa_full = False
         params.no_perf = True
         if callback_at_creation:
@@ -224,9 +219,12 @@ class Context:
         self.has_logits = False
         before = self.next_position
         with uninterrupted():
+            state = self.partial_state() if self.tap is not None and self.is_recurrent else None
             code = lib.llama_decode(self._ctx, batch)
             if self._callback_error is not None:  # the later layers of this micro-batch are without their cells
                 lib.llama_synchronize(self._ctx)
+                if state is not None:
+                    self.set_partial_state(state)
                 self.remove(before)
         if self._callback_error is not None:
             error, self._callback_error = self._callback_error, None
@@ -296,16 +294,27 @@ class Context:
         """Put serialized cells back; the caller removes the old ones first."""
         self._set_state(blob, 0)
 
-    def window_state(self) -> ByteArray:
-        """The cells of the sliding-window layers alone."""
-        return self._state(_WINDOW_ONLY)
+    def partial_state(self) -> ByteArray:
+        """What moves on with each token alone: the cells of sliding-window layers, the state of recurrent ones."""
+        return self._state(_PARTIAL_ONLY)
 
-    def set_window_state(self, blob: ByteArray) -> None:
-        """Put back what :meth:`window_state` gave."""
-        self._set_state(blob, _WINDOW_ONLY)
+    def set_partial_state(self, blob: ByteArray) -> None:
+        """Put back what :meth:`partial_state` gave, perhaps at an earlier position.
+
+        Cells of other layers that are behind it stay, and :meth:`remove` takes them away: a recurrent state refuses to
+        drop what it has seen, and after this has seen nothing of it.
+        """
+        self._set_state(blob, _PARTIAL_ONLY)
+
+    def partial_bytes(self) -> int:
+        """Bytes of :meth:`partial_state` now."""
+        return self._state_bytes(_PARTIAL_ONLY)
+
+    def _state_bytes(self, flags: int) -> int:
+        return int(lib.llama_state_seq_get_size_ext(self._ctx, 0, flags))
 
     def _state(self, flags: int) -> ByteArray:
-        size = int(lib.llama_state_seq_get_size_ext(self._ctx, 0, flags))
+        size = self._state_bytes(flags)
         blob = np.empty(size, np.uint8)
         pointer = blob.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         written = int(lib.llama_state_seq_get_data_ext(self._ctx, pointer, size, 0, flags))

@@ -87,10 +87,10 @@ def random_weights(name: str, n: int, n_columns: int) -> FloatArray:
         return np.asarray(1 + 0.1 * noise, np.float32)
     if name.startswith("rope_"):
         return np.asarray(1 + np.abs(noise), np.float32)
-    if "ssm_a" in name:  # how fast a state forgets
-        return -np.abs(noise)
     if name.endswith(".bias"):
         return np.asarray(0.1 * noise, np.float32)
+    if "ssm_a" in name:
+        return np.asarray(-0.1 - np.abs(noise), np.float32)  # a state decays
     if "sinks" in name or name.startswith("token_embd"):
         return noise
     return np.asarray(noise * np.float32((2 if "attn_q" in name or "attn_k" in name else 1) / np.sqrt(n_columns)))

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvcompose_local.chat.memory import CacheMemory, Policy
+from kvcompose_local.arena import UPKEEP_BYTES
+from kvcompose_local.chat.memory import CacheMemory
+from kvcompose_local.composing.policy import Policy
 from kvcompose_local.composing.scorer import DTYPE, Scorer
-from kvcompose_local.interfaces import UPKEEP_BYTES, CacheLayout, FloatArray, LayerShape, Lazy, ModelShape, Selection
+from kvcompose_local.interfaces import CacheLayout, FloatArray, LayerShape, Lazy, ModelShape, Selection
 
 N_LAYERS, N_QUERY_HEADS, N_KV_HEADS, HEAD, N_CELLS = 24, 14, 2, 64, 8192
 ROW_BYTES = 4 * N_KV_HEADS * HEAD
@@ -20,8 +22,9 @@ class FullEngine:
     """An arena as a long chat leaves it before a compaction, one layer with most of the cells."""
 
     per_layer = True
-    reads_rows = goes_back = True
-    max_replay = 10**6
+    reads_rows = True
+    max_replay = max_drop = 10**6
+    state_bytes = 0
 
     def __init__(self) -> None:
         layers = tuple(LayerShape(i, N_QUERY_HEADS, N_KV_HEADS, ROW_BYTES) for i in range(N_LAYERS))
@@ -42,7 +45,7 @@ class FullEngine:
 
         return Lazy(N_LAYERS, rows)
 
-    def rewrite(self, selection: Sequence[Selection], n_tail: int, n_forgotten: int = 0) -> None:
+    def rewrite(self, selection: Sequence[Selection], n_tail: int, n_forgotten: int = 0, *_: object) -> None:
         self.composed, self.n_live = tuple(rows.shape[1] for rows in selection), n_tail  # read as it is by llama.cpp
 
 

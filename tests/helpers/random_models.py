@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+from tiny_models import TEMPLATE
 
 from kvcompose_local.interfaces import FloatArray, Progress
 from kvcompose_local.llama_ffi import random_models
@@ -19,12 +20,30 @@ from kvcompose_local.llama_ffi.random_models import Value, random_weights
 N_VOCAB, N_EMBD, N_FF = 260, 32, 32
 
 
+_NUMBERS: dict[str, Value] = {
+    "tokenizer.ggml.model": "test",
+    "tokenizer.ggml.tokens": [f"tok_{i}" for i in range(N_VOCAB)],
+}
+_SPECIALS = ["<unk>", "<s>", "<pad>", "<end>"]
+_BYTES: dict[str, Value] = {
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.tokens": [*_SPECIALS, *(f"<0x{i:02X}>" for i in range(256))],
+    "tokenizer.ggml.scores": [0.0] * N_VOCAB,
+    "tokenizer.ggml.token_type": [2, 3, 3, 3] + [6] * 256,  # unknown, control, byte
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 3,
+    "tokenizer.ggml.add_space_prefix": False,
+    "tokenizer.chat_template": TEMPLATE,
+}
+
+
 @dataclass(frozen=True)
 class Shape:
     """A model's attention: layers, query heads, KV heads, numbers of a head; ``more`` are the architecture's own keys.
 
     n_rot: numbers of a head that RoPE turns; n_embd: what the architecture wants, if not any size will do; q_scale: of
-    the queries, where random ones would make the model chaotic; note: what is not as in the model.
+    the queries, where random ones would make the model chaotic; note: what is not as in the model; speaks: bytes as
+    tokens and a chat template.
     """
 
     name: str
@@ -38,6 +57,7 @@ class Shape:
     n_embd: int = N_EMBD
     q_scale: float = 1.0
     note: str = ""
+    speaks: bool = False
 
     def metadata(self) -> dict[str, Value]:
         """GGUF keys and values."""
@@ -60,8 +80,7 @@ class Shape:
             "general.architecture": self.arch,
             "general.name": self.name,
             **{f"{self.arch}.{key}": value for key, value in own.items()},
-            "tokenizer.ggml.model": "test",
-            "tokenizer.ggml.tokens": [f"tok_{i}" for i in range(N_VOCAB)],
+            **(_BYTES if self.speaks else _NUMBERS),
         }
 
 
