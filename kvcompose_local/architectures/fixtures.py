@@ -160,7 +160,8 @@ _OWN: Mapping[str, Mapping[str, Value]] = {
         "expert_weights_norm": True,
         "attention.indexer.types": [1, 0] * (_N_LAYERS // 2),
     },
-    **dict.fromkeys(("plamo2", "jamba", "granitehybrid", "lfm2", "lfm2moe"), _HYBRID_HEADS),
+    **dict.fromkeys(("plamo2", "jamba", "granitehybrid", "lfm2moe"), _HYBRID_HEADS),
+    "lfm2": {**_HYBRID_HEADS, "attention.sliding_window": 0},  # windows would leave no layer with full attention
     **{arch: {**_HYBRID_HEADS, "feed_forward_length": [0, 0, 0, _N_FF]} for arch in ("nemotron_h", "nemotron_h_moe")},
     **{arch: {"ssm.inner_size": 256} for arch in ("qwen3next", "qwen35", "qwen35moe")},
     "qwen4exp": {
