@@ -107,6 +107,7 @@ _OWN: Mapping[str, Mapping[str, Value]] = {
     },
     "step35": {"attention.sliding_window_pattern": _ALTERNATING},
     "llama-embed": {"attention.causal": False},
+    "minicpm3": {"rope.dimension_count": 64},
     "qwen3": {"attention.head_count": 4, "attention.head_count_kv": 1},
     "muse-glimmer": {"attention.head_count": 4, "attention.sliding_window_pattern": _ALTERNATING},
     "afmoe": {"attention.head_count": 4},
