@@ -29,7 +29,7 @@ from kvcompose_local.engines import open_engine
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.install import models
-from kvcompose_local.install.model_files import check_gguf, model_digest, size_of
+from kvcompose_local.install.model_files import check_gguf
 from kvcompose_local.interfaces import CacheLayout, Progress
 from kvcompose_local.llama_ffi.library import layers_to_offload
 from kvcompose_local.llama_ffi.model import Model
@@ -66,8 +66,8 @@ def memory_of(engine: LlamaEngine, n_ctx: int, *, scoring: str = SCORINGS[0], **
     """The memory of an engine's model, scored by its profile where it has one; options: of :class:`CacheMemory`."""
     if scoring != SCORINGS[0] or not options.get("compose", True):
         return CacheMemory(engine, n_ctx, replay=True, **options)
-    path = engine.model.path
-    return CacheMemory(engine, n_ctx, scorer=profiles.scorer_of(size_of(path), lambda: model_digest(path)), **options)
+    profile = profiles.of_file(engine.model.path)
+    return CacheMemory(engine, n_ctx, scorer=profile.scorer if profile else None, **options)
 
 
 class LocalChat:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -37,10 +38,13 @@ VALUE_TYPES = {
 #: How cells are stored under a budget: two and a half times as many fit, which is worth far more than what rounding
 #: costs (docs/results.md). Keys need 8 bits, values 4.
 QUANTIZED = "q8_0/q4_0"
-#: The same where a GPU, whose flash attention mostly wants K and V of one type, may take part.
+#: The same where K and V must be of one type: MLA, and the flash attention of most GPUs.
 QUANTIZED_ALIKE = "q8_0"
 #: How cells may be stored; ``K/V`` where the two differ.
 CACHE_TYPES = (*VALUE_TYPES, QUANTIZED)
+#: A quantized type that costs a model more, in nats a token from F16, is not its default: a quarter of its F16 cells
+#: cost less (docs/results.md).
+MOST_KL = 0.05
 
 #: llama.cpp pads the cell table, and what attention looks at of it, to this many cells.
 CELL_PADDING = 256
@@ -79,14 +83,18 @@ def share_of_f16(cache_type: str, k_size: int = 1, v_size: int = 1) -> Fraction:
     return (k.n_bytes * k_size + v.n_bytes * v_size) / (VALUE_TYPES["f16"].n_bytes * (k_size + v_size))
 
 
-def default_cache_type(budget: float, *, whole_blocks: bool, one_type: bool, patched: bool) -> str:
+def default_cache_type(
+    budget: float, *, whole_blocks: bool, one_type: bool, patched: bool, kl: Mapping[str, float] | None = None
+) -> str:
     """How a budget's cells are stored where nobody says.
 
-    whole_blocks: every key and value fills blocks; one_type: K and V are to be of one, for a GPU or since V is in K.
+    whole_blocks: every key and value fills blocks; one_type: K and V are to be of one, for a GPU or since V is in K;
+    kl: what types cost on this model, where its profile tells.
     """
     if budget == 1 or not whole_blocks or not patched:
         return "f16"
-    return QUANTIZED_ALIKE if one_type else QUANTIZED
+    types = (QUANTIZED_ALIKE,) if one_type else (QUANTIZED, QUANTIZED_ALIKE)
+    return next((kind for kind in types if (kl or {}).get(kind, 0.0) <= MOST_KL), "f16")
 
 
 def cells_bought(n_ctx: int, budget: float, cache_type: str, token: TokenShape) -> int:

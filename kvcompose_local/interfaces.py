@@ -147,8 +147,6 @@ class Engine(Protocol):
     arena_bytes: tuple[int, ...]
     #: Bytes allocated for these layers over all devices: ``arena_bytes`` and what alignment may cost.
     cache_bytes: int
-    #: Bytes of layers with sliding windows, which no budget is about.
-    window_bytes: int
     #: Most tokens that one ``replay`` takes.
     max_replay: int
     #: Why there is no ``snapshot`` of this cache, empty where there is.

@@ -18,7 +18,8 @@ import numpy as np
 
 from kvcompose_local.architectures.fixtures import N_VOCAB, tiny
 from kvcompose_local.arena import CELL_PADDING
-from kvcompose_local.chat.memory import CacheMemory, MemoryState
+from kvcompose_local.chat.memory import CacheMemory
+from kvcompose_local.chat.state import MemoryState
 from kvcompose_local.engines import open_engine
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.errors import EngineError, KVComposeError, ModelError

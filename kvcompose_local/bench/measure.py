@@ -32,7 +32,6 @@ from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.engines.patched import PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import EngineError, InvalidInput, KVComposeError
-from kvcompose_local.install.model_files import model_digest, size_of
 from kvcompose_local.install.pin import library_dir
 from kvcompose_local.install.threads import default_threads
 from kvcompose_local.interfaces import CacheSnapshot, LayerShape, Sampling
@@ -145,18 +144,19 @@ def time_round(engine: LlamaEngine, n: int) -> tuple[float, float]:
     is left as it was.
     """
     token, n = 1, min(n, engine.layout().n_free - _WARM_UP)
+    before = engine.checkpoint()
     for i in range(_WARM_UP + n):
         if i == _WARM_UP:
             started = time.perf_counter()
         engine.decode([token])
         token = engine.sample()
     rate = n / (time.perf_counter() - started)
-    engine.drop_tail(_WARM_UP + n)
+    engine.drop_tail(_WARM_UP + n, before)
     started = time.perf_counter()
     engine.decode([token] * _QUESTION)
     engine.sample()
     seconds = time.perf_counter() - started
-    engine.drop_tail(_QUESTION)
+    engine.drop_tail(_QUESTION, before)
     return rate, seconds
 
 
@@ -274,9 +274,10 @@ def measure(
     with ExitStack() as stack:
         model = Model(path)
         stack.callback(model.close)
+        profile = profiles.of_file(path)
         if cache_type is None:
-            whole_blocks = has_whole_blocks(model)
-            cache_type = default_cache_type(0.5, whole_blocks=whole_blocks, one_type=model.is_mla, patched=True)
+            whole_blocks, kl = has_whole_blocks(model), profile.kl if profile else None
+            cache_type = default_cache_type(0.5, whole_blocks=whole_blocks, one_type=model.is_mla, patched=True, kl=kl)
         token = token_of(model)
         cells = {f"budget {budget:g}": cells_for(n_tokens, budget, cache_type, token) for budget in budgets}
         tokens = text_tokens(model, sentences, n_tokens)
@@ -297,7 +298,7 @@ def measure(
             read_whole(f"{FULL}, {cache_type}", cache_type)
         whole = full.snapshot()
         rewrite_seconds = _rewrite_seconds(full, whole)
-        scorer = profiles.scorer_of(size_of(path), lambda: model_digest(path))
+        scorer = profile.scorer if profile else None
         for name, n in cells.items():
             engines[name] = small = stack.enter_context(
                 _patched(model, n, threads, SMALL_MICRO_BATCH, cache_type, n_positions=n_cells)

@@ -1,4 +1,4 @@
-"""Places that a chat can come back to where a part of its cache only moves on: sliding windows, recurrent states.
+"""How a cache goes back, where a part of it may only move on: sliding windows, recurrent states.
 
 Such a part drops no token that it has seen, so that going back needs a copy of what it was. Copies are large, so there
 are few: the newest ones, of the last turn, and of older ones the fewer the older they are.
@@ -6,10 +6,10 @@ are few: the newest ones, of the last turn, and of older ones the fewer the olde
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from kvcompose_local.interfaces import ByteArray
+from kvcompose_local.interfaces import ByteArray, Engine
 
 #: Of the newest turn: where it begins, and where its answer does.
 LEAST = 2
@@ -76,3 +76,77 @@ class Checkpoints:
     def forget(self, position: int) -> None:
         """Drop all that are behind ``position``."""
         self._kept = [kept for kept in self._kept if kept.position <= position]
+
+
+class WayBack(NamedTuple):
+    """How to go back: to which position, with what checkpoint, and whether what stands before it is live there."""
+
+    position: int
+    checkpoint: Checkpoint | None
+    is_live: bool
+
+    @property
+    def state(self) -> ByteArray | None:
+        """What moves on, as it was there."""
+        return None if self.checkpoint is None else self.checkpoint.state
+
+
+class WaysBack:
+    """What a cache can go back by: its live cells, composed ones, and ``checkpoints``."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.forget()
+
+    def forget(self) -> None:
+        """Know nothing, of an empty cache."""
+        self.checkpoints = Checkpoints()
+        self._furthest = 0  # the highest position that what moves on had to reach
+
+    def restore(self, position: int, checkpoints: Sequence[Checkpoint]) -> None:
+        """Know these, of cells that were put back: what moves on holds what the next token needs, and no more."""
+        self.checkpoints = Checkpoints(checkpoints)
+        self._furthest = position + (self._engine.max_drop if self.moves_on else 0)
+
+    def reach(self, position: int) -> None:
+        """What moves on had to reach this position."""
+        self._furthest = max(self._furthest, position)
+
+    @property
+    def moves_on(self) -> bool:
+        """Whether a part of the cache moves on."""
+        return self._engine.state_bytes > 0
+
+    def mark(self) -> None:
+        """Keep a checkpoint of the position of now, where it takes one to come back."""
+        position = self._engine.layout().position
+        if self.moves_on and position > max(self.checkpoints.positions, default=0):
+            self.checkpoints.add(Checkpoint(position, self._engine.checkpoint()))
+
+    def find(self, position: int, n_tail: int, is_enough: Callable[[int], bool]) -> WayBack | None:
+        """How to go back to ``position``, or to where text is read on to it from; None where all must be read again.
+
+        n_tail: tokens to read again behind composed cells that were dropped, so that text is read on from whole
+        sentences; is_enough: whether the composed cells before a position are. They were chosen beside what came
+        after, and are less than reading again would keep: who goes back by half or more reads again.
+        """
+        layout = self._engine.layout()
+        n_forgotten = layout.position - position
+        if n_forgotten <= layout.n_live and self._furthest - position <= self._engine.max_drop:
+            return WayBack(position, None, True)
+        checkpoint, start = None, position - n_tail
+        if self.moves_on:
+            checkpoint = self.checkpoints.before(position)
+            if checkpoint is None:
+                return None
+            start = checkpoint.position
+            if start >= layout.position - layout.n_live:
+                return WayBack(start, checkpoint, True)
+        worth_it = 2 * position > layout.position and start > 0 and is_enough(start)
+        return WayBack(start, checkpoint, False) if worth_it else None
+
+    def take(self, way: WayBack) -> None:
+        """The cache has gone back."""
+        self.checkpoints.forget(way.position)
+        if way.checkpoint is not None:
+            self._furthest = way.position + self._engine.max_drop

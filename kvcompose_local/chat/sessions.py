@@ -34,8 +34,8 @@ from safetensors import SafetensorError
 from kvcompose_local import __version__
 from kvcompose_local.chat import Chat, ChatState, Place, Step, sections
 from kvcompose_local.chat.checkpoints import LEAST, Checkpoint
-from kvcompose_local.chat.memory import MemoryState
 from kvcompose_local.chat.sections import Section, Sections
+from kvcompose_local.chat.state import MemoryState
 from kvcompose_local.composing.scorer import DTYPE as SCORER_DTYPE
 from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.errors import InvalidInput, KVComposeError, NoHome, SessionError

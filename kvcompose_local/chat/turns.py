@@ -2,68 +2,21 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from itertools import pairwise
 from typing import Any
 
-from kvcompose_local.chat.memory import CacheMemory, MemoryState
-from kvcompose_local.chat.reasoning import CLOSE, OPEN, Reader, Said
-from kvcompose_local.chat.transcript import Message, Place, Saved, Step, TextModel, Transcript, n_common
+from kvcompose_local.chat.generation import generate
+from kvcompose_local.chat.memory import CacheMemory
+from kvcompose_local.chat.reasoning import CLOSE, OPEN, Said
+from kvcompose_local.chat.state import ChatState, TurnStats
+from kvcompose_local.chat.transcript import Message, Place, Saved, TextModel, Transcript, n_common
 from kvcompose_local.errors import ContextFull, InvalidInput, KVComposeError
 from kvcompose_local.interfaces import Progress
-
-#: Models without a template answer as the assistant and then go on as the user.
-_PLAIN_STOP = "\nUser:"
-
-
-@dataclass
-class TurnStats:
-    """Counts and wall seconds of one turn; compaction seconds are not part of the other two.
-
-    reread_tokens: how many of the prompt's tokens were read before, since the template rewrites what was said.
-    """
-
-    prompt_tokens: int = 0
-    reread_tokens: int = 0
-    generated_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    compactions: int = 0
-    compaction_seconds: float = 0.0
-    stopped: str = ""
-
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        return self.generated_tokens / self.decode_seconds if self.decode_seconds else 0.0
-
-
-@dataclass(frozen=True)
-class ChatState:
-    """All that a :class:`Chat` knows, to go on from later.
-
-    draft: what the next user message begins with already; fed: every character the cache was given; pending: tokens of
-    it that are still to be read; began: when the chat did, in seconds since 1970, for templates that tell the date;
-    template: what ``--template`` named, empty for the model's own.
-    """
-
-    system: str | None
-    messages: tuple[Message, ...]
-    draft: str
-    fed: str
-    pending: tuple[int, ...]
-    memory: MemoryState
-    steps: tuple[Step, ...] = ()
-    began: float = 0.0
-    template: str = ""
 
 
 class Chat:
@@ -367,7 +320,7 @@ class Chat:
         self.memory.pins = moved
 
     def _pin_system(self) -> None:
-        """Instructions must outlast the text they are about (docs/trials.md), which begins with them."""
+        """Instructions must outlast the text they are about (docs/decisions.md), which begins with them."""
         said = self.transcript
         system = (said.system or "").strip()
         if self.memory.compose and system and system in said.fed:
@@ -442,7 +395,15 @@ class Chat:
         try:
             if not stats.stopped:
                 is_open = False
-                for piece in self._generate(stats, max_tokens):
+                for piece in generate(
+                    self.model,
+                    self.memory,
+                    self.transcript,
+                    stats,
+                    max_tokens,
+                    should_stop=self.should_stop,
+                    forget=lambda: self._read(TurnStats(), go_on=False),
+                ):
                     said.append(piece)
                     tag = OPEN * (piece.is_reasoning and not is_open) + CLOSE * (is_open and not piece.is_reasoning)
                     is_open = piece.is_reasoning
@@ -460,61 +421,3 @@ class Chat:
             if reasoning.strip():
                 message |= {"content": answer.lstrip(), "reasoning": reasoning.strip()}
             self.messages.append(message)
-
-    def _generate(self, stats: TurnStats, max_tokens: int) -> Iterator[Said]:
-        # Tokens are bytes, not characters: one character may span several tokens.
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        said, form = self.transcript, self.model.reasoning_format
-        reader = Reader(form, is_reasoning=bool(form.opens_at_end(said.fed)))
-        stop_text = "" if self.model.has_template else _PLAIN_STOP
-        started, reports = time.perf_counter(), len(self.memory.reports)
-        held, n_said = "", len(said.tokens)  # what may begin the stop text; tokens of what was said
-        stats.stopped = "interrupt"  # unless the loop says otherwise: the consumer may close this generator
-        try:
-            while not self.should_stop():
-                if stats.generated_tokens == max_tokens:
-                    stats.stopped = "length"
-                    break
-                token = self.memory.engine.sample()
-                if self.model.is_end(token):
-                    stats.stopped = "end"
-                    break
-                stats.generated_tokens += 1
-                control = self.model.control_text(token)
-                held += decoder.decode(self.model.token_bytes(token) if not control else b"")
-                if stop_text and stop_text in held:
-                    held = held.partition(stop_text)[0]
-                    if not held:  # the next prompt begins with the stop text itself
-                        del said.tokens[n_said:]
-                        self._read(TurnStats(), go_on=False)
-                    stats.stopped = "end"
-                    break
-                said.tokens.append(token)
-                keep = _beginning_at_end(stop_text, held)
-                piece, held = held[: len(held) - keep], held[len(held) - keep :]
-                if piece or control:
-                    said.fed += piece + control
-                    n_said = len(said.tokens)
-                    # A marker that belongs to no format is fed, since the model said it, and shown to nobody.
-                    yield from reader.take(piece + control * form.is_part(control))
-                self.memory.feed([token])
-        except ContextFull:
-            stats.stopped = "context"
-        except KeyboardInterrupt:
-            stats.stopped = "interrupt"
-        finally:
-            spent = self._compaction_seconds(reports)
-            stats.compactions += len(self.memory.reports) - reports
-            stats.compaction_seconds += spent
-            stats.decode_seconds += time.perf_counter() - started - spent
-        held += decoder.decode(b"", final=True)
-        said.fed += held
-        yield from reader.take(held)
-        yield from reader.finish()
-        if form.at_start and reader.opened:  # the template says nothing of it: this is how its model thinks
-            self.model.use_format(form.of(reader.opened))
-
-
-def _beginning_at_end(stop: str, text: str) -> int:
-    """How many characters at the end of ``text`` may be the beginning of ``stop``."""
-    return next((n for n in range(len(stop), 0, -1) if text.endswith(stop[:n])), 0)

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import TextIO
 
 import click
+from click.shell_completion import shell_complete
 
-from kvcompose_local import __version__
 from kvcompose_local.commands.bench import bench_command
 from kvcompose_local.commands.build import build_command
 from kvcompose_local.commands.compress import compress_command
@@ -24,14 +24,18 @@ from kvcompose_local.commands.models import models_command
 from kvcompose_local.commands.profile import profile_command
 from kvcompose_local.commands.rpc_server import rpc_server_command
 from kvcompose_local.commands.run import run_command
+from kvcompose_local.commands.version import version_option
 from kvcompose_local.errors import KVComposeError
 from kvcompose_local.terminal.shown import show_on_terminals
+
+#: What a shell sets to ask for its completion script (``bash_source``, ``zsh_source``, ``fish_source``) or for words.
+COMPLETION = "_KVCOMPOSE_LOCAL_COMPLETE"
 
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, invoke_without_command=True
 )
-@click.version_option(__version__)
+@version_option
 @click.option("--debug", is_flag=True, help="Show the traceback of a failure.")
 @click.pass_context
 def cli(context: click.Context, debug: bool) -> None:
@@ -76,6 +80,8 @@ def _exit_code(arguments: Sequence[str]) -> int:
         show_on_terminals()
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # some locales would let any bytes through
+        if instruction := os.environ.get(COMPLETION):
+            return shell_complete(cli, {}, "kvcompose-local", COMPLETION, instruction)
         # Not cli.main: it ends without a word on a broken pipe, and prints an empty line for Ctrl-C.
         with cli.make_context("kvcompose-local", list(arguments)) as context:
             cli.invoke(context)

@@ -60,6 +60,11 @@ def _numbers(_context: click.Context, _parameter: click.Parameter, value: str) -
     help="JSON lines; a run goes on from it.  [default: MODEL.eval.jsonl]",
 )
 @click.option("--profile", type=click.Path(path_type=Path), help="Go by this profile.  [default: the model's]")
+@click.option(
+    "--left-out",
+    type=click.Path(path_type=Path),
+    help="What `profile --left-out` wrote: the method `left-out` goes by what was fitted without a task's kind.",
+)
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw figures into this folder.")
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print the results as one JSON object.")
@@ -74,6 +79,7 @@ def eval_command(
     first_seed: int,
     output: Path | None,
     profile: Path | None,
+    left_out: Path | None,
     plot: Path | None,
     n_threads: int | None,
     as_json: bool,
@@ -89,9 +95,10 @@ def eval_command(
     from kvcompose_local.evaluation import report
     from kvcompose_local.evaluation.harness import FULL, Evaluation, cell_share, check_method, room_for
     from kvcompose_local.evaluation.methods import method_names
+    from kvcompose_local.evaluation.methods.kvcompose import LEFT_OUT
     from kvcompose_local.evaluation.tasks import TASKS, make_item
     from kvcompose_local.install import models
-    from kvcompose_local.install.model_files import check_gguf, model_digest, size_of
+    from kvcompose_local.install.model_files import check_gguf
     from kvcompose_local.install.threads import default_threads
 
     if quick:
@@ -99,11 +106,17 @@ def eval_command(
     tasks = tasks or tuple(TASKS)
     if set(tasks) - set(TASKS):
         raise InvalidInput(f"the tasks are {', '.join(TASKS)}")
-    methods = tuple(name for part in methods for name in (method_names() if part == "all" else [part]))
+    every = [name for name in method_names() if name != LEFT_OUT or left_out is not None]
+    methods = tuple(name for part in methods for name in (every if part == "all" else [part]))
     if not methods:
         raise InvalidInput("name some --methods")
     for name in methods:
         check_method(name)
+    without = {}
+    if any(name.partition("+")[0] == LEFT_OUT for name in methods):
+        if left_out is None:
+            raise InvalidInput(f"{LEFT_OUT} needs --left-out, a folder that `profile --left-out` wrote")
+        without = {task: profiles.read(left_out / f"{task}{profiles.SUFFIX}") for task in tasks}
     status = Status(sys.stderr)
     path = models.resolve(model, pull=True, progress=status.fetching)
     check_gguf(path)
@@ -123,10 +136,14 @@ def eval_command(
             caches = {(n, k): f"{k * cell_share(n):.2g} of its bytes" for n, k in trials if n == ours}
         if not has_whole_blocks(engine.model) and any(cell_share(name) < 1 for name, _ in trials):
             raise InvalidInput(f"heads of {path.name} are no whole blocks of a quantized type: choose other --methods")
-        own = None if profile is None else profiles.read(profile)
-        scorer = own.scorer if own else profiles.scorer_of(size_of(path), lambda: model_digest(path))
+        known = profiles.of_file(path) if profile is None else profiles.read(profile)
         evaluation = Evaluation(
-            engine, output, {"file": path.name}, scorer=scorer, n_threads=n_threads or default_threads()
+            engine,
+            output,
+            {"file": path.name},
+            profile=known,
+            left_out=without,
+            n_threads=n_threads or default_threads(),
         )
         if others := {r.get("file", path.name) for r in evaluation.records} - {path.name}:
             raise InvalidInput(f"{output} holds results of {', '.join(sorted(others))}: name another file with -o")
@@ -184,13 +201,16 @@ def open_uncompressed(path: Path, length: int, n_cells: int, n_threads: int | No
 
 def chat_caches(model: Model) -> dict[tuple[str, float], str]:
     """The trials that keep what a chat does under a few budgets, and what to call them."""
+    from kvcompose_local import profiles
     from kvcompose_local.arena import DEFAULT_CTX, cells_for, default_cache_type
     from kvcompose_local.engines import has_whole_blocks, token_of
 
     method, caches = OURS.partition("+")[0], {}
     token, whole_blocks = token_of(model), has_whole_blocks(model)
+    profile = profiles.of_file(model.path)
+    kl = profile.kl if profile else None
     for budget in QUICK_BUDGETS:
-        kind = default_cache_type(budget, whole_blocks=whole_blocks, one_type=model.is_mla, patched=True)
+        kind = default_cache_type(budget, whole_blocks=whole_blocks, one_type=model.is_mla, patched=True, kl=kl)
         keep = round(min(cells_for(DEFAULT_CTX, budget, kind, token) / DEFAULT_CTX, 1), 4)
         caches[method if kind == "f16" else f"{method}+{kind}", keep] = f"--budget {budget:g}"
     return caches

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from kvcompose_local import profiles
 from kvcompose_local.arena import CELL_PADDING, DEFAULT_CTX, TokenShape, cells_for, default_cache_type, share_of_f16
 from kvcompose_local.commands.opening import fetched
-from kvcompose_local.commands.options import cache_type_option
+from kvcompose_local.commands.options import cache_type_option, model_argument
 from kvcompose_local.errors import InvalidInput, ModelError
 from kvcompose_local.install.model_files import size_of
 from kvcompose_local.terminal.figures import MIB
@@ -48,6 +49,7 @@ class Inspection:
     composable: str
     file_bytes: int
     free_bytes: int
+    kl: Mapping[str, float]
     memories: Mapping[float, Memory]
 
     def type_at(self, budget: float) -> str:
@@ -57,7 +59,7 @@ class Inspection:
 
         one_type, patched = self.one_type or layers_to_offload(None) > 0, library_is_patched()
         return self.cache_type or default_cache_type(
-            budget, whole_blocks=self.whole_blocks, one_type=one_type, patched=patched
+            budget, whole_blocks=self.whole_blocks, one_type=one_type, patched=patched, kl=self.kl
         )
 
     def row_bytes(self, budget: float) -> int:
@@ -162,6 +164,8 @@ def inspect(path: Path, *, n_ctx: int | None = None, cache_type: str | None = No
         if model.is_mla:  # the value is a part of the key
             v_size = 0
 
+        profile = profiles.of_file(path)
+
         def shown(values: list[int]) -> str:
             return str(values[0]) if len(set(values)) == 1 else f"{min(values)}-{max(values)}"
 
@@ -182,6 +186,7 @@ def inspect(path: Path, *, n_ctx: int | None = None, cache_type: str | None = No
             "" if library_is_patched() else why_not_stock(model),
             size_of(path),
             int(psutil.virtual_memory().available),
+            profile.kl if profile else {},
             {},
         )
     finally:
@@ -214,7 +219,7 @@ def _with_memories(found: Inspection, path: Path) -> Inspection:
 
 
 @click.command("inspect", short_help="What a model's cache takes at each budget.")
-@click.argument("model", required=False)
+@model_argument
 @click.option("--ctx", "n_ctx", type=int, help="Positions to reckon with.  [default: 8192, or what the model knows]")
 @cache_type_option
 def inspect_command(model: str | None, n_ctx: int | None, cache_type: str | None) -> None:

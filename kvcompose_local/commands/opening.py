@@ -71,7 +71,7 @@ def open_chat(
             on_loading=lambda done, total: status.progress("loading:", done, total, "%"),
             on_reading=status.reading,
             on_compacting=lambda done, total: status.progress("compacting:", done, total),
-            on_rebuild=lambda n: status.line(f"that part is compressed already: reading {n} tokens again"),
+            on_rebuild=lambda n: status.line(f"going back takes reading {n} tokens again"),
             on_note=status.line,
             should_stop=interrupts,
             load=load or Model,

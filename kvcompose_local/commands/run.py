@@ -24,7 +24,7 @@ from kvcompose_local.arena import CACHE_TYPES
 from kvcompose_local.chat import inputs
 from kvcompose_local.chat_options import SCORINGS, ChatOptions, Sampling
 from kvcompose_local.commands.opening import begin_loading, fetched, open_chat
-from kvcompose_local.commands.options import Real, gathered, gpu_layers_option, threads_option
+from kvcompose_local.commands.options import Real, gathered, gpu_layers_option, model_argument, threads_option
 from kvcompose_local.errors import KVComposeError
 from kvcompose_local.interrupts import Interrupts
 from kvcompose_local.terminal.status import Status
@@ -78,7 +78,7 @@ def complete_session(_context: click.Context, _parameter: click.Parameter, begun
 
 
 @click.command("run", short_help="Chat with a model, or answer with -p or piped input.")
-@click.argument("model", required=False)
+@model_argument
 @click.option(
     "--budget", type=float, default=0.5, show_default=True, help="Share of the full cache's bytes to use, in (0, 1]."
 )

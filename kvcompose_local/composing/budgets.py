@@ -143,7 +143,7 @@ def allocate_composites(
 
     worths: of each layer float32 (T_l,), best first. :data:`SHARED_EVENLY` of each limit is shared out evenly before
     layers compete: this project's own, as is the power mean that worths are (:mod:`composing.choice`); both halve the
-    KL divergence at a tenth of the cells (docs/trials.md).
+    KL divergence at a tenth of the cells (docs/decisions.md).
     """
     limits = _Limits.checked(len(worths), row_bytes, byte_budget, device)
     floors = [

@@ -31,7 +31,7 @@ class Policy:
         """A sixteenth of the cells for headroom, one for scratch and a sixth for the tail, all of them bounded.
 
         The tail is for reading well, not for answering: a text whose last sentence is half gone is misread
-        (docs/trials.md).
+        (docs/decisions.md).
         """
         chunk = min(max(-(-n_cells // 16), 24), 256)
         return cls(

@@ -1,7 +1,7 @@
 """What a cell's own key and value, and its place, tell of the attention that questions will pay it.
 
 For each KV head a linear function of its key and value, which stand in the cache anyway, gives the logarithm of that
-attention; those of the layer's other heads add nothing (docs/results.md). It is fitted once a model (:mod:`fitting`),
+attention; those of the layer's other heads add nothing (docs/decisions.md). It is fitted once a model (:mod:`fitting`),
 to what questions about some texts looked at; after that no attention is needed, and a cell's score is made once, when
 it is composed for the first time. Only its age, which grows, is added when cells compete.
 This project's own; KVzap (arXiv 2601.07891) predicts another method's scores from the hidden state.

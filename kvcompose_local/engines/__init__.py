@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvcompose_local import profiles
 from kvcompose_local.arena import (
     BLOCK,
     CELL_PADDING,
@@ -60,8 +61,11 @@ def open_engine(
         patched = engine_name == "patched" or (engine_name is None and library_is_patched())
         if cache_type is None:
             whole_blocks, on_gpu = has_whole_blocks(model), gpu_layers > 0
-            one_type = on_gpu or model.is_mla
-            cache_type = default_cache_type(budget, whole_blocks=whole_blocks, one_type=one_type, patched=patched)
+            profile = profiles.of_file(path) if budget < 1 else None
+            kl, one_type = profile.kl if profile else None, on_gpu or model.is_mla
+            cache_type = default_cache_type(
+                budget, whole_blocks=whole_blocks, one_type=one_type, patched=patched, kl=kl
+            )
         elif "/" in cache_type and model.is_mla:
             raise InvalidInput(f"{model.name} keeps keys and values in one row: --cache-type must be of one type")
         elif any(kind.is_quantized for kind in value_types(cache_type)) and not has_whole_blocks(model):  # quantized

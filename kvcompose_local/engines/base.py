@@ -60,7 +60,6 @@ class LlamaEngine(ABC):
     #: Why there is no :meth:`snapshot` of this cache, empty where there is.
     cannot_snapshot = ""
     reads_rows = False
-    window_bytes = 0
 
     def __init__(self, model: Model, context: Context, shape: ModelShape, sampling: Sampling | None) -> None:
         self.model = model
@@ -267,8 +266,8 @@ class LlamaEngine(ABC):
         """Forget the cells from ``position`` on: what moves on first, which then finds nothing more to drop."""
         with uninterrupted():
             self._context.has_logits = False
-            if checkpoint is not None:
+            if checkpoint is not None and checkpoint.size:
                 self._context.set_partial_state(checkpoint)
             self._context.remove(position)
-            if checkpoint is not None and self._context.next_position != position:
-                raise EngineError(f"the checkpoint is of position {self._context.next_position}, not {position}")
+            if self._context.next_position != position:
+                raise EngineError(f"the cache went back to position {self._context.next_position}, not {position}")

@@ -112,14 +112,20 @@ class PatchedEngine(LlamaEngine):
         ]
         sizes = [int(self._cells.arena(i).size) for i in range(info.n_arenas)]
         self.cache_bytes = sum(sizes)
-        self.window_bytes = memory_of(context).window_bytes
-        # A window cache overwrites what a replay of more than one micro-batch would have to give back. A recurrent state
-        # gives nothing back: a replay restores it.
+        memory = memory_of(context)
+        self._state_bytes = memory.window_bytes + memory.recurrent_bytes
+        # A window cache overwrites what a replay of more than one micro-batch would have to give back. A recurrent
+        # state gives nothing back: a replay restores it.
         self.max_replay = self._fitting_queries(n_cells) if self._has_window else n_cells
         self.max_drop = 0 if model.is_recurrent else self.max_replay
         self.arena_bytes = tuple(size - lost for size, lost in zip(sizes, slack, strict=True))
         self._composed = (0,) * len(layers)
         self._turns: list[Turn] = []
+
+    @property
+    def state_bytes(self) -> int:
+        """As allocated."""
+        return self._state_bytes
 
     @property
     def compute_bytes(self) -> int:

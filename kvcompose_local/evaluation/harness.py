@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ import numpy.typing as npt
 from kvcompose_local import __version__
 from kvcompose_local.arena import CELL_PADDING, VALUE_TYPES, padded, share_of_f16
 from kvcompose_local.chat.memory import CacheMemory
-from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.engines.patched import PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.errors import InvalidInput, KVComposeError
 from kvcompose_local.evaluation.methods import find_method
@@ -28,6 +27,7 @@ from kvcompose_local.evaluation.quantized import quantized
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import Item, Question
 from kvcompose_local.interfaces import CacheSnapshot, ModelShape, Selection
+from kvcompose_local.profiles import Profile
 
 #: The name of the uncompressed cache among the methods.
 FULL = "full"
@@ -42,6 +42,21 @@ QUANTIZED_TYPES = {name for name, kind in VALUE_TYPES.items() if kind.is_quantiz
 _GAP = "\x00"
 #: Of every record, as far as an interrupted run wrote it.
 _BEGINNING = b'{"model": '
+
+
+def engine_beside(
+    engine: PatchedEngine, n_cells: int, cache_type: str, *, n_threads: int, n_ubatch: int = PREFILL_MICRO_BATCH
+) -> PatchedEngine:
+    """Another cache of the same model; ``close_context`` frees it."""
+    return PatchedEngine(
+        engine.model,
+        n_cells=padded(n_cells),
+        n_positions=engine.n_positions,
+        n_threads=n_threads,
+        cache_type=cache_type,
+        n_ubatch=n_ubatch,
+        n_outputs=min(n_ubatch, MOST_OUTPUTS),
+    )
 
 
 @dataclass(frozen=True)
@@ -92,6 +107,11 @@ def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)), np.float32)
 
 
+def kl_divergence(reference: npt.NDArray[np.float32], rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Of log-probabilities (n, n_vocab) from a reference, in nats: float32 (n,)."""
+    return np.asarray((np.exp(reference) * (reference - rows)).sum(axis=1))
+
+
 def room_for(n_tokens: int, *, whole_replay: bool = False) -> int:
     """Cells that an item of ``n_tokens`` needs, with its questions and a replay."""
     cells = int(n_tokens * (2.2 if whole_replay else 1.15)) + 768
@@ -110,14 +130,18 @@ class Evaluation:
         output: Path,
         facts: dict[str, Any] | None = None,
         *,
-        scorer: Scorer | None = None,
+        profile: Profile | None = None,
+        left_out: Mapping[str, Profile] | None = None,
         n_threads: int = 1,
     ) -> None:
-        """scorer: the model's, None where it has no profile; n_threads: of the engines that quantized and streaming
-        trials need beside this one.
+        """profile: the model's, None where it has none; left_out: by tasks, profiles that were fitted to none of their
+        texts, for the method ``left-out``; n_threads: of the engines that quantized and streaming trials need beside
+        this one.
         """
         self.engine = engine
-        self._scorer = scorer
+        self._scorer = profile.scorer if profile else None
+        self._kinds = set(profile.kinds.split(",")) if profile else set()
+        self._left_out = left_out or {}
         self.n_threads = n_threads
         self.output = output
         self.facts = {"model": engine.model.name, "version": __version__, "engine": engine.name, **(facts or {})}
@@ -175,6 +199,7 @@ class Evaluation:
                 record = {
                     **self.facts,
                     "task": item.task,
+                    "fitted": item.task in self._kinds,
                     "seed": item.seed,
                     "n_tokens": n_tokens,
                     "question": number,
@@ -196,7 +221,8 @@ class Evaluation:
         engine.clear()
         progress("reading")
         tokens = model.tokenize(self._head + item.context + "\n\n", add_bos=model.adds_bos)
-        stats = Statistics(engine, tokens, self._scorer)
+        left_out = self._left_out.get(item.task)
+        stats = Statistics(engine, tokens, self._scorer, left_out.scorer if left_out else None)
         n_full = len(tokens) * len(engine.shape.layers)
         full = {"": (engine, engine.snapshot())}
         starts = {}
@@ -248,15 +274,7 @@ class Evaluation:
             small.close_context()
 
     def _new_engine(self, n_cells: int, cache_type: str = "f16", n_ubatch: int = PREFILL_MICRO_BATCH) -> PatchedEngine:
-        return PatchedEngine(
-            self.engine.model,
-            n_cells=padded(n_cells),
-            n_positions=self.engine.n_positions,
-            n_threads=self.n_threads,
-            cache_type=cache_type,
-            n_ubatch=n_ubatch,
-            n_outputs=min(n_ubatch, MOST_OUTPUTS),
-        )
+        return engine_beside(self.engine, n_cells, cache_type, n_threads=self.n_threads, n_ubatch=n_ubatch)
 
     def close(self) -> None:
         """Free what was opened beside the engine."""
@@ -283,14 +301,19 @@ class Evaluation:
         expected = reference.tokens
         if len(asked) > 1:
             engine.decode(asked[:-1])
+        before = engine.checkpoint()
         rows = log_softmax(engine.decode_all([asked[-1], *expected[:-1]]))
-        kl = (np.exp(reference.log_probs) * (reference.log_probs - rows)).sum(axis=1)
+        kl = kl_divergence(reference.log_probs, rows)
         likelihood = rows[np.arange(len(expected)), expected].mean()
         best = rows.argmax(axis=1)
         n_same = int(np.cumprod(best == expected).sum())
         tokens = list(expected[:n_same])
         if n_same < len(expected):  # the answer parts here: go on from what it says instead
-            engine.drop_tail(len(expected) - 1 - n_same)
+            if engine.moves_on:
+                engine.drop_tail(len(expected), before)
+                engine.decode([asked[-1], *tokens])
+            else:
+                engine.drop_tail(len(expected) - 1 - n_same)
             token = int(best[n_same])
             while not engine.model.is_end(token):
                 tokens.append(token)

@@ -161,7 +161,13 @@ def tables(records: Sequence[Record]) -> str:
         fewest, most = min(r.n for r in by_keep.values()), max(r.n for r in by_keep.values())
         asked = f"{most}" if fewest == most else f"{fewest}–{most}"
         lines.append(f"| {method} | {asked} | " + " | ".join(cells + ends) + " |")
-    lines += ["", "Score of each task:", "", "| task | method | " + " | ".join(heads) + " |"]
+    fitted = {r["task"]: ", fitted to" if r["fitted"] else ", not fitted to" for r in records if "fitted" in r}
+    lines += [
+        "",
+        "Score of each task (the full cache's; whether the profile was fitted to its kind):",
+        "",
+        "| task | method | " + " | ".join(heads) + " |",
+    ]
     lines += ["|---" * (len(heads) + 2) + "|"]
     for task, full in counted.items():
         for method in best_first:
@@ -169,7 +175,7 @@ def tables(records: Sequence[Record]) -> str:
             for keep in keeps:
                 scores = [r["score"] for r in records if (r["task"], r["method"], r["keep"]) == (task, method, keep)]
                 shown.append(f"{np.mean(scores):.2f}" if scores else "")
-            lines.append(f"| {task} ({full:.2f}) | {method} | " + " | ".join(shown) + " |")
+            lines.append(f"| {task} ({full:.2f}{fitted.get(task, '')}) | {method} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 

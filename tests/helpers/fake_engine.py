@@ -49,7 +49,6 @@ class FakeEngine:
         self.shape = ModelShape("Fake", "fake", 10**6, 257, layers)
         self.per_layer = per_layer
         self.cache_bytes = n_cells * self.shape.row_bytes
-        self.window_bytes = 0
         self.arena_bytes: tuple[int, ...] = (self.cache_bytes,)
         self.answers = [*answers]
         self.replayed: list[bytes] = []

@@ -149,3 +149,17 @@ SMALL = {
         _small("minimax-01", _EXPERTS | {"full_attention_interval": 2, "residual_scale": 3.5}, n_layers=6),
     )
 }
+#: The same of sliding windows.
+WINDOWS = {
+    "gemma3": Shape("gemma3", "gemma3", 6, 4, 2, 32, {"attention.sliding_window": 64}),
+    "gpt-oss": Shape(
+        "gpt-oss",
+        "gpt-oss",
+        4,
+        4,
+        2,
+        32,
+        {"attention.sliding_window": 64, "expert_count": 4, "expert_used_count": 4, "expert_feed_forward_length": 32},
+        q_scale=0.25,
+    ),
+}

@@ -133,7 +133,7 @@ def test_a_chat_with_every_command(terminal: Terminal, tmp_path: Path) -> None:
     assert int(read[1]) > len(note.read_text())
     assert say(child, "/system") == "there is no system prompt; /system TEXT sets one"
     told = say(child, "/system Be brief.").splitlines()
-    assert re.fullmatch(r"that part is compressed already: reading \d+ tokens again", told[0])
+    assert re.fullmatch(r"going back takes reading \d+ tokens again", told[0])
     assert told[1:] == ["the system prompt is set"]
     assert say(child, "/system") == "Be brief."
     assert say(child, "/clear") == "forgotten: the conversation is empty"
@@ -196,7 +196,7 @@ def test_turns_in_a_terminal(terminal: Terminal) -> None:
     assert "27 tokens pinned" in say(child, "/stats")
     say(child, "/compress 0.5")
     taken_back = say(child, "/undo").splitlines()
-    assert re.fullmatch(r"that part is compressed already: reading \d+ tokens again", taken_back[0])
+    assert re.fullmatch(r"going back takes reading \d+ tokens again", taken_back[0])
     assert taken_back[1:] == ["taken back: your message and its answer"]
     assert say(child, "/undo") == "taken back: your message and its answer"
     assert say(child, "/undo") == "error: there is nothing to take back"

@@ -16,6 +16,9 @@ from kvcompose_local.evaluation.methods import method
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.interfaces import FloatArray, HalfArray, Selection
 
+#: The program by a profile that does not know the kind of text.
+LEFT_OUT = "left-out"
+
 
 def as_the_program(stats: Statistics, scorer: Scorer | None, scores: Sequence[HalfArray]) -> list[FloatArray]:
     """Logarithms by which cells compete in a chat, the newest tokens kept as its tail is: L arrays float32 (H, T)."""
@@ -50,6 +53,12 @@ def replay(stats: Statistics, n_cells: int) -> list[Selection]:
 def ours(stats: Statistics, n_cells: int) -> list[Selection]:
     """What the program does."""
     return chosen(stats, as_the_program(stats, *stats.cells), n_cells)
+
+
+@method(LEFT_OUT)
+def left_out(stats: Statistics, n_cells: int) -> list[Selection]:
+    """What the program would do with a profile that was fitted to no text of this kind."""
+    return chosen(stats, as_the_program(stats, *stats.unseen), n_cells)
 
 
 @method("uniform")

@@ -1,0 +1,89 @@
+"""One answer, token by token: what is fed of it, what is shown, and why it ends."""
+
+from __future__ import annotations
+
+import codecs
+import time
+from collections.abc import Callable, Iterator
+
+from kvcompose_local.chat.memory import CacheMemory
+from kvcompose_local.chat.reasoning import Reader, Said
+from kvcompose_local.chat.state import TurnStats
+from kvcompose_local.chat.transcript import TextModel, Transcript
+from kvcompose_local.errors import ContextFull
+
+#: Models without a template answer as the assistant and then go on as the user.
+_PLAIN_STOP = "\nUser:"
+
+
+def generate(
+    model: TextModel,
+    memory: CacheMemory,
+    transcript: Transcript,
+    stats: TurnStats,
+    max_tokens: int,
+    *,
+    should_stop: Callable[[], bool],
+    forget: Callable[[], None],
+) -> Iterator[Said]:
+    """An answer to what the cache holds, in pieces of whole characters.
+
+    Its tokens and text go to the transcript, its counts and seconds to ``stats``, where ``stopped`` says why it ended.
+    should_stop is asked between tokens; forget lets the cache follow a transcript that lost its last tokens.
+    """
+    # Tokens are bytes, not characters: one character may span several tokens.
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    said, form = transcript, model.reasoning_format
+    reader = Reader(form, is_reasoning=bool(form.opens_at_end(said.fed)))
+    stop_text = "" if model.has_template else _PLAIN_STOP
+    started, reports = time.perf_counter(), len(memory.reports)
+    held, n_said = "", len(said.tokens)  # what may begin the stop text; tokens of what was said
+    stats.stopped = "interrupt"  # unless the loop says otherwise: the consumer may close this generator
+    try:
+        while not should_stop():
+            if stats.generated_tokens == max_tokens:
+                stats.stopped = "length"
+                break
+            token = memory.engine.sample()
+            if model.is_end(token):
+                stats.stopped = "end"
+                break
+            stats.generated_tokens += 1
+            control = model.control_text(token)
+            held += decoder.decode(model.token_bytes(token) if not control else b"")
+            if stop_text and stop_text in held:
+                held = held.partition(stop_text)[0]
+                if not held:  # the next prompt begins with the stop text itself
+                    del said.tokens[n_said:]
+                    forget()
+                stats.stopped = "end"
+                break
+            said.tokens.append(token)
+            keep = _beginning_at_end(stop_text, held)
+            piece, held = held[: len(held) - keep], held[len(held) - keep :]
+            if piece or control:
+                said.fed += piece + control
+                n_said = len(said.tokens)
+                # A marker that belongs to no format is fed, since the model said it, and shown to nobody.
+                yield from reader.take(piece + control * form.is_part(control))
+            memory.feed([token])
+    except ContextFull:
+        stats.stopped = "context"
+    except KeyboardInterrupt:
+        stats.stopped = "interrupt"
+    finally:
+        spent = sum(report.seconds for report in memory.reports[reports:])
+        stats.compactions += len(memory.reports) - reports
+        stats.compaction_seconds += spent
+        stats.decode_seconds += time.perf_counter() - started - spent
+    held += decoder.decode(b"", final=True)
+    said.fed += held
+    yield from reader.take(held)
+    yield from reader.finish()
+    if form.at_start and reader.opened:  # the template says nothing of it: this is how its model thinks
+        model.use_format(form.of(reader.opened))
+
+
+def _beginning_at_end(stop: str, text: str) -> int:
+    """How many characters at the end of ``text`` may be the beginning of ``stop``."""
+    return next((n for n in range(len(stop), 0, -1) if text.endswith(stop[:n])), 0)
