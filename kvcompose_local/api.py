@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -169,6 +169,16 @@ class LocalChat:
         if template is not None:
             model.use_template(template_of(template, model.template_names()))
         model.check_template()
+
+    @contextmanager
+    def at_temperature(self, temperature: float) -> Iterator[None]:
+        """Draw at another temperature in this block. Whatever the seed is, no random number is drawn twice."""
+        sampling = replace(self.options.sampling, seed=None)
+        self._engine.set_sampling(replace(sampling, temperature=temperature))
+        try:
+            yield
+        finally:
+            self._engine.set_sampling(sampling)
 
     def read(self, text: str) -> TurnStats:
         """Read a document now: the next question is about it. Raises ContextFull where the positions run out."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -87,10 +87,13 @@ class CacheLayout:
     position: int
 
 
-class Lazy(Sequence[Any]):
+T = TypeVar("T")
+
+
+class Lazy(Sequence[T]):
     """Arrays that are made each time they are looked at, so that a whole cache need not be in memory twice."""
 
-    def __init__(self, n: int, make: Callable[[int], Any]) -> None:
+    def __init__(self, n: int, make: Callable[[int], T]) -> None:
         self._n, self._make = n, make
 
     def __len__(self) -> int:

@@ -15,7 +15,7 @@ from kvcompose_local.composing.attention import AttentionMax
 from kvcompose_local.composing.fitting import Observed, fit
 from kvcompose_local.composing.scorer import BOUNDS, DTYPE, Scorer
 from kvcompose_local.errors import ContextFull
-from kvcompose_local.interfaces import Engine, HalfArray, Lazy, Progress, even_parts
+from kvcompose_local.interfaces import Engine, FloatArray, HalfArray, Lazy, Progress, even_parts
 
 #: Attention that any token has; less than any that counts.
 _LEAST = 1e-6
@@ -138,7 +138,7 @@ class Learned:
         looked = [np.exp(scores.astype(np.float32)) for scores in replayed]
         rows = self._engine.live_rows(n)
 
-        def of_cells(which: int) -> Lazy:
+        def of_cells(which: int) -> Lazy[FloatArray]:
             return Lazy(len(rows), lambda i: rows[i][which])
 
         return fit([Observed(of_cells(0), of_cells(1), looked, n)], ridge=_RIDGE)

@@ -356,7 +356,7 @@ def _state_of(manifest: Manifest, parts: Sections, shape: ModelShape) -> ChatSta
         parts.shape(name, dtype, *sizes)
         return parts.array(name)
 
-    def planes(kind: str) -> Lazy:
+    def planes(kind: str) -> Lazy[Array]:
         return Lazy(len(shape.layers), lambda i: parts.array(f"{kind}.{i}"))
 
     for section, kinds in (("cells", ("keys", "values")), ("scores", ("scores", "origins"))):

@@ -78,14 +78,6 @@ class TurnStats:
     compaction_seconds: float = 0.0
     stopped: str = ""
 
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        return self.generated_tokens / self.decode_seconds if self.decode_seconds else 0.0
-
 
 @dataclass(frozen=True)
 class ChatState:

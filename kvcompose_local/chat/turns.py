@@ -8,7 +8,6 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from datetime import datetime
 from itertools import pairwise
-from typing import Any
 
 from kvcompose_local.chat.generation import generate
 from kvcompose_local.chat.memory import CacheMemory
@@ -17,6 +16,9 @@ from kvcompose_local.chat.state import ChatState, TurnStats
 from kvcompose_local.chat.transcript import Message, Place, Saved, TextModel, Transcript, n_common
 from kvcompose_local.errors import ContextFull, InvalidInput, KVComposeError
 from kvcompose_local.interfaces import Progress
+
+#: What was said, and what of it is pinned.
+Conversation = tuple[Saved, tuple[tuple[int, int], ...]]
 
 
 class Chat:
@@ -267,7 +269,7 @@ class Chat:
             self.on_note(line)
 
     @property
-    def conversation(self) -> tuple[Any, ...]:
+    def conversation(self) -> Conversation:
         """All that was said and done so far, to be compared with what it was before."""
         return self.transcript.saved(), tuple(self.memory.pins)
 

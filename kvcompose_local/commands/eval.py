@@ -40,7 +40,7 @@ def _numbers(_context: click.Context, _parameter: click.Parameter, value: str) -
 
 
 @dataclass(frozen=True)
-class Request:
+class EvalRequest:
     """What is wanted of an evaluation; the fields are options of ``eval``."""
 
     quick: bool
@@ -57,7 +57,7 @@ class Request:
     n_threads: int | None
     as_json: bool
 
-    def checked(self) -> Request:
+    def checked(self) -> EvalRequest:
         """The same with what is left open filled in. Raises InvalidInput for unknown tasks and methods."""
         from kvcompose_local.errors import InvalidInput
         from kvcompose_local.evaluation.harness import check_method
@@ -129,8 +129,8 @@ class Request:
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw figures into this folder.")
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print the results as one JSON object.")
-@gathered(request=Request)
-def eval_command(model: str | None, request: Request) -> None:
+@gathered(request=EvalRequest)
+def eval_command(model: str | None, request: EvalRequest) -> None:
     """RULER-style tasks on MODEL: each text is compressed before its questions are known.
 
     Every figure is relative to the model's own answers from the full cache; tasks that it answers below 60% are left
@@ -187,7 +187,7 @@ class Trials:
     caches: dict[tuple[str, float], str]
 
     @classmethod
-    def of(cls, request: Request, model: Model) -> Trials:
+    def of(cls, request: EvalRequest, model: Model) -> Trials:
         """Raises InvalidInput for cache types that the model's heads do not fill."""
         from kvcompose_local.engines import has_whole_blocks
         from kvcompose_local.errors import InvalidInput
@@ -211,7 +211,7 @@ class Trials:
         return found
 
 
-def go_through(evaluation: Evaluation, request: Request, trials: Trials, status: Status) -> None:
+def go_through(evaluation: Evaluation, request: EvalRequest, trials: Trials, status: Status) -> None:
     """Run what has no record yet, and tell how long the rest takes."""
     from kvcompose_local.evaluation.tasks import make_item
 
@@ -228,7 +228,7 @@ def go_through(evaluation: Evaluation, request: Request, trials: Trials, status:
         done += 1
 
 
-def show(records: Sequence[dict[str, Any]], request: Request, trials: Trials, status: Status) -> None:
+def show(records: Sequence[dict[str, Any]], request: EvalRequest, trials: Trials, status: Status) -> None:
     """Print the results, and draw them where that is wanted."""
     from kvcompose_local.evaluation import report
 

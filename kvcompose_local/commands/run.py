@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import io
 import json
@@ -14,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TextIO
 
 import click
 from click.core import ParameterSource
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Request:
+class RunRequest:
     """What is wanted of a chat; the fields are options of ``run``."""
 
     prompt: str | None
@@ -147,8 +146,8 @@ def complete_session(_context: click.Context, _parameter: click.Parameter, begun
 @click.option("--no-autosave", is_flag=True, help="Leave without saving.")
 @click.option("--json", "as_json", is_flag=True, help="With -p or piped input: one JSON object on stdout.")
 @click.pass_context
-@gathered(sampling=Sampling, options=ChatOptions, request=Request)
-def run_command(context: click.Context, model: str | None, options: ChatOptions, request: Request) -> None:
+@gathered(sampling=Sampling, options=ChatOptions, request=RunRequest)
+def run_command(context: click.Context, model: str | None, options: ChatOptions, request: RunRequest) -> None:
     """Chat with MODEL: a GGUF file, or a name of `kvcompose-local models list`.
 
     With -p, or with text piped in, each line is answered in turn and the program ends. Everything but the answers goes
@@ -189,7 +188,7 @@ def run_command(context: click.Context, model: str | None, options: ChatOptions,
             print_result(local.chat)
 
 
-def read_documents(request: Request, status: Status) -> list[tuple[str, str]]:
+def read_documents(request: RunRequest, status: Status) -> list[tuple[str, str]]:
     """(name, text) of what is to be read first, looked at before a model is opened. Raises InvalidInput."""
     documents, empty = inputs.read_all(request.files)
     for name in empty:
@@ -248,7 +247,7 @@ class Session:
                 sessions.check_model(self.manifest, setup, status.checking)
 
 
-def can_autosave(request: Request, session: Session, status: Status) -> bool:
+def can_autosave(request: RunRequest, session: Session, status: Status) -> bool:
     """Whether the chat can be saved at its end, where it is to be. Raises SessionError where that was asked for."""
     from kvcompose_local.chat import sessions
 
@@ -266,7 +265,7 @@ def can_autosave(request: Request, session: Session, status: Status) -> bool:
 
 
 def autosaving(
-    local: LocalChat, request: Request, session: Session, autosaves: bool, interrupts: Interrupts, status: Status
+    local: LocalChat, request: RunRequest, session: Session, autosaves: bool, interrupts: Interrupts, status: Status
 ) -> Autosave:
     """What saves and loads this chat. Raises KVComposeError where a session is wanted of what cannot be saved."""
     from kvcompose_local.terminal.autosave import Autosave
@@ -296,7 +295,7 @@ def resume(local: LocalChat, options: ChatOptions, autosave: Autosave, status: S
     status.line(loaded)
 
 
-def feed(local: LocalChat, documents: Sequence[tuple[str, str]], request: Request, status: Status) -> None:
+def feed(local: LocalChat, documents: Sequence[tuple[str, str]], request: RunRequest, status: Status) -> None:
     """Let the chat read the documents. Raises PositionsFull, before the first is read, where they do not all fit."""
     from kvcompose_local.terminal.answers import check_room
 
@@ -311,7 +310,7 @@ def feed(local: LocalChat, documents: Sequence[tuple[str, str]], request: Reques
             return
 
 
-def talk(local: LocalChat, request: Request, autosave: Autosave, interrupts: Interrupts, status: Status) -> None:
+def talk(local: LocalChat, request: RunRequest, autosave: Autosave, interrupts: Interrupts, status: Status) -> None:
     """The REPL, until the user or a signal ends it; the chat is saved then."""
     from kvcompose_local.chat import sessions
     from kvcompose_local.terminal.answers import Answers
@@ -337,7 +336,7 @@ def talk(local: LocalChat, request: Request, autosave: Autosave, interrupts: Int
         save=autosave.save,
         load=autosave.load,
         edit=edit,
-        at_temperature=partial(drawn_at, local.memory.engine, local.options.sampling),
+        at_temperature=local.at_temperature,
     )
     with interrupts.leaving_in_order():
         try:
@@ -366,7 +365,7 @@ def greet(local: LocalChat, status: Status) -> None:
 
 
 def answer_lines(
-    local: LocalChat, request: Request, autosave: Autosave, interrupts: Interrupts, status: Status
+    local: LocalChat, request: RunRequest, autosave: Autosave, interrupts: Interrupts, status: Status
 ) -> None:
     """Answer -p, or each line of standard input. Raises KVComposeError at the first that fails; the chat is saved."""
     from kvcompose_local.terminal.answers import Answers
@@ -409,7 +408,7 @@ def print_result(chat: Chat) -> None:
     click.echo(json.dumps(result(chat), ensure_ascii=False))
 
 
-def is_fed(stream: Any) -> bool:
+def is_fed(stream: TextIO) -> bool:
     """Whether something was piped into standard input by now; an empty pipe is what many programs start others with."""
     try:
         import fcntl  # not on Windows
@@ -430,13 +429,3 @@ def awaited(lines: Iterator[str], interrupts: Interrupts) -> str | None:
             return next(lines, None)
     except KeyboardInterrupt as error:
         raise KVComposeError("stopped") from error
-
-
-@contextlib.contextmanager
-def drawn_at(engine: Any, sampling: Sampling, temperature: float) -> Iterator[None]:
-    """Draw at another temperature in this block. Whatever ``--seed`` says, no random number is drawn twice."""
-    engine.set_sampling(replace(sampling, temperature=temperature, seed=None))
-    try:
-        yield
-    finally:
-        engine.set_sampling(replace(sampling, seed=None))

@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvcompose_local.errors import EngineError, KVComposeError
+from kvcompose_local.errors import KVComposeError
 from kvcompose_local.install.pin import cpu_features, library_dir, read_pin
 from kvcompose_local.install.resources import CACHE_VARIABLE, cache_folder, data_file
 
@@ -174,9 +174,3 @@ def bindings_problem() -> Problem | None:
     except metadata.PackageNotFoundError:
         return Problem(f"{pin.name} is not installed", remedy)
     return None if version == pin.version else Problem(f"{pin.name} {version}, but {pin.version} is needed", remedy)
-
-
-def check_bindings() -> None:
-    """Raises EngineError for what :func:`bindings_problem` finds."""
-    if problem := bindings_problem():
-        raise EngineError(str(problem))

@@ -7,7 +7,7 @@ import os
 import shlex
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvcompose_local.chat import sessions
 from kvcompose_local.errors import InvalidInput, KVComposeError, NoHome
@@ -15,6 +15,7 @@ from kvcompose_local.terminal.figures import MIB
 
 if TYPE_CHECKING:
     from kvcompose_local.chat import Chat
+    from kvcompose_local.chat.turns import Conversation
     from kvcompose_local.interrupts import Interrupts
     from kvcompose_local.terminal.status import Status
 
@@ -51,7 +52,7 @@ class Autosave:
         self._wrote = False  # that file, since the chat was begun or loaded
         self._begun = self._kept = self._now()  # as it was loaded; as it was saved last
 
-    def _now(self) -> tuple[Any, ...]:
+    def _now(self) -> tuple[Conversation, int]:
         """All that is worth a file, ``/compress`` included."""
         return self.chat.conversation, self.chat.memory.n_asked
 
