@@ -38,8 +38,8 @@ VALUE_TYPES = {
 #: How cells are stored under a budget: two and a half times as many fit, which is worth far more than what rounding
 #: costs (docs/results.md). Keys need 8 bits, values 4.
 QUANTIZED = "q8_0/q4_0"
-#: The same where a GPU, whose flash attention mostly wants K and V of one type, may take part.
-QUANTIZED_GPU = "q8_0"
+#: The same where K and V must be of one type: MLA, and the flash attention of most GPUs.
+QUANTIZED_ALIKE = "q8_0"
 #: How cells may be stored; ``K/V`` where the two differ.
 CACHE_TYPES = (*VALUE_TYPES, QUANTIZED)
 #: A quantized type that costs a model more, in nats a token from F16, is not its default: a quarter of its F16 cells
@@ -84,15 +84,16 @@ def share_of_f16(cache_type: str, k_size: int = 1, v_size: int = 1) -> Fraction:
 
 
 def default_cache_type(
-    budget: float, *, whole_blocks: bool, on_gpu: bool, patched: bool, kl: Mapping[str, float] | None = None
+    budget: float, *, whole_blocks: bool, one_type: bool, patched: bool, kl: Mapping[str, float] | None = None
 ) -> str:
     """How a budget's cells are stored where nobody says.
 
-    whole_blocks: every key and value fills blocks; kl: what types cost on this model, where its profile tells.
+    whole_blocks: every key and value fills blocks; one_type: K and V are to be of one, for a GPU or since V is in K;
+    kl: what types cost on this model, where its profile tells.
     """
     if budget == 1 or not whole_blocks or not patched:
         return "f16"
-    types = (QUANTIZED_GPU,) if on_gpu else (QUANTIZED, QUANTIZED_GPU)
+    types = (QUANTIZED_ALIKE,) if one_type else (QUANTIZED, QUANTIZED_ALIKE)
     return next((kind for kind in types if (kl or {}).get(kind, 0.0) <= MOST_KL), "f16")
 
 

@@ -49,7 +49,7 @@ def profile_command(
     folder's `profiles`. Ctrl-C stops, and the same command goes on.
     """
     from kvcompose_local import profiles
-    from kvcompose_local.arena import QUANTIZED, QUANTIZED_GPU, default_cache_type
+    from kvcompose_local.arena import QUANTIZED, QUANTIZED_ALIKE, default_cache_type
     from kvcompose_local.chat import inputs
     from kvcompose_local.engines import has_whole_blocks
     from kvcompose_local.errors import InvalidInput
@@ -81,9 +81,10 @@ def profile_command(
         status.line(
             f"{len(measurement.items)} texts{earlier}: about {time}; Ctrl-C stops, and the same command goes on"
         )
-        whole_blocks = has_whole_blocks(engine.model)
+        whole_blocks, one_type = has_whole_blocks(engine.model), engine.model.is_mla
+        types = (QUANTIZED_ALIKE,) if one_type else (QUANTIZED, QUANTIZED_ALIKE)
         beside = {}
-        for kind in (QUANTIZED, QUANTIZED_GPU) if whole_blocks else ():
+        for kind in types if whole_blocks else ():
             beside[kind] = engine_beside(engine, room_for(length), kind, n_threads=n_threads or default_threads())
             stack.callback(beside[kind].close_context)
         measure.watch(engine, measurement, beside=beside, progress=progress)
@@ -104,5 +105,5 @@ def profile_command(
     measure.forget(measurement)
     for kind, cost in profile.kl.items():
         status.line(f"{kind} cells cost {cost:.4f} nats a token beside F16")
-    kind = default_cache_type(0.5, whole_blocks=whole_blocks, on_gpu=False, patched=True, kl=profile.kl)
+    kind = default_cache_type(0.5, whole_blocks=whole_blocks, one_type=one_type, patched=True, kl=profile.kl)
     status.line(f"wrote {file}: chats of this model keep their cells in {kind}")

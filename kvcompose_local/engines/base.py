@@ -176,7 +176,8 @@ class LlamaEngine(ABC):
     def watching(self, tap: SoftmaxTap) -> Iterator[None]:
         """While this is open :meth:`decode` shows every softmax: ``tap(l, weights)``, l the place in ``shape.layers``.
 
-        weights: float32 (Q, queries of a micro-batch, n_kv), native memory that dies with the call.
+        Layers that read another's cells show theirs as that one's. weights: float32 (Q, queries of a micro-batch,
+        n_kv), native memory that dies with the call.
         """
 
         def composable(layer: int, weights: FloatArray) -> None:

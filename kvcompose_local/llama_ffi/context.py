@@ -36,6 +36,7 @@ _ggml_tensor_get = bind(
 # Of the patch series, for any context; None without it.
 _kvc_host_data = bind("llama_kvc_host_data", ctypes.c_void_p, ctypes.c_void_p)
 _kvc_set_span = bind("llama_kvc_set_span", ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32)
+_kvc_set_next_span = bind("llama_kvc_set_next_span", ctypes.c_int32, ctypes.c_int32)
 _kvc_get_rope_factors = bind(
     "llama_kvc_get_rope_factors", ctypes.c_int32, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int32)
 )
@@ -106,7 +107,7 @@ class Context:
         if callback_at_creation:
             params.cb_eval = self._callback
         clear_log()
-        self._pointer = lib.llama_init_from_model(model._model, params)
+        self._pointer = self._made(model, params, n_positions or n_ctx)
         if not self._pointer:
             raise EngineError(f"llama_init_from_model failed: too little memory for {n_ctx} cells?{last_log()}")
         self._sampler: Any = None
@@ -115,6 +116,17 @@ class Context:
         except BaseException:
             self.close()
             raise
+
+    @staticmethod
+    def _made(model: Model, params: Any, n_positions: int) -> Any:
+        """llama.cpp's pointer, with cells for sliding windows that are longer than the cells of the other layers."""
+        if _kvc_set_next_span is None:
+            return lib.llama_init_from_model(model._model, params)
+        _kvc_set_next_span(n_positions)
+        try:
+            return lib.llama_init_from_model(model._model, params)
+        finally:
+            _kvc_set_next_span(0)
 
     def _choose_rope_factors(self, n_positions: int) -> tuple[str, str]:
         """``short`` or ``long``, by which keys are turned, where the model has two sets of RoPE factors (LongRoPE).

@@ -54,7 +54,8 @@ class Model:
     """A loaded GGUF model and its vocabulary.
 
     Raises ModelError when llama.cpp cannot load the file. ``progress`` gets (percent, 100) and may raise.
-    ``header_only`` reads the metadata and the vocabulary: no context can be made of it.
+    ``header_only`` reads the metadata and the vocabulary: no context can be made of it. ``dry`` reads no weights: a
+    context can be made, which takes no memory and computes nothing.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Model:
         gpu_layers: int = 0,
         progress: Callable[[int, int], None] | None = None,
         header_only: bool = False,
+        dry: bool = False,
     ) -> None:
         self.path = path
         self.gpu_layers = gpu_layers
@@ -72,6 +74,8 @@ class Model:
         params = lib.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         params.vocab_only = header_only
+        if dry:
+            params.no_alloc, params.load_mode = True, lib.LLAMA_LOAD_MODE_NONE
         stopped: list[BaseException] = []
 
         @lib.llama_progress_callback  # type: ignore[untyped-decorator]
@@ -101,6 +105,19 @@ class Model:
             told = last_log()
             advice = next((advice for words, advice in _ADVICE if re.search(words, told)), "")
             raise ModelError(f"llama.cpp cannot load {path.name}{told}{advice}")
+        try:
+            self._check_sections()
+        except ModelError:
+            self.close()
+            raise
+
+    def _check_sections(self) -> None:
+        """Raises ModelError for sections of M-RoPE at which ggml would abort."""
+        sections = self.numbers(f"{self.architecture}.rope.dimension_sections")
+        if lib.llama_model_rope_type(self._model) in (-1, 0, 2):  # none, normal, NeoX
+            return
+        if not (sections and min(sections) >= 0 < sum(sections) <= self.head_sizes("key_length")[0]):
+            raise ModelError(f"{self.path.name} says that M-RoPE turns {sections} pairs of a head: it is damaged")
 
     def _load(self, params: Any) -> Any:
         """llama.cpp's pointer to the model, None where it refuses; tests make models that are no files."""
@@ -227,23 +244,32 @@ class Model:
     def cache_kind(self) -> str:
         """``attention``, ``sliding-window``, ``recurrent``, ``hybrid``, ``mla``, ``m-rope`` or ``rotation-free``.
 
-        Of the last kind are models without RoPE: learned positions end with the trained length, beyond which a replay
-        would go (ggml aborts), and a bias by distance wants the true positions of composed cells.
+        By the header alone, for an unpatched llama.cpp: :mod:`kvcompose_local.llama_ffi.memory` asks a patched one.
         """
-        arch = self.architecture
         if lib.llama_model_is_recurrent(self._model):
             return "recurrent"
-        if self.metadata(f"{arch}.attention.kv_lora_rank") is not None:
+        if self.is_mla:
             return "mla"
         if lib.llama_model_is_hybrid(self._model):
             return "hybrid"
-        if lib.llama_model_rope_type(self._model) == -1 or arch == "starcoder":  # which llama.cpp says to be rotated
+        if not self.is_rotated:
             return "rotation-free"
         if lib.llama_model_rope_type(self._model) not in (0, 2):  # normal, NeoX; the rest has 2D positions
             return "m-rope"
         if lib.llama_model_n_swa(self._model) > 0:
             return "sliding-window"
         return "attention"
+
+    @property
+    def is_mla(self) -> bool:
+        """Whether a cell is one latent row, of which the value is a part; llama.cpp then wants K and V of one type."""
+        return self.metadata(f"{self.architecture}.attention.key_length_mla") is not None
+
+    @property
+    def is_rotated(self) -> bool:
+        """Whether RoPE tells positions. Where they are learned they end with the trained length: ggml aborts beyond."""
+        # llama.cpp says of StarCoder that it is.
+        return lib.llama_model_rope_type(self._model) != -1 and self.architecture != "starcoder"
 
     def rope_factors(self, n_positions: int) -> str:
         """``short`` or ``long``: the RoPE factors of a text of so many positions; empty where there is no choice."""
