@@ -196,7 +196,7 @@ class ChatTemplate:
         return not self._takes.system
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, now: datetime | None = None) -> str:
-        """The text of ``messages``, with the beginning of an answer if wanted; now: the date, which some templates tell.
+        """The text of ``messages``, with the beginning of an answer if wanted; now: the date, for use by templates.
 
         Raises ModelError also where the text does not hold what the user said, or the system prompt.
         """

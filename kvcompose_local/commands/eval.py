@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kvcompose_local.profiles import Profile
 
 KEEPS = (0.75, 0.5, 0.25, 0.15, 0.1, 0.05)
-#: What the chat does under a budget, in the registry of methods, and how it stores cells.
+#: The method of chats under a budget, with the type of their cells.
 OURS = "kvcompose-local+q8_0/q4_0"
 QUICK_TASKS = ("niah_multikey_1", "needles_8", "qa")
 QUICK_BUDGETS = (0.5, 0.25, 0.1)
@@ -41,7 +41,7 @@ def _numbers(_context: click.Context, _parameter: click.Parameter, value: str) -
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What is wanted of an evaluation; the fields are options of ``eval``."""
+    """The options of ``eval``."""
 
     quick: bool
     tasks: tuple[str, ...]
@@ -58,7 +58,7 @@ class EvalRequest:
     as_json: bool
 
     def checked(self) -> EvalRequest:
-        """The same with what is left open filled in. Raises InvalidInput for unknown tasks and methods."""
+        """The same with defaults filled in. Raises InvalidInput for unknown tasks and methods."""
         from kvcompose_local.errors import InvalidInput
         from kvcompose_local.evaluation.harness import check_method
         from kvcompose_local.evaluation.methods import method_names
@@ -178,8 +178,9 @@ def eval_command(model: str | None, request: EvalRequest) -> None:
 
 @dataclass(frozen=True)
 class Trials:
-    """What is tried on each text: wanted: (method, keep ratio); caches: what to call those of ``ours``, the method that
-    a budget is recommended of.
+    """The trials of each text.
+
+    wanted: (method, keep ratio); ours: the method that a budget is recommended for; caches: the names of its trials.
     """
 
     wanted: tuple[tuple[str, float], ...]

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What is wanted of a chat; the fields are options of ``run``."""
+    """The options of ``run`` that say what to do with the chat."""
 
     prompt: str | None
     files: tuple[Path, ...]
@@ -189,7 +189,7 @@ def run_command(context: click.Context, model: str | None, options: ChatOptions,
 
 
 def read_documents(request: RunRequest, status: Status) -> list[tuple[str, str]]:
-    """(name, text) of what is to be read first, looked at before a model is opened. Raises InvalidInput."""
+    """(name, text) of the files to read first, before a model is opened. Raises InvalidInput."""
     documents, empty = inputs.read_all(request.files)
     for name in empty:
         status.line(f"{name} holds no text: it is left out")
@@ -200,7 +200,7 @@ def read_documents(request: RunRequest, status: Status) -> list[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Session:
-    """What ``--session`` names.
+    """The session that ``--session`` names.
 
     version: of the file when it was looked at first; manifest: None where there is no such file yet.
     """
@@ -222,7 +222,7 @@ class Session:
         return cls(name, path, version, sessions.read_manifest(path) if path.exists() else None)
 
     def over(self, context: click.Context, model: str | None, options: ChatOptions) -> tuple[str | None, ChatOptions]:
-        """The model and the options, with what the session was made with where the user chose nothing."""
+        """The model and the options; where the user chose nothing, the session's own."""
         from kvcompose_local.chat import sessions
 
         saved = self.manifest
@@ -248,7 +248,7 @@ class Session:
 
 
 def can_autosave(request: RunRequest, session: Session, status: Status) -> bool:
-    """Whether the chat can be saved at its end, where it is to be. Raises SessionError where that was asked for."""
+    """Whether the chat is to be saved at its end, and can be. Raises SessionError where ``--session`` cannot be saved."""
     from kvcompose_local.chat import sessions
 
     if request.no_autosave:
@@ -267,7 +267,7 @@ def can_autosave(request: RunRequest, session: Session, status: Status) -> bool:
 def autosaving(
     local: LocalChat, request: RunRequest, session: Session, autosaves: bool, interrupts: Interrupts, status: Status
 ) -> Autosave:
-    """What saves and loads this chat. Raises KVComposeError where a session is wanted of what cannot be saved."""
+    """What saves and loads this chat. Raises KVComposeError where a session is wanted and the cache cannot be saved."""
     from kvcompose_local.terminal.autosave import Autosave
 
     why = local.memory.engine.cannot_snapshot
@@ -346,7 +346,7 @@ def talk(local: LocalChat, request: RunRequest, autosave: Autosave, interrupts: 
 
 
 def greet(local: LocalChat, status: Status) -> None:
-    """Say what runs, and what would make it better."""
+    """Say which model runs, and how chats get better."""
     import psutil
 
     from kvcompose_local.chat.scoring import Learned
@@ -402,14 +402,14 @@ def answer(line: str, answers: Answers, interrupts: Interrupts) -> None:
 
 
 def print_result(chat: Chat) -> None:
-    """What ``--json`` prints."""
+    """Print the JSON object of ``--json``."""
     from kvcompose_local.terminal.figures import result
 
     click.echo(json.dumps(result(chat), ensure_ascii=False))
 
 
 def is_fed(stream: TextIO) -> bool:
-    """Whether something was piped into standard input by now; an empty pipe is what many programs start others with."""
+    """Whether standard input holds something by now; many programs start others with an empty pipe."""
     try:
         import fcntl  # not on Windows
         import termios
