@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def begin_loading(context: click.Context, model: str | None, gpu_layers: int | None) -> Loading | None:
-    """Let another thread load a model that is there; None where something is wrong, which is told later, in its turn."""
+    """Let another thread load a model that is there; None where something is wrong, which is told in its turn."""
     from kvcompose_local.install import models
     from kvcompose_local.install.model_files import check_gguf
 

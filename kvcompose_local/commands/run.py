@@ -267,7 +267,7 @@ def can_autosave(request: RunRequest, session: Session, status: Status) -> bool:
 def autosaving(
     local: LocalChat, request: RunRequest, session: Session, autosaves: bool, interrupts: Interrupts, status: Status
 ) -> Autosave:
-    """What saves and loads this chat. Raises KVComposeError where a session is wanted and the cache cannot be saved."""
+    """Save and load this chat by what is returned. Raises KVComposeError where a wanted session cannot be saved."""
     from kvcompose_local.terminal.autosave import Autosave
 
     why = local.memory.engine.cannot_snapshot
