@@ -248,7 +248,7 @@ class Session:
 
 
 def can_autosave(request: RunRequest, session: Session, status: Status) -> bool:
-    """Whether the chat is to be saved at its end, and can be. Raises SessionError where ``--session`` cannot be saved."""
+    """Whether the chat is to be saved at its end, and can be. Raises SessionError where a named session cannot be."""
     from kvcompose_local.chat import sessions
 
     if request.no_autosave:
