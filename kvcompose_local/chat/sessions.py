@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 
 from kvcompose_local import __version__
 from kvcompose_local.chat import Chat, ChatState, Place, Step, sections
-from kvcompose_local.chat.memory import MemoryState
+from kvcompose_local.chat.memory import CacheMemory, MemoryState
 from kvcompose_local.chat.sections import Section, Sections
 from kvcompose_local.composing.scorer import DTYPE as SCORER_DTYPE
 from kvcompose_local.composing.scorer import Scorer
@@ -54,7 +54,10 @@ _LONGEST_NAME = 255
 _NAME = re.compile(r"[\w-][\w -]*")
 #: Texts of a ChatState, and what is left out where it is empty, as in older files.
 _STRINGS = ("draft", "fed")
-_OPTIONAL: dict[str, type] = {"template": str, "began": float}
+_OPTIONAL: dict[str, type] = {"template": str, "began": float, "tools": str}
+
+#: What messages hold where the model calls tools (:mod:`kvcompose_local.chat.tools`).
+_TOOL_KEYS = ("tool_calls", "tool_call_id", "name")
 
 Array = npt.NDArray[Any]
 
@@ -194,19 +197,25 @@ def save(path: Path, chat: Chat, setup: Setup, progress: Progress | None = None)
     Raises SessionError, with nothing left behind, where it cannot be written.
     """
     check_writable(path)
+    return save_state(path, chat.view(), chat.memory, setup, progress)  # all cells must not be in memory a second time
+
+
+def save_state(
+    path: Path, state: ChatState, memory: CacheMemory, setup: Setup, progress: Progress | None = None
+) -> int:
+    """Write the state of a chat with a model; memory: any of the same engine. Otherwise as :func:`save`."""
     digest = model_digest(setup.model, progress, setup.files)
-    state = chat.view()  # all cells must not be in memory a second time
     cells = state.memory.cells
     manifest = Manifest(
         format=FORMAT,
         program=__version__,
         llama_cpp=_pin(),
-        engine=chat.memory.engine.name,
+        engine=memory.engine.name,
         cache_type=setup.cache_type,
-        rope_factors=chat.memory.engine.shape.rope_factors,
+        rope_factors=memory.engine.shape.rope_factors,
         model_path=os.path.abspath(setup.model),  # not where links lead: shards are found by the names of links
         model_sha256=digest,
-        n_ctx=chat.memory.n_ctx,
+        n_ctx=memory.n_ctx,
         budget=float(setup.budget),
         composed=list(cells.composed),
         n_live=cells.n_live,
@@ -425,9 +434,9 @@ def _message(message: Any) -> dict[str, str]:
     """The same message. Raises ValueError for what is none."""
     if (
         not isinstance(message, dict)
-        or not {"role", "content"} <= message.keys() <= {"role", "content", "reasoning"}
+        or not {"role", "content"} <= message.keys() <= {"role", "content", "reasoning", *_TOOL_KEYS}
         or not all(isinstance(value, str) for value in message.values())
-        or message["role"] not in ("system", "user", "assistant")
+        or message["role"] not in ("system", "user", "assistant", "tool")
     ):
         raise ValueError("its messages are not those of a chat")
     return message

@@ -18,6 +18,7 @@ from kvcompose_local.commands.bench import bench_command
 from kvcompose_local.commands.eval import eval_command, profile_command
 from kvcompose_local.commands.options import CACHE_TYPE_NAMES, threads_option
 from kvcompose_local.commands.run import compress_command, run_command
+from kvcompose_local.commands.serve import serve_command
 from kvcompose_local.errors import KVComposeError
 from kvcompose_local.terminal.shown import show_on_terminals
 
@@ -136,7 +137,7 @@ def doctor() -> None:
         raise KVComposeError("something above needs mending before a chat can run")
 
 
-for command in (run_command, compress_command, bench_command, eval_command, profile_command):
+for command in (run_command, serve_command, compress_command, bench_command, eval_command, profile_command):
     cli.add_command(command)
 
 

@@ -217,6 +217,10 @@ class LlamaEngine(ABC):
         """How :meth:`sample` draws from now on."""
         self._context.set_sampling(sampling)
 
+    def set_grammar(self, gbnf: str) -> None:
+        """What :meth:`sample` may draw from now on, anything where it is empty. Raises InvalidInput where it is none."""
+        self._context.set_grammar(gbnf)
+
     def replay(self, tokens: Sequence[int], seen: AttentionSink) -> None:
         layout = self.layout()
         if len(tokens) > layout.n_free:

@@ -15,8 +15,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from kvcompose_local.errors import EngineError, ModelError
 from kvcompose_local.install.model_files import files_of
+from kvcompose_local.interfaces import IntArray
 from kvcompose_local.llama_ffi.header import has_tensor, integers, open_header, texts
 from kvcompose_local.llama_ffi.library import clear_log, last_log, lib
 from kvcompose_local.llama_ffi.text_parts import parts_of, sentencepiece_parts_of
@@ -264,7 +267,8 @@ class Model:
 
     def use_template(self, template: str) -> None:
         """Render by another template: one of :meth:`template_names`, Jinja source, or, empty, the GGUF's own again."""
-        self._template_name, self._template = template, None
+        if template != self._template_name:
+            self._template_name, self._template = template, None
 
     def template_names(self) -> list[str]:
         """Templates that have names: ``plain``, those that llama.cpp knows, and what else the GGUF has."""
@@ -316,18 +320,31 @@ class Model:
         self.template.format = form
 
     def render_chat(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool, now: datetime | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        now: datetime | None = None,
+        tools: Sequence[Any] = (),
     ) -> str:
         """``messages`` through the chat template, in a sandbox; now: for templates that tell the date.
+
+        tools: functions that the model may call, as OpenAI's protocol has them.
 
         A model without a template (a base model) gets :data:`PLAIN_TEMPLATE`. Raises ModelError when the template
         fails, refuses the messages or leaves some out.
         """
-        return self.template.render(messages, add_generation_prompt=add_generation_prompt, now=now)
+        return self.template.render(messages, add_generation_prompt=add_generation_prompt, now=now, tools=tools)
 
     def control_text(self, token: int) -> str:
         """The text of a control token, such as ``<|channel|>``; empty for all others."""
         return self._text_of(token) if lib.llama_vocab_is_control(self._vocab, token) else ""
+
+    @cached_property
+    def control_tokens(self) -> IntArray:
+        """All control tokens that end no answer: int64."""
+        controls = (t for t in range(self.n_vocab) if lib.llama_vocab_is_control(self._vocab, t))
+        return np.array([t for t in controls if not lib.llama_vocab_is_eog(self._vocab, t)], np.int64)
 
     def is_marker(self, text: str) -> bool:
         """Whether ``text`` is one token of the vocabulary that no other text becomes."""
@@ -435,7 +452,7 @@ def builtin_templates() -> list[str]:
 def _builtin_renderer(name: str) -> Renderer:
     """llama.cpp's own renderer of a template that has a name."""
 
-    def render(messages: list[dict[str, Any]], add_generation_prompt: bool, _now: datetime) -> str:
+    def render(messages: list[dict[str, Any]], add_generation_prompt: bool, _now: datetime, _tools: Any = ()) -> str:
         said = [(str(message["role"]).encode(), str(message["content"]).encode()) for message in messages]
         array = (lib.llama_chat_message * len(said))(*(lib.llama_chat_message(*pair) for pair in said))
         size = 2 * sum(map(len, (text for pair in said for text in pair))) + 1024
