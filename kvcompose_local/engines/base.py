@@ -11,9 +11,9 @@ from types import TracebackType
 import numpy as np
 from typing_extensions import Self
 
+from kvcompose_local.arena import SOFTMAX_BYTES
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput
 from kvcompose_local.interfaces import (
-    SOFTMAX_BYTES,
     AttentionSink,
     CacheLayout,
     CacheSnapshot,

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from kvcompose_local.arena import value_types
 from kvcompose_local.errors import EngineError, InvalidInput
 from kvcompose_local.interfaces import ByteArray, FloatArray, Sampling
 from kvcompose_local.interrupts import uninterrupted
@@ -18,7 +19,6 @@ from kvcompose_local.llama_ffi.library import bind, clear_log, last_log, lib
 from kvcompose_local.llama_ffi.model import Model
 
 #: ggml's type numbers of what K and V may be stored as.
-_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
 _SOFTMAX_PREFIX = b"kq_soft_max-"
 _WINDOW_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 #: Tokens drawn before that penalties look at.
@@ -45,12 +45,6 @@ _kvc_get_rope_factors = bind(
 _ROPE_FACTORS = ("", "short", "long")
 
 
-def type_numbers(cache_type: str) -> tuple[int, int]:
-    """ggml's numbers of what K and V are stored as in a cache of this type, such as ``q8_0`` or ``q8_0/q4_0``."""
-    k, _, v = cache_type.partition("/")
-    return _TYPES[k], _TYPES[v or k]
-
-
 class _Floats:
     """float32 numbers of llama.cpp's, for NumPy to look at where they are.
 
@@ -70,7 +64,7 @@ class Context:
     """A llama.cpp context with one sequence.
 
     n_ctx: cells, a multiple of 256; n_ubatch: most tokens of a micro-batch; flash_attention: False makes the softmax
-    visible in every pass and V transposed; cache_type: see :func:`type_numbers`; n_outputs: most logits of a
+    visible in every pass and V transposed; cache_type: of :data:`arena.CACHE_TYPES`; n_outputs: most logits of a
     micro-batch, for which buffers are taken; callback_at_creation: let the tap work from the start (an unpatched
     llama.cpp cannot install it later); n_positions: what the sequence may span, if that is not ``n_ctx`` (an unpatched
     llama.cpp cannot be told).
@@ -108,7 +102,7 @@ class Context:
         params.n_threads = n_threads
         params.n_threads_batch = n_threads
         params.flash_attn_type = 1 if flash_attention else 0
-        params.type_k, params.type_v = type_numbers(cache_type)
+        params.type_k, params.type_v = (kind.ggml_type for kind in value_types(cache_type))
         params.swa_full = False
         params.no_perf = True
         if callback_at_creation:

@@ -15,6 +15,7 @@ import psutil
 from kvcompose_local.api import LocalChat
 from kvcompose_local.chat import ChatState, TurnStats, sessions
 from kvcompose_local.chat.transcript import Saved, Transcript
+from kvcompose_local.chat_options import ChatOptions
 from kvcompose_local.errors import ContextFull, InvalidInput, KVComposeError, NoHome, PositionsFull
 from kvcompose_local.install.model_files import model_digest, size_of
 from kvcompose_local.install.resources import state_folder
@@ -37,14 +38,13 @@ KEEP_RATIO = 0.15
 
 @dataclass(frozen=True)
 class Options:
-    """What models are served with; see ``kvcompose-local serve --help``. keep, keep_disk: bytes."""
+    """What models are served with, as ``kvcompose-local serve --help`` tells.
 
-    budget: float = 0.25
-    n_ctx: int | None = None
-    n_threads: int | None = None
-    gpu_layers: int | None = None
-    cache_type: str | None = None
-    template: str | None = None
+    keep, keep_disk: bytes of chats that wait, in memory and on disk; keep_ratio: what is kept of one where room is
+    short, a share of its own tokens' F16 bytes.
+    """
+
+    chat: ChatOptions
     keep: int = 2 << 30
     keep_disk: int = 8 << 30
     keep_ratio: float = KEEP_RATIO
@@ -98,17 +98,8 @@ class Hosted:
                 f"{self.name} takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free",
                 retry_after=60,
             )
-        started, o = time.monotonic(), self.options
-        local = LocalChat(
-            self.path,
-            budget=o.budget,
-            n_ctx=o.n_ctx,
-            n_threads=o.n_threads,
-            gpu_layers=o.gpu_layers,
-            cache_type=o.cache_type,
-            template=o.template,
-            system="",
-        )
+        started = time.monotonic()
+        local = LocalChat(self.path, replace(self.options.chat, system=""))
         try:
             self._conversation = Conversation(
                 local.chat.model,
@@ -470,7 +461,7 @@ class Hosted:
             "id": self.name,
             "loaded": True,
             "n_ctx": memory.n_ctx,
-            "budget": self.options.budget,
+            "budget": self.options.chat.budget,
             "cache_type": engine.shape.cache_type,
             "engine": engine.name,
             "has_template": model.has_template,

@@ -14,7 +14,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from kvcompose_local.chat import Message
-from kvcompose_local.interfaces import Sampling
+from kvcompose_local.chat_options import Sampling
 from kvcompose_local.server.guard import refusal
 from kvcompose_local.server.requests import (
     Begun,

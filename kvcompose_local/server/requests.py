@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvcompose_local.chat import Message
-from kvcompose_local.interfaces import Sampling
+from kvcompose_local.chat_options import Sampling
 
 
 @dataclass(frozen=True)

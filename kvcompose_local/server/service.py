@@ -13,6 +13,7 @@ import psutil
 from starlette.requests import Request as HttpRequest
 
 from kvcompose_local import __version__
+from kvcompose_local.errors import KVComposeError
 from kvcompose_local.server.hosted import Hosted
 from kvcompose_local.server.metrics import Metrics
 from kvcompose_local.server.requests import Begun, Done, Event, Failed, Job, Reading, Refused, Request, Result
@@ -39,10 +40,19 @@ class Service:
         self.defaults = defaults
         self.idle_unload = idle_unload
         self.metrics = Metrics(self)
-        self.worker = Worker(self._at_rest, self._at_the_end)
+        self.worker = Worker(self._at_start, self._at_rest, self._at_the_end)
+        self.failure: BaseException | None = None  # why the first model cannot be loaded
+        self.on_failure: Callable[[BaseException], None] = lambda _error: None
         self.started = int(time.time())
 
     # -- for the engine's thread --------------------------------------------------------------------------------------
+
+    def _at_start(self) -> None:
+        try:
+            self.models[self.default].load()
+        except BaseException as error:
+            self.failure = KVComposeError(str(error)) if isinstance(error, Refused) else error
+            self.on_failure(error)
 
     def _at_rest(self) -> None:
         for hosted in self.models.values():

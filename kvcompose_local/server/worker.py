@@ -78,12 +78,14 @@ class FairQueue:
 
 
 class Worker:
-    """Runs jobs one after another; between them ``at_rest`` is called now and then, and ``at_the_end`` once."""
+    """Runs jobs one after another, between ``at_start`` and ``at_the_end``; where there are none, ``at_rest``."""
 
-    def __init__(self, at_rest: Callable[[], None], at_the_end: Callable[[], None]) -> None:
+    def __init__(
+        self, at_start: Callable[[], None], at_rest: Callable[[], None], at_the_end: Callable[[], None]
+    ) -> None:
         self.queue = FairQueue()
         self.running: Job | None = None
-        self._at_rest, self._at_the_end = at_rest, at_the_end
+        self._at_start, self._at_rest, self._at_the_end = at_start, at_rest, at_the_end
         self.is_stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -108,6 +110,7 @@ class Worker:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
+        self._at_start()
         while not self.is_stopping.is_set():
             taken = self.queue.take(1.0)
             try:
