@@ -21,7 +21,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -304,17 +304,7 @@ def load(path: Path, chat: Chat, setup: Setup, progress: Progress | None = None)
     """
     with _opened(path) as (manifest, parts):
         check_model(manifest, setup, progress)
-        shape = chat.memory.engine.shape
-        if manifest.position > chat.memory.n_ctx:  # before anything of that size is read
-            raise SessionError(f"the session spans {manifest.position} positions: raise --ctx to that at least")
-        if manifest.rope_factors != shape.rope_factors:  # its keys were turned by others than the next ones will be
-            raise SessionError(
-                f"the session was made with the model's {manifest.rope_factors or 'only'} RoPE factors, and this chat "
-                f"has its {shape.rope_factors or 'only'} ones: start with --ctx {manifest.n_ctx}"
-            )
-        state = _state_of(manifest, parts, shape)
-        if state.memory.cells.window.size and manifest.llama_cpp != _pin():
-            raise SessionError(f"the session's sliding windows are those of {manifest.llama_cpp}, and this is {_pin()}")
+        state = _fitting_state(manifest, parts, chat.memory)
         before = chat.memory.position
         try:
             chat.restore(state)
@@ -322,6 +312,32 @@ def load(path: Path, chat: Chat, setup: Setup, progress: Progress | None = None)
             lost = "; the chat that was here is lost" if chat.memory.position < before else ""
             raise SessionError(f"it cannot be loaded: {error}{lost}") from error
     return manifest
+
+
+def read_state(path: Path, memory: CacheMemory, setup: Setup) -> ChatState:
+    """The state in a file, for a chat with this memory's engine. Raises SessionError as :func:`load`."""
+    with _opened(path) as (manifest, parts):
+        check_model(manifest, setup)
+        state = _fitting_state(manifest, parts, memory)
+        held, cells = state.memory, state.memory.cells
+        cells = replace(cells, keys=tuple(cells.keys), values=tuple(cells.values))
+        return replace(state, memory=replace(held, scores=tuple(held.scores), origins=tuple(held.origins), cells=cells))
+
+
+def _fitting_state(manifest: Manifest, parts: Sections, memory: CacheMemory) -> ChatState:
+    """The state that the sections hold. Raises SessionError where a chat with this memory cannot have it."""
+    shape = memory.engine.shape
+    if manifest.position > memory.n_ctx:  # before anything of that size is read
+        raise SessionError(f"the session spans {manifest.position} positions: raise --ctx to that at least")
+    if manifest.rope_factors != shape.rope_factors:  # its keys were turned by others than the next ones will be
+        raise SessionError(
+            f"the session was made with the model's {manifest.rope_factors or 'only'} RoPE factors, and this chat "
+            f"has its {shape.rope_factors or 'only'} ones: start with --ctx {manifest.n_ctx}"
+        )
+    state = _state_of(manifest, parts, shape)
+    if state.memory.cells.window.size and manifest.llama_cpp != _pin():
+        raise SessionError(f"the session's sliding windows are those of {manifest.llama_cpp}, and this is {_pin()}")
+    return state
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from kvcompose_local.terminal.status import Status
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
 
-class Size(click.ParamType):
+class Size(click.ParamType):  # type: ignore[type-arg]
     """Bytes, such as ``500MB``, ``2GB`` or ``1.5GiB``."""
 
     name = "size"

@@ -218,7 +218,7 @@ class LlamaEngine(ABC):
         self._context.set_sampling(sampling)
 
     def set_grammar(self, gbnf: str) -> None:
-        """What :meth:`sample` may draw from now on, anything where it is empty. Raises InvalidInput where it is none."""
+        """What :meth:`sample` may draw from now on, anything where it is empty. Raises InvalidInput for no grammar."""
         self._context.set_grammar(gbnf)
 
     def replay(self, tokens: Sequence[int], seen: AttentionSink) -> None:

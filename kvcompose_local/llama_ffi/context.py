@@ -259,7 +259,7 @@ class Context:
         self._sampler = chain
 
     def set_grammar(self, gbnf: str) -> None:
-        """Draw what this grammar allows from now on, anything where it is empty. Raises InvalidInput where it is none."""
+        """Draw what this grammar allows from now on, anything where it is empty. Raises InvalidInput for no grammar."""
         grammar = Grammar(self.model, gbnf) if gbnf else None
         if self._grammar is not None:
             self._grammar.close()

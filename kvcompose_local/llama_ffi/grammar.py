@@ -1,4 +1,4 @@
-"""Answers of a given form: llama.cpp's grammar sampler, and grammars of JSON schemas by llama-cpp-python's converter."""
+"""Answers of a given form: llama.cpp's grammar sampler, and llama-cpp-python's converter of JSON schemas."""
 
 from __future__ import annotations
 

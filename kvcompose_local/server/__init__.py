@@ -2,9 +2,9 @@
 
 ::
 
-    client ── HTTP ── guard ── openai / responses / anthropic / own ── Request ── Worker (one thread) ── Hosted ── engine
-                                                          ◄──────────── events of the answer ────────┘      │
-                                                                                                          Keeping
+    client ── HTTP ── guard ── openai / responses / anthropic / own ── Request ── Worker (a thread) ── Hosted ── engine
+                                                         ◄──────────── events of the answer ─────┘        │
+                                                                                                       Keeping
 
 * :mod:`app` puts the application together, :mod:`guard` checks who asks, and how much.
 * :mod:`openai`, :mod:`responses`, :mod:`anthropic` speak a protocol each and know nothing of chats; :mod:`own` is what

@@ -15,7 +15,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.types import ASGIApp
 
 from kvcompose_local import __version__
-from kvcompose_local.server import openai
+from kvcompose_local.server import openai, own
 from kvcompose_local.server.guard import Access, Guard, refusal
 from kvcompose_local.server.requests import Refused
 from kvcompose_local.server.service import Service
@@ -68,6 +68,7 @@ def application(service: Service, access: Access) -> ASGIApp:
         return _file(name)
 
     app.include_router(openai.router)
+    app.include_router(own.router)
 
     @app.exception_handler(Refused)
     async def refused(http: HttpRequest, error: Refused) -> Response:

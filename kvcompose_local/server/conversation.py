@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from kvcompose_local.chat.reasoning import Reader
 from kvcompose_local.chat.transcript import UNPLACED, n_common
 from kvcompose_local.errors import PositionsFull
 from kvcompose_local.llama_ffi.model import Model
-from kvcompose_local.server.requests import TokenChance
+from kvcompose_local.server.requests import Request, TokenChance
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,17 @@ class Conversation(Chat):
         self.tells_tags = False
         self._constraint = Constraint()
         self._n_logprobs: int | None = None
-        self.chances: list[TokenChance] = []  # of the tokens drawn since somebody looked
+        self._chances: list[TokenChance] = []
 
     def new(self) -> None:
         """Forget everything, also the system prompt."""
         self.memory.clear()
         self.transcript = Transcript(self.model, None)
 
-    def want(self, messages: Sequence[Message], tools: str) -> str:
-        """The text of a conversation and what begins its answer, as it would be told now. Raises ModelError."""
+    def want(self, messages: Sequence[Message], tools: str, began: datetime | None = None) -> str:
+        """The text of a conversation that began then, and what begins its answer. Raises ModelError."""
         options = {"tools": json.loads(tools)} if tools else {}
-        return self.model.render_chat(messages, add_generation_prompt=True, now=self.transcript.began, **options)
+        return self.model.render_chat(messages, add_generation_prompt=True, now=began, **options)
 
     def check_length(self, want: str) -> int:
         """Tokens of a text. Raises PositionsFull where they are more than there are positions."""
@@ -69,8 +70,10 @@ class Conversation(Chat):
     def read_head(self, messages: Sequence[Message], tools: str, stats: TurnStats) -> bool:
         """Read what stands before the first message, from nothing; returns whether that came to its end."""
         self.new()
-        self.transcript = Transcript(self.model, messages[0]["content"] if messages[0]["role"] == "system" else None)
-        self.transcript.tools = tools
+        said = self.transcript = Transcript(
+            self.model, messages[0]["content"] if messages[0]["role"] == "system" else None
+        )
+        said.tools = tools
         with self._taken_back_on_failure():
             self._follow(self.transcript.head(), stats)
             self._read(stats)
@@ -78,54 +81,41 @@ class Conversation(Chat):
 
     def answer_to(
         self,
-        messages: Sequence[Message],
-        tools: str,
+        request: Request,
+        constraint: Constraint,
         *,
         max_tokens: int,
-        forced: str = "",
-        constraint: Constraint = Constraint(),  # noqa: B008 - it is frozen
-        n_logprobs: int | None = None,
         stats: TurnStats,
         on_begin: Callable[[int, int, int], None],
     ) -> Generator[Said]:
-        """Be a conversation of these messages, and answer it; yields the answer in pieces.
+        """Be a request's conversation, and answer it; yields the answer in pieces.
 
-        forced: how the answer begins; on_begin is told, before anything is read, of how many tokens the prompt is, how
-        many of them are held, and how many more were but are read again. Raises ContextFull, with the conversation as
-        it was, where it does not fit.
+        on_begin is told, before anything is read, of how many tokens the prompt is, how many of them are held, and how
+        many more were but are read again. Raises ContextFull, with the conversation as it was, where it does not fit.
         """
         self._check_idle()
         said = self.transcript
         with self._taken_back_on_failure():
-            went_on = self._tell(messages, tools)
-            if not said.fed and (head := self.head(messages, tools)):  # where other chats may part from this one
-                self._follow(head)
-            self._follow(said.prompt(), stats, go_back=not went_on)
-            said.begin_answer()
-            if forced:
-                said.queue(said.fed + forced, len(said.fed))
+            if request.prompt is not None:
+                said.follow_text(request.prompt)
+            else:
+                went_on = self._tell(request.messages, request.tools)
+                if not said.fed and (head := self.head(request.messages, request.tools)):
+                    self._follow(head)  # where other chats may part from this one
+                self._follow(said.prompt(), stats, go_back=not went_on)
+                said.begin_answer()
+                if request.forced:
+                    said.queue(said.fed + request.forced, len(said.fed))
             self._begin(stats, on_begin)
         self.turns = [stats]  # a server's chats have no end
-        yield from self._answer_by(constraint, n_logprobs, stats, max_tokens)
-
-    def go_on(
-        self,
-        prompt: str,
-        *,
-        max_tokens: int,
-        constraint: Constraint,
-        n_logprobs: int | None,
-        stats: TurnStats,
-        on_begin: Callable[[int, int, int], None],
-    ) -> Generator[Said]:
-        """Go on with a text that is no conversation; otherwise as :meth:`answer_to`."""
-        self._check_idle()
-        said = self.transcript
-        with self._taken_back_on_failure():
-            said.follow_text(prompt)
-            self._begin(stats, on_begin)
-        self.turns = [stats]
-        yield from self._answer_by(constraint, n_logprobs, stats, max_tokens)
+        self._constraint, self._n_logprobs, self._chances = constraint, request.n_logprobs, []
+        if constraint.grammar and not constraint.waits:
+            self.memory.engine.set_grammar(constraint.grammar)  # type: ignore[attr-defined]
+        try:
+            yield from self._answer(stats, max_tokens)
+        finally:
+            self.memory.engine.set_grammar("")  # type: ignore[attr-defined]
+            self._constraint, self._n_logprobs = Constraint(), None
 
     def _begin(self, stats: TurnStats, on_begin: Callable[[int, int, int], None]) -> None:
         memory, tokens = self.memory, self.transcript.tokens
@@ -135,17 +125,29 @@ class Conversation(Chat):
         on_begin(len(tokens), cached, held - cached + stats.reread_tokens)
         self._read(stats, for_logits=True)
 
-    def _answer_by(
-        self, constraint: Constraint, n_logprobs: int | None, stats: TurnStats, max_tokens: int
-    ) -> Generator[Said]:
-        self._constraint, self._n_logprobs, self.chances = constraint, n_logprobs, []
-        if constraint.grammar and not constraint.waits:
-            self.memory.engine.set_grammar(constraint.grammar)  # type: ignore[attr-defined]
-        try:
-            yield from self._answer(stats, max_tokens)
-        finally:
-            self.memory.engine.set_grammar("")  # type: ignore[attr-defined]
-            self._constraint, self._n_logprobs = Constraint(), None
+    def take_chances(self) -> tuple[TokenChance, ...]:
+        """Of the tokens drawn since this was called last."""
+        chances, self._chances = tuple(self._chances), []
+        return chances
+
+    def pin_passage(self, start: int, stop: int) -> int:
+        """Keep the tokens from ``start`` to ``stop``; returns how many had to be read again for that.
+
+        Raises ContextFull where a compaction could not keep that much.
+        """
+        memory = self.memory
+        if memory.pin(start, stop):
+            return 0
+        n_again = memory.position - start
+        stats = TurnStats()
+        with self._taken_back_on_failure():
+            self._read(stats, n_kept=start)
+        return max(stats.prompt_tokens, n_again)
+
+    def unpin_all(self) -> None:
+        """Let everything compete again but the system prompt."""
+        self.memory.pins = []
+        self._pin_system()
 
     def _tell(self, messages: Sequence[Message], tools: str) -> bool:
         """Be of these messages, of which the cache is yet to be told; returns whether they go on from ours.
@@ -183,7 +185,7 @@ class Conversation(Chat):
         likeliest = sorted(((float(logits[t]), int(t)) for t in best), reverse=True)
         if not self.model.is_end(token):
             raw = self.raw(token)
-            self.chances.append(
+            self._chances.append(
                 TokenChance(raw, float(logits[token]), tuple((self.raw(t), chance) for chance, t in likeliest))
             )
         return token

@@ -1,9 +1,10 @@
 """The chats that are kept: their texts on disk, their cells in memory and then on disk, the oldest out first.
 
 A chat is two files of one folder, which is its model's: ``ID.json`` holds its text, is written before a client is told
-that the answer is whole, and is all that is promised; ``ID.kvc`` holds its cells, as :mod:`kvcompose_local.chat.sessions`
-writes them, so that they need not be read again. A *prefix* is a chat without messages: a system prompt and tools that
-other chats begin with. It has cells alone, in ``prefix-DIGEST.kvc``.
+that the answer is whole, and is all that is promised; ``ID.kvc`` holds its cells, as
+:mod:`kvcompose_local.chat.sessions` writes them, so that they need not be read again. A *prefix* is a chat without
+messages: a system prompt and tools that other chats begin with. It has cells alone, in ``prefix-DIGEST.kvc``, and what
+tells which chats begin so in ``prefix-DIGEST.marks``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
 from kvcompose_local.chat import ChatState, Message
 from kvcompose_local.composing.scorer import DTYPE
@@ -122,6 +124,10 @@ class Keeping:
 
     # -- what there is ------------------------------------------------------------------------------------------------
 
+    def __contains__(self, kept: Kept) -> bool:
+        with self._lock:
+            return self._chats.get(kept.id) is kept
+
     def __iter__(self) -> Iterator[Kept]:
         with self._lock:
             return iter([*self._chats.values()])
@@ -211,10 +217,10 @@ class Keeping:
         found = [kept for kept in self if kept.state is not None and not (kept.is_small or kept.is_stale)]
         return min(found, key=lambda kept: kept.used, default=None)
 
-    def drop_stale(self) -> None:
-        """Forget cells of earlier turns, the oldest first, until the rest is within the bound."""
+    def drop_stale(self, n_bytes: int) -> None:
+        """Forget cells of earlier turns, the oldest first, until there is room for so many bytes more, or none left."""
         for kept in sorted(self, key=lambda kept: kept.used):
-            if self.over() and kept.is_stale:
+            if self.n_bytes + n_bytes > self.bound and kept.is_stale:
                 kept.state, kept.n_bytes = None, 0
 
     def evict(self) -> bool:
@@ -244,7 +250,7 @@ class Keeping:
             log.warning("the cells of chat %s are not on disk: %s", kept.id, error)
         for other in sorted(self, key=lambda kept: kept.used):
             if self.disk_bytes > self.disk_bound and other is not kept and other.file_bytes:
-                self._forget_file(other)
+                self.forget_file(other)
 
     def unwritten(self) -> Kept | None:
         """The chat used last whose cells are in memory alone."""
@@ -259,7 +265,7 @@ class Keeping:
             self._chats.pop(kept.id, None)
             self._texts.pop(kept.id, None)
         kept.state, kept.n_bytes = None, 0
-        self._forget_file(kept)
+        self.forget_file(kept)
         if self.folder is not None and not kept.is_prefix:
             (self.folder / f"{kept.id}.json").unlink(missing_ok=True)
 
@@ -267,7 +273,8 @@ class Keeping:
         """Where its cells are on disk, or would be."""
         return None if self.folder is None else self.folder / f"{kept.id}.kvc"
 
-    def _forget_file(self, kept: Kept) -> None:
+    def forget_file(self, kept: Kept) -> None:
+        """Forget its cells on disk."""
         kept.file_bytes, kept.is_written = 0, False
         if (path := self.file_of(kept)) is not None:
             with suppress(OSError):
@@ -315,11 +322,11 @@ class Keeping:
         for path in self.folder.glob("*.kvc"):
             with suppress(OSError):
                 status = path.stat()
-                kept = self._chats.get(path.stem) or self._prefix_of(path, status.st_mtime)
-                if kept is None:
+                found = self._chats.get(path.stem) or self._prefix_of(path, status.st_mtime)
+                if found is None:
                     path.unlink()
                 else:
-                    kept.file_bytes, kept.is_written = status.st_size, True
+                    found.file_bytes, found.is_written = status.st_size, True
 
     def _prefix_of(self, path: Path, used: float) -> Kept | None:
         """A prefix that is on disk: its marks stand in a file beside it."""
@@ -341,7 +348,7 @@ def compact(state: ChatState) -> tuple[ChatState, int]:
     scores = [array.astype(DTYPE) for array in memory.scores]
     width = np.min_scalar_type(max(cells.position, 1))
     origins = [array.astype(width) for array in memory.origins]
-    arrays = [*cells.keys, *cells.values, *scores, *origins, cells.window]
+    arrays: list[npt.NDArray[Any]] = [*cells.keys, *cells.values, *scores, *origins, cells.window]
     n_bytes = sum(array.nbytes for array in arrays) + 36 * len(memory.tokens) + 2 * len(state.fed)
     n = len(scores)
     small = replace(

@@ -20,15 +20,20 @@ class Metrics:
     def __init__(self, service: Service) -> None:
         self._service = service
         self.registry = CollectorRegistry()
-        counter = {"registry": self.registry, "namespace": "kvcompose"}
-        self.answers = Counter("answers", "Answers, by how they ended.", ["finish"], **counter)
-        self.refused = Counter("refused", "Requests refused since too many waited.", **counter)
-        self.failed = Counter("failed", "Requests that failed, by status.", ["status"], **counter)
-        self.prompt = Counter("prompt_tokens", "Tokens of prompts.", **counter)
-        self.cached = Counter("cached_tokens", "Tokens of prompts that were held.", **counter)
-        self.reread = Counter("reread_tokens", "Tokens of prompts that were read before and read again.", **counter)
-        self.generated = Counter("generated_tokens", "Tokens of answers.", **counter)
-        self.read_seconds = Histogram("read_seconds", "Seconds that prompts took to be read.", **counter)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"kvcompose_{name}", text, labels, registry=self.registry)
+
+        self.answers = counter("answers", "Answers, by how they ended.", "finish")
+        self.refused = counter("refused", "Requests refused since too many waited.")
+        self.failed = counter("failed", "Requests that failed, by status.", "status")
+        self.prompt = counter("prompt_tokens", "Tokens of prompts.")
+        self.cached = counter("cached_tokens", "Tokens of prompts that were held.")
+        self.reread = counter("reread_tokens", "Tokens of prompts that were read before and read again.")
+        self.generated = counter("generated_tokens", "Tokens of answers.")
+        self.read_seconds = Histogram(
+            "kvcompose_read_seconds", "Seconds that prompts took to be read.", registry=self.registry
+        )
         self.registry.register(_Gauges(service))
 
     def count(self, event: Event, begun: Begun | None = None) -> None:

@@ -63,7 +63,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Begun:
-    """The chat that was chosen. Tokens of the prompt: in all, not read again, and read again though they were before."""
+    """The chat that was chosen; tokens of the prompt: in all, held, and read again though they were read before."""
 
     chat: str
     prompt_tokens: int

@@ -49,7 +49,7 @@ class Service:
 
     def _at_start(self) -> None:
         try:
-            self.models[self.default].load()
+            _ = self.models[self.default].exchange
         except BaseException as error:
             self.failure = KVComposeError(str(error)) if isinstance(error, Refused) else error
             self.on_failure(error)
