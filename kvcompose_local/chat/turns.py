@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from kvcompose_local.chat.memory import CacheMemory, MemoryState
-from kvcompose_local.chat.reasoning import CLOSE, OPEN, Reader, Said
+from kvcompose_local.chat.reasoning import CLOSE, OPEN, Format, Reader, Said
 from kvcompose_local.chat.transcript import Message, Place, Saved, Step, TextModel, Transcript, n_common
 from kvcompose_local.errors import ContextFull, InvalidInput, KVComposeError
 from kvcompose_local.interfaces import Progress
@@ -456,7 +456,7 @@ class Chat:
     def _generate(self, stats: TurnStats, max_tokens: int) -> Iterator[Said]:
         # Tokens are bytes, not characters: one character may span several tokens.
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        said, form = self.transcript, self.model.reasoning_format
+        said, form = self.transcript, self._format()
         reader = Reader(form, is_reasoning=bool(form.opens_at_end(said.fed)))
         started, reports = time.perf_counter(), len(self.memory.reports)
         held, whole = "", said.end  # what may begin a stop text; where what was said and its tokens end alike
@@ -506,6 +506,10 @@ class Chat:
         yield from reader.finish()
         if form.at_start and reader.opened:  # the template says nothing of it: this is how its model thinks
             self.model.use_format(form.of(reader.opened))
+
+    def _format(self) -> Format:
+        """How the model marks its thinking, and what else its answers hold."""
+        return self.model.reasoning_format
 
     def _draw(self, reader: Reader) -> int:
         """The next token of an answer that ``reader`` has read so far."""

@@ -157,10 +157,7 @@ class Hosted:
         exchange.should_stop = lambda: job.is_cancelled
         stats = TurnStats()
         try:
-            want = request.prompt
-            if want is None:
-                want = conversation.want(request.messages, request.tools)
-            conversation.check_length(want)
+            conversation.check_length(conversation.want_of(request))
             conversation.on_read = lambda done, total: job.emit(Reading(done, total))
             kept = exchange.change_to(request, stats)
 

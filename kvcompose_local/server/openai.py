@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from kvcompose_local.chat import Message
 from kvcompose_local.chat_options import Sampling
+from kvcompose_local.errors import InvalidInput
 from kvcompose_local.server.guard import refusal
 from kvcompose_local.server.requests import (
     Begun,
@@ -27,6 +28,7 @@ from kvcompose_local.server.requests import (
     ToolCall,
     one_line,
 )
+from kvcompose_local.server.schemas import grammar_of
 from kvcompose_local.server.service import Answering, Service, client_of
 from kvcompose_local.server.sse import EventStream
 
@@ -126,10 +128,67 @@ class Sampled(Loose):
             raise Refused(400, f"n: one answer at a time, not {self.n}", param="n")
 
 
+class ToolFunction(Loose):
+    """A function that the model may call; parameters: the JSON schema of its arguments."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(Loose):
+    """A tool: functions are all there are."""
+
+    type: Literal["function"]
+    function: ToolFunction
+
+
+class ChosenFunction(Loose):
+    """The function that must be called."""
+
+    name: str
+
+
+class ToolChoice(Loose):
+    """A call that is forced."""
+
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+class JsonSchema(Loose):
+    """A schema that the answer must follow."""
+
+    name: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+
+
+class ResponseFormat(Loose):
+    """The form of an answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def grammar(self) -> str:
+        """Raises Refused."""
+        if self.type == "text":
+            return ""
+        schema: Any = {"type": "object"}
+        if self.type == "json_schema":
+            if self.json_schema is None or self.json_schema.schema_ is None:
+                raise Refused(400, "response_format: there is no schema in it", param="response_format")
+            schema = self.json_schema.schema_
+        return schema_grammar(schema, "response_format")
+
+
 class ChatRequest(Sampled):
     """A chat completion that is asked for."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -139,9 +198,15 @@ class ChatRequest(Sampled):
         """What the engine's thread is asked. Raises Refused."""
         self.check_n()
         longest = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        tools = [tool.model_dump(exclude_none=True) for tool in self.tools or []]
+        choice = self.tool_choice.function.name if isinstance(self.tool_choice, ToolChoice) else self.tool_choice
         return Request(
             model=self.model or "",
             messages=tuple(internal(message) for message in self.messages),
+            tools=one_line(tools) if tools else "",
+            tool_choice=checked_choice(choice or "auto", tools),
+            parallel_calls=self.parallel_tool_calls is not False,
+            grammar=self.response_format.grammar() if self.response_format else "",
             sampling=self.sampling(service.defaults),
             max_tokens=longest,
             stops=self.stops(),
@@ -149,6 +214,24 @@ class ChatRequest(Sampled):
             chat_id=self.chat_id,
             client=f"{client_of(http)} {self.user or ''}"[:300],
         )
+
+
+def checked_choice(choice: str, tools: list[dict[str, Any]]) -> str:
+    """The same. Raises Refused where no such tool is there."""
+    names = [tool["function"]["name"] for tool in tools]
+    if choice == "required" and not names:
+        raise Refused(400, "tool_choice: there are no tools to call", param="tool_choice")
+    if choice not in ("auto", "none", "required", *names):
+        raise Refused(400, f"tool_choice: there is no function {choice[:50]!r}", param="tool_choice")
+    return choice
+
+
+def schema_grammar(schema: Any, param: str) -> str:
+    """The grammar of a schema. Raises Refused."""
+    try:
+        return grammar_of(schema)
+    except InvalidInput as error:
+        raise Refused(400, f"{param}: {error}", param=param) from error
 
 
 def internal(message: ChatMessage) -> Message:
