@@ -179,6 +179,11 @@ class Hosted:
             conversation.on_read = None
             self._look()
 
+    def count(self, request: Request) -> int:
+        """Tokens of a request's conversation. Raises KVComposeError."""
+        conversation = self.exchange.conversation
+        return len(conversation.model.tokenize(conversation.want_of(request)))
+
     def is_current(self, kept: Kept) -> bool:
         """Whether the engine holds its cells."""
         exchange = self._exchange

@@ -264,9 +264,9 @@ def _is_plain(value: Any) -> bool:
 
 def _is_of(value: Any, kind: Any) -> bool:
     if isinstance(value, bool):
-        return kind == "boolean"
+        return bool(kind == "boolean")
     if isinstance(value, (int, float)):
-        return kind == "number" or (kind == "integer" and value == int(value))
+        return bool(kind == "number" or (kind == "integer" and value == int(value)))
     kinds: dict[type, str] = {str: "string", dict: "object", list: "array", type(None): "null"}
     return bool(kinds[type(value)] == kind)
 
