@@ -399,22 +399,28 @@ class Chat:
         if go_on:
             memory.check_positions(n_shared, len(tokens) - n_shared)
         reports, started, before = len(memory.reports), time.perf_counter(), n_shared
+        n_new = len(tokens) - n_shared
+        n_done: int | None = 0
 
         def progress(n: int, of: int) -> None:
             if self.on_read is not None:
-                self.on_read(n, of)
+                self.on_read(*(n, of) if n_done is None else (n_done + n, n_new))
             if self.should_stop():
                 raise KeyboardInterrupt
 
         try:
             if n_shared < memory.position:
-                if not memory.can_drop(n_shared):
-                    before = 0
-                    if tokens:
-                        self.on_rebuild(len(tokens))
+                n_again = memory.n_again(n_shared)
+                before -= n_again
+                if tokens and (n_again > memory.policy.n_tail or not memory.can_drop(n_shared)):
+                    self.on_rebuild(n_again + n_new)
+                n_done = None
                 memory.rewind(n_shared, progress)
             if go_on:
-                memory.feed(tokens[n_shared:], progress)
+                for start, stop in pairwise([n_shared, *self._places_to_mark(n_shared), len(tokens)]):
+                    memory.mark()
+                    n_done = start - n_shared
+                    memory.feed(tokens[start:stop], progress)
         except KeyboardInterrupt:
             stats.stopped = "interrupt"
         finally:
@@ -423,6 +429,16 @@ class Chat:
             spent = self._compaction_seconds(reports)
             stats.compaction_seconds += spent
             stats.prefill_seconds += time.perf_counter() - started - spent
+
+    def _places_to_mark(self, position: int) -> list[int]:
+        """Where the last turn and its answer begin, if behind ``position``: what is taken back leads there.
+
+        An answer is asked for by the last token before it, which is read by itself, so that it can be read again.
+        """
+        places = set()
+        for step in self.transcript.steps[-1:] if self.memory.moves_on else ():
+            places |= {step.begin.n_tokens, (step.answer or step.begin).n_tokens - 1}
+        return sorted(place for place in places if position < place < len(self.transcript.tokens))
 
     def _compaction_seconds(self, since: int) -> float:
         return sum(report.seconds for report in self.memory.reports[since:])

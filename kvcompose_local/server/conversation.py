@@ -127,7 +127,7 @@ class Conversation(Chat):
         memory, tokens = self.memory, self.transcript.tokens
         memory.check_positions(0, len(tokens))
         held = min(n_common(memory.tokens, tokens), len(tokens) - 1)
-        cached = held if held == memory.position or memory.can_drop(held) else 0
+        cached = held - (memory.n_again(held) if held < memory.position else 0)
         on_begin(len(tokens), cached, held - cached + stats.reread_tokens)
         self._read(stats, for_logits=True)
 

@@ -168,7 +168,8 @@ class Hosted:
 
             done = answer(conversation, request, job, stats, on_begin)
             said = conversation.transcript
-            keeping.tell(kept, said.messages, said.tools, len(said.tokens), said.began.timestamp(), self.name)
+            if request.prompt is None:  # the rest is nobody's chat
+                keeping.tell(kept, said.messages, said.tools, len(said.tokens), said.began.timestamp(), self.name)
             if job.is_cancelled:
                 log.info("chat %s: nobody waits any more", kept.id)
             job.emit(done)
