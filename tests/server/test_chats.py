@@ -94,9 +94,7 @@ def test_chats_go_on_after_a_restart(tiny_model: TinyModel) -> None:
         assert held(second) >= first["usage"]["total_tokens"] - 1
 
 
-def test_a_chat_whose_cells_are_lost_is_read_again_and_stays_the_same_chat(
-    tiny_model: TinyModel, state: Path
-) -> None:
+def test_a_chat_whose_cells_are_lost_is_read_again_and_stays_the_same_chat(tiny_model: TinyModel, state: Path) -> None:
     model = endless(tiny_model)
     messages: Messages = [SYSTEM]
     with serving(model) as server:
