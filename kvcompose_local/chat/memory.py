@@ -35,6 +35,7 @@ from kvcompose_local.interfaces import (
     Engine,
     FloatArray,
     HalfArray,
+    IntArray,
     Progress,
     Selection,
 )
@@ -205,6 +206,26 @@ class CacheMemory:
         finally:
             if len(self.tokens) + len(again) == before.position:  # unless a failure left nothing
                 self.feed(again)
+
+    def would_keep(self, n_bytes: int) -> tuple[list[IntArray], int]:
+        """What a compaction to so many bytes would keep now: nothing is changed but the logits, which are gone.
+
+        Returns of each layer the positions of the tokens in its composed cells, int64 (H, K_l), and how many of the
+        newest tokens would stay live. Raises as :meth:`compact`.
+        """
+        if not self.compose:
+            raise InvalidInput("this chat runs at budget 1: start it with --budget below 1 to compress")
+        with self._scratch_made():
+            layout = self.engine.layout()
+            n_tail = min(self.policy.least_tail, layout.n_live)
+            n_scored, first = layout.n_live - n_tail, layout.position - layout.n_live
+            live = self.scoring.scores(self.tokens, n_scored, self.policy.n_scratch, self.on_progress)
+            selection = self._chosen(layout, live, n_tail, n_bytes)
+            kept = []
+            for layer, rows in enumerate(selection):
+                _, origins = self._scores.rows(layer, live[layer], first)
+                kept.append(np.take_along_axis(origins, rows, axis=1).astype(np.int64))
+        return kept, n_tail
 
     def _compacted(self, keep: float | None) -> CompactionReport | None:
         """Score the live tokens, choose among all of them, and let the engine rewrite its cells."""

@@ -241,6 +241,10 @@ class LlamaEngine(ABC):
         """Let :meth:`sample` draw like this from now on."""
         self._context.set_sampling(sampling)
 
+    def set_grammar(self, gbnf: str) -> None:
+        """What :meth:`sample` may draw from now on, anything where it is empty. Raises InvalidInput for no grammar."""
+        self._context.set_grammar(gbnf)
+
     def replay(self, tokens: Sequence[int], seen: AttentionSink) -> None:
         layout = self.layout()
         if len(tokens) > layout.n_free:
