@@ -12,11 +12,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from kvcompose_local.chat_options import Sampling as Sampling
 
 FloatArray = npt.NDArray[np.float32]
 HalfArray = npt.NDArray[np.float16]
@@ -24,47 +25,6 @@ IntArray = npt.NDArray[np.int64]
 #: Rows by head, (H, K).
 Selection = npt.NDArray[np.integer[Any]]
 ByteArray = npt.NDArray[np.uint8]
-
-#: Numbers of a block of llama.cpp's quantized types.
-BLOCK = 32
-#: What K and V may be stored as, and the bytes of a number: a block has a scale or two.
-VALUE_BYTES = {
-    "f32": Fraction(4),
-    "f16": Fraction(2),
-    "bf16": Fraction(2),
-    "q8_0": Fraction(34, 32),
-    "q5_1": Fraction(24, 32),
-    "q5_0": Fraction(22, 32),
-    "q4_1": Fraction(20, 32),
-    "q4_0": Fraction(18, 32),
-}
-#: How cells may be stored; ``K/V`` where the two differ.
-CACHE_TYPES = (*VALUE_BYTES, "q8_0/q4_0")
-
-
-def share_of_f16(cache_type: str, k_size: int = 1, v_size: int = 1) -> Fraction:
-    """What a cell takes of the bytes of an F16 one; k_size, v_size: numbers of a key and of a value."""
-    k, _, v = cache_type.partition("/")
-    n_bytes = VALUE_BYTES[k] * k_size + VALUE_BYTES[v or k] * v_size
-    return n_bytes / (VALUE_BYTES["f16"] * (k_size + v_size))
-
-
-#: Bytes beside a cell for each of its KV heads: its score, the position of its token, and, while a compaction runs, its
-#: place in the selection (the last two take 4 each beyond 65,536 positions or cells).
-UPKEEP_BYTES = 2 + 2 + 2
-#: Of the bytes of all cells, what one explicit softmax may take. What it works in is half as much.
-SOFTMAX_SHARE = Fraction(1, 16)
-#: Bounds of that in bytes.
-SOFTMAX_BYTES = 4 << 20, 32 << 20
-
-
-class TokenShape(NamedTuple):
-    """What a token leaves in a cache: numbers of a head's key and of its value, and KV heads of all layers."""
-
-    k_size: int
-    v_size: int
-    n_heads: int
-
 
 #: Called with (tokens done, tokens in all); may raise KeyboardInterrupt to stop between micro-batches.
 Progress = Callable[[int, int], None]
@@ -156,17 +116,6 @@ class CacheSnapshot:
     keys: Sequence[ByteArray]
     values: Sequence[ByteArray]
     window: ByteArray
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn; temperature 0 is greedy. Fields are llama.cpp's samplers, applied in this order."""
-
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    temperature: float = 0.7
-    seed: int | None = None
 
 
 def even_parts(n: int, largest: int, rows: int = 1) -> list[tuple[int, int]]:

@@ -14,8 +14,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "kvcompose_local"
 #: From what knows nothing to what knows everything.
 ROOMS = (
-    "errors interfaces interrupts install composing scores budgets selection profiles chat llama_ffi engines "
-    "evaluation profiling bench api __init__ terminal commands __main__"
+    "errors arena chat_options interfaces interrupts install composing scores budgets selection profiles chat "
+    "llama_ffi engines evaluation profiling bench api __init__ server terminal commands __main__"
 ).split()
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path

@@ -24,11 +24,12 @@ import psutil
 from gguf import GGUFReader
 
 from kvcompose_local import profiles
+from kvcompose_local.arena import cells_for, default_cache_type, padded
 from kvcompose_local.chat.memory import CacheMemory
 from kvcompose_local.composing.scorer import Scorer
-from kvcompose_local.engines import cells_for, default_cache_type, has_whole_blocks, token_of
+from kvcompose_local.engines import has_whole_blocks, token_of
 from kvcompose_local.engines.base import LlamaEngine
-from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
+from kvcompose_local.engines.patched import PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import EngineError, InvalidInput, KVComposeError
 from kvcompose_local.install.model_files import model_digest, size_of
@@ -248,11 +249,6 @@ def text_tokens(model: Model, sentences: Sequence[str], n_tokens: int) -> list[i
         if len(tokens) >= n_tokens:
             return tokens[:n_tokens]
     raise InvalidInput("there are no sentences to read")
-
-
-def padded(n_cells: int) -> int:
-    """The next size of a cell table."""
-    return -(-n_cells // CELL_PADDING) * CELL_PADDING
 
 
 def measure(

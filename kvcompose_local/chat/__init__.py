@@ -1,7 +1,22 @@
 """A conversation: its turns (:mod:`turns`), its text (:mod:`transcript`), and what templates and models make of it."""
 
-from kvcompose_local.chat.reasoning import Said
-from kvcompose_local.chat.transcript import Message, Place, Step, TextModel, Transcript
-from kvcompose_local.chat.turns import Chat, ChatState, TurnStats
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvcompose_local.chat.reasoning import Said
+    from kvcompose_local.chat.transcript import Message, Place, Step, TextModel, Transcript
+    from kvcompose_local.chat.turns import Chat, ChatState, TurnStats
 
 __all__ = ["Chat", "ChatState", "Message", "Place", "Said", "Step", "TextModel", "Transcript", "TurnStats"]
+
+_HOMES = {"Chat": "turns", "ChatState": "turns", "TurnStats": "turns", "Said": "reasoning"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: the command line needs :mod:`inputs` before NumPy is worth loading."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'transcript')}"), name)

@@ -21,45 +21,24 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from kvcompose_local.chat.report import CompactionReport
 from kvcompose_local.chat.scoring import Learned, Replayed, Scored, Scoring
-from kvcompose_local.composing.budgets import allocate_composites
 from kvcompose_local.composing.cell_scores import CellScores
-from kvcompose_local.composing.choice import competing, ranked
+from kvcompose_local.composing.choice import choose, competing
+from kvcompose_local.composing.policy import Policy, Room
 from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.errors import ContextFull, InvalidInput, PositionsFull
-from kvcompose_local.interfaces import CacheLayout, CacheSnapshot, Engine, FloatArray, IntArray, Progress, Selection
+from kvcompose_local.interfaces import (
+    CacheLayout,
+    CacheSnapshot,
+    Engine,
+    FloatArray,
+    HalfArray,
+    IntArray,
+    Progress,
+    Selection,
+)
 from kvcompose_local.interrupts import uninterrupted
-
-
-@dataclass(frozen=True)
-class Policy:
-    """How the arena is divided, in cells of a uniform cache.
-
-    n_tail: newest live tokens that a compaction leaves alone; n_headroom: live cells that it makes free;
-    n_scratch: cells kept free for what scoring feeds, where it feeds anything.
-    """
-
-    n_tail: int = 8
-    n_headroom: int = 256
-    n_scratch: int = 128
-
-    @classmethod
-    def for_cells(cls, n_cells: int) -> Policy:
-        """A sixteenth of the cells for headroom, one for scratch and a sixth for the tail, all of them bounded.
-
-        The tail is for reading well, not for answering: a text whose last sentence is half gone is misread
-        (docs/trials.md).
-        """
-        chunk = min(max(-(-n_cells // 16), 24), 256)
-        return cls(
-            n_tail=min(max(n_cells // 6, 8), 128),
-            n_headroom=2 * chunk if n_cells >= 31 * chunk else chunk,
-            n_scratch=chunk,
-        )
-
-
-#: Tokens of the tail that stay where pinned ones need its room, or the user asks for a compaction.
-LEAST_TAIL = 8
 
 
 def _in(spans: Sequence[tuple[int, int]], n: int) -> npt.NDArray[np.bool_]:
@@ -73,36 +52,6 @@ def _in(spans: Sequence[tuple[int, int]], n: int) -> npt.NDArray[np.bool_]:
 def _n_in(spans: Sequence[tuple[int, int]]) -> int:
     """How many positions are in some (start, stop)."""
     return int(_in(spans, max((stop for _, stop in spans), default=0)).sum())
-
-
-@dataclass(frozen=True)
-class CompactionReport:
-    """What one compaction did. Bytes are of cells in use, seconds of wall time."""
-
-    tokens_seen: int
-    tokens_scored: int
-    composed: tuple[int, ...]
-    n_live: int
-    bytes_before: int
-    bytes_after: int
-    score_seconds: float
-    select_seconds: float
-    rewrite_seconds: float
-
-    @property
-    def seconds(self) -> float:
-        return self.score_seconds + self.select_seconds + self.rewrite_seconds
-
-    def line(self, *earlier: CompactionReport) -> str:
-        """One line for people, which counts in ``earlier`` ones that were not told."""
-        low, high = min(self.composed), max(self.composed)
-        cells = f"{low}" if low == high else f"{low}–{high}"
-        seconds = sum(report.seconds for report in (*earlier, self))
-        times = f", {len(earlier) + 1} times" if earlier else ""
-        return (
-            f"compacted: {self.tokens_seen} tokens seen, {cells} composed + {self.n_live} live cells a layer, "
-            f"{self.bytes_before / 2**20:.1f} → {self.bytes_after / 2**20:.1f} MiB in {seconds:.1f} s{times}"
-        )
 
 
 @dataclass(frozen=True)
@@ -173,6 +122,11 @@ class CacheMemory:
         if self.scoring.feeds:
             return self._policy
         return replace(self._policy, n_headroom=max(self._policy.n_headroom, 2 * self._policy.n_scratch), n_scratch=0)
+
+    @property
+    def room(self) -> Room:
+        """What the arenas hold under the policy."""
+        return Room(self.engine.shape.layers, self.engine.arena_bytes, self.policy)
 
     @property
     def position(self) -> int:
@@ -252,46 +206,77 @@ class CacheMemory:
             raise InvalidInput(f"keep a share in (0, 1], not {keep}")
         if not self.compose:
             raise InvalidInput("this chat runs at budget 1: start it with --budget below 1 to compress")
+        with self._scratch_made():
+            report = self._compacted(keep)
+            if report is not None:
+                self.reports.append(report)
+                self.n_asked += keep is not None
+                if self.on_compaction is not None:
+                    self.on_compaction(report)
+        return report
+
+    @contextlib.contextmanager
+    def _scratch_made(self) -> Iterator[None]:
+        """Let the newest tokens give their cells where scoring has too few, and read them again afterwards.
+
+        A chat that fits to its end spares no scratch.
+        """
         before = self.engine.layout()
-        # A chat that fits to its end spares no scratch: the newest tokens give theirs, and are read again.
         n_short = min(self.policy.n_scratch // 2 - before.n_free, before.n_live)
-        if n_short > 0 and self.can_drop(before.position - n_short):
-            again = self.tokens[before.position - n_short :]
-            self.rewind(before.position - n_short)
-            try:
-                return self.compact(keep)
-            finally:
-                if len(self.tokens) + len(again) == before.position:  # unless a failure left nothing
-                    self.feed(again)
-        n_tail = self._n_tail(before.n_live) if keep is None else min(self._least_tail, before.n_live)
+        if n_short <= 0 or not self.can_drop(before.position - n_short):
+            yield
+            return
+        again = self.tokens[before.position - n_short :]
+        self.rewind(before.position - n_short)
+        try:
+            yield
+        finally:
+            if len(self.tokens) + len(again) == before.position:  # unless a failure left nothing
+                self.feed(again)
+
+    def would_keep(self, n_bytes: int) -> tuple[list[IntArray], int]:
+        """What a compaction to so many bytes would keep now: nothing is changed but the logits, which are gone.
+
+        Returns of each layer the positions of the tokens in its composed cells, int64 (H, K_l), and how many of the
+        newest tokens would stay live. Raises as :meth:`compact`.
+        """
+        if not self.compose:
+            raise InvalidInput("this chat runs at budget 1: start it with --budget below 1 to compress")
+        with self._scratch_made():
+            layout = self.engine.layout()
+            n_tail = min(self.policy.least_tail, layout.n_live)
+            n_scored, first = layout.n_live - n_tail, layout.position - layout.n_live
+            live = self.scoring.scores(self.tokens, n_scored, self.policy.n_scratch, self.on_progress)
+            selection = self._chosen(layout, live, n_tail, n_bytes)
+            kept = []
+            for layer, rows in enumerate(selection):
+                _, origins = self._scores.rows(layer, live[layer], first)
+                kept.append(np.take_along_axis(origins, rows, axis=1).astype(np.int64))
+        return kept, n_tail
+
+    def _compacted(self, keep: float | None) -> CompactionReport | None:
+        """Score the live tokens, choose among all of them, and let the engine rewrite its cells."""
+        before = self.engine.layout()
+        n_tail = self.room.n_tail(before.n_live, self.n_pinned)
+        if keep is not None:
+            n_tail = min(self.policy.least_tail, before.n_live)
         n_scored = before.n_live - n_tail
         if n_scored == 0 and not any(before.composed):
             return None
         started = time.perf_counter()
-        first = before.position - before.n_live
         if self.scoring.feeds:  # a sliding window moves on by that
             self._furthest = max(self._furthest, before.position + self.policy.n_scratch)
         live = self.scoring.scores(self.tokens, n_scored, self.policy.n_scratch, self.on_progress)
         scored = time.perf_counter()
-        pinned = _in(self.pins, before.position)
         bytes_before = self._bytes_of(before)
         at_most = None if keep is None else int(keep * bytes_before)
-
-        def competing_rows(layer: int) -> FloatArray:
-            scores, origins = self._scores.rows(layer, live[layer], first)
-            return competing(self.scoring.scorer, layer, scores, origins, before.position, pinned)
-
-        n_rows = [n + n_scored for n in before.composed]
-        n_pinned = int(pinned[: before.position - n_tail].sum())
-        orders, worths = ranked(map(competing_rows, range(len(n_rows))))
-        budgets = self._budgets(worths, n_rows, n_tail, at_most, n_pinned)
-        selection = [order[:, :k] for order, k in zip(orders, budgets.tolist(), strict=True)]
+        selection = self._chosen(before, live, n_tail, at_most)
         selected = time.perf_counter()
         with self._emptied_on_failure(before):
             self.engine.rewrite(selection, n_tail)
-            self._scores.keep(selection, live, first)
+            self._scores.keep(selection, live, before.position - before.n_live)
         after = self.engine.layout()
-        report = CompactionReport(
+        return CompactionReport(
             tokens_seen=after.position,
             tokens_scored=n_scored,
             composed=after.composed,
@@ -302,11 +287,29 @@ class CacheMemory:
             select_seconds=selected - scored,
             rewrite_seconds=time.perf_counter() - selected,
         )
-        self.reports.append(report)
-        self.n_asked += keep is not None
-        if self.on_compaction is not None:
-            self.on_compaction(report)
-        return report
+
+    def _chosen(
+        self, layout: CacheLayout, live: Sequence[HalfArray], n_tail: int, at_most: int | None
+    ) -> list[Selection]:
+        """The rows that become composed cells, of each layer int (H, K_l).
+
+        live: the scores of the live tokens before the tail, float16 (H, n); at_most: bytes that all cells may take.
+        """
+        first, room = layout.position - layout.n_live, self.room
+        pinned = _in(self.pins, layout.position)
+
+        def logarithms(layer: int) -> FloatArray:
+            scores, origins = self._scores.rows(layer, live[layer], first)
+            return competing(self.scoring.scorer, layer, scores, origins, layout.position, pinned)
+
+        n_pinned = int(pinned[: layout.position - n_tail].sum())
+        return choose(
+            map(logarithms, range(len(live))),
+            room.row_bytes,
+            room.composed_bytes_within(at_most, n_tail, n_pinned),
+            room.device,
+            per_layer=self.engine.per_layer,
+        )
 
     @contextlib.contextmanager
     def _emptied_on_failure(self, before: CacheLayout) -> Iterator[None]:
@@ -318,50 +321,6 @@ class CacheMemory:
                 if self.engine.layout() != before:
                     self._forget_cells()
                 raise
-
-    def _n_tail(self, n_live: int) -> int:
-        """Newest live tokens that a compaction leaves alone."""
-        n_tail = self.policy.n_tail
-        return min(max(n_tail - max(self.n_pinned - self._fitting(n_tail), 0), self._least_tail), n_live)
-
-    @property
-    def _least_tail(self) -> int:
-        return min(self.policy.n_tail, LEAST_TAIL)
-
-    def _fitting(self, n_tail: int) -> int:
-        """Composed cells that every layer may have beside a tail."""
-        return int((self._composed_room(n_tail) // np.maximum(self._live_bytes(), 1)).min())
-
-    def _budgets(
-        self, worths: Sequence[FloatArray], n_rows: Sequence[int], n_tail: int, at_most: int | None, n_pinned: int
-    ) -> IntArray:
-        """How many of its ``n_rows`` each layer keeps, within ``at_most`` bytes of all cells but for what is pinned."""
-        layers = self.engine.shape.layers
-        device = np.array([layer.device for layer in layers])
-        row_bytes = np.array([layer.row_bytes for layer in layers])
-        live_bytes = self._live_bytes()
-        room = self._composed_room(n_tail)
-        if at_most is not None:
-            share = np.array(self.engine.arena_bytes, np.float64) / sum(self.engine.arena_bytes)
-            wanted = np.floor(share * at_most).astype(np.int64) - n_tail * live_bytes
-            room = np.minimum(room, np.maximum(wanted, n_pinned * live_bytes))
-        if (room < 0).any():
-            raise ContextFull("the budget leaves no cells for composed tokens: raise --ctx or --budget")
-        if self.engine.per_layer:
-            return allocate_composites(worths, row_bytes, room.tolist(), device=device)
-        fitting = int((room // np.maximum(live_bytes, 1)).min())
-        return np.minimum(fitting, np.array(n_rows, np.int64))
-
-    def _live_bytes(self) -> IntArray:
-        """Bytes that one live token takes in each arena: int64 (devices,)."""
-        layers = self.engine.shape.layers
-        device, row_bytes = [layer.device for layer in layers], [layer.row_bytes for layer in layers]
-        return np.bincount(device, weights=row_bytes, minlength=len(self.engine.arena_bytes)).astype(np.int64)
-
-    def _composed_room(self, n_tail: int) -> IntArray:
-        """Bytes that each arena has for composed cells beside tail, headroom and scratch: int64 (devices,)."""
-        reserved = n_tail + self.policy.n_headroom + self.policy.n_scratch
-        return np.array(self.engine.arena_bytes, np.int64) - reserved * self._live_bytes()
 
     def pin(self, start: int, stop: int) -> bool:
         """Keep the tokens at positions ``start`` to ``stop``, read or yet to be read, in all layers and heads.
@@ -385,7 +344,7 @@ class CacheMemory:
         return start >= layout.position - layout.n_live
 
     def _check_pinned(self, n_pinned: int) -> None:
-        n_fitting = self._fitting(self._least_tail)
+        n_fitting = self.room.n_composed(self.policy.least_tail)
         if n_pinned > n_fitting:
             raise ContextFull(
                 f"{n_pinned} pinned tokens are more than the {max(n_fitting, 0)} that a compaction can keep: "

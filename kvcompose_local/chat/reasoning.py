@@ -174,6 +174,7 @@ class Reader:
         self._has_thought = is_reasoning
         self._at_start = True
         self.opened = ""  # the marker that the model began to think with
+        self.has_answered = False  # whether a marker said that the answer begins
 
     def take(self, text: str) -> Iterator[Said]:
         """What is known of the answer by now that was not known before ``text`` came."""
@@ -186,6 +187,7 @@ class Reader:
             text, place = text[found.end() :], 0
             if found.lastgroup != "hidden":
                 self.is_reasoning = found.lastgroup == "opens"
+                self.has_answered = self.has_answered or not self.is_reasoning
                 self._has_thought = self._has_thought or self.is_reasoning
                 self.opened = self.opened or found.group("opens") or ""
         begun = self.form.begun.search(text, place)

@@ -195,8 +195,17 @@ class ChatTemplate:
         """Whether a system prompt is put before the first message, since the template has no place for it."""
         return not self._takes.system
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, now: datetime | None = None) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        now: datetime | None = None,
+        tools: Sequence[Any] = (),
+    ) -> str:
         """The text of ``messages``, with what begins an answer if that is asked for; now: for templates that tell it.
+
+        tools: functions that the model may call, as OpenAI's protocol has them.
 
         Raises ModelError also where the text does not hold what the user said, or the system prompt.
         """

@@ -25,7 +25,8 @@ _PLAIN_STOP = "\nUser:"
 class TurnStats:
     """Counts and wall seconds of one turn; compaction seconds are not part of the other two.
 
-    reread_tokens: how many of the prompt's tokens were read before, since the template rewrites what was said.
+    reread_tokens: how many of the prompt's tokens were read before, since the template rewrites what was said; stopped:
+    ``end``, ``length``, ``context`` or ``interrupt``; stop: the stop text that ended the answer, if one did.
     """
 
     prompt_tokens: int = 0
@@ -36,6 +37,7 @@ class TurnStats:
     compactions: int = 0
     compaction_seconds: float = 0.0
     stopped: str = ""
+    stop: str = ""
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -52,7 +54,7 @@ class ChatState:
 
     draft: what the next user message begins with already; fed: every character the cache was given; pending: tokens of
     it that are still to be read; began: when the chat did, in seconds since 1970, for templates that tell the date;
-    template: what ``--template`` named, empty for the model's own.
+    template: what ``--template`` named, empty for the model's own; tools: of :class:`Transcript`.
     """
 
     system: str | None
@@ -64,6 +66,7 @@ class ChatState:
     steps: tuple[Step, ...] = ()
     began: float = 0.0
     template: str = ""
+    tools: str = ""
 
 
 class Chat:
@@ -95,6 +98,9 @@ class Chat:
         self.answering = ""  # the answer so far, while one is being given
         self._is_answering = False
         self._noted: set[str] = set()
+        self.stops: tuple[str, ...] = () if model.has_template else (_PLAIN_STOP,)  # texts that end an answer
+        self.tells_tags = True  # whether thinking stands between tags
+        self.shown: frozenset[str] = frozenset()  # control tokens that are part of what is said
         self.transcript = Transcript(model, system)
 
     @property
@@ -134,6 +140,7 @@ class Chat:
             tuple(said.steps),
             said.began.timestamp(),
             self.model.template_name,
+            said.tools,
         )
 
     def restore(self, state: ChatState) -> None:
@@ -162,7 +169,7 @@ class Chat:
             raise
         tokens = (*state.memory.tokens, *state.pending)
         messages = tuple(dict(message) for message in state.messages)
-        saved = Saved(state.system, state.draft, state.fed, messages, tokens, state.steps, ())
+        saved = Saved(state.system, state.draft, state.fed, messages, tokens, state.steps, (), state.tools)
         began = datetime.fromtimestamp(state.began) if state.began else None
         self.transcript = Transcript.of(self.model, saved, began)
         if not self.memory.pins and not any(state.memory.cells.composed):  # as where it was saved at budget 1
@@ -429,11 +436,12 @@ class Chat:
                 for piece in self._generate(stats, max_tokens):
                     said.append(piece)
                     tag = OPEN * (piece.is_reasoning and not is_open) + CLOSE * (is_open and not piece.is_reasoning)
+                    tag *= self.tells_tags
                     is_open = piece.is_reasoning
                     for shown in filter(None, (Said(tag, True), piece)):
                         self.answering += shown
                         yield shown
-                if is_open:
+                if is_open and self.tells_tags:
                     yield Said(CLOSE, True)
         finally:
             self.answering, self._is_answering = "", False
@@ -450,37 +458,38 @@ class Chat:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         said, form = self.transcript, self.model.reasoning_format
         reader = Reader(form, is_reasoning=bool(form.opens_at_end(said.fed)))
-        stop_text = "" if self.model.has_template else _PLAIN_STOP
         started, reports = time.perf_counter(), len(self.memory.reports)
-        held, n_said = "", len(said.tokens)  # what may begin the stop text; tokens of what was said
+        held, whole = "", said.end  # what may begin a stop text; where what was said and its tokens end alike
         stats.stopped = "interrupt"  # unless the loop says otherwise: the consumer may close this generator
         try:
             while not self.should_stop():
                 if stats.generated_tokens == max_tokens:
                     stats.stopped = "length"
                     break
-                token = self.memory.engine.sample()
+                token = self._draw(reader)
                 if self.model.is_end(token):
                     stats.stopped = "end"
                     break
                 stats.generated_tokens += 1
                 control = self.model.control_text(token)
                 held += decoder.decode(self.model.token_bytes(token) if not control else b"")
-                if stop_text and stop_text in held:
-                    held = held.partition(stop_text)[0]
-                    if not held:  # the next prompt begins with the stop text itself
-                        del said.tokens[n_said:]
-                        self._read(TurnStats(), go_on=False)
+                if found := [(at, stop) for stop in self.stops if (at := held.find(stop)) >= 0]:
+                    end, stats.stop = min(found)
+                    said_before, held = held[:end], ""
+                    yield from reader.take(said_before)
+                    said.cut(whole)  # the next prompt may begin with the stop text itself
+                    self._read(TurnStats(), go_on=False)
                     stats.stopped = "end"
                     break
                 said.tokens.append(token)
-                keep = _beginning_at_end(stop_text, held)
+                keep = max((_beginning_at_end(stop, held) for stop in self.stops), default=0)
                 piece, held = held[: len(held) - keep], held[len(held) - keep :]
                 if piece or control:
                     said.fed += piece + control
-                    n_said = len(said.tokens)
                     # A marker that belongs to no format is fed, since the model said it, and shown to nobody.
-                    yield from reader.take(piece + control * form.is_part(control))
+                    yield from reader.take(piece + control * (control in self.shown or form.is_part(control)))
+                if not held and not decoder.getstate()[0]:
+                    whole = said.end
                 self.memory.feed([token])
         except ContextFull:
             stats.stopped = "context"
@@ -497,6 +506,10 @@ class Chat:
         yield from reader.finish()
         if form.at_start and reader.opened:  # the template says nothing of it: this is how its model thinks
             self.model.use_format(form.of(reader.opened))
+
+    def _draw(self, reader: Reader) -> int:
+        """The next token of an answer that ``reader`` has read so far."""
+        return self.memory.engine.sample()
 
 
 def _beginning_at_end(stop: str, text: str) -> int:

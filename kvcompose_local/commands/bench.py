@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from kvcompose_local.commands.options import threads_option
+from kvcompose_local.terminal.status import Status
 
 
 def _lengths(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...]:
@@ -54,7 +55,7 @@ def bench_command(
     cache_type: str | None,
     rounds: int,
     tokens: int,
-    threads: int | None,
+    n_threads: int | None,
     plot: Path | None,
 ) -> None:
     """Reading, compaction and decoding on MODEL, in one run; the last line is JSON.
@@ -68,7 +69,6 @@ def bench_command(
     from kvcompose_local.install import models
     from kvcompose_local.install.model_files import check_gguf, size_of
     from kvcompose_local.llama_ffi.cells import library_is_patched
-    from kvcompose_local.terminal.repl import Status
 
     status = Status(sys.stderr)
     path = models.resolve(model, pull=True, progress=status.fetching)
@@ -88,7 +88,7 @@ def bench_command(
                     cache_type=cache_type,
                     rounds=rounds,
                     n_decode=tokens,
-                    n_threads=threads,
+                    n_threads=n_threads,
                     progress=lambda what, done, total: status.progress(what, done, total, ""),
                 )
             )

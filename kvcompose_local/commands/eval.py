@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kvcompose_local.commands.options import threads_option
+from kvcompose_local.commands.options import names, threads_option
+from kvcompose_local.terminal.status import Status
 
 if TYPE_CHECKING:
     from kvcompose_local.engines.patched import PatchedEngine
@@ -33,17 +34,13 @@ def _numbers(_context: click.Context, _parameter: click.Parameter, value: str) -
     return keeps
 
 
-def _names(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
-    return tuple(part for part in value.split(",") if part)
-
-
 @click.command("eval", short_help="Measure answer quality against budget.")
 @click.argument("model", required=False)
 @click.option("--quick", is_flag=True, help="A few minutes: three tasks, our method, and a recommended budget.")
-@click.option("--tasks", callback=_names, default="", help="Comma-separated; --tasks help lists them.  [default: all]")
+@click.option("--tasks", callback=names, default="", help="Comma-separated; --tasks help lists them.  [default: all]")
 @click.option(
     "--methods",
-    callback=_names,
+    callback=names,
     default=OURS,
     show_default=True,
     help="Comma-separated; `all`. NAME+q8_0 keeps its cells in that "
@@ -78,7 +75,7 @@ def eval_command(
     output: Path | None,
     profile: Path | None,
     plot: Path | None,
-    threads: int | None,
+    n_threads: int | None,
     as_json: bool,
 ) -> None:
     """RULER-style tasks on MODEL: each text is compressed before its questions are known.
@@ -96,7 +93,6 @@ def eval_command(
     from kvcompose_local.install import models
     from kvcompose_local.install.model_files import check_gguf, model_digest, size_of
     from kvcompose_local.install.threads import default_threads
-    from kvcompose_local.terminal.repl import Status
 
     if quick:
         tasks, methods, items, length = QUICK_TASKS, (OURS,), 2, 1024
@@ -113,7 +109,7 @@ def eval_command(
     check_gguf(path)
     output = output or Path(f"{path.stem}.eval.jsonl")
     n_cells = room_for(length, whole_replay=any(name.startswith("published") for name in methods))
-    with open_uncompressed(path, length, n_cells, threads) as engine:
+    with open_uncompressed(path, length, n_cells, n_threads) as engine:
         if quick:
             caches = chat_caches(engine.model)
             trials = [(FULL, 1.0), *caches]
@@ -130,7 +126,7 @@ def eval_command(
         own = None if profile is None else profiles.read(profile)
         scorer = own.scorer if own else profiles.scorer_of(size_of(path), lambda: model_digest(path))
         evaluation = Evaluation(
-            engine, output, {"file": path.name}, scorer=scorer, n_threads=threads or default_threads()
+            engine, output, {"file": path.name}, scorer=scorer, n_threads=n_threads or default_threads()
         )
         if others := {r.get("file", path.name) for r in evaluation.records} - {path.name}:
             raise InvalidInput(f"{output} holds results of {', '.join(sorted(others))}: name another file with -o")
@@ -188,7 +184,8 @@ def open_uncompressed(path: Path, length: int, n_cells: int, n_threads: int | No
 
 def chat_caches(model: Model) -> dict[tuple[str, float], str]:
     """The trials that keep what a chat does under a few budgets, and what to call them."""
-    from kvcompose_local.engines import DEFAULT_CTX, cells_for, default_cache_type, has_whole_blocks, token_of
+    from kvcompose_local.arena import DEFAULT_CTX, cells_for, default_cache_type
+    from kvcompose_local.engines import has_whole_blocks, token_of
 
     method, caches = OURS.partition("+")[0], {}
     token, whole_blocks = token_of(model), has_whole_blocks(model)
@@ -197,75 +194,3 @@ def chat_caches(model: Model) -> dict[tuple[str, float], str]:
         keep = round(min(cells_for(DEFAULT_CTX, budget, kind, token) / DEFAULT_CTX, 1), 4)
         caches[method if kind == "f16" else f"{method}+{kind}", keep] = f"--budget {budget:g}"
     return caches
-
-
-@click.command("profile", short_help="Measure a model once, so that its chats forget less.")
-@click.argument("model", required=False)
-@click.option("--texts", type=click.IntRange(1, 1000), default=38, show_default=True, help="Texts to measure on.")
-@click.option("--length", type=click.IntRange(512, 131072), default=2048, show_default=True, help="Tokens of a text.")
-@click.option("--tasks", callback=_names, default="", help="Comma-separated kinds of text.  [default: many]")
-@click.option(
-    "--text", "files", multiple=True, type=click.Path(path_type=Path), help="A text of your own to measure on first."
-)
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="File to write.  [default: one in the cache folder]"
-)
-@threads_option
-def profile_command(
-    model: str | None,
-    texts: int,
-    length: int,
-    tasks: tuple[str, ...],
-    files: tuple[Path, ...],
-    output: Path | None,
-    threads: int | None,
-) -> None:
-    """What questions about a text make MODEL look at, told from its cells alone.
-
-    That is nearly the same for every text, so it is measured once, on texts made for it and `--text` of your own.
-    Afterwards `run MODEL` chooses the cells that stay by it, at once and better. The file is small, holds no text and
-    may be shared: it belongs to the GGUF file's sha256, and counts from the cache folder's `profiles`. Ctrl-C stops,
-    and the same command goes on.
-    """
-    from kvcompose_local import profiles
-    from kvcompose_local.chat import inputs
-    from kvcompose_local.errors import InvalidInput
-    from kvcompose_local.evaluation.harness import room_for
-    from kvcompose_local.evaluation.tasks import TASKS as ALL_TASKS
-    from kvcompose_local.install import models
-    from kvcompose_local.install.files import own_folder, replacing
-    from kvcompose_local.install.model_files import check_gguf, model_digest
-    from kvcompose_local.profiling.measure import TASKS, measure_profile
-    from kvcompose_local.terminal.repl import Status
-
-    if set(tasks) - set(ALL_TASKS):
-        raise InvalidInput(f"the tasks are {', '.join(ALL_TASKS)}")
-    own_texts = [text for _, text in inputs.read_all(files)[0]]
-    status = Status(sys.stderr)
-    path = models.resolve(model, pull=True, progress=status.fetching)
-    check_gguf(path)
-    digest = model_digest(path, status.checking)
-    started = time.monotonic()
-
-    def progress(done: int, total: int, what: str) -> None:
-        if what == "texts" and done == 1:
-            minutes = (time.monotonic() - started) * total / 60
-            status.line(f"{total} texts take about {minutes:.0f} minutes; Ctrl-C stops, the same command goes on")
-        status.progress("measuring:", done, total, what)
-
-    with open_uncompressed(path, length, room_for(length), threads) as engine:
-        profile = measure_profile(
-            engine,
-            digest,
-            n_texts=texts,
-            n_tokens=length,
-            tasks=tasks or TASKS,
-            own_texts=own_texts,
-            progress=progress,
-        )
-    file = output or profiles.user_path(digest)
-    if output is None:
-        own_folder(file.parent)
-    with replacing(file) as stream:
-        stream.write(profile.dump())
-    status.line(f"wrote {file}")

@@ -1,20 +1,20 @@
-"""What a model's cache takes at each budget, from the GGUF header alone."""
+"""``kvcompose-local inspect``: what a model's cache takes at each budget, from the GGUF header alone."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
+import click
 
-from kvcompose_local.engines import DEFAULT_CTX, cells_for, default_cache_type
+from kvcompose_local.arena import BLOCK, DEFAULT_CTX, TokenShape, cells_for, default_cache_type, share_of_f16
+from kvcompose_local.commands.opening import fetched
+from kvcompose_local.commands.options import cache_type_option
 from kvcompose_local.errors import InvalidInput, ModelError
 from kvcompose_local.install.model_files import size_of
-from kvcompose_local.interfaces import BLOCK, TokenShape, share_of_f16
-from kvcompose_local.llama_ffi.cells import library_is_patched
-from kvcompose_local.llama_ffi.library import layers_to_offload
-from kvcompose_local.llama_ffi.model import Model
 from kvcompose_local.terminal.figures import MIB
+from kvcompose_local.terminal.status import Status
 
 BUDGETS = (1.0, 0.5, 0.25, 0.1)
 #: Why the cells of some kinds of cache cannot be composed.
@@ -50,6 +50,9 @@ class Inspection:
 
     def type_at(self, budget: float) -> str:
         """How cells are stored under a budget."""
+        from kvcompose_local.llama_ffi.cells import library_is_patched
+        from kvcompose_local.llama_ffi.library import layers_to_offload
+
         whole_blocks = all(size % BLOCK == 0 for size in self.head_sizes)
         on_gpu, patched = layers_to_offload(None) > 0, library_is_patched()
         return self.cache_type or default_cache_type(budget, whole_blocks=whole_blocks, on_gpu=on_gpu, patched=patched)
@@ -110,6 +113,10 @@ class Inspection:
 
 def inspect(path: Path, *, n_ctx: int | None = None, cache_type: str | None = None) -> Inspection:
     """Read a GGUF header. Raises ModelError for what is no language model, InvalidInput for an impossible n_ctx."""
+    import psutil
+
+    from kvcompose_local.llama_ffi.model import Model
+
     model = Model(path, header_only=True)
     try:
         arch = model.architecture
@@ -155,3 +162,13 @@ def inspect(path: Path, *, n_ctx: int | None = None, cache_type: str | None = No
         )
     finally:
         model.close()
+
+
+@click.command("inspect", short_help="What a model's cache takes at each budget.")
+@click.argument("model", required=False)
+@click.option("--ctx", "n_ctx", type=int, help="Positions to reckon with.  [default: 8192, or what the model knows]")
+@cache_type_option
+def inspect_command(model: str | None, n_ctx: int | None, cache_type: str | None) -> None:
+    """Layers, heads, bytes a token, and memory at each budget, from the header of MODEL alone."""
+    path = fetched(model, Status(sys.stderr))
+    click.echo(inspect(path, n_ctx=n_ctx, cache_type=cache_type).text())

@@ -1,19 +1,19 @@
-"""What the options of several commands are made of."""
+"""Options of several commands, and how a command gets them as dataclasses."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
 
-CACHE_TYPE_NAMES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q8_0/q4_0")
+from kvcompose_local.arena import CACHE_TYPES
 
-#: More threads than the machine has wait for each other at every layer: a question takes minutes instead of a second.
-threads_option = click.option(
-    "--threads", type=click.IntRange(1, os.cpu_count() or 1), help="CPU threads.  [default: fast cores]"
-)
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Real(click.FloatRange):
@@ -24,3 +24,36 @@ class Real(click.FloatRange):
         if math.isnan(number):
             self.fail(f"{value} is not a number", parameter, context)
         return number
+
+
+#: More threads than the machine has wait for each other at every layer: a question takes minutes instead of a second.
+threads_option = click.option(
+    "--threads", "n_threads", type=click.IntRange(1, os.cpu_count() or 1), help="CPU threads.  [default: fast cores]"
+)
+gpu_layers_option = click.option(
+    "--gpu-layers", type=click.IntRange(0), help="Layers on the GPU.  [default: all with Metal, else 0]"
+)
+cache_type_option = click.option("--cache-type", type=click.Choice(CACHE_TYPES), help="As in run.")
+
+
+def gathered(**kinds: type) -> Callable[[Command], Command]:
+    """Give a command dataclasses in place of options: ``gathered(chat=ChatOptions)`` fills those fields that options
+    are named after, and the command gets one argument, ``chat``. A dataclass may be a field of a later one.
+    """
+
+    def wrap(command: Command) -> Command:
+        @functools.wraps(command)
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            for name, kind in kinds.items():
+                fields = {field.name for field in dataclasses.fields(kind)} & options.keys()
+                options[name] = kind(**{field: options.pop(field) for field in sorted(fields)})
+            return command(*arguments, **options)
+
+        return wrapped  # type: ignore[return-value]
+
+    return wrap
+
+
+def names(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    """What stands between commas: a callback of options."""
+    return tuple(part for part in value.split(",") if part)

@@ -12,11 +12,30 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
+from kvcompose_local.composing.budgets import allocate_composites
 from kvcompose_local.composing.scorer import BOUNDS, DTYPE, Scorer
-from kvcompose_local.interfaces import FloatArray, HalfArray, Selection
+from kvcompose_local.interfaces import FloatArray, HalfArray, IntArray, Selection
 
 #: What a pinned token competes with: above any score.
 PINNED = 2 * BOUNDS[1]
+
+
+def choose(
+    layers: Iterable[FloatArray], row_bytes: IntArray, room: IntArray, device: IntArray, *, per_layer: bool = True
+) -> list[Selection]:
+    """The rows that become composed cells, of each layer int (H, K_l), best first.
+
+    layers: L float arrays (H, T_l) as :func:`competing` gives them, each looked at once; row_bytes: int64 (L,), of a
+    layer's cell; room: int64 (devices,), bytes for composed cells; device: int64 (L,), whose room a layer draws on;
+    per_layer: False where every layer is to keep equally many, or all of its rows where they are fewer.
+    """
+    orders, worths = ranked(layers)
+    if per_layer:
+        counts = allocate_composites(worths, row_bytes, room.tolist(), device=device).tolist()
+    else:
+        bytes_of_all = np.bincount(device, weights=row_bytes, minlength=len(room)).astype(np.int64)
+        counts = [int((room // np.maximum(bytes_of_all, 1)).min())] * len(orders)
+    return [order[:, :k] for order, k in zip(orders, counts, strict=True)]
 
 
 def competing(

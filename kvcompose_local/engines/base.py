@@ -11,9 +11,9 @@ from types import TracebackType
 import numpy as np
 from typing_extensions import Self
 
+from kvcompose_local.arena import SOFTMAX_BYTES
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput
 from kvcompose_local.interfaces import (
-    SOFTMAX_BYTES,
     AttentionSink,
     CacheLayout,
     CacheSnapshot,
@@ -216,6 +216,10 @@ class LlamaEngine(ABC):
     def set_sampling(self, sampling: Sampling) -> None:
         """How :meth:`sample` draws from now on."""
         self._context.set_sampling(sampling)
+
+    def set_grammar(self, gbnf: str) -> None:
+        """What :meth:`sample` may draw from now on, anything where it is empty. Raises InvalidInput for no grammar."""
+        self._context.set_grammar(gbnf)
 
     def replay(self, tokens: Sequence[int], seen: AttentionSink) -> None:
         layout = self.layout()

@@ -14,11 +14,11 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from kvcompose_local.arena import CELL_PADDING, SOFTMAX_SHARE
 from kvcompose_local.composing.rotation import unjoined
 from kvcompose_local.engines.base import TILE, LlamaEngine, softmax_queries
 from kvcompose_local.errors import ContextFull, InvalidInput
 from kvcompose_local.interfaces import (
-    SOFTMAX_SHARE,
     CacheLayout,
     CacheSnapshot,
     FloatArray,
@@ -40,8 +40,6 @@ PREFILL_MICRO_BATCH = 320
 #: The same under a budget: its work buffers come out of what the budget saves, and most of what is read there comes in
 #: smaller pieces (:meth:`PatchedEngine.micro_batch`).
 SMALL_MICRO_BATCH = 192
-#: llama.cpp pads the cell table, and what attention looks at of it, to this many cells.
-CELL_PADDING = 256
 #: The strictest alignment of a buffer type that llama.cpp has, in bytes; K and V of each layer may lose as much.
 ALIGNMENT = 256
 #: What a device may add to K and to V of each layer, in bytes: CUDA fills quantized rows up to 512 numbers.

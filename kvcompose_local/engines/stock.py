@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from kvcompose_local.arena import value_types
 from kvcompose_local.engines.base import LlamaEngine, softmax_queries
 from kvcompose_local.engines.state_format import CellBlock, Plane, parse_state, row_bytes, write_state
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput, ModelError
@@ -23,7 +24,7 @@ from kvcompose_local.interfaces import (
     Sampling,
     Selection,
 )
-from kvcompose_local.llama_ffi.context import Context, type_numbers
+from kvcompose_local.llama_ffi.context import Context
 from kvcompose_local.llama_ffi.model import Model
 
 
@@ -35,7 +36,7 @@ def uniform_shape(model: Model, cache_type: str, *, scoring: bool) -> ModelShape
     arch, heads, kv_heads = model.architecture, model.heads, model.kv_heads
     if scoring and (len({*heads}) > 1 or len({*kv_heads}) > 1):
         raise ModelError(f"layers of {arch} differ in heads, which the stock engine cannot compose")
-    sizes, types = model.head_sizes("key_length", "value_length"), type_numbers(cache_type)
+    sizes, types = model.head_sizes("key_length", "value_length"), [kind.ggml_type for kind in value_types(cache_type)]
 
     def layer(i: int) -> LayerShape:
         row = sum(row_bytes(kind, kv_heads[i] * size) for kind, size in zip(types, sizes, strict=True))
@@ -109,7 +110,7 @@ class StockEngine(LlamaEngine):
         if not self.cannot_snapshot and not all(model.kv_heads):
             self.cannot_snapshot = f"some layers of {model.architecture} have no attention"
         self._n_cells = n_cells
-        self._types = type_numbers(cache_type)
+        self._types = [kind.ggml_type for kind in value_types(cache_type)]
         self._transposed = scoring  # llama.cpp lays V out by element where flash attention is off
         self._n_composed = 0
         self._first_live = 0

@@ -18,15 +18,16 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcompose_local import __version__
+from kvcompose_local.arena import CELL_PADDING, VALUE_TYPES, padded, share_of_f16
 from kvcompose_local.chat.memory import CacheMemory
 from kvcompose_local.composing.scorer import Scorer
-from kvcompose_local.engines.patched import CELL_PADDING, PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
+from kvcompose_local.engines.patched import PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.errors import InvalidInput, KVComposeError
 from kvcompose_local.evaluation.methods import find_method
 from kvcompose_local.evaluation.quantized import quantized
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import Item, Question
-from kvcompose_local.interfaces import VALUE_BYTES, CacheSnapshot, Selection, share_of_f16
+from kvcompose_local.interfaces import CacheSnapshot, ModelShape, Selection
 
 #: The name of the uncompressed cache among the methods.
 FULL = "full"
@@ -37,7 +38,7 @@ _N_TURNS = 16
 MOST_OUTPUTS = 192
 #: What a method's name may end in, as "+q8_0" or, K and V, "+q8_0/q4_0": its cells are of these types, so that they
 #: take fewer bytes than the keep ratio says.
-QUANTIZED_TYPES = {kind for kind in VALUE_BYTES if kind.startswith("q")}
+QUANTIZED_TYPES = {name for name, kind in VALUE_TYPES.items() if kind.is_quantized}
 _GAP = "\x00"
 #: Of every record, as far as an interrupted run wrote it.
 _BEGINNING = b'{"model": '
@@ -211,7 +212,9 @@ class Evaluation:
             if kind not in full:
                 full[kind] = self._quantized(full[""][1], kind)
             other, cells = full[kind]
-            kept = 1.0 if selection is None else sum(rows.shape[1] for rows in selection) / n_full
+            kept = (
+                1.0 if selection is None else _n_bytes(selection, engine.shape) / (len(tokens) * engine.shape.row_bytes)
+            )
             kept *= other.shape.row_bytes / engine.shape.row_bytes
             starts[name, keep] = _Start(other, cells, selection, kept, seconds)
         return starts
@@ -247,7 +250,7 @@ class Evaluation:
     def _new_engine(self, n_cells: int, cache_type: str = "f16", n_ubatch: int = PREFILL_MICRO_BATCH) -> PatchedEngine:
         return PatchedEngine(
             self.engine.model,
-            n_cells=-(-n_cells // CELL_PADDING) * CELL_PADDING,
+            n_cells=padded(n_cells),
             n_positions=self.engine.n_positions,
             n_threads=self.n_threads,
             cache_type=cache_type,
@@ -317,6 +320,11 @@ class Evaluation:
             raise KVComposeError(
                 f"cannot write {self.output} ({error.strerror}): free space or name another"
             ) from error
+
+
+def _n_bytes(selection: Sequence[Selection], shape: ModelShape) -> int:
+    """Bytes of the cells that a selection fills."""
+    return sum(rows.shape[1] * layer.row_bytes for rows, layer in zip(selection, shape.layers, strict=True))
 
 
 def _key(record: dict[str, Any]) -> tuple[Any, ...]:

@@ -8,9 +8,9 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from kvcompose_local.chat.memory import Policy
 from kvcompose_local.chat.scoring import Learned, Replayed, Scored, Scoring
 from kvcompose_local.composing.attention import AttentionMax
+from kvcompose_local.composing.policy import Policy
 from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.interfaces import FloatArray, HalfArray

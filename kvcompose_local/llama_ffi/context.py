@@ -10,16 +10,19 @@ from typing import Any
 
 import numpy as np
 
+from kvcompose_local.arena import value_types
 from kvcompose_local.errors import EngineError, InvalidInput
 from kvcompose_local.interfaces import ByteArray, FloatArray, Sampling
 from kvcompose_local.interrupts import uninterrupted
+from kvcompose_local.llama_ffi.grammar import Grammar
 from kvcompose_local.llama_ffi.library import bind, clear_log, last_log, lib
 from kvcompose_local.llama_ffi.model import Model
 
 #: ggml's type numbers of what K and V may be stored as.
-_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
 _SOFTMAX_PREFIX = b"kq_soft_max-"
 _WINDOW_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+#: Tokens drawn before that penalties look at.
+_PENALIZED = 4096
 
 #: Receives (model layer, float32 (Q, n_queries, n_kv) softmax weights of one micro-batch); the array is native memory
 #: and dies with the call.
@@ -42,12 +45,6 @@ _kvc_get_rope_factors = bind(
 _ROPE_FACTORS = ("", "short", "long")
 
 
-def type_numbers(cache_type: str) -> tuple[int, int]:
-    """ggml's numbers of what K and V are stored as in a cache of this type, such as ``q8_0`` or ``q8_0/q4_0``."""
-    k, _, v = cache_type.partition("/")
-    return _TYPES[k], _TYPES[v or k]
-
-
 class _Floats:
     """float32 numbers of llama.cpp's, for NumPy to look at where they are.
 
@@ -67,7 +64,7 @@ class Context:
     """A llama.cpp context with one sequence.
 
     n_ctx: cells, a multiple of 256; n_ubatch: most tokens of a micro-batch; flash_attention: False makes the softmax
-    visible in every pass and V transposed; cache_type: see :func:`type_numbers`; n_outputs: most logits of a
+    visible in every pass and V transposed; cache_type: of :data:`arena.CACHE_TYPES`; n_outputs: most logits of a
     micro-batch, for which buffers are taken; callback_at_creation: let the tap work from the start (an unpatched
     llama.cpp cannot install it later); n_positions: what the sequence may span, if that is not ``n_ctx`` (an unpatched
     llama.cpp cannot be told).
@@ -105,7 +102,7 @@ class Context:
         params.n_threads = n_threads
         params.n_threads_batch = n_threads
         params.flash_attn_type = 1 if flash_attention else 0
-        params.type_k, params.type_v = type_numbers(cache_type)
+        params.type_k, params.type_v = (kind.ggml_type for kind in value_types(cache_type))
         params.swa_full = False
         params.no_perf = True
         if callback_at_creation:
@@ -115,6 +112,7 @@ class Context:
         if not self._pointer:
             raise EngineError(f"llama_init_from_model failed: too little memory for {n_ctx} cells?{last_log()}")
         self._sampler: Any = None
+        self._grammar: Grammar | None = None
         try:
             self.rope_factors, self.wanted_rope_factors = self._choose_rope_factors(n_positions or n_ctx)
         except BaseException:
@@ -139,6 +137,8 @@ class Context:
 
     def close(self) -> None:
         """Free the context; further use is an error."""
+        if getattr(self, "_grammar", None):
+            self.set_grammar("")
         if getattr(self, "_sampler", None):
             lib.llama_sampler_free(self._sampler)
             self._sampler = None
@@ -241,6 +241,9 @@ class Context:
         if self._sampler:
             lib.llama_sampler_free(self._sampler)
         chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        penalties = sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty
+        if penalties != (1, 0, 0):
+            lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_penalties(_PENALIZED, *penalties))
         if sampling.temperature <= 0:
             lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_greedy())
         else:
@@ -255,12 +258,21 @@ class Context:
                 lib.llama_sampler_chain_add(chain, sampler)
         self._sampler = chain
 
+    def set_grammar(self, gbnf: str) -> None:
+        """Draw what this grammar allows from now on, anything where it is empty. Raises InvalidInput for no grammar."""
+        grammar = Grammar(self.model, gbnf) if gbnf else None
+        if self._grammar is not None:
+            self._grammar.close()
+        self._grammar = grammar
+
     def sample(self) -> int:
         """Draw a token from the last logits."""
         if not self.has_logits:
             raise EngineError("there are no logits: decode a token first")
         if self._sampler is None:
             self.set_sampling(Sampling())
+        if self._grammar is not None:
+            return self._grammar.sample(self._sampler, self.logits())
         return int(lib.llama_sampler_sample(self._sampler, self._ctx, -1))
 
     @property

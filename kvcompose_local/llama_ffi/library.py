@@ -47,7 +47,7 @@ def give_small_blocks_back() -> None:
 
 
 @contextmanager
-def _without_high_level() -> Iterator[None]:
+def without_high_level() -> Iterator[None]:
     """Import modules of llama_cpp without what its ``__init__`` imports, several times the bindings.
 
     Whoever imports the package later gets all of it, on the same library.
@@ -74,7 +74,7 @@ def _import_library(found: Library) -> Any:
     if found.folder is not None:
         os.environ[VARIABLE] = str(found.folder)
     try:
-        with _without_high_level():
+        with without_high_level():
             import llama_cpp.llama_cpp as lib
     except (ImportError, FileNotFoundError, RuntimeError, OSError, AttributeError) as error:
         raise EngineError(str(why_not_loaded(error, found))) from error

@@ -6,18 +6,20 @@ import ctypes
 import functools
 import os
 import re
-import sys
-import threading
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from kvcompose_local.errors import EngineError, ModelError
-from kvcompose_local.install.model_files import files_of
-from kvcompose_local.llama_ffi.header import has_tensor, integers, open_header, texts
+from kvcompose_local.install.gguf_header import Header
+from kvcompose_local.install.model_files import files_of, whole_header
+from kvcompose_local.interfaces import IntArray
+from kvcompose_local.llama_ffi.builtin_templates import builtin_renderer, builtin_templates
 from kvcompose_local.llama_ffi.library import clear_log, last_log, lib
 from kvcompose_local.llama_ffi.text_parts import parts_of, sentencepiece_parts_of
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from kvcompose_local.chat.reasoning import Format
-    from kvcompose_local.chat.template import ChatTemplate, Renderer
+    from kvcompose_local.chat.template import ChatTemplate
     from kvcompose_local.chat.transcript import Message
 
 #: For models that bring none. Roles on lines of their own are what base models have seen most.
@@ -45,8 +47,6 @@ _ENDS = frozenset(
     """</s> <eos> <EOS> [EOS] <|eos|> <|plamo:eos|> <|endoftext|> <|end_of_text|> <|im_end|> <|eot_id|> <|eom_id|>
     <|end|> <|return|> <end_of_turn> <turn|> <EOT> [EOT] <｜end▁of▁sentence｜> <end_of_utterance>""".split()
 )
-#: Seconds that a thread may keep Python's lock. Read once: of two loadings neither may restore the other's.
-_USUAL_SWITCH, _SHORT_SWITCH = sys.getswitchinterval(), 1e-4
 
 
 class Model:
@@ -138,11 +138,12 @@ class Model:
         value = self.metadata(key)
         if value is not None:
             return [int(value)] if value.lstrip("-").isdigit() else []
-        with self._header() as header:
-            return integers(header, key)
+        return self._header.array(key, int)
 
-    def _header(self) -> AbstractContextManager[int | None]:
-        return open_header(self.path)
+    @property
+    def _header(self) -> Header:
+        """What llama.cpp does not tell of the file: arrays, and tensors' names."""
+        return whole_header(self.path) or Header(0)
 
     def _by_layer(self, name: str) -> list[int]:
         """A number of each layer, for which the header may have one for all; empty where it has none."""
@@ -245,11 +246,8 @@ class Model:
 
     def _has_tensor(self, name: str) -> bool:
         """Whether one of the model's files holds a tensor of this name."""
-        for path in files_of(self.path):
-            with open_header(path) as header:
-                if has_tensor(header, name):
-                    return True
-        return False
+        headers = map(whole_header, files_of(self.path))
+        return any(name in header.tensors for header in headers if header)
 
     def chat_template(self, name: str | None = None) -> str | None:
         """The GGUF's own Jinja chat template, or the one it has under a name; None where there is none."""
@@ -264,15 +262,15 @@ class Model:
 
     def use_template(self, template: str) -> None:
         """Render by another template: one of :meth:`template_names`, Jinja source, or, empty, the GGUF's own again."""
-        self._template_name, self._template = template, None
+        if template != self._template_name:
+            self._template_name, self._template = template, None
 
     def template_names(self) -> list[str]:
         """Templates that have names: ``plain``, those that llama.cpp knows, and what else the GGUF has."""
         return ["plain", *self._own_templates(), *builtin_templates()]
 
     def _own_templates(self) -> list[str]:
-        with self._header() as header:
-            return texts(header, "tokenizer.chat_templates")
+        return self._header.array("tokenizer.chat_templates", str)
 
     @property
     def has_template(self) -> bool:
@@ -292,7 +290,7 @@ class Model:
             elif source in self._own_templates():
                 source = self.chat_template(source) or source
             if source.strip() in builtin_templates():  # some headers have a name in place of a template
-                self._template = ChatTemplate(source, renderer=_builtin_renderer(source.strip()))
+                self._template = ChatTemplate(source, renderer=builtin_renderer(source.strip()))
             else:
                 self._template = ChatTemplate(source, bos=self.special_text("bos"), eos=self.special_text("eos"))
         return self._template
@@ -316,18 +314,31 @@ class Model:
         self.template.format = form
 
     def render_chat(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool, now: datetime | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        now: datetime | None = None,
+        tools: Sequence[Any] = (),
     ) -> str:
         """``messages`` through the chat template, in a sandbox; now: for templates that tell the date.
+
+        tools: functions that the model may call, as OpenAI's protocol has them.
 
         A model without a template (a base model) gets :data:`PLAIN_TEMPLATE`. Raises ModelError when the template
         fails, refuses the messages or leaves some out.
         """
-        return self.template.render(messages, add_generation_prompt=add_generation_prompt, now=now)
+        return self.template.render(messages, add_generation_prompt=add_generation_prompt, now=now, tools=tools)
 
     def control_text(self, token: int) -> str:
         """The text of a control token, such as ``<|channel|>``; empty for all others."""
         return self._text_of(token) if lib.llama_vocab_is_control(self._vocab, token) else ""
+
+    @cached_property
+    def control_tokens(self) -> IntArray:
+        """All control tokens that end no answer: int64."""
+        controls = (t for t in range(self.n_vocab) if lib.llama_vocab_is_control(self._vocab, t))
+        return np.array([t for t in controls if not lib.llama_vocab_is_eog(self._vocab, t)], np.int64)
 
     def is_marker(self, text: str) -> bool:
         """Whether ``text`` is one token of the vocabulary that no other text becomes."""
@@ -422,87 +433,3 @@ class Model:
             buffer = ctypes.create_string_buffer(-n)
             n = lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
         return buffer.raw[: max(n, 0)]
-
-
-def builtin_templates() -> list[str]:
-    """Names of the templates that llama.cpp renders without Jinja."""
-    n = lib.llama_chat_builtin_templates(None, 0)
-    names = (ctypes.c_char_p * n)()
-    lib.llama_chat_builtin_templates(names, n)
-    return sorted(name.decode() for name in names)
-
-
-def _builtin_renderer(name: str) -> Renderer:
-    """llama.cpp's own renderer of a template that has a name."""
-
-    def render(messages: list[dict[str, Any]], add_generation_prompt: bool, _now: datetime) -> str:
-        said = [(str(message["role"]).encode(), str(message["content"]).encode()) for message in messages]
-        array = (lib.llama_chat_message * len(said))(*(lib.llama_chat_message(*pair) for pair in said))
-        size = 2 * sum(map(len, (text for pair in said for text in pair))) + 1024
-        for _ in range(2):
-            buffer = ctypes.create_string_buffer(size)
-            n = lib.llama_chat_apply_template(name.encode(), array, len(said), add_generation_prompt, buffer, size)
-            if n < 0:
-                raise ModelError(f"llama.cpp's template {name} takes no such conversation")
-            if n <= size:
-                return buffer.raw[:n].decode("utf-8", "replace")
-            size = n
-        raise ModelError(f"llama.cpp's template {name} failed")
-
-    return render
-
-
-class Loading:
-    """A model that is loaded by a thread of its own, so that its user can get ready meanwhile.
-
-    Call it once, as one would call :class:`Model`; close it, which stops the loading, where that is not to be.
-    """
-
-    def __init__(self, path: Path, *, gpu_layers: int = 0) -> None:
-        self._wanted = (path, gpu_layers)
-        self._model: Model | None = None
-        self._error: BaseException | None = None
-        self._percent = 0
-        self._closed = False
-        # llama.cpp logs some thousand lines meanwhile, and each waits for whoever runs Python.
-        sys.setswitchinterval(_SHORT_SWITCH)
-        self._thread = threading.Thread(target=self._load, daemon=True)
-        self._thread.start()
-
-    def _load(self) -> None:
-        path, gpu_layers = self._wanted
-        try:
-            self._model = Model(path, gpu_layers=gpu_layers, progress=self._on_progress)
-        except BaseException as error:
-            self._error = error
-        finally:
-            sys.setswitchinterval(_USUAL_SWITCH)
-
-    def _on_progress(self, percent: int, _total: int) -> None:
-        self._percent = percent
-        if self._closed:
-            raise KeyboardInterrupt
-
-    def __call__(self, path: Path, *, gpu_layers: int = 0, progress: Callable[[int, int], None] | None = None) -> Model:
-        """The model, which is the caller's from now on; raises what Model does, and KeyboardInterrupt of progress."""
-        if self._wanted != (path, gpu_layers):
-            self.close()
-            return Model(path, gpu_layers=gpu_layers, progress=progress)
-        while self._thread.is_alive():
-            self._thread.join(0.05)
-            if progress is not None:
-                progress(self._percent, 100)
-        if self._error is not None:
-            raise self._error
-        model, self._model = self._model, None
-        if model is None:
-            raise EngineError("this model was closed or is in use already")
-        return model
-
-    def close(self) -> None:
-        """Stop loading, or free the model if nobody has taken it."""
-        self._closed = True
-        self._thread.join()
-        if self._model is not None:
-            self._model.close()
-            self._model = None

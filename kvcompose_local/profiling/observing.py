@@ -18,9 +18,9 @@ import numpy.typing as npt
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from kvcompose_local.chat.memory import LEAST_TAIL
 from kvcompose_local.composing.attention import AttentionMax
 from kvcompose_local.composing.fitting import Observed
+from kvcompose_local.composing.policy import LEAST_TAIL
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.evaluation.tasks import Item
 from kvcompose_local.interfaces import FloatArray, Lazy

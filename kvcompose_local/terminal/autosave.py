@@ -16,7 +16,7 @@ from kvcompose_local.terminal.figures import MIB
 if TYPE_CHECKING:
     from kvcompose_local.chat import Chat
     from kvcompose_local.interrupts import Interrupts
-    from kvcompose_local.terminal.repl import Status
+    from kvcompose_local.terminal.status import Status
 
 
 class Autosave:

@@ -13,7 +13,9 @@ from fake_engine import FakeEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcompose_local.chat.memory import LEAST_TAIL, CacheMemory, CompactionReport, Policy
+from kvcompose_local.chat.memory import CacheMemory
+from kvcompose_local.chat.report import CompactionReport
+from kvcompose_local.composing.policy import LEAST_TAIL, Policy
 from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.errors import ContextFull, InvalidInput
 from kvcompose_local.interfaces import CacheSnapshot, Selection

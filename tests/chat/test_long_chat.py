@@ -12,7 +12,8 @@ import pytest
 from programs import PROSE
 
 from kvcompose_local import LocalChat, Sampling
-from kvcompose_local.chat.memory import CacheMemory, CompactionReport
+from kvcompose_local.chat.memory import CacheMemory
+from kvcompose_local.chat.report import CompactionReport
 from kvcompose_local.engines import open_engine
 from kvcompose_local.engines.patched import PatchedEngine
 from kvcompose_local.interfaces import FloatArray, IntArray, Selection

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvcompose_local.chat.memory import CacheMemory, Policy
+from kvcompose_local.arena import UPKEEP_BYTES
+from kvcompose_local.chat.memory import CacheMemory
+from kvcompose_local.composing.policy import Policy
 from kvcompose_local.composing.scorer import DTYPE, Scorer
-from kvcompose_local.interfaces import UPKEEP_BYTES, CacheLayout, FloatArray, LayerShape, Lazy, ModelShape, Selection
+from kvcompose_local.interfaces import CacheLayout, FloatArray, LayerShape, Lazy, ModelShape, Selection
 
 N_LAYERS, N_QUERY_HEADS, N_KV_HEADS, HEAD, N_CELLS = 24, 14, 2, 64, 8192
 ROW_BYTES = 4 * N_KV_HEADS * HEAD

@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 from tiny_models import replayed
 
-from kvcompose_local.engines import cells_for, open_engine
+from kvcompose_local.arena import TokenShape, cells_for
+from kvcompose_local.engines import open_engine
 from kvcompose_local.engines.base import softmax_queries
 from kvcompose_local.engines.state_format import parse_state, write_state
 from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput, ModelError
-from kvcompose_local.interfaces import Sampling, TokenShape
+from kvcompose_local.interfaces import Sampling
 from kvcompose_local.llama_ffi.context import Context
-from kvcompose_local.llama_ffi.model import Loading, Model
+from kvcompose_local.llama_ffi.loading import Loading
+from kvcompose_local.llama_ffi.model import Model
 
 GREEDY = Sampling(temperature=0)
 ATTENTION_ONLY = ("llama", "qwen2", "qwen3", "phi3")

@@ -14,10 +14,11 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from kvcompose_local import profiles
-from kvcompose_local.chat.memory import LEAST_TAIL
+from kvcompose_local.arena import TokenShape, cells_for, share_of_f16
 from kvcompose_local.chat.scoring import Scored
 from kvcompose_local.commands.cli import cli
-from kvcompose_local.engines import cells_for, open_engine
+from kvcompose_local.composing.policy import LEAST_TAIL
+from kvcompose_local.engines import open_engine
 from kvcompose_local.engines.patched import PatchedEngine
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.evaluation import report
@@ -27,7 +28,6 @@ from kvcompose_local.evaluation.methods import find_method, method_names
 from kvcompose_local.evaluation.quantized import quantized
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import TASKS, Question, make_item
-from kvcompose_local.interfaces import TokenShape, share_of_f16
 from kvcompose_local.llama_ffi.cells import library_is_patched
 from kvcompose_local.profiling.measure import measure_profile
 

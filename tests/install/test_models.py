@@ -265,7 +265,7 @@ def test_ctrl_c_keeps_what_was_fetched(site: Site, private_cache: Path) -> None:
 
 
 PULL = (
-    "import sys; from pathlib import Path; from kvcompose_local import download, models\n"
+    "import sys; from pathlib import Path; from kvcompose_local.install import download, models\n"
     "from kvcompose_local.errors import KVComposeError\n"
     "sources, size, sha256 = sys.argv[3:], int(sys.argv[1]), sys.argv[2]\n"
     "shape = models.CacheShape(9, 0, 0, 2, 64)\n"

@@ -17,7 +17,7 @@ import pytest
 from programs import endless
 
 from kvcompose_local.llama_ffi.library import library_path
-from kvcompose_local.terminal.repl import COMMANDS
+from kvcompose_local.terminal.chat_commands import COMMANDS
 
 pexpect = pytest.importorskip("pexpect")
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvcompose_local.chat.memory import LEAST_TAIL
-from kvcompose_local.composing.budgets import allocate_bytes, allocate_composites
-from kvcompose_local.composing.choice import competing, ranked
+from kvcompose_local.composing.budgets import allocate_bytes
+from kvcompose_local.composing.choice import choose, competing
+from kvcompose_local.composing.policy import LEAST_TAIL
 from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.composing.scores import token_scores
 from kvcompose_local.composing.selection import select_composites
@@ -24,11 +24,12 @@ def as_the_program(stats: Statistics, scorer: Scorer | None, scores: Sequence[Ha
     return [competing(scorer, i, rows, positions, stats.n_tokens, newest) for i, rows in enumerate(scores)]
 
 
-def chosen(scores: Sequence[FloatArray], n_cells: int) -> list[Selection]:
-    """Composite tokens as the program chooses them, of ``n_cells`` over all layers."""
-    orders, worths = ranked(scores)
-    budgets = allocate_composites(worths, [1] * len(worths), n_cells).tolist()
-    return [order[:, :k] for order, k in zip(orders, budgets, strict=True)]
+def chosen(stats: Statistics, scores: Sequence[FloatArray], n_cells: int, *, per_layer: bool = True) -> list[Selection]:
+    """Composite tokens as the program chooses them, in the bytes of ``n_cells`` cells of all layers' mean size."""
+    shape = stats.engine.shape
+    row_bytes = np.array([layer.row_bytes for layer in shape.layers], np.int64)
+    room = np.array([n_cells * shape.row_bytes // len(row_bytes)], np.int64)
+    return choose(scores, row_bytes, room, np.zeros_like(row_bytes), per_layer=per_layer)
 
 
 @method("published")
@@ -42,17 +43,16 @@ def published(stats: Statistics, n_cells: int) -> list[Selection]:
 @method("replay")
 def replay(stats: Statistics, n_cells: int) -> list[Selection]:
     """What the program does with ``--scoring replay``."""
-    return chosen(as_the_program(stats, None, stats.replay), n_cells)
+    return chosen(stats, as_the_program(stats, None, stats.replay), n_cells)
 
 
 @method("kvcompose-local")
 def ours(stats: Statistics, n_cells: int) -> list[Selection]:
     """What the program does."""
-    return chosen(as_the_program(stats, *stats.cells), n_cells)
+    return chosen(stats, as_the_program(stats, *stats.cells), n_cells)
 
 
 @method("uniform")
 def uniform(stats: Statistics, n_cells: int) -> list[Selection]:
     """The same, equally many cells in every layer."""
-    scores = as_the_program(stats, *stats.cells)
-    return [order[:, : n_cells // len(scores)] for order in ranked(scores)[0]]
+    return chosen(stats, as_the_program(stats, *stats.cells), n_cells, per_layer=False)

@@ -1,0 +1,103 @@
+"""How the bytes of a cache are divided between composed cells, the newest tokens and the room to read on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvcompose_local.errors import ContextFull
+from kvcompose_local.interfaces import IntArray, LayerShape
+
+#: Tokens of the tail that stay where pinned ones need its room, or the user asks for a compaction.
+LEAST_TAIL = 8
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How the arena is divided, in cells of a uniform cache.
+
+    n_tail: newest live tokens that a compaction leaves alone; n_headroom: live cells that it makes free;
+    n_scratch: cells kept free for what scoring feeds, where it feeds anything.
+    """
+
+    n_tail: int = 8
+    n_headroom: int = 256
+    n_scratch: int = 128
+
+    @classmethod
+    def for_cells(cls, n_cells: int) -> Policy:
+        """A sixteenth of the cells for headroom, one for scratch and a sixth for the tail, all of them bounded.
+
+        The tail is for reading well, not for answering: a text whose last sentence is half gone is misread
+        (docs/trials.md).
+        """
+        chunk = min(max(-(-n_cells // 16), 24), 256)
+        return cls(
+            n_tail=min(max(n_cells // 6, 8), 128),
+            n_headroom=2 * chunk if n_cells >= 31 * chunk else chunk,
+            n_scratch=chunk,
+        )
+
+    @property
+    def least_tail(self) -> int:
+        """Tokens of the tail that always stay."""
+        return min(self.n_tail, LEAST_TAIL)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the arenas of some layers can hold under a policy.
+
+    arena_bytes: of each device, on which the layers' ``device`` says that they are.
+    """
+
+    layers: Sequence[LayerShape]
+    arena_bytes: Sequence[int]
+    policy: Policy
+
+    @property
+    def row_bytes(self) -> IntArray:
+        """Bytes of a cell of each layer: int64 (L,)."""
+        return np.array([layer.row_bytes for layer in self.layers], np.int64)
+
+    @property
+    def device(self) -> IntArray:
+        """The arena of each layer: int64 (L,)."""
+        return np.array([layer.device for layer in self.layers], np.int64)
+
+    @property
+    def live_bytes(self) -> IntArray:
+        """Bytes that one live token takes in each arena: int64 (devices,)."""
+        sums = np.bincount(self.device, weights=self.row_bytes, minlength=len(self.arena_bytes))
+        return sums.astype(np.int64)
+
+    def composed_bytes(self, n_tail: int) -> IntArray:
+        """Bytes that each arena has for composed cells beside tail, headroom and scratch: int64 (devices,)."""
+        reserved = n_tail + self.policy.n_headroom + self.policy.n_scratch
+        return np.array(self.arena_bytes, np.int64) - reserved * self.live_bytes
+
+    def n_composed(self, n_tail: int) -> int:
+        """Composed cells that every layer may have beside a tail, below 0 where the tail itself does not fit."""
+        return int((self.composed_bytes(n_tail) // np.maximum(self.live_bytes, 1)).min())
+
+    def n_tail(self, n_live: int, n_pinned: int) -> int:
+        """The newest of ``n_live`` tokens that a compaction leaves alone beside ``n_pinned`` ones."""
+        n_tail = self.policy.n_tail
+        n_missing = max(n_pinned - self.n_composed(n_tail), 0)
+        return min(max(n_tail - n_missing, self.policy.least_tail), n_live)
+
+    def composed_bytes_within(self, at_most: int | None, n_tail: int, n_pinned: int) -> IntArray:
+        """As :meth:`composed_bytes`, of which all cells take ``at_most`` bytes, unless pinned tokens need more.
+
+        Raises ContextFull where nothing is left.
+        """
+        room = self.composed_bytes(n_tail)
+        if at_most is not None:
+            share = np.array(self.arena_bytes, np.float64) / sum(self.arena_bytes)
+            wanted = np.floor(share * at_most).astype(np.int64) - n_tail * self.live_bytes
+            room = np.minimum(room, np.maximum(wanted, n_pinned * self.live_bytes))
+        if (room < 0).any():
+            raise ContextFull("the budget leaves no cells for composed tokens: raise --ctx or --budget")
+        return room
