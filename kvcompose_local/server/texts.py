@@ -5,43 +5,25 @@ from __future__ import annotations
 import asyncio
 import io
 import sys
-from pathlib import PurePosixPath
-
-from starlette.requests import Request
-from starlette.responses import JSONResponse
+from pathlib import Path, PurePosixPath
 
 from kvcompose_local.chat import inputs
 from kvcompose_local.errors import InvalidInput
 
-#: Bytes of a file.
-MOST_BYTES = 32 << 20
 #: A page of a scientific paper takes a tenth of a second; a file that was made to hold up its reader takes for ever.
 PDF_SECONDS = 120.0
+#: Address space of the process that reads a PDF.
+PDF_BYTES = 2 << 30
 #: PDFs that are read at once; others wait.
 _readers = asyncio.Semaphore(1)
 
 
-async def read_text(request: Request) -> JSONResponse:
-    """``POST /kvc/text?name=NAME`` with a file's bytes: ``{"text"}``, or 400 and one line that says what is wrong."""
-    name = PurePosixPath(request.query_params.get("name", "")).name or "the file"
-    raw = bytearray()
-    async for chunk in request.stream():
-        raw += chunk
-        if len(raw) > MOST_BYTES:
-            return _refused(413, f"{name} is larger than {MOST_BYTES >> 20} MiB")
-    try:
-        if raw.startswith(b"%PDF-"):
-            text = await _pdf_text(bytes(raw), name)
-        else:
-            text = await asyncio.to_thread(inputs.text_of, bytes(raw), inputs.Path(name))
-    except InvalidInput as error:
-        return _refused(400, str(error))
-    return JSONResponse({"text": text})
-
-
-def _refused(status: int, message: str) -> JSONResponse:
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-    return JSONResponse({"error": error}, status)
+async def text_of(raw: bytes, name: str) -> str:
+    """The text that a file of this name holds. Raises InvalidInput, in one line, where that is none."""
+    name = PurePosixPath(name).name or "the file"
+    if raw.startswith(b"%PDF-"):
+        return await _pdf_text(raw, name)
+    return await asyncio.to_thread(inputs.text_of, raw, Path(name))
 
 
 async def _pdf_text(raw: bytes, name: str) -> str:
@@ -91,7 +73,7 @@ def _main() -> int:
     try:
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+        resource.setrlimit(resource.RLIMIT_AS, (PDF_BYTES, PDF_BYTES))
     except (ImportError, ValueError, OSError):  # macOS takes no such limit
         pass
     try:

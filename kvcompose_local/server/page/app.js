@@ -4,6 +4,7 @@ import { onKeyWanted } from "./api.js";
 import { askForKey, askFor, editSettings, showKeys } from "./dialogs.js";
 import { $ } from "./dom.js";
 import "./composer.js";
+import "./kept.js";
 import { toggleMemory } from "./memory.js";
 import { runOf, stop } from "./runs.js";
 import { refreshProps, toggleSidebar } from "./sidebar.js";

@@ -6,8 +6,6 @@ import { runOf } from "./runs.js";
 import { keptAnswer, on, state } from "./state.js";
 
 const BUDGETS = [0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.75, 1];
-/** Tint by share: what few heads hold must differ from what none does. */
-const TINT_POWER = 0.6;
 const NAMES = { system: "System", user: "You", assistant: "Answer", tool: "Tool" };
 
 let shown = null; // what the server told last of the chat as it is now
@@ -50,7 +48,7 @@ function tinted(found, start, stop) {
   return runs(found.texts, found.shares, start, stop).map(([from, to]) => {
     const share = found.shares[from];
     const span = h("span", { class: "t", title: `held by ${percent(share)} of the heads` }, found.texts.slice(from, to).join(""));
-    span.style.setProperty("--tinted", `${(100 * share ** TINT_POWER).toFixed(1)}%`);
+    span.style.setProperty("--tinted", `${(100 * share).toFixed(1)}%`);
     if (share === 0) span.classList.add("gone");
     places.set(span, from);
     return span;
@@ -140,6 +138,7 @@ async function refresh({ budget = null } = {}) {
 
 async function pinned(start, stop) {
   const answer = keptAnswer();
+  $("memory-summary").textContent = "Pinning…";
   try {
     const { reread } = await api.pin(answer.kept, start, stop);
     announce(reread ? `Pinned; ${reread} tokens were read again` : "Pinned");
@@ -191,7 +190,7 @@ $("budget").addEventListener("input", () => {
   showBudget();
 $("legend").replaceChildren(...[0, 0.25, 0.5, 0.75, 1].map((share) => {
   const swatch = h("i", { class: "t" });
-  swatch.style.setProperty("--tinted", `${100 * share ** TINT_POWER}%`);
+  swatch.style.setProperty("--tinted", `${100 * share}%`);
   return swatch;
 }));
   $("budget-now").hidden = false;
@@ -244,6 +243,6 @@ on("shown ended", () => {
 showBudget();
 $("legend").replaceChildren(...[0, 0.25, 0.5, 0.75, 1].map((share) => {
   const swatch = h("i", { class: "t" });
-  swatch.style.setProperty("--tinted", `${100 * share ** TINT_POWER}%`);
+  swatch.style.setProperty("--tinted", `${100 * share}%`);
   return swatch;
 }));

@@ -108,6 +108,14 @@ export async function deleteChat(id) {
   return kept;
 }
 
+/** The server's chats that messages here come from. */
+export function keptIds() {
+  return transaction("readonly", async (_chats, messages) => {
+    const all = await done(messages.getAll());
+    return new Set(all.map((message) => message.kept).filter(Boolean));
+  });
+}
+
 /** What other tabs write: ``listener({chat, message?})``. */
 export function subscribe(listener) {
   channel.onmessage = (event) => listener(event.data);
@@ -145,7 +153,7 @@ const isObject = (value) => typeof value === "object" && value !== null && !Arra
 
 /** The chats of an export with nothing but the fields that are known. Throws an Error, in one line, for what is none. */
 function check(data) {
-  if (Array.isArray(data?.messages)) return [fromTurns(data)];
+  if (Array.isArray(data?.messages) && data.format !== FORMAT) return [fromTurns(data)];
   if (!isObject(data) || data.format !== FORMAT || !Array.isArray(data.chats)) throw new Error("this file holds no exported chats");
   if (data.version !== 1) throw new Error("these chats were exported by a newer version of the program");
   return data.chats.map((chat) => {
@@ -172,7 +180,7 @@ function checkMessage(message, chat) {
 
 const numbers = (figures) => Object.fromEntries(Object.entries(figures).filter(([, value]) => Number.isFinite(value)));
 
-/** A chat of {"messages": [{"role", "content"}]}, as OpenAI's requests have it. */
+/** A chat of {"messages": [{"role", "content"}], "model"?, "id"? of the server's}, as OpenAI's requests have it. */
 function fromTurns(data) {
   const id = newId();
   const system = data.messages.filter((turn) => turn?.role === "system" && isText(turn.content)).map((turn) => turn.content).join("\n\n");
@@ -182,6 +190,7 @@ function fromTurns(data) {
     parent = message.id;
     return message;
   });
+  if (isText(data.id) && messages.length) messages.at(-1).kept = data.id;
   const title = messages[0]?.content.slice(0, 60) || "Imported chat";
-  return { id, title, used: Date.now(), leaf: parent, settings: system ? { system } : {}, messages };
+  return { id, title, used: Date.now(), leaf: parent, settings: { ...(system ? { system } : {}), ...(isText(data.model) ? { model: data.model } : {}) }, messages };
 }
