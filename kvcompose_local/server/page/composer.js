@@ -10,6 +10,7 @@ const input = $("input");
 const isTouch = matchMedia("(pointer: coarse)");
 let files = []; // {name, size, text?, error?}
 let problem = "";
+let sendsWhenRead = false; // sent while a file was still being read
 
 function fit() {
   input.style.height = "auto";
@@ -29,14 +30,17 @@ async function attach(list) {
     } catch (error) {
       files = files.filter((other) => other !== entry);
       problem = error.message;
+      sendsWhenRead = false;
     }
     render();
   }));
+  if (sendsWhenRead) send();
 }
 
 function send() {
   const text = input.value.trim();
-  if (runOf(state.chat?.id) || files.some((file) => file.text === undefined) || !(text || files.length)) return;
+  sendsWhenRead = files.some((file) => file.text === undefined);
+  if (runOf(state.chat?.id) || sendsWhenRead || !(text || files.length)) return;
   const attached = files.map(({ name, text }) => ({ name, text }));
   files = [];
   problem = "";
@@ -52,7 +56,6 @@ function render() {
   if (runs && document.activeElement === $("send")) input.focus();
   $("send").hidden = runs;
   $("stop").hidden = !runs;
-  $("send").disabled = files.some((file) => file.text === undefined);
   $("files").replaceChildren(...files.map((file) =>
     h("li", {}, icon("file"), h("span", {}, file.name), h("small", {}, file.text === undefined ? "reading…" : bytes(file.size)),
       iconButton("close", `Leave out ${file.name}`, () => {

@@ -9,7 +9,9 @@ function open(dialog, ...content) {
   dialog.showModal();
   return new Promise((resolve) => {
     dialog.onclose = () => resolve(dialog.returnValue);
-    dialog.onclick = (event) => event.target === dialog && dialog.close(""); // beside it
+    dialog.onclick = (event) => {
+      if (event.target === dialog) dialog.close(""); // beside it
+    };
     dialog.returnValue = "";
   });
 }

@@ -68,8 +68,8 @@ class MessageView {
     const told = runs && !content ? "Thinking…" : seconds ? `Thought for ${seconds} s` : "Thoughts";
     this.thinking.firstChild.textContent = told;
     const heard = this.markdown.update(content, !runs);
-    if (runs && heard.length) announce(heard.join("\n"));
-    this.#shown = { reasoning };
+    if ((runs || this.#shown.runs) && heard.length) announce(heard.join("\n"));
+    this.#shown = { reasoning, runs };
   }
 
   #renderNote(runs) {
