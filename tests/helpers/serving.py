@@ -63,5 +63,6 @@ def pdf(*lines: str) -> bytes:
         raw += f"{number} 0 obj\n{content}\nendobj\n".encode()
     table = "".join(f"{place:010} 00000 n \n" for place in places)
     size = len(objects) + 1
-    end = f"xref\n0 {size}\n0000000000 65535 f \n{table}trailer << /Size {size} /Root 1 0 R >>\nstartxref\n{len(raw)}\n%%EOF\n"
+    trailer = f"trailer << /Size {size} /Root 1 0 R >>\nstartxref\n{len(raw)}\n%%EOF\n"
+    end = f"xref\n0 {size}\n0000000000 65535 f \n{table}{trailer}"
     return raw + end.encode()

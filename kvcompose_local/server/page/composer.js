@@ -22,18 +22,20 @@ async function attach(list) {
   problem = "";
   files.push(...added);
   render();
-  await Promise.all(added.map(async (entry) => {
-    try {
-      entry.text = await textOf(entry.file);
-      if (!entry.text.trim()) throw new Error(`there is no text in ${entry.name}`);
-      announce(`${entry.name} is attached`);
-    } catch (error) {
-      files = files.filter((other) => other !== entry);
-      problem = error.message;
-      sendsWhenRead = false;
-    }
-    render();
-  }));
+  await Promise.all(
+    added.map(async (entry) => {
+      try {
+        entry.text = await textOf(entry.file);
+        if (!entry.text.trim()) throw new Error(`there is no text in ${entry.name}`);
+        announce(`${entry.name} is attached`);
+      } catch (error) {
+        files = files.filter((other) => other !== entry);
+        problem = error.message;
+        sendsWhenRead = false;
+      }
+      render();
+    }),
+  );
   if (sendsWhenRead) send();
 }
 
@@ -56,13 +58,22 @@ function render() {
   if (runs && document.activeElement === $("send")) input.focus();
   $("send").hidden = runs;
   $("stop").hidden = !runs;
-  $("files").replaceChildren(...files.map((file) =>
-    h("li", {}, icon("file"), h("span", {}, file.name), h("small", {}, file.text === undefined ? "reading…" : bytes(file.size)),
-      iconButton("close", `Leave out ${file.name}`, () => {
-        files = files.filter((other) => other !== file);
-        render();
-        input.focus();
-      }))));
+  $("files").replaceChildren(
+    ...files.map((file) =>
+      h(
+        "li",
+        {},
+        icon("file"),
+        h("span", {}, file.name),
+        h("small", {}, file.text === undefined ? "reading…" : bytes(file.size)),
+        iconButton("close", `Leave out ${file.name}`, () => {
+          files = files.filter((other) => other !== file);
+          render();
+          input.focus();
+        }),
+      ),
+    ),
+  );
   $("status").replaceChildren(...(problem ? [h("span", { class: "error", role: "alert" }, problem)] : [told()]));
 }
 
@@ -70,7 +81,11 @@ function render() {
 function told() {
   const found = model();
   const total = shownPath().findLast((message) => message.figures?.total)?.figures.total;
-  return h("span", {}, [found?.id, found && total && `${count(total)} of ${count(found.n_ctx)} tokens`].filter(Boolean).join(" · "));
+  return h(
+    "span",
+    {},
+    [found?.id, found && total && `${count(total)} of ${count(found.n_ctx)} tokens`].filter(Boolean).join(" · "),
+  );
 }
 
 $("composer").addEventListener("submit", (event) => {

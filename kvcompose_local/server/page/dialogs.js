@@ -17,14 +17,41 @@ function open(dialog, ...content) {
 }
 
 const buttons = (action, isDangerous = false) =>
-  h("div", { class: "row end" },
-    h("button", { value: "", class: "quiet", formNoValidate: true, type: "button", onclick: (event) => event.target.closest("dialog").close("") }, "Cancel"),
-    h("button", { value: "yes", class: isDangerous ? "danger" : "primary" }, action));
+  h(
+    "div",
+    { class: "row end" },
+    h(
+      "button",
+      {
+        value: "",
+        class: "quiet",
+        formNoValidate: true,
+        type: "button",
+        onclick: (event) => event.target.closest("dialog").close(""),
+      },
+      "Cancel",
+    ),
+    h("button", { value: "yes", class: isDangerous ? "danger" : "primary" }, action),
+  );
 
 /** Ask for a line of text (``field``: {label, value, type}), or for a yes. Resolves to the text, true, or null. */
 export async function askFor({ title, text = "", field = null, action, isDangerous = false }) {
-  const input = field && h("input", { type: field.type ?? "text", value: field.value ?? "", required: true, autocomplete: "off", "aria-label": field.label });
-  const told = await open($("ask-dialog"), h("h2", { id: "ask-title" }, title), text && h("p", {}, text), input, buttons(action, isDangerous));
+  const input =
+    field &&
+    h("input", {
+      type: field.type ?? "text",
+      value: field.value ?? "",
+      required: true,
+      autocomplete: "off",
+      "aria-label": field.label,
+    });
+  const told = await open(
+    $("ask-dialog"),
+    h("h2", { id: "ask-title" }, title),
+    text && h("p", {}, text),
+    input,
+    buttons(action, isDangerous),
+  );
   if (told !== "yes") return null;
   return input ? input.value.trim() || null : true;
 }
@@ -50,21 +77,53 @@ const NUMBERS = [
 
 export async function editSettings() {
   const { settings, props } = state;
-  const models = h("select", { id: "set-model" }, (props?.models ?? []).map(({ id }) => h("option", { value: id, selected: id === (settings.model ?? props.default_model) }, id)));
-  const system = h("textarea", { id: "set-system", rows: 4, value: settings.system ?? "", placeholder: props?.system ?? "none" });
+  const models = h(
+    "select",
+    { id: "set-model" },
+    (props?.models ?? []).map(({ id }) =>
+      h("option", { value: id, selected: id === (settings.model ?? props.default_model) }, id),
+    ),
+  );
+  const system = h("textarea", {
+    id: "set-system",
+    rows: 4,
+    value: settings.system ?? "",
+    placeholder: props?.system ?? "none",
+  });
   const inputs = NUMBERS.map(([name, , min, max, step, hint]) =>
     h("input", {
-      id: `set-${name}`, name, type: "number", min, max, step: step < 1 ? "any" : step, value: settings[name] ?? "",
-      placeholder: props?.default_sampling?.[name] ?? "", "aria-describedby": hint ? `hint-${name}` : null,
-    }));
+      id: `set-${name}`,
+      name,
+      type: "number",
+      min,
+      max,
+      step: step < 1 ? "any" : step,
+      value: settings[name] ?? "",
+      placeholder: props?.default_sampling?.[name] ?? "",
+      "aria-describedby": hint ? `hint-${name}` : null,
+    }),
+  );
   const asDefault = h("input", { type: "checkbox", id: "set-default", checked: state.chat === null });
   const told = await open(
     $("settings-dialog"),
     h("h2", { id: "settings-title" }, "Settings of this chat"),
-    h("label", { for: "set-model" }, "Model"), models,
-    h("label", { for: "set-system" }, "System prompt"), system,
-    h("div", { class: "grid" }, NUMBERS.map(([name, label, , , , hint], i) =>
-      h("div", {}, h("label", { for: `set-${name}` }, label), inputs[i], hint && h("small", { id: `hint-${name}` }, hint)))),
+    h("label", { for: "set-model" }, "Model"),
+    models,
+    h("label", { for: "set-system" }, "System prompt"),
+    system,
+    h(
+      "div",
+      { class: "grid" },
+      NUMBERS.map(([name, label, , , , hint], i) =>
+        h(
+          "div",
+          {},
+          h("label", { for: `set-${name}` }, label),
+          inputs[i],
+          hint && h("small", { id: `hint-${name}` }, hint),
+        ),
+      ),
+    ),
     h("label", { class: "check" }, asDefault, "New chats begin with these"),
     buttons("Keep"),
   );
@@ -78,12 +137,39 @@ export async function editSettings() {
 }
 
 export const KEYS = [
-  ["Enter", "send"], ["Shift Enter", "a new line"], ["Escape", "stop the answer"], ["↑", "in an empty box: edit the last question"],
-  ["Alt N", "new chat"], ["Alt B", "list of chats"], ["Alt M", "what the model remembers"], ["Alt S", "settings"], ["Alt E", "edit the last question"],
-  ["Alt R", "answer again"], ["Alt ,", "earlier version"], ["Alt .", "later version"], ["Alt I", "message box"], ["Alt K", "this list"],
+  ["Enter", "send"],
+  ["Shift Enter", "a new line"],
+  ["Escape", "stop the answer"],
+  ["↑", "in an empty box: edit the last question"],
+  ["Alt N", "new chat"],
+  ["Alt B", "list of chats"],
+  ["Alt M", "what the model remembers"],
+  ["Alt S", "settings"],
+  ["Alt E", "edit the last question"],
+  ["Alt R", "answer again"],
+  ["Alt ,", "earlier version"],
+  ["Alt .", "later version"],
+  ["Alt I", "message box"],
+  ["Alt K", "this list"],
 ];
 
 export function showKeys() {
-  const rows = KEYS.map(([keys, does]) => h("tr", {}, h("td", {}, keys.split(" ").map((key) => h("kbd", {}, key))), h("td", {}, does)));
-  return open($("keys-dialog"), h("h2", { id: "keys-title" }, "Keys"), h("table", {}, h("tbody", {}, rows)), h("div", { class: "row end" }, h("button", { class: "primary" }, "Close")));
+  const rows = KEYS.map(([keys, does]) =>
+    h(
+      "tr",
+      {},
+      h(
+        "td",
+        {},
+        keys.split(" ").map((key) => h("kbd", {}, key)),
+      ),
+      h("td", {}, does),
+    ),
+  );
+  return open(
+    $("keys-dialog"),
+    h("h2", { id: "keys-title" }, "Keys"),
+    h("table", {}, h("tbody", {}, rows)),
+    h("div", { class: "row end" }, h("button", { class: "primary" }, "Close")),
+  );
 }

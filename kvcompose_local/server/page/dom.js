@@ -28,7 +28,11 @@ export function icon(name) {
 
 /** A button that shows an icon and says what it does to a screen reader and in its title. */
 export function iconButton(name, label, onclick, props = {}) {
-  return h("button", { type: "button", class: "icon", "aria-label": label, title: label, onclick, ...props }, icon(name));
+  return h(
+    "button",
+    { type: "button", class: "icon", "aria-label": label, title: label, onclick, ...props },
+    icon(name),
+  );
 }
 
 /** A button that copies text and says so for a moment. */

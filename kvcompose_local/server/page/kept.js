@@ -18,13 +18,24 @@ async function render() {
     list.replaceChildren(h("li", { class: "none" }, error.message));
     return;
   }
-  list.replaceChildren(...chats.map((chat) => {
-    const title = chat.title || "Untitled";
-    const about = `${count(chat.n_tokens)} tokens, ${chat.where}${chat.bytes ? `, ${bytes(chat.bytes)}` : ""}`;
-    return h("li", {},
-      h("button", { type: "button", class: "chat", title: `${title}\n${about}`, onclick: () => open(chat) }, title, " ", h("small", {}, about)),
-      iconButton("delete", `Delete ${title}`, () => forget(chat)));
-  }));
+  list.replaceChildren(
+    ...chats.map((chat) => {
+      const title = chat.title || "Untitled";
+      const about = `${count(chat.n_tokens)} tokens, ${chat.where}${chat.bytes ? `, ${bytes(chat.bytes)}` : ""}`;
+      return h(
+        "li",
+        {},
+        h(
+          "button",
+          { type: "button", class: "chat", title: `${title}\n${about}`, onclick: () => open(chat) },
+          title,
+          " ",
+          h("small", {}, about),
+        ),
+        iconButton("delete", `Delete ${title}`, () => forget(chat)),
+      );
+    }),
+  );
   if (!chats.length) list.append(h("li", { class: "none" }, "None that is not listed above."));
 }
 
@@ -40,7 +51,12 @@ async function open(chat) {
 }
 
 async function forget(chat) {
-  const sure = await askFor({ title: "Delete this chat?", text: `The server forgets “${chat.title}”: its text and what the model read.`, action: "Delete", isDangerous: true });
+  const sure = await askFor({
+    title: "Delete this chat?",
+    text: `The server forgets “${chat.title}”: its text and what the model read.`,
+    action: "Delete",
+    isDangerous: true,
+  });
   if (!sure) return;
   await api.forget(chat.id).catch(() => {}); // the list tells
   await render();

@@ -13,13 +13,15 @@ const marked = new Marked({
     html: ({ text }) => escape(text),
     // No picture is fetched: an address may carry what the chat said to whoever owns it.
     image: ({ href, text }) => `<a href="${escape(href)}">${escape(text || href)}</a>`,
-    code: ({ text, lang }) => `<pre><code class="language-${escape((lang ?? "").split(/\s/)[0])}">${escape(text)}\n</code></pre>`,
+    code: ({ text, lang }) =>
+      `<pre><code class="language-${escape((lang ?? "").split(/\s/)[0])}">${escape(text)}\n</code></pre>`,
     checkbox: ({ checked }) => (checked ? "☑ " : "☐ "),
   },
 });
 
 const ALLOWED = {
-  ALLOWED_TAGS: "a p br hr h1 h2 h3 h4 h5 h6 strong em del code pre blockquote ul ol li table thead tbody tr th td span".split(" "),
+  ALLOWED_TAGS:
+    "a p br hr h1 h2 h3 h4 h5 h6 strong em del code pre blockquote ul ol li table thead tbody tr th td span".split(" "),
   ALLOWED_ATTR: ["href", "class", "start", "align"],
   ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i,
   ALLOW_DATA_ATTR: false,
@@ -40,13 +42,22 @@ function finish(fragment) {
   for (const code of fragment.querySelectorAll("pre > code")) {
     const language = code.className.replace(/^language-/, "");
     const text = code.textContent;
-    if (hljs.getLanguage(language) && text.length < MOST_COLOURED) code.replaceChildren(sanitized(hljs.highlight(text, { language }).value));
+    if (hljs.getLanguage(language) && text.length < MOST_COLOURED)
+      code.replaceChildren(sanitized(hljs.highlight(text, { language }).value));
     code.removeAttribute("class");
     const pre = code.parentElement;
     const box = h("div", { class: "code" });
     pre.replaceWith(box);
     pre.tabIndex = 0; // what scrolls sideways must be reached by keys
-    box.append(h("div", { class: "code-head" }, h("span", {}, language), copyButton("Copy the code", () => text.replace(/\n$/, ""))), pre);
+    box.append(
+      h(
+        "div",
+        { class: "code-head" },
+        h("span", {}, language),
+        copyButton("Copy the code", () => text.replace(/\n$/, "")),
+      ),
+      pre,
+    );
   }
   for (const table of fragment.querySelectorAll("table")) {
     const box = h("div", { class: "table", tabIndex: 0, role: "region", "aria-label": "Table" });
@@ -81,6 +92,13 @@ export class MarkdownView {
     }
     const complete = this.#blocks.slice(0, isOver ? undefined : -1).filter((block) => !block.isHeard);
     for (const block of complete) block.isHeard = true;
-    return complete.map((block) => block.nodes.map((node) => node.textContent).join(" ").trim()).filter(Boolean);
+    return complete
+      .map((block) =>
+        block.nodes
+          .map((node) => node.textContent)
+          .join(" ")
+          .trim(),
+      )
+      .filter(Boolean);
   }
 }

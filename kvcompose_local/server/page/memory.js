@@ -47,7 +47,11 @@ function runs(texts, shares, start, stop) {
 function tinted(found, start, stop) {
   return runs(found.texts, found.shares, start, stop).map(([from, to]) => {
     const share = found.shares[from];
-    const span = h("span", { class: "t", title: `held by ${percent(share)} of the heads` }, found.texts.slice(from, to).join(""));
+    const span = h(
+      "span",
+      { class: "t", title: `held by ${percent(share)} of the heads` },
+      found.texts.slice(from, to).join(""),
+    );
     span.style.setProperty("--tinted", `${(100 * share).toFixed(1)}%`);
     if (share === 0) span.classList.add("gone");
     places.set(span, from);
@@ -65,17 +69,29 @@ function block(found, span, from, isLast) {
   const pieces = passages(found.texts, start, stop).map(([first, end]) => {
     const isPinned = found.pins.some(([a, b]) => a <= first && end <= b);
     const pin = () => getSelection().isCollapsed && !isPinned && pinned(first, end);
-    return h("span", {
-      class: isPinned ? "passage pinned" : "passage", role: "button", tabIndex: -1, "aria-pressed": String(isPinned), dataset: { start: first, stop: end },
-      onclick: pin, onkeydown: (event) => (event.key === "Enter" || event.key === " ") && (event.preventDefault(), pin()),
-    }, tinted(found, first, end));
+    return h(
+      "span",
+      {
+        class: isPinned ? "passage pinned" : "passage",
+        role: "button",
+        tabIndex: -1,
+        "aria-pressed": String(isPinned),
+        dataset: { start: first, stop: end },
+        onclick: pin,
+        onkeydown: (event) => (event.key === "Enter" || event.key === " ") && (event.preventDefault(), pin()),
+      },
+      tinted(found, first, end),
+    );
   });
   const tail = isLast ? tinted(found, stop, found.texts.length) : [];
-  return h("article", { class: `remembered ${role}` },
+  return h(
+    "article",
+    { class: `remembered ${role}` },
     h("h2", {}, NAMES[role] ?? role, h("small", {}, `${count(part.length)} tokens, ${percent(mean)} held`)),
     markers(tinted(found, from, start)),
     h("p", {}, pieces),
-    markers(tail));
+    markers(tail),
+  );
 }
 
 function render() {
@@ -84,11 +100,13 @@ function render() {
   if (!found) return;
   let from = 0;
   const top = $("memory-text").scrollTop;
-  $("memory-text").replaceChildren(...found.spans.map((span, i) => {
-    const element = block(found, span, from, i === found.spans.length - 1);
-    from = span.stop;
-    return element;
-  }));
+  $("memory-text").replaceChildren(
+    ...found.spans.map((span, i) => {
+      const element = block(found, span, from, i === found.spans.length - 1);
+      from = span.stop;
+      return element;
+    }),
+  );
   $("memory-text").scrollTop = top;
   const first = $("memory-text").querySelector(".passage");
   if (first) first.tabIndex = 0;
@@ -100,7 +118,10 @@ function summarize(found) {
   const n = found.shares.length;
   const mean = found.shares.reduce((sum, share) => sum + share, 0) / Math.max(1, n);
   const gone = found.shares.filter((share) => share === 0).length;
-  const held = mean === 1 ? "every head holds all of them" : `a head holds ${percent(mean)} of them${gone ? `, ${count(gone)} are forgotten by all` : ""}`;
+  const held =
+    mean === 1
+      ? "every head holds all of them"
+      : `a head holds ${percent(mean)} of them${gone ? `, ${count(gone)} are forgotten by all` : ""}`;
   const told = `${count(n)} tokens in ${bytes(found.bytes)} (uncompressed ${bytes(found.f16_bytes)}): ${held}.`;
   $("memory-summary").textContent = preview ? `With a budget of ${percent(BUDGETS[$("budget").value])}: ${told}` : told;
 }
@@ -118,7 +139,12 @@ async function refresh({ budget = null } = {}) {
   const answer = keptAnswer();
   asking?.abort();
   $("budget").disabled = !answer;
-  if (!answer) return say(runOf(state.chat?.id) ? "The first answer is on its way." : "Here you see, after the first answer, what the model still holds of each word.");
+  if (!answer)
+    return say(
+      runOf(state.chat?.id)
+        ? "The first answer is on its way."
+        : "Here you see, after the first answer, what the model still holds of each word.",
+    );
   asking = new AbortController();
   const { signal } = asking;
   $("memory").setAttribute("aria-busy", "true");
@@ -130,7 +156,12 @@ async function refresh({ budget = null } = {}) {
     shown ??= found;
     render();
   } catch (error) {
-    if (error.name !== "AbortError") say(error.status === 404 ? "The server keeps this chat no more: it reads it again with your next message." : error.message);
+    if (error.name !== "AbortError")
+      say(
+        error.status === 404
+          ? "The server keeps this chat no more: it reads it again with your next message."
+          : error.message,
+      );
   } finally {
     if (!signal.aborted) $("memory").removeAttribute("aria-busy");
   }
@@ -170,10 +201,17 @@ function selected() {
 
 function tokenAt(node, offset) {
   const found = preview ?? shown;
-  const span = (node.nodeType === Node.TEXT_NODE ? node.parentElement : node.childNodes[offset] ?? node)?.closest?.(".t");
+  const span = (node.nodeType === Node.TEXT_NODE ? node.parentElement : (node.childNodes[offset] ?? node))?.closest?.(
+    ".t",
+  );
   if (!span || !found) return null;
   let token = places.get(span);
-  for (let rest = node.nodeType === Node.TEXT_NODE ? offset : 0; rest >= found.texts[token]?.length && token + 1 < found.texts.length; token++) rest -= found.texts[token].length;
+  for (
+    let rest = node.nodeType === Node.TEXT_NODE ? offset : 0;
+    rest >= found.texts[token]?.length && token + 1 < found.texts.length;
+    token++
+  )
+    rest -= found.texts[token].length;
   return token;
 }
 
@@ -188,11 +226,13 @@ export function toggleMemory() {
 let timer = null;
 $("budget").addEventListener("input", () => {
   showBudget();
-$("legend").replaceChildren(...[0, 0.25, 0.5, 0.75, 1].map((share) => {
-  const swatch = h("i", { class: "t" });
-  swatch.style.setProperty("--tinted", `${100 * share}%`);
-  return swatch;
-}));
+  $("legend").replaceChildren(
+    ...[0, 0.25, 0.5, 0.75, 1].map((share) => {
+      const swatch = h("i", { class: "t" });
+      swatch.style.setProperty("--tinted", `${100 * share}%`);
+      return swatch;
+    }),
+  );
   $("budget-now").hidden = false;
   clearTimeout(timer);
   timer = setTimeout(() => refresh({ budget: BUDGETS[$("budget").value] }), 200);
@@ -241,8 +281,10 @@ on("shown ended", () => {
   refresh();
 });
 showBudget();
-$("legend").replaceChildren(...[0, 0.25, 0.5, 0.75, 1].map((share) => {
-  const swatch = h("i", { class: "t" });
-  swatch.style.setProperty("--tinted", `${100 * share}%`);
-  return swatch;
-}));
+$("legend").replaceChildren(
+  ...[0, 0.25, 0.5, 0.75, 1].map((share) => {
+    const swatch = h("i", { class: "t" });
+    swatch.style.setProperty("--tinted", `${100 * share}%`);
+    return swatch;
+  }),
+);

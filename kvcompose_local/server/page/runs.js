@@ -13,7 +13,8 @@ export const runOf = (chatId) => running.get(chatId) ?? null;
 export const isRunning = (message) => running.get(message.chat)?.message.id === message.id;
 
 /** A message that another tab, or one that was closed, left unfinished. */
-export const isInterrupted = (message) => message.state === "running" && !isRunning(message) && Date.now() - (message.saved ?? 0) > 5 * SAVE_EVERY_MS;
+export const isInterrupted = (message) =>
+  message.state === "running" && !isRunning(message) && Date.now() - (message.saved ?? 0) > 5 * SAVE_EVERY_MS;
 
 export function stop() {
   running.get(state.chat?.id)?.controller.abort();
@@ -22,22 +23,29 @@ export function stop() {
 /** Ask a question after ``parent`` (null: the first), and have it answered. */
 export async function ask(parent, content, files) {
   const question = { id: store.newId(), parent, role: "user", content, files, made: Date.now() };
+  const { messages, settings } = state; // another chat may be shown before this one is on disk
   const chat = await begunChat(titleOf(question));
   question.chat = chat.id;
-  state.messages.set(question.id, question);
+  messages.set(question.id, question);
   await store.putMessage(question);
   await showLeaf(question.id);
-  return answer(question);
+  return answer(question, { chat, messages, settings });
 }
 
 /** Have a question answered, once more where it was already. */
-export async function answer(question) {
-  const { chat, messages, settings } = state;
+export async function answer(question, { chat, messages, settings } = state) {
   if (running.has(chat.id)) return;
   const { system, model, ...options } = settings;
   const used = model ?? state.props?.default_model;
   const message = {
-    id: store.newId(), chat: chat.id, parent: question.id, role: "assistant", content: "", reasoning: "", made: Date.now(), state: "running",
+    id: store.newId(),
+    chat: chat.id,
+    parent: question.id,
+    role: "assistant",
+    content: "",
+    reasoning: "",
+    made: Date.now(),
+    state: "running",
     ...(used ? { model: used } : {}),
   };
   const run = { message, controller: new AbortController(), progress: null, began: performance.now() };
@@ -96,7 +104,8 @@ function take(chunk, run) {
     message.kept = chunk.kvc.chat;
     message.figures = { ...message.figures, cached: chunk.kvc.cached, read: chunk.kvc.read, reread: chunk.kvc.reread };
   }
-  if (chunk.usage) message.figures = { ...message.figures, total: chunk.usage.total_tokens, generated: chunk.usage.completion_tokens };
+  if (chunk.usage)
+    message.figures = { ...message.figures, total: chunk.usage.total_tokens, generated: chunk.usage.completion_tokens };
   if (chunk.timings) {
     const { predicted_n: generated, predicted_per_second: speed, compactions } = chunk.timings;
     message.figures = { ...message.figures, generated, speed, compactions };

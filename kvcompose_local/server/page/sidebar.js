@@ -27,20 +27,40 @@ async function render() {
   const wanted = $("search").value.trim().toLowerCase();
   const chats = (await store.allChats()).filter((chat) => chat.title.toLowerCase().includes(wanted));
   const focused = document.activeElement?.closest?.("#chats li")?.dataset.id;
-  $("chats").replaceChildren(...chats.map((chat) => {
-    const isShown = chat.id === state.chat?.id;
-    const open = async () => {
-      await openChat(chat.id);
-      if (narrow.matches) toggleSidebar(false);
-      $("input").focus();
-    };
-    return h("li", { dataset: { id: chat.id }, class: isShown ? "shown" : null },
-      h("button", { type: "button", class: "chat", onclick: open, ondblclick: () => rename(chat), "aria-current": isShown ? "page" : null },
-        runOf(chat.id) ? h("span", { class: "dot", "aria-label": "answering" }) : null, chat.title),
-      iconButton("edit", `Rename ${chat.title}`, () => rename(chat)), iconButton("delete", `Delete ${chat.title}`, () => remove(chat)));
-  }));
-  if (!chats.length) $("chats").append(h("li", { class: "none" }, wanted ? "No chat has this in its title." : "No chats yet."));
-  if (focused) $("chats").querySelector(`[data-id="${CSS.escape(focused)}"] .chat`)?.focus();
+  $("chats").replaceChildren(
+    ...chats.map((chat) => {
+      const isShown = chat.id === state.chat?.id;
+      const open = async () => {
+        await openChat(chat.id);
+        if (narrow.matches) toggleSidebar(false);
+        $("input").focus();
+      };
+      return h(
+        "li",
+        { dataset: { id: chat.id }, class: isShown ? "shown" : null },
+        h(
+          "button",
+          {
+            type: "button",
+            class: "chat",
+            onclick: open,
+            ondblclick: () => rename(chat),
+            "aria-current": isShown ? "page" : null,
+          },
+          runOf(chat.id) ? h("span", { class: "dot", "aria-label": "answering" }) : null,
+          chat.title,
+        ),
+        iconButton("edit", `Rename ${chat.title}`, () => rename(chat)),
+        iconButton("delete", `Delete ${chat.title}`, () => remove(chat)),
+      );
+    }),
+  );
+  if (!chats.length)
+    $("chats").append(h("li", { class: "none" }, wanted ? "No chat has this in its title." : "No chats yet."));
+  if (focused)
+    $("chats")
+      .querySelector(`[data-id="${CSS.escape(focused)}"] .chat`)
+      ?.focus();
   const title = chats.find((chat) => chat.id === state.chat?.id)?.title ?? state.chat?.title ?? "New chat";
   $("title").textContent = title;
   document.title = state.chat ? `${title} · kvcompose-local` : "kvcompose-local";
@@ -68,7 +88,10 @@ async function remove(chat) {
 
 async function exportChats() {
   const blob = new Blob([JSON.stringify(await store.exported(), null, 1)], { type: "application/json" });
-  const link = h("a", { href: URL.createObjectURL(blob), download: `chats-${new Date().toISOString().slice(0, 10)}.json` });
+  const link = h("a", {
+    href: URL.createObjectURL(blob),
+    download: `chats-${new Date().toISOString().slice(0, 10)}.json`,
+  });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
 }
@@ -99,14 +122,20 @@ export async function refreshProps() {
 }
 
 function renderCeiling({ cells, kept, compute, disk, rss, total_bound: bound }) {
-  const parts = [["cells", cells.bytes], ["kept", kept.bytes], ["compute", compute.bytes]];
+  const parts = [
+    ["cells", cells.bytes],
+    ["kept", kept.bytes],
+    ["compute", compute.bytes],
+  ];
   const used = parts.reduce((sum, [, n]) => sum + n, 0);
   $("ceiling-text").textContent = `RAM ${bytes(used)} of ${bytes(bound)}`;
-  $("ceiling-bar").replaceChildren(...parts.map(([name, n]) => {
-    const part = h("i", { class: name });
-    part.style.width = `${Math.min(100, (100 * n) / bound)}%`;
-    return part;
-  }));
+  $("ceiling-bar").replaceChildren(
+    ...parts.map(([name, n]) => {
+      const part = h("i", { class: name });
+      part.style.width = `${Math.min(100, (100 * n) / bound)}%`;
+      return part;
+    }),
+  );
   const row = (name, label, value) => [h("dt", { class: name }, label), h("dd", {}, value)];
   $("ceiling-parts").replaceChildren(
     ...row("cells", "Cells of the chat in use", `${bytes(cells.used)} of ${bytes(cells.bytes)}`),

@@ -24,7 +24,11 @@ export const keptAnswer = () => shownPath().findLast((message) => message.kept) 
 
 export const model = () => {
   const { props, settings } = state;
-  return props?.models.find((found) => found.id === settings.model) ?? props?.models.find((found) => found.id === props.default_model) ?? null;
+  return (
+    props?.models.find((found) => found.id === settings.model) ??
+    props?.models.find((found) => found.id === props.default_model) ??
+    null
+  );
 };
 
 function defaults() {
@@ -101,13 +105,22 @@ export async function changeSettings(settings) {
   tell("props");
 }
 
-store.subscribe(async ({ chat, message }) => {
+// Another tab wrote. What is here is only added to: a question of this tab may be on its way to the disk.
+store.subscribe(async ({ chat, message, deleted }) => {
   tell("chats");
   if (chat !== state.chat?.id) return;
   if (message) return noteMessage(message);
+  if (deleted) {
+    if (state.leaf === deleted) state.leaf = state.messages.get(deleted)?.parent ?? null;
+    state.messages.delete(deleted);
+    return tell("shown");
+  }
   const found = await store.load(chat);
   if (state.chat?.id !== chat) return;
-  if (!found) return newChat(); // deleted in another tab
-  const { leaf } = state;
-  show({ ...found, leaf: found.messages.has(leaf) ? leaf : newestLeaf(found.messages, null), settings: found.chat.settings });
+  if (!found) return newChat(); // deleted
+  state.chat = { ...found.chat, leaf: state.leaf };
+  state.settings = found.chat.settings;
+  const more = [...found.messages.values()].filter((message) => !state.messages.has(message.id));
+  for (const message of more) state.messages.set(message.id, message);
+  tell(more.length ? "shown" : "props");
 });

@@ -43,7 +43,8 @@ async function transaction(mode, work) {
   });
 }
 
-export const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(12)), (b) => b.toString(16).padStart(2, "0")).join("");
+export const newId = () =>
+  Array.from(crypto.getRandomValues(new Uint8Array(12)), (b) => b.toString(16).padStart(2, "0")).join("");
 
 /** All chats, the one used last first. */
 export async function allChats() {
@@ -91,14 +92,15 @@ export async function putMessage(message) {
 
 export async function deleteMessage(message) {
   await transaction("readwrite", (_chats, messages) => done(messages.delete(message.id)));
-  channel.postMessage({ chat: message.chat });
+  channel.postMessage({ chat: message.chat, deleted: message.id });
 }
 
 /** Forget a chat. Returns the server's chats that no other chat here goes on with. */
 export async function deleteChat(id) {
   const kept = await transaction("readwrite", async (chats, messages) => {
     const all = await done(messages.getAll());
-    const of = (own) => new Set(all.filter((message) => (message.chat === id) === own && message.kept).map((message) => message.kept));
+    const of = (own) =>
+      new Set(all.filter((message) => (message.chat === id) === own && message.kept).map((message) => message.kept));
     for (const message of all) if (message.chat === id) messages.delete(message.id);
     await done(chats.delete(id));
     const others = of(false);
@@ -116,7 +118,7 @@ export function keptIds() {
   });
 }
 
-/** What other tabs write: ``listener({chat, message?})``. */
+/** What other tabs write: ``listener({chat, message?, deleted?})``, deleted being the id of a message. */
 export function subscribe(listener) {
   channel.onmessage = (event) => listener(event.data);
 }
@@ -131,7 +133,11 @@ export function exported(ids = null) {
     const found = await done(chats.getAll());
     const all = await done(messages.getAll());
     const wanted = found.filter((chat) => ids === null || ids.includes(chat.id));
-    return { format: FORMAT, version: 1, chats: wanted.map((chat) => ({ ...chat, messages: all.filter((m) => m.chat === chat.id) })) };
+    return {
+      format: FORMAT,
+      version: 1,
+      chats: wanted.map((chat) => ({ ...chat, messages: all.filter((m) => m.chat === chat.id) })),
+    };
   });
 }
 
@@ -154,27 +160,50 @@ const isObject = (value) => typeof value === "object" && value !== null && !Arra
 /** The chats of an export with nothing but the fields that are known. Throws an Error, in one line, for what is none. */
 function check(data) {
   if (Array.isArray(data?.messages) && data.format !== FORMAT) return [fromTurns(data)];
-  if (!isObject(data) || data.format !== FORMAT || !Array.isArray(data.chats)) throw new Error("this file holds no exported chats");
+  if (!isObject(data) || data.format !== FORMAT || !Array.isArray(data.chats))
+    throw new Error("this file holds no exported chats");
   if (data.version !== 1) throw new Error("these chats were exported by a newer version of the program");
   return data.chats.map((chat) => {
-    if (!isObject(chat) || !isText(chat.id) || !isText(chat.title) || !Array.isArray(chat.messages)) throw new Error("a chat of this file is damaged");
+    if (!isObject(chat) || !isText(chat.id) || !isText(chat.title) || !Array.isArray(chat.messages))
+      throw new Error("a chat of this file is damaged");
     const messages = chat.messages.map((message) => checkMessage(message, chat.id));
-    return { id: chat.id, title: chat.title, used: Number(chat.used) || Date.now(), leaf: isText(chat.leaf) ? chat.leaf : null, settings: isObject(chat.settings) ? chat.settings : {}, messages };
+    return {
+      id: chat.id,
+      title: chat.title,
+      used: Number(chat.used) || Date.now(),
+      leaf: isText(chat.leaf) ? chat.leaf : null,
+      settings: isObject(chat.settings) ? chat.settings : {},
+      messages,
+    };
   });
 }
 
 function checkMessage(message, chat) {
   const files = message?.files ?? [];
   const isSound =
-    isObject(message) && isText(message.id) && isText(message.content) && ["user", "assistant"].includes(message.role) &&
-    (message.parent === null || isText(message.parent)) && Array.isArray(files) &&
+    isObject(message) &&
+    isText(message.id) &&
+    isText(message.content) &&
+    ["user", "assistant"].includes(message.role) &&
+    (message.parent === null || isText(message.parent)) &&
+    Array.isArray(files) &&
     files.every((file) => isObject(file) && isText(file.name) && isText(file.text));
   if (!isSound) throw new Error("a message of this file is damaged");
   const { id, parent, role, content } = message;
   const text = (name) => (isText(message[name]) ? { [name]: message[name] } : {});
   return {
-    id, chat, parent, role, content, made: Number(message.made) || 0, files: files.map(({ name, text }) => ({ name, text })),
-    ...text("reasoning"), ...text("state"), ...text("error"), ...text("model"), ...(isObject(message.figures) ? { figures: numbers(message.figures) } : {}),
+    id,
+    chat,
+    parent,
+    role,
+    content,
+    made: Number(message.made) || 0,
+    files: files.map(({ name, text }) => ({ name, text })),
+    ...text("reasoning"),
+    ...text("state"),
+    ...text("error"),
+    ...text("model"),
+    ...(isObject(message.figures) ? { figures: numbers(message.figures) } : {}),
   };
 }
 
@@ -183,14 +212,26 @@ const numbers = (figures) => Object.fromEntries(Object.entries(figures).filter((
 /** A chat of {"messages": [{"role", "content"}], "model"?, "id"? of the server's}, as OpenAI's requests have it. */
 function fromTurns(data) {
   const id = newId();
-  const system = data.messages.filter((turn) => turn?.role === "system" && isText(turn.content)).map((turn) => turn.content).join("\n\n");
+  const system = data.messages
+    .filter((turn) => turn?.role === "system" && isText(turn.content))
+    .map((turn) => turn.content)
+    .join("\n\n");
   let parent = null;
-  const messages = data.messages.filter((turn) => turn?.role !== "system").map((turn, i) => {
-    const message = checkMessage({ ...turn, id: newId(), parent, made: i, reasoning: turn?.reasoning_content }, id);
-    parent = message.id;
-    return message;
-  });
+  const messages = data.messages
+    .filter((turn) => turn?.role !== "system")
+    .map((turn, i) => {
+      const message = checkMessage({ ...turn, id: newId(), parent, made: i, reasoning: turn?.reasoning_content }, id);
+      parent = message.id;
+      return message;
+    });
   if (isText(data.id) && messages.length) messages.at(-1).kept = data.id;
   const title = messages[0]?.content.slice(0, 60) || "Imported chat";
-  return { id, title, used: Date.now(), leaf: parent, settings: { ...(system ? { system } : {}), ...(isText(data.model) ? { model: data.model } : {}) }, messages };
+  return {
+    id,
+    title,
+    used: Date.now(),
+    leaf: parent,
+    settings: { ...(system ? { system } : {}), ...(isText(data.model) ? { model: data.model } : {}) },
+    messages,
+  };
 }

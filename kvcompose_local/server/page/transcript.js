@@ -24,8 +24,18 @@ class MessageView {
     this.note = h("div", { class: "note" });
     this.foot = h("footer");
     this.element = h(
-      "article", { class: `message ${message.role}`, tabIndex: -1, "aria-label": isUser ? "You" : "Answer", dataset: { id: message.id } },
-      message.files?.length ? this.files : null, this.thinking, this.body, this.note, this.foot,
+      "article",
+      {
+        class: `message ${message.role}`,
+        tabIndex: -1,
+        "aria-label": isUser ? "You" : "Answer",
+        dataset: { id: message.id },
+      },
+      message.files?.length ? this.files : null,
+      this.thinking,
+      this.body,
+      this.note,
+      this.foot,
     );
     this.markdown = new MarkdownView(this.body);
     this.thoughts = new MarkdownView(this.reasoning);
@@ -37,12 +47,15 @@ class MessageView {
     this.message = message;
     if (this.#pending) return;
     this.#pending = true;
-    setTimeout(() => {
-      this.#pending = false;
-      const follows = root.scrollHeight - root.scrollTop - root.clientHeight < 60;
-      this.render();
-      if (follows) toEnd();
-    }, Math.max(0, 60 - (performance.now() - this.#renderedAt)));
+    setTimeout(
+      () => {
+        this.#pending = false;
+        const follows = root.scrollHeight - root.scrollTop - root.clientHeight < 60;
+        this.render();
+        if (follows) toEnd();
+      },
+      Math.max(0, 60 - (performance.now() - this.#renderedAt)),
+    );
   }
 
   render() {
@@ -79,14 +92,20 @@ class MessageView {
       const { progress, first } = runOf(message.chat);
       if (progress?.reading) {
         const [done, total] = progress.reading;
-        parts.push(h("progress", { value: done, max: total, "aria-label": "Reading" }), `Reading ${count(done)} of ${count(total)} tokens`);
+        parts.push(
+          h("progress", { value: done, max: total, "aria-label": "Reading" }),
+          `Reading ${count(done)} of ${count(total)} tokens`,
+        );
       } else if (progress?.waiting) {
         parts.push(`Waiting: ${progress.waiting} before this one`);
       } else if (!first) {
         parts.push(h("span", { class: "dots", "aria-label": "Waiting for the first word" }, h("i"), h("i"), h("i")));
       }
     } else if (message.state === "failed") {
-      parts.push(h("span", { class: "error", role: "alert" }, message.error), h("button", { type: "button", class: "quiet", onclick: () => retry(message) }, "Try again"));
+      parts.push(
+        h("span", { class: "error", role: "alert" }, message.error),
+        h("button", { type: "button", class: "quiet", onclick: () => retry(message) }, "Try again"),
+      );
     } else if (message.state === "length") {
       parts.push("The answer ended at the limit of tokens.");
     } else if (message.state === "stopped") {
@@ -101,7 +120,13 @@ class MessageView {
   #renderFoot(runs) {
     const { message } = this;
     const all = children(state.messages, message.parent);
-    const key = JSON.stringify([runs, all.length, all.findIndex((found) => found.id === message.id), message.figures, message.state]);
+    const key = JSON.stringify([
+      runs,
+      all.length,
+      all.findIndex((found) => found.id === message.id),
+      message.figures,
+      message.state,
+    ]);
     if (runs) this.foot.replaceChildren(h("span", { class: "figures" }, live(runOf(message.chat))));
     if (key === this.footKey || runs) {
       this.footKey = runs ? null : key;
@@ -122,7 +147,11 @@ class MessageView {
   edit() {
     this.edits = true;
     const { message } = this;
-    const area = h("textarea", { value: message.content, "aria-label": "Question", rows: Math.min(12, 1 + message.content.split("\n").length) });
+    const area = h("textarea", {
+      value: message.content,
+      "aria-label": "Question",
+      rows: Math.min(12, 1 + message.content.split("\n").length),
+    });
     const end = () => {
       this.edits = false;
       this.render();
@@ -150,7 +179,12 @@ class MessageView {
         },
       },
       area,
-      h("div", { class: "row" }, h("button", { class: "primary" }, "Ask"), h("button", { type: "button", class: "quiet", onclick: end }, "Leave it")),
+      h(
+        "div",
+        { class: "row" },
+        h("button", { class: "primary" }, "Ask"),
+        h("button", { type: "button", class: "quiet", onclick: end }, "Leave it"),
+      ),
     );
     this.body.replaceChildren(form);
     area.focus();
@@ -158,7 +192,11 @@ class MessageView {
 }
 
 function attached({ name, text }) {
-  return h("li", {}, h("details", {}, h("summary", {}, icon("file"), h("span", {}, name)), h("pre", { tabIndex: 0 }, text)));
+  return h(
+    "li",
+    {},
+    h("details", {}, h("summary", {}, icon("file"), h("span", {}, name)), h("pre", { tabIndex: 0 }, text)),
+  );
 }
 
 function branches(message, all) {
@@ -191,7 +229,8 @@ function figures({ figures, model: name }) {
   if (figures.cached) parts.push(`${count(figures.cached)} known, ${count(figures.read)} read`);
   else if (figures.read) parts.push(`${count(figures.read)} read`);
   if (figures.reread) parts.push(`${count(figures.reread)} of them again`);
-  if (figures.compactions) parts.push(figures.compactions === 1 ? "compressed once" : `compressed ${figures.compactions} times`);
+  if (figures.compactions)
+    parts.push(figures.compactions === 1 ? "compressed once" : `compressed ${figures.compactions} times`);
   if (name && name !== model()?.id) parts.push(name);
   return parts.join(" · ");
 }
@@ -203,8 +242,15 @@ function toEnd() {
 function welcome() {
   const found = model();
   const lines = found
-    ? [h("p", {}, h("strong", {}, found.id), ` remembers up to ${count(found.n_ctx)} tokens${found.budget < 1 ? ` in ${Math.round(100 * found.budget)}% of their memory` : ""}.`),
-       h("p", {}, "Everything stays on this machine. Drop a file to talk about it.")]
+    ? [
+        h(
+          "p",
+          {},
+          h("strong", {}, found.id),
+          ` remembers up to ${count(found.n_ctx)} tokens${found.budget < 1 ? ` in ${Math.round(100 * found.budget)}% of their memory` : ""}.`,
+        ),
+        h("p", {}, "Everything stays on this machine. Drop a file to talk about it."),
+      ]
     : [h("p", {}, "Waiting for the server…")];
   return h("div", { class: "welcome" }, lines);
 }
