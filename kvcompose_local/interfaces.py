@@ -107,7 +107,7 @@ class CacheSnapshot:
     """All cells of a cache, to be put back later, by either engine.
 
     keys, values: for each composable layer uint8 (K_l + n_live, bytes of a row) in the numbering of rows above, V not
-    transposed; window: llama.cpp's own serialization of sliding-window layers, uint8 (bytes,), empty without any.
+    transposed; state: a checkpoint of that position (:meth:`Engine.checkpoint`).
     """
 
     composed: tuple[int, ...]
@@ -115,7 +115,7 @@ class CacheSnapshot:
     position: int
     keys: Sequence[ByteArray]
     values: Sequence[ByteArray]
-    window: ByteArray
+    state: ByteArray
 
 
 def even_parts(n: int, largest: int, rows: int = 1) -> list[tuple[int, int]]:
@@ -151,9 +151,16 @@ class Engine(Protocol):
     max_replay: int
     #: Why there is no ``snapshot`` of this cache, empty where there is.
     cannot_snapshot: str
-    #: Whether there are :meth:`live_rows`, and whether :meth:`rewrite` can go back.
+    #: Whether there are :meth:`live_rows`.
     reads_rows: bool
-    goes_back: bool
+    #: How many tokens behind the furthest one that was decoded there may be where ``drop_tail`` ends without a
+    #: checkpoint: less than all where a part of the cache moves on and does not come back by itself.
+    max_drop: int
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of what moves on beside the cells: sliding windows, recurrent states; 0 where there are none."""
+        ...
 
     @property
     def compute_bytes(self) -> int | None:
@@ -190,13 +197,24 @@ class Engine(Protocol):
         """
         ...
 
-    def rewrite(self, selection: Sequence[Selection], n_tail: int, n_forgotten: int = 0) -> None:
+    def rewrite(
+        self,
+        selection: Sequence[Selection],
+        n_tail: int,
+        n_forgotten: int = 0,
+        checkpoint: ByteArray | None = None,
+    ) -> None:
         """Replace all cells but the newest ``n_tail`` live ones by composed cells.
 
         selection: for each composable layer int (H, K_l): head ``h`` of the layer's new composed cell ``r`` is head
-        ``h`` of old row ``selection[l][h, r]``. n_forgotten: without a tail, how many positions to go back by. Raises
-        before anything is changed when the layout does not fit.
+        ``h`` of old row ``selection[l][h, r]``. n_forgotten: without a tail, how many positions to go back by, with a
+        checkpoint of the position where that ends, if a part of the cache moves on. Raises when the layout does not
+        fit: before anything is changed, unless there is a checkpoint.
         """
+        ...
+
+    def checkpoint(self) -> ByteArray:
+        """What moves on, as llama.cpp serializes it: uint8 (at most about ``state_bytes``,), empty without any."""
         ...
 
     def snapshot(self) -> CacheSnapshot:
@@ -215,8 +233,8 @@ class Engine(Protocol):
         """
         ...
 
-    def drop_tail(self, n: int) -> None:
-        """Forget the newest ``n`` live tokens."""
+    def drop_tail(self, n: int, checkpoint: ByteArray | None = None) -> None:
+        """Forget the newest ``n`` live tokens; beyond ``max_drop``, with a checkpoint of the position before them."""
         ...
 
     def clear(self) -> None:

@@ -17,10 +17,13 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from kvcompose_local.chat.checkpoints import Checkpoint, Checkpoints
 from kvcompose_local.chat.report import CompactionReport
 from kvcompose_local.chat.scoring import Learned, Replayed, Scored, Scoring
 from kvcompose_local.composing.cell_scores import CellScores
@@ -29,6 +32,7 @@ from kvcompose_local.composing.policy import Policy, Room
 from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.errors import ContextFull, InvalidInput, PositionsFull
 from kvcompose_local.interfaces import (
+    ByteArray,
     CacheLayout,
     CacheSnapshot,
     Engine,
@@ -60,7 +64,7 @@ class MemoryState:
 
     tokens: all that were seen; scores: float32 (H, K_l), each layer's composed cells', without age; origins: int32
     (H, K_l), the positions that their tokens stood at; cells: as the engine gave them; pins: the (start, stop) of what
-    is pinned; scorer: what the scores are of, None for a replay.
+    is pinned; scorer: what the scores are of, None for a replay; checkpoints: of the last turn.
     """
 
     tokens: tuple[int, ...]
@@ -69,6 +73,19 @@ class MemoryState:
     cells: CacheSnapshot
     pins: tuple[tuple[int, int], ...] = ()
     scorer: Scorer | None = None
+    checkpoints: tuple[Checkpoint, ...] = ()
+
+
+class _WayBack(NamedTuple):
+    """How to go back: to which position, with what checkpoint, and whether what stands before it is live there."""
+
+    position: int
+    checkpoint: Checkpoint | None
+    is_live: bool
+
+    @property
+    def state(self) -> ByteArray | None:
+        return None if self.checkpoint is None else self.checkpoint.state
 
 
 class CacheMemory:
@@ -109,7 +126,8 @@ class CacheMemory:
         self.n_asked = 0  # compactions that somebody asked for
         self.tokens: list[int] = []  # all that were seen, in their order
         self.pins: list[tuple[int, int]] = []  # (start, stop) in positions, read or yet to be read
-        self._furthest = 0  # the highest position that a sliding window had to reach
+        self._furthest = 0  # the highest position that what moves on had to reach
+        self.checkpoints = Checkpoints()
         self._scores = CellScores(engine.shape.layers)
 
     def _scored_by(self, scorer: Scorer) -> Scored:
@@ -170,6 +188,8 @@ class CacheMemory:
                 self.engine.decode(piece, piece_progress, logits=offset + len(piece) == len(tokens))
             finally:
                 with uninterrupted():
+                    if self.position < len(self.tokens):  # a failure left nothing
+                        self._forget_cells()
                     self.tokens += piece[: self.position - len(self.tokens)]
                     self._furthest = max(self._furthest, len(self.tokens))
             done += len(piece)
@@ -264,7 +284,7 @@ class CacheMemory:
         if n_scored == 0 and not any(before.composed):
             return None
         started = time.perf_counter()
-        if self.scoring.feeds:  # a sliding window moves on by that
+        if self.scoring.feeds and self.engine.max_drop:  # a sliding window moves on by that
             self._furthest = max(self._furthest, before.position + self.policy.n_scratch)
         live = self.scoring.scores(self.tokens, n_scored, self.policy.n_scratch, self.on_progress)
         scored = time.perf_counter()
@@ -369,7 +389,13 @@ class CacheMemory:
         """The same, but what is large is copied when it is looked at, layer by layer: good until anything changes."""
         scores, origins = self._scores.view()
         return MemoryState(
-            tuple(self.tokens), scores, origins, self.engine.view(), tuple(self.pins), self.scoring.scorer
+            tuple(self.tokens),
+            scores,
+            origins,
+            self.engine.view(),
+            tuple(self.pins),
+            self.scoring.scorer,
+            self.checkpoints.of_last_turn(self.position),
         )
 
     def restore(self, state: MemoryState) -> None:
@@ -391,6 +417,9 @@ class CacheMemory:
             scoring = Replayed(self.engine) if state.scorer is None else self._scored_by(state.scorer)
         if any(not 0 <= start <= stop <= self.n_ctx for start, stop in state.pins):
             raise InvalidInput("the pins are not those of these tokens")
+        places = [0, *(checkpoint.position for checkpoint in state.checkpoints), cells.position]
+        if state.checkpoints and any(one >= other for one, other in pairwise(places)):
+            raise InvalidInput("the checkpoints are not those of these tokens")
         self._check_room(cells, self._policy.n_scratch if scoring.feeds else 0)
         if self.compose:
             self._check_pinned(_n_in(state.pins))
@@ -401,8 +430,9 @@ class CacheMemory:
             raise InvalidInput("the positions are not those of these cells")
         self.tokens = [*state.tokens]
         self.pins = [*state.pins]
-        self._furthest = cells.position + (self.engine.max_replay if cells.window.size else 0)
+        self._furthest = cells.position + (self.engine.max_drop if cells.state.size else 0)
         self._scores, self.scoring = scores, scoring
+        self.checkpoints = Checkpoints(state.checkpoints)
 
     def _check_room(self, cells: CacheSnapshot, n_scratch: int) -> None:
         """Raises ContextFull unless the cells fit beside enough of the scratch for the next compaction, or of the rest.
@@ -435,54 +465,82 @@ class CacheMemory:
         """
         if not 0 <= position <= self.position:
             raise InvalidInput(f"cannot go back to position {position}: {self.position} tokens were seen")
-        if self._is_live(position):
-            with uninterrupted():
-                self.engine.drop_tail(self.position - position)
-                del self.tokens[position:]
-            return True
-        again, pins = self.tokens[:position], self.pins
-        if n_again := self._n_behind(position):
-            self._go_back(position - n_again)
-            self.feed(again[position - n_again :], progress)
-            return True
-        self.clear()
-        self.pins = pins
-        self.feed(again, progress)
-        return False
+        again, pins, way = self.tokens[:position], self.pins, self._way_back(position)
+        if way is None:
+            self.clear()
+            self.pins = pins
+            self.feed(again, progress)
+            return False
+        self._go_back(way)
+        if way.position < position:
+            self.feed(again[way.position :], progress)
+        return True
 
     def can_drop(self, position: int) -> bool:
-        """Whether the cells that are older suffice to go back to ``position``."""
-        return self._is_live(position) or bool(self._n_behind(position))
+        """Whether what is older suffices to go back to ``position``."""
+        return self._way_back(position) is not None
+
+    def n_again(self, position: int) -> int:
+        """How many of the first ``position`` tokens going back to there reads again."""
+        way = self._way_back(position)
+        return position if way is None else position - way.position
+
+    def mark(self) -> None:
+        """Let :meth:`rewind` come back to the position of now, where that needs a checkpoint."""
+        position = self.position
+        if self.moves_on and position > max(self.checkpoints.positions, default=0):
+            self.checkpoints.add(Checkpoint(position, self.engine.checkpoint()))
+
+    @property
+    def moves_on(self) -> bool:
+        """Whether a part of the cache moves on: sliding windows, recurrent states."""
+        return self.engine.state_bytes > 0
 
     def _is_live(self, position: int) -> bool:
         layout = self.engine.layout()
-        # A sliding window that has moved on by more than a replay lacks what stood before.
-        return layout.position - position <= layout.n_live and self._furthest - position <= self.engine.max_replay
+        # What has moved on by more than that lacks what stood before.
+        return layout.position - position <= layout.n_live and self._furthest - position <= self.engine.max_drop
 
-    def _n_behind(self, position: int) -> int:
-        """Tokens to read again where composed cells from ``position`` on are dropped; 0 where all must be read again.
+    def _way_back(self, position: int) -> _WayBack | None:
+        """How to go back to ``position``, or to where text is read on to it from; None where all must be read again.
 
-        Text is read on from whole sentences, so that a tail is made anew. What went before was chosen beside what
-        came after, and is less than reading again would keep: a chat that goes back by half or more reads again.
+        Behind composed cells that were dropped, text is read on from whole sentences, so that a tail is made anew, or
+        from a checkpoint. What went before was chosen beside what came after, and is less than reading again would
+        keep: a chat that goes back by half or more of what is composed reads again.
         """
+        if self._is_live(position):
+            return _WayBack(position, None, True)
         layout = self.engine.layout()
-        n_tail = self.policy.n_tail
+        checkpoint, start = None, position - self.policy.n_tail
+        if self.moves_on:
+            checkpoint = self.checkpoints.before(position)
+            if checkpoint is None:
+                return None
+            start = checkpoint.position
+            if start >= layout.position - layout.n_live:
+                return _WayBack(start, checkpoint, True)
+        if 2 * position <= layout.position or start <= 0:
+            return None
         pinned = _in(self.pins, layout.position - layout.n_live)[:position]
-        if 2 * position <= layout.position or position <= n_tail or not self.engine.goes_back:
-            return 0
-        chosen = self._scores.before(position - n_tail)
-        enough = min(rows.shape[1] for rows in chosen) > int(pinned.sum())
-        return n_tail if enough else 0
+        enough = min(rows.shape[1] for rows in self._scores.before(start)) > int(pinned.sum())
+        return _WayBack(start, checkpoint, False) if enough else None
 
-    def _go_back(self, position: int) -> None:
-        """Forget the tokens from ``position`` on, composed ones among them."""
+    def _go_back(self, way: _WayBack) -> None:
+        """Forget the tokens from a position on, and composed ones among them where it is not live."""
         before = self.engine.layout()
-        chosen = self._scores.before(position)
-        none = [np.zeros((layer.n_kv_heads, 0), np.float16) for layer in self.engine.shape.layers]
+        n_forgotten = before.position - way.position
         with self._emptied_on_failure(before):
-            self.engine.rewrite(chosen, 0, before.position - position)
-            self._scores.keep(chosen, none, 0)
-            del self.tokens[position:]
+            if way.is_live:
+                self.engine.drop_tail(n_forgotten, way.state)
+            else:
+                chosen = self._scores.before(way.position)
+                none = [np.zeros((layer.n_kv_heads, 0), np.float16) for layer in self.engine.shape.layers]
+                self.engine.rewrite(chosen, 0, n_forgotten, way.state)
+                self._scores.keep(chosen, none, 0)
+            del self.tokens[way.position :]
+            self.checkpoints.forget(way.position)
+            if way.checkpoint is not None:  # which holds no more than what the next token needs
+                self._furthest = way.position + self.engine.max_drop
 
     def clear(self) -> None:
         """Forget everything."""
@@ -496,3 +554,4 @@ class CacheMemory:
             self.tokens = []
             self._furthest = 0
             self._scores.clear()
+            self.checkpoints = Checkpoints()

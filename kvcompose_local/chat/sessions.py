@@ -7,7 +7,8 @@ The container is that of :mod:`kvcompose_local.chat.sections`. For layer ``l`` i
     cells     keys.l, values.l U8 (K_l + n_live, row bytes)
     scores    scores.l F32 (H, K_l), origins.l I32 (H, K_l): the positions of their tokens
     scorer    weights.l F32 (H, F), places.l F32 (H, 3), furthest I32 (1,): what the scores are of, where something is
-    window    bytes U8 (bytes,): llama.cpp's own cells of sliding-window layers, where there are any
+    window    bytes U8 (bytes,): llama.cpp's own cells of sliding-window layers and state of recurrent ones, if any
+    checkpoints  positions I32 (n,), state.i U8 (bytes,): what the window was there, for the last turn to be taken back
 
 A file takes its name only when it is whole, and nothing of it is believed, allocated or handed on before its sizes and
 its checksums were looked at.
@@ -32,6 +33,7 @@ from safetensors import SafetensorError
 
 from kvcompose_local import __version__
 from kvcompose_local.chat import Chat, ChatState, Place, Step, sections
+from kvcompose_local.chat.checkpoints import LEAST, Checkpoint
 from kvcompose_local.chat.memory import CacheMemory, MemoryState
 from kvcompose_local.chat.sections import Section, Sections
 from kvcompose_local.composing.scorer import DTYPE as SCORER_DTYPE
@@ -45,7 +47,7 @@ from kvcompose_local.interfaces import CacheSnapshot, Lazy, ModelShape, Progress
 
 FORMAT = 5
 #: The newest version of each section that this program reads, and the one that it writes.
-VERSIONS = {"text": 1, "tokens": 1, "cells": 1, "scores": 1, "scorer": 1, "window": 1}
+VERSIONS = {"text": 1, "tokens": 1, "cells": 1, "scores": 1, "scorer": 1, "window": 1, "checkpoints": 1}
 SUFFIX = ".kvc"
 #: The session that the REPL leaves behind when it was given none.
 LAST = "last"
@@ -249,9 +251,14 @@ def _sections_of(state: ChatState) -> dict[str, Section]:
     if (scorer := memory.scorer) is not None and any(cells.composed):  # whatever is fitted later, they go on by this
         made["scorer"] = planes(weights=scorer.weights, places=scorer.places)
         made["scorer"]["furthest"] = lambda: np.array([scorer.furthest], "<i4")
-    if cells.window.size:
-        made["window"] = {"bytes": lambda: cells.window}
-    return {name: Section(VERSIONS[name], arrays) for name, arrays in made.items()}
+    if cells.state.size:
+        made["window"] = {"bytes": lambda: cells.state}
+    if memory.checkpoints:
+        positions = [checkpoint.position for checkpoint in memory.checkpoints]
+        made["checkpoints"] = {"positions": lambda: np.array(positions, "<i4")}
+        for i, checkpoint in enumerate(memory.checkpoints):
+            made["checkpoints"][f"state.{i}"] = partial(np.asarray, checkpoint.state)
+    return {name: Section(VERSIONS[name], arrays, name != "checkpoints") for name, arrays in made.items()}
 
 
 def _plane(planes: Sequence[Array], i: int) -> Array:
@@ -335,8 +342,10 @@ def _fitting_state(manifest: Manifest, parts: Sections, memory: CacheMemory) -> 
             f"has its {shape.rope_factors or 'only'} ones: start with --ctx {manifest.n_ctx}"
         )
     state = _state_of(manifest, parts, shape)
-    if state.memory.cells.window.size and manifest.llama_cpp != _pin():
-        raise SessionError(f"the session's sliding windows are those of {manifest.llama_cpp}, and this is {_pin()}")
+    if state.memory.cells.state.size and manifest.llama_cpp != _pin():
+        raise SessionError(
+            f"the session's sliding windows or recurrent states are those of {manifest.llama_cpp}, and this is {_pin()}"
+        )
     return state
 
 
@@ -393,8 +402,20 @@ def _state_of(manifest: Manifest, parts: Sections, shape: ModelShape) -> ChatSta
     cells = CacheSnapshot(composed, n_live, position, planes("cells/keys"), planes("cells/values"), window)
     scorer = _scorer_of(parts, shape) if "scorer" in parts.versions else None
     scores, origins = planes("scores/scores"), planes("scores/origins")
-    memory = MemoryState(tuple(tokens.tolist()), scores, origins, cells, pins, scorer)
+    checkpoints = _checkpoints_of(parts) if "checkpoints" in parts.versions else ()
+    memory = MemoryState(tuple(tokens.tolist()), scores, origins, cells, pins, scorer, checkpoints)
     return ChatState(**text, pending=tuple(pending.tolist()), memory=memory)
+
+
+def _checkpoints_of(parts: Sections) -> tuple[Checkpoint, ...]:
+    """The checkpoints of the last turn. Raises ValueError where they are none."""
+    parts.shape("checkpoints/positions", "I32", range(1, LEAST + 1))
+    positions = parts.array("checkpoints/positions").tolist()
+    if parts.names("checkpoints") != {"positions", *(f"state.{i}" for i in range(len(positions)))}:
+        raise ValueError("its checkpoints are none")
+    for i in range(len(positions)):
+        parts.shape(f"checkpoints/state.{i}", "U8", range(1, 2**31))
+    return tuple(Checkpoint(position, parts.array(f"checkpoints/state.{i}")) for i, position in enumerate(positions))
 
 
 def _scorer_of(parts: Sections, shape: ModelShape) -> Scorer:

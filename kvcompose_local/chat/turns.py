@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from kvcompose_local.chat.memory import CacheMemory, MemoryState
-from kvcompose_local.chat.reasoning import CLOSE, OPEN, Reader, Said
+from kvcompose_local.chat.reasoning import CLOSE, OPEN, Format, Reader, Said
 from kvcompose_local.chat.transcript import Message, Place, Saved, Step, TextModel, Transcript, n_common
 from kvcompose_local.errors import ContextFull, InvalidInput, KVComposeError
 from kvcompose_local.interfaces import Progress
@@ -399,22 +399,28 @@ class Chat:
         if go_on:
             memory.check_positions(n_shared, len(tokens) - n_shared)
         reports, started, before = len(memory.reports), time.perf_counter(), n_shared
+        n_new = len(tokens) - n_shared
+        n_done: int | None = 0
 
         def progress(n: int, of: int) -> None:
             if self.on_read is not None:
-                self.on_read(n, of)
+                self.on_read(*(n, of) if n_done is None else (n_done + n, n_new))
             if self.should_stop():
                 raise KeyboardInterrupt
 
         try:
             if n_shared < memory.position:
-                if not memory.can_drop(n_shared):
-                    before = 0
-                    if tokens:
-                        self.on_rebuild(len(tokens))
+                n_again = memory.n_again(n_shared)
+                before -= n_again
+                if tokens and (n_again > memory.policy.n_tail or not memory.can_drop(n_shared)):
+                    self.on_rebuild(n_again + n_new)
+                n_done = None
                 memory.rewind(n_shared, progress)
             if go_on:
-                memory.feed(tokens[n_shared:], progress)
+                for start, stop in pairwise([n_shared, *self._places_to_mark(n_shared), len(tokens)]):
+                    memory.mark()
+                    n_done = start - n_shared
+                    memory.feed(tokens[start:stop], progress)
         except KeyboardInterrupt:
             stats.stopped = "interrupt"
         finally:
@@ -423,6 +429,16 @@ class Chat:
             spent = self._compaction_seconds(reports)
             stats.compaction_seconds += spent
             stats.prefill_seconds += time.perf_counter() - started - spent
+
+    def _places_to_mark(self, position: int) -> list[int]:
+        """Where the last turn and its answer begin, if behind ``position``: what is taken back leads there.
+
+        An answer is asked for by the last token before it, which is read by itself, so that it can be read again.
+        """
+        places = set()
+        for step in self.transcript.steps[-1:] if self.memory.moves_on else ():
+            places |= {step.begin.n_tokens, (step.answer or step.begin).n_tokens - 1}
+        return sorted(place for place in places if position < place < len(self.transcript.tokens))
 
     def _compaction_seconds(self, since: int) -> float:
         return sum(report.seconds for report in self.memory.reports[since:])
@@ -456,7 +472,7 @@ class Chat:
     def _generate(self, stats: TurnStats, max_tokens: int) -> Iterator[Said]:
         # Tokens are bytes, not characters: one character may span several tokens.
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        said, form = self.transcript, self.model.reasoning_format
+        said, form = self.transcript, self._format()
         reader = Reader(form, is_reasoning=bool(form.opens_at_end(said.fed)))
         started, reports = time.perf_counter(), len(self.memory.reports)
         held, whole = "", said.end  # what may begin a stop text; where what was said and its tokens end alike
@@ -506,6 +522,10 @@ class Chat:
         yield from reader.finish()
         if form.at_start and reader.opened:  # the template says nothing of it: this is how its model thinks
             self.model.use_format(form.of(reader.opened))
+
+    def _format(self) -> Format:
+        """How the model marks its thinking, and what else its answers hold."""
+        return self.model.reasoning_format
 
     def _draw(self, reader: Reader) -> int:
         """The next token of an answer that ``reader`` has read so far."""

@@ -15,6 +15,7 @@ from kvcompose_local.arena import SOFTMAX_BYTES
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput
 from kvcompose_local.interfaces import (
     AttentionSink,
+    ByteArray,
     CacheLayout,
     CacheSnapshot,
     FloatArray,
@@ -25,6 +26,7 @@ from kvcompose_local.interfaces import (
     Selection,
     even_parts,
 )
+from kvcompose_local.interrupts import uninterrupted
 from kvcompose_local.llama_ffi.context import Context, SoftmaxTap
 from kvcompose_local.llama_ffi.model import Model
 
@@ -52,10 +54,12 @@ class LlamaEngine(ABC):
     arena_bytes: tuple[int, ...]
     cache_bytes: int
     max_replay: int
+    max_drop: int
+    #: Whether a part of the cache moves on: sliding windows, recurrent states.
+    moves_on = False
     #: Why there is no :meth:`snapshot` of this cache, empty where there is.
     cannot_snapshot = ""
     reads_rows = False
-    goes_back = True
 
     def __init__(self, model: Model, context: Context, shape: ModelShape, sampling: Sampling | None) -> None:
         self.model = model
@@ -63,6 +67,11 @@ class LlamaEngine(ABC):
         self._context = context
         self._ordinal = {layer.index: i for i, layer in enumerate(shape.layers)}
         context.set_sampling(sampling or Sampling())
+
+    @property
+    def state_bytes(self) -> int:
+        """See :meth:`Engine.state_bytes`; an unpatched llama.cpp tells only what there is now."""
+        return self._context.partial_bytes() if self.moves_on else 0
 
     @property
     def compute_bytes(self) -> int | None:
@@ -95,8 +104,18 @@ class LlamaEngine(ABC):
         raise EngineError(f"the {self.name} engine does not tell how keys were turned")
 
     @abstractmethod
-    def rewrite(self, selection: Sequence[Selection], n_tail: int, n_forgotten: int = 0) -> None:
+    def rewrite(
+        self,
+        selection: Sequence[Selection],
+        n_tail: int,
+        n_forgotten: int = 0,
+        checkpoint: ByteArray | None = None,
+    ) -> None:
         """See :meth:`Engine.rewrite`."""
+
+    def checkpoint(self) -> ByteArray:
+        """See :meth:`Engine.checkpoint`."""
+        return self._context.partial_state() if self.moves_on else np.zeros(0, np.uint8)
 
     @abstractmethod
     def snapshot(self) -> CacheSnapshot:
@@ -187,7 +206,11 @@ class LlamaEngine(ABC):
                 raise
             except BaseException:
                 self._context.has_logits = False
-                self._context.remove(before)
+                if self._context.is_recurrent:  # there is no state of before to go back to
+                    if self._context.next_position != before:
+                        self.clear()
+                else:
+                    self._context.remove(before)
                 raise
 
     def _micro_batches(self, n: int) -> list[tuple[int, int]]:
@@ -226,19 +249,28 @@ class LlamaEngine(ABC):
         if len(tokens) > layout.n_free:
             raise ContextFull(f"a replay of {len(tokens)} tokens does not fit in {layout.n_free} free cells")
         columns = self._live_columns()
+        state = self.checkpoint() if self._context.is_recurrent else None
 
         with self.watching(lambda layer, weights: seen.update(layer, weights, columns)):
             try:
                 for start, stop in even_parts(len(tokens), self.softmax_micro_batch(len(tokens)), ROWS):
                     self._context.decode(tokens[start:stop], logits=False)
             finally:
-                self._context.has_logits = False
-                self._context.remove(layout.position)
+                self._drop_from(layout.position, state)
 
-    def drop_tail(self, n: int) -> None:
+    def drop_tail(self, n: int, checkpoint: ByteArray | None = None) -> None:
         layout = self.layout()
         if not 0 <= n <= layout.n_live:
             raise InvalidInput(f"cannot drop {n} of {layout.n_live} live cells")
         if n:
+            self._drop_from(layout.position - n, checkpoint)
+
+    def _drop_from(self, position: int, checkpoint: ByteArray | None) -> None:
+        """Forget the cells from ``position`` on: what moves on first, which then finds nothing more to drop."""
+        with uninterrupted():
             self._context.has_logits = False
-            self._context.remove(layout.position - n)
+            if checkpoint is not None:
+                self._context.set_partial_state(checkpoint)
+            self._context.remove(position)
+            if checkpoint is not None and self._context.next_position != position:
+                raise EngineError(f"the checkpoint is of position {self._context.next_position}, not {position}")

@@ -17,8 +17,9 @@ import numpy.typing as npt
 from kvcompose_local.arena import CELL_PADDING, SOFTMAX_SHARE
 from kvcompose_local.composing.rotation import unjoined
 from kvcompose_local.engines.base import TILE, LlamaEngine, softmax_queries
-from kvcompose_local.errors import ContextFull, InvalidInput
+from kvcompose_local.errors import ContextFull, EngineError, InvalidInput
 from kvcompose_local.interfaces import (
+    ByteArray,
     CacheLayout,
     CacheSnapshot,
     FloatArray,
@@ -101,7 +102,7 @@ class PatchedEngine(LlamaEngine):
         super().__init__(model, context, shape, sampling)
         info = self._cells.info()
         self._has_window = bool(info.has_window)
-        self.goes_back = not self._has_window
+        self.moves_on = self._has_window or model.is_recurrent
         on_host = [self._cells.arena(i).name == b"CPU" for i in range(info.n_arenas)]
         slack = [
             2 * (ALIGNMENT + DEVICE_PADDING * (not on_host[i])) * sum(x.arena == i for x in layers)
@@ -109,8 +110,10 @@ class PatchedEngine(LlamaEngine):
         ]
         sizes = [int(self._cells.arena(i).size) for i in range(info.n_arenas)]
         self.cache_bytes = sum(sizes)
-        # A window cache overwrites what a replay of more than one micro-batch would have to give back.
+        # A window cache overwrites what a replay of more than one micro-batch would have to give back. A recurrent
+        # state gives nothing back: a replay restores it.
         self.max_replay = self._fitting_queries(n_cells) if self._has_window else n_cells
+        self.max_drop = 0 if model.is_recurrent else self.max_replay
         self.arena_bytes = tuple(size - lost for size, lost in zip(sizes, slack, strict=True))
         self._composed = (0,) * len(layers)
         self._turns: list[Turn] = []
@@ -184,7 +187,13 @@ class PatchedEngine(LlamaEngine):
 
         return Lazy(len(self.shape.layers), rows)
 
-    def rewrite(self, selection: Sequence[Selection], n_tail: int, n_forgotten: int = 0) -> None:
+    def rewrite(
+        self,
+        selection: Sequence[Selection],
+        n_tail: int,
+        n_forgotten: int = 0,
+        checkpoint: ByteArray | None = None,
+    ) -> None:
         layout = self.layout()
         if not 0 <= n_tail <= layout.n_live:
             raise InvalidInput(f"cannot keep {n_tail} of {layout.n_live} live cells")
@@ -196,12 +205,22 @@ class PatchedEngine(LlamaEngine):
             if rows.size and not 0 <= rows.min() <= rows.max() < n_composed + layout.n_live:
                 raise InvalidInput(f"the selection names rows outside the {n_composed + layout.n_live} of its layer")
         composed = [rows.shape[1] for rows in selection]
+        n_live_cap = self._fitting_live_cells(composed, n_tail)
+        if checkpoint is not None:
+            self._go_back(n_forgotten, checkpoint)
+            n_forgotten = 0
         try:
-            n_live_cap = self._fitting_live_cells(composed, n_tail)
             self._cells.rewrite(n_live_cap, n_tail, selection, n_forgotten)
         finally:  # a rewrite that fails half-way leaves the cache empty
             self._composed = tuple(int(self._cells.layer(i).n_composed) for i in range(self._cells.n_layers))
         give_small_blocks_back()  # what the choice of cells took
+
+    def _go_back(self, n_forgotten: int, checkpoint: ByteArray) -> None:
+        """Restore what moves on: the position of now is that of the checkpoint then."""
+        position = self.layout().position - n_forgotten
+        self._context.set_partial_state(checkpoint)
+        if self.layout().position != position:
+            raise EngineError(f"the checkpoint is of position {self.layout().position}, not {position}")
 
     def _fitting_live_cells(self, composed: Sequence[int], n_live: int) -> int:
         """Live cells that every arena holds beside the composed ones, of which ``n_live`` are in use."""
@@ -229,9 +248,8 @@ class PatchedEngine(LlamaEngine):
             return np.concatenate([rows[first_composed:][: layout.composed[i]], rows[live]])
 
         n = len(layout.composed)
-        window = self._context.window_state() if self._has_window else np.zeros(0, np.uint8)
         keys, values = Lazy(n, partial(plane, values=False)), Lazy(n, partial(plane, values=True))
-        return CacheSnapshot(layout.composed, layout.n_live, layout.position, keys, values, window)
+        return CacheSnapshot(layout.composed, layout.n_live, layout.position, keys, values, self.checkpoint())
 
     def _put_back(self, snapshot: CacheSnapshot) -> None:
         n_live, end = snapshot.n_live, snapshot.position - snapshot.n_live
@@ -245,8 +263,10 @@ class PatchedEngine(LlamaEngine):
                 raise InvalidInput("these cells belong to another model or cache type")
         if n_live > n_live_cap:
             raise ContextFull(f"{n_live} cells do not fit in {n_live_cap}")
-        if (snapshot.window.size > 0) != self._has_window:
-            raise InvalidInput("these cells belong to another model: only one of the two has sliding windows")
+        if (snapshot.state.size > 0) != self.moves_on:
+            raise InvalidInput(
+                "these cells belong to another model: only one of the two has sliding windows or recurrent layers"
+            )
         positions = np.arange(end, snapshot.position, dtype=np.int64)
         self._cells.set_layout(n_live_cap, positions, end, np.array(snapshot.composed, np.int64))
         self._composed = snapshot.composed
@@ -255,8 +275,8 @@ class PatchedEngine(LlamaEngine):
                 rows = planes[i]
                 self._cells.set_rows(i, rows[n_composed:], values=is_v)
                 self._cells.set_rows(i, rows[:n_composed], values=is_v, first=n_live_cap)
-        if self._has_window:
-            self._context.set_window_state(snapshot.window)
+        if self.moves_on:
+            self._context.set_partial_state(snapshot.state)
 
     def clear(self) -> None:
         self._context.clear()

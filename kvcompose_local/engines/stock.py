@@ -17,6 +17,7 @@ from kvcompose_local.engines.base import LlamaEngine, softmax_queries
 from kvcompose_local.engines.state_format import CellBlock, Plane, parse_state, row_bytes, write_state
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput, ModelError
 from kvcompose_local.interfaces import (
+    ByteArray,
     CacheLayout,
     CacheSnapshot,
     LayerShape,
@@ -102,7 +103,9 @@ class StockEngine(LlamaEngine):
         self.cache_bytes = n_cells * shape.row_bytes
         self.arena_bytes = (self.cache_bytes,)
         # What moves on cannot be given back: a window by more than a micro-batch, a recurrent state at all.
-        self.max_replay = {"sliding-window": context.n_ubatch, "recurrent": 0, "hybrid": 0}.get(kind, n_cells)
+        self.max_replay = context.n_ubatch if kind == "sliding-window" else n_cells
+        self.max_drop = 0 if context.is_recurrent else self.max_replay
+        self.moves_on = kind == "sliding-window" or context.is_recurrent
         # llama.cpp's own serialization of the others is not taken apart here.
         self.cannot_snapshot = (
             "" if kind in ("attention", "rotation-free") else f"{model.architecture} has a {kind} cache"
@@ -143,7 +146,13 @@ class StockEngine(LlamaEngine):
         self._n_composed = len(cells.positions) - n_live
         self._first_live = position - n_live
 
-    def rewrite(self, selection: Sequence[Selection], n_tail: int, n_forgotten: int = 0) -> None:
+    def rewrite(
+        self,
+        selection: Sequence[Selection],
+        n_tail: int,
+        n_forgotten: int = 0,
+        checkpoint: ByteArray | None = None,
+    ) -> None:
         before = self._read_cells()
         layout = self.layout()
         if not 0 <= n_tail <= layout.n_live:

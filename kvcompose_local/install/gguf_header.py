@@ -60,9 +60,9 @@ class Header:
         return value if type(value) is int else None
 
     def array(self, key: str, kind: type) -> list[Any]:
-        """The array of ``key``, empty where there is none whose elements are all of this Python type."""
+        """The array of ``key``, empty where there is none of this Python type alone; booleans count as ``int``."""
         value = self.values.get(key)
-        return value if isinstance(value, list) and all(type(element) is kind for element in value) else []
+        return value if isinstance(value, list) and all(isinstance(element, kind) for element in value) else []
 
 
 def read_header(file: BinaryIO, *, whole: bool = False) -> Header:

@@ -20,9 +20,9 @@ from kvcompose_local.llama_ffi.model import Model
 
 #: ggml's type numbers of what K and V may be stored as.
 _SOFTMAX_PREFIX = b"kq_soft_max-"
-_WINDOW_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 #: Tokens drawn before that penalties look at.
 _PENALIZED = 4096
+_PARTIAL_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 
 #: Receives (model layer, float32 (Q, n_queries, n_kv) softmax weights of one micro-batch); the array is native memory
 #: and dies with the call.
@@ -93,6 +93,7 @@ class Context:
         self._n_queries = 0
         self._callback_error: BaseException | None = None
         self._callback = lib.ggml_backend_sched_eval_callback(self._on_tensor)
+        self.is_recurrent = model.is_recurrent
         params = lib.llama_context_default_params()
         params.n_ctx = n_ctx
         params.n_batch = n_ubatch
@@ -212,9 +213,12 @@ class Context:
         self.has_logits = False
         before = self.next_position
         with uninterrupted():
+            state = self.partial_state() if self.tap is not None and self.is_recurrent else None
             code = lib.llama_decode(self._ctx, batch)
             if self._callback_error is not None:  # the later layers of this micro-batch are without their cells
                 lib.llama_synchronize(self._ctx)
+                if state is not None:
+                    self.set_partial_state(state)
                 self.remove(before)
         if self._callback_error is not None:
             error, self._callback_error = self._callback_error, None
@@ -296,16 +300,27 @@ class Context:
         """Put serialized cells back; the caller removes the old ones first."""
         self._set_state(blob, 0)
 
-    def window_state(self) -> ByteArray:
-        """The cells of the sliding-window layers alone."""
-        return self._state(_WINDOW_ONLY)
+    def partial_state(self) -> ByteArray:
+        """What moves on with each token alone: the cells of sliding-window layers, the state of recurrent ones."""
+        return self._state(_PARTIAL_ONLY)
 
-    def set_window_state(self, blob: ByteArray) -> None:
-        """Put back what :meth:`window_state` gave."""
-        self._set_state(blob, _WINDOW_ONLY)
+    def set_partial_state(self, blob: ByteArray) -> None:
+        """Put back what :meth:`partial_state` gave, perhaps at an earlier position.
+
+        Cells of other layers that are behind it stay, and :meth:`remove` takes them away: a recurrent state refuses to
+        drop what it has seen, and after this has seen nothing of it.
+        """
+        self._set_state(blob, _PARTIAL_ONLY)
+
+    def partial_bytes(self) -> int:
+        """Bytes of :meth:`partial_state` now."""
+        return self._state_bytes(_PARTIAL_ONLY)
+
+    def _state_bytes(self, flags: int) -> int:
+        return int(lib.llama_state_seq_get_size_ext(self._ctx, 0, flags))
 
     def _state(self, flags: int) -> ByteArray:
-        size = int(lib.llama_state_seq_get_size_ext(self._ctx, 0, flags))
+        size = self._state_bytes(flags)
         blob = np.empty(size, np.uint8)
         pointer = blob.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         written = int(lib.llama_state_seq_get_data_ext(self._ctx, pointer, size, 0, flags))

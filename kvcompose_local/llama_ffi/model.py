@@ -47,6 +47,9 @@ _ENDS = frozenset(
     """</s> <eos> <EOS> [EOS] <|eos|> <|plamo:eos|> <|endoftext|> <|end_of_text|> <|im_end|> <|eot_id|> <|eom_id|>
     <|end|> <|return|> <end_of_turn> <turn|> <EOT> [EOT] <｜end▁of▁sentence｜> <end_of_utterance>""".split()
 )
+#: Architectures whose header has the same heads for all layers, of which only every so manyth has attention where it
+#: does not tell which.
+_ATTENTION_INTERVALS = {"qwen3next": 4, "qwen35": 4, "qwen35moe": 4, "minimax-01": 8}
 
 
 class Model:
@@ -177,7 +180,14 @@ class Model:
     @functools.cached_property
     def kv_heads(self) -> tuple[int, ...]:
         """KV heads of each layer; 0 where a layer has no attention."""
-        return tuple(self._by_layer("head_count_kv") or self.heads)
+        heads = self._by_layer("head_count_kv") or self.heads
+        recurrent = self._by_layer("recurrent_layers")
+        if not recurrent and (interval := _ATTENTION_INTERVALS.get(self.architecture)):
+            interval = sum(self.numbers(f"{self.architecture}.full_attention_interval")) or interval
+            recurrent = [int((i + 1) % interval != 0) for i in range(self.n_layers)]
+        return tuple(
+            0 if is_recurrent else n for n, is_recurrent in zip(heads, recurrent or [0] * len(heads), strict=False)
+        )
 
     def head_sizes(self, *names: str) -> list[int]:
         """Numbers of a head, by the keys of the GGUF header that tell them, ``key_length`` and such.
@@ -211,6 +221,11 @@ class Model:
             and self.n_vocab > 0
             and lib.llama_vocab_type(self._vocab) != lib.LLAMA_VOCAB_TYPE_NONE  # it asserts where text is tokenized
         )
+
+    @functools.cached_property
+    def is_recurrent(self) -> bool:
+        """Whether some layers, or all, keep a state that each token changes, and none of its earlier ones."""
+        return bool(lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(self._model))
 
     def cache_kind(self) -> str:
         """``attention``, ``sliding-window``, ``recurrent``, ``hybrid``, ``mla``, ``m-rope`` or ``rotation-free``.

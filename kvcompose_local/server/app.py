@@ -15,7 +15,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.types import ASGIApp
 
 from kvcompose_local import __version__
-from kvcompose_local.server import openai, own
+from kvcompose_local.server import anthropic, completions, openai, own, responses
 from kvcompose_local.server.guard import Access, Guard, refusal
 from kvcompose_local.server.requests import Refused
 from kvcompose_local.server.service import Service
@@ -67,8 +67,8 @@ def application(service: Service, access: Access) -> ASGIApp:
     async def page_file(name: str) -> Response:
         return _file(name)
 
-    app.include_router(openai.router)
-    app.include_router(own.router)
+    for protocol in (openai, completions, responses, anthropic, own):
+        app.include_router(protocol.router)
 
     @app.exception_handler(Refused)
     async def refused(http: HttpRequest, error: Refused) -> Response:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kvcompose_local.chat import Chat, Message, Said, Step, Transcript, TurnStats
-from kvcompose_local.chat.reasoning import Reader
+from kvcompose_local.chat.reasoning import Format, Reader
 from kvcompose_local.chat.transcript import UNPLACED, n_common
 from kvcompose_local.errors import PositionsFull
 from kvcompose_local.llama_ffi.model import Model
@@ -37,6 +37,8 @@ class Conversation(Chat):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.tells_tags = False
+        self.forced = ""  # what the next answer begins with
+        self.call_markers: tuple[str, ...] = ()  # of tools, as :class:`Format` has them
         self._constraint = Constraint()
         self._n_logprobs: int | None = None
         self._chances: list[TokenChance] = []
@@ -50,6 +52,10 @@ class Conversation(Chat):
         """The text of a conversation that began then, and what begins its answer. Raises ModelError."""
         options = {"tools": json.loads(tools)} if tools else {}
         return self.model.render_chat(messages, add_generation_prompt=True, now=began, **options)
+
+    def want_of(self, request: Request) -> str:
+        """The same of a request."""
+        return self.want(request.messages, request.tools) if request.prompt is None else request.prompt
 
     def check_length(self, want: str) -> int:
         """Tokens of a text. Raises PositionsFull where they are more than there are positions."""
@@ -104,8 +110,8 @@ class Conversation(Chat):
                     self._follow(head)  # where other chats may part from this one
                 self._follow(said.prompt(), stats, go_back=not went_on)
                 said.begin_answer()
-                if request.forced:
-                    said.queue(said.fed + request.forced, len(said.fed))
+                if self.forced:
+                    said.queue(said.fed + self.forced, len(said.fed))
             self._begin(stats, on_begin)
         self.turns = [stats]  # a server's chats have no end
         self._constraint, self._n_logprobs, self._chances = constraint, request.n_logprobs, []
@@ -121,7 +127,7 @@ class Conversation(Chat):
         memory, tokens = self.memory, self.transcript.tokens
         memory.check_positions(0, len(tokens))
         held = min(n_common(memory.tokens, tokens), len(tokens) - 1)
-        cached = held if held == memory.position or memory.can_drop(held) else 0
+        cached = held - (memory.n_again(held) if held < memory.position else 0)
         on_begin(len(tokens), cached, held - cached + stats.reread_tokens)
         self._read(stats, for_logits=True)
 
@@ -168,6 +174,9 @@ class Conversation(Chat):
         said.steps = [step for step in said.steps if step.n_messages < n_same]
         said.steps += [Step(UNPLACED, i, "") for i in begins if i >= n_same]
         return went_on
+
+    def _format(self) -> Format:
+        return replace(self.model.reasoning_format, calls=self.call_markers)
 
     def _draw(self, reader: Reader) -> int:
         engine = self.memory.engine

@@ -146,11 +146,15 @@ class Exchange:
         began = datetime.fromtimestamp(state.began) if state.began else datetime.now()
         said = Transcript.of(self.conversation.model, saved, began)
         place = min(said.shared(self._want(request, began)), cells.position)
-        if place == cells.position or (place >= cells.position - cells.n_live and not cells.window.size):
+        if place == cells.position:
             return place
-        n_tail = memory.policy.n_tail
-        goes_back = memory.engine.goes_back and 2 * place > cells.position and place > n_tail
-        return place - n_tail if goes_back else 0
+        start, first_live = place, cells.position - cells.n_live
+        if cells.state.size:  # a part moves on
+            start = max((c.position for c in state.memory.checkpoints if c.position <= place), default=0)
+        if start >= first_live:
+            return start
+        start = start if cells.state.size else place - memory.policy.n_tail
+        return max(start, 0) if 2 * place > cells.position else 0
 
     def choose(self, request: Request) -> Choice:
         """The cells that serve a request best; of equally good ones those in the engine."""
@@ -158,8 +162,8 @@ class Exchange:
         if self.current is not None and conversation.transcript.fed:
             memory, said = conversation.memory, conversation.transcript
             place = min(said.shared(self._want(request, said.began)), memory.position)
-            if place == memory.position or memory.can_drop(place):
-                best = Choice(self.current, None, place)
+            n_held = place - (memory.n_again(place) if place < memory.position else 0)
+            best = Choice(self.current, None, n_held) if n_held else best
         marks = marks_of(request.messages, request.tools)
         for kept in self.keeping.best(marks, _CANDIDATES):
             if kept is self.current and not kept.is_stale:

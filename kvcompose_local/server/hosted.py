@@ -157,10 +157,7 @@ class Hosted:
         exchange.should_stop = lambda: job.is_cancelled
         stats = TurnStats()
         try:
-            want = request.prompt
-            if want is None:
-                want = conversation.want(request.messages, request.tools)
-            conversation.check_length(want)
+            conversation.check_length(conversation.want_of(request))
             conversation.on_read = lambda done, total: job.emit(Reading(done, total))
             kept = exchange.change_to(request, stats)
 
@@ -171,7 +168,8 @@ class Hosted:
 
             done = answer(conversation, request, job, stats, on_begin)
             said = conversation.transcript
-            keeping.tell(kept, said.messages, said.tools, len(said.tokens), said.began.timestamp(), self.name)
+            if request.prompt is None:  # the rest is nobody's chat
+                keeping.tell(kept, said.messages, said.tools, len(said.tokens), said.began.timestamp(), self.name)
             if job.is_cancelled:
                 log.info("chat %s: nobody waits any more", kept.id)
             job.emit(done)
@@ -181,6 +179,11 @@ class Hosted:
             exchange.should_stop = lambda: False
             conversation.on_read = None
             self._look()
+
+    def count(self, request: Request) -> int:
+        """Tokens of a request's conversation. Raises KVComposeError."""
+        conversation = self.exchange.conversation
+        return len(conversation.model.tokenize(conversation.want_of(request)))
 
     def is_current(self, kept: Kept) -> bool:
         """Whether the engine holds its cells."""

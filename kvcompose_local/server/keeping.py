@@ -348,7 +348,8 @@ def compact(state: ChatState) -> tuple[ChatState, int]:
     scores = [array.astype(DTYPE) for array in memory.scores]
     width = np.min_scalar_type(max(cells.position, 1))
     origins = [array.astype(width) for array in memory.origins]
-    arrays: list[npt.NDArray[Any]] = [*cells.keys, *cells.values, *scores, *origins, cells.window]
+    arrays: list[npt.NDArray[Any]] = [*cells.keys, *cells.values, *scores, *origins, cells.state]
+    arrays += [checkpoint.state for checkpoint in memory.checkpoints]
     n_bytes = sum(array.nbytes for array in arrays) + 36 * len(memory.tokens) + 2 * len(state.fed)
     n = len(scores)
     small = replace(

@@ -1,184 +1,23 @@
-"""OpenAI's protocol: ``/v1/models``, ``/v1/chat/completions`` and ``/v1/completions``."""
+"""OpenAI's protocol: ``/v1/models`` and ``/v1/chat/completions``."""
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from kvcompose_local.chat import Message
-from kvcompose_local.chat_options import Sampling
 from kvcompose_local.server.guard import refusal
-from kvcompose_local.server.requests import (
-    Begun,
-    Done,
-    Failed,
-    Piece,
-    Refused,
-    Request,
-    TokenChance,
-    ToolCall,
-    one_line,
-)
-from kvcompose_local.server.service import Answering, Service, client_of
+from kvcompose_local.server.requests import Begun, Done, Failed, Piece, Refused, TokenChance, ToolCall, one_line
+from kvcompose_local.server.service import Answering, Service
+from kvcompose_local.server.shapes import ChatRequest
 from kvcompose_local.server.sse import EventStream
 
 router = APIRouter()
-
-#: Most stop texts of a request, and characters of one.
-_STOPS, _LONGEST_STOP = 16, 200
-Unit = Annotated[float, Field(ge=0, le=1)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-
-
-class Loose(BaseModel):
-    """Fields that are unknown are left alone: clients send many that mean nothing here."""
-
-    model_config = ConfigDict(extra="ignore")
-
-
-class TextPart(Loose):
-    """A part of a message."""
-
-    type: str
-    text: str | None = None
-
-
-class Function(Loose):
-    """A function's call in an assistant's message; arguments are JSON in a text."""
-
-    name: Annotated[str, Field(min_length=1, max_length=200)]
-    arguments: str = ""
-
-
-class Call(Loose):
-    """A tool call in an assistant's message."""
-
-    id: str = ""
-    type: Literal["function"] = "function"
-    function: Function
-
-
-class ChatMessage(Loose):
-    """A message of the conversation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
-    name: str | None = None
-    tool_calls: list[Call] | None = None
-    tool_call_id: str | None = None
-    reasoning_content: str | None = None
-
-
-class Usage(Loose):
-    """What a stream's last chunk tells."""
-
-    include_usage: bool = False
-
-
-class Sampled(Loose):
-    """How tokens are drawn."""
-
-    model: str | None = None
-    temperature: Annotated[float, Field(ge=0, le=10)] | None = None
-    top_p: Unit | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    min_p: Unit | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    repeat_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    stop: str | list[str] | None = None
-    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
-    stream: bool | None = None
-    stream_options: Usage | None = None
-    user: str | None = None
-
-    def sampling(self, defaults: Sampling) -> Sampling:
-        """The defaults, and what the request says."""
-
-        def told(name: str) -> Any:
-            value = getattr(self, name)
-            return getattr(defaults, name) if value is None else value
-
-        names = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repeat_penalty")
-        seed = None if self.seed is None or self.seed == -1 else self.seed % 2**32
-        return Sampling(seed=seed, **{name: told(name) for name in names})
-
-    def stops(self) -> tuple[str, ...]:
-        """Raises Refused."""
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if len(stops) > _STOPS or any(not 0 < len(stop) <= _LONGEST_STOP for stop in stops):
-            raise Refused(400, f"stop: at most {_STOPS} texts of 1 to {_LONGEST_STOP} characters", param="stop")
-        return tuple(stops)
-
-    def check_n(self) -> None:
-        """Raises Refused."""
-        if self.n not in (None, 1):
-            raise Refused(400, f"n: one answer at a time, not {self.n}", param="n")
-
-
-class ChatRequest(Sampled):
-    """A chat completion that is asked for."""
-
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    chat_id: str | None = None
-
-    def internal(self, service: Service, http: HttpRequest) -> Request:
-        """What the engine's thread is asked. Raises Refused."""
-        self.check_n()
-        longest = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return Request(
-            model=self.model or "",
-            messages=tuple(internal(message) for message in self.messages),
-            sampling=self.sampling(service.defaults),
-            max_tokens=longest,
-            stops=self.stops(),
-            n_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
-            chat_id=self.chat_id,
-            client=f"{client_of(http)} {self.user or ''}"[:300],
-        )
-
-
-def internal(message: ChatMessage) -> Message:
-    """A message as conversations have it. Raises Refused for what is no text."""
-    content = message.content
-    if isinstance(content, list):
-        if any(part.type not in ("text", "input_text", "output_text") or part.text is None for part in content):
-            raise Refused(400, "this server reads text alone: a message has a part that is none", param="messages")
-        content = "".join(part.text or "" for part in content)
-    result = {"role": "system" if message.role == "developer" else message.role, "content": content or ""}
-    if message.role == "assistant" and message.reasoning_content:
-        result["reasoning"] = message.reasoning_content
-    if message.role == "assistant" and message.tool_calls:
-        result["tool_calls"] = one_line(
-            [internal_call(c.id, c.function.name, c.function.arguments) for c in message.tool_calls]
-        )
-    if message.role == "tool":
-        result |= {k: v for k, v in (("tool_call_id", message.tool_call_id), ("name", message.name)) if v}
-    return result
-
-
-def internal_call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
-    """A tool call as conversations have it. Raises Refused where its arguments are no JSON object."""
-    try:
-        told = json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
-        told = None
-    if not isinstance(told, dict):
-        raise Refused(400, f"the arguments of a call of {name[:50]!r} are no JSON object", param="messages")
-    return {"id": call_id, "name": name, "arguments": told}
 
 
 @router.get("/v1/models")

@@ -18,9 +18,10 @@ class Request:
     """A conversation to answer.
 
     messages, tools: of :class:`kvcompose_local.chat.Transcript`; prompt: a text to go on with instead of a
-    conversation; max_tokens: None for as many as there are positions; grammar: in llama.cpp's notation; forced: the
-    beginning of the answer, which calls a tool; n_logprobs: of how many likeliest tokens they are told, None for none;
-    chat_id: the kept chat to go on with; client: whose turn it takes.
+    conversation; max_tokens: None for as many as there are positions; grammar: in llama.cpp's notation; tool_choice:
+    ``auto``, ``none``, ``required`` or a function's name; parallel_calls: whether there may be several; n_logprobs: of
+    how many likeliest tokens they are told, None for none; chat_id: the kept chat to go on with; client: whose turn it
+    takes.
     """
 
     model: str
@@ -31,7 +32,8 @@ class Request:
     max_tokens: int | None = None
     stops: tuple[str, ...] = ()
     grammar: str = ""
-    forced: str = ""
+    tool_choice: str = "auto"
+    parallel_calls: bool = True
     n_logprobs: int | None = None
     chat_id: str | None = None
     client: str = ""

@@ -285,11 +285,11 @@ def test_an_interrupted_rebuild_loses_nothing() -> None:
     chat, engine = make(
         ["one", two, "three", "four"], n_cells=400, n_ctx=1000, should_stop=lambda: stop[0], on_rebuild=rebuilt.append
     )
-    engine.goes_back = False  # as one with sliding windows
     list(chat.ask("x" * 100, max_tokens=9))
     list(chat.ask("y" * 100, max_tokens=30))
     whole = stands(chat)
     chat.memory.compact(0.5)
+    engine.state_bytes, engine.max_drop = 12, 0  # as a state that nothing is kept of
     chat.on_read = lambda n, of: stop.__setitem__(0, n >= 30)
     assert list(chat.ask_again(max_tokens=9)) == []
     assert (chat.turns[-1].stopped, rebuilt) == ("interrupt", [len(whole) - len(two)])

@@ -22,8 +22,9 @@ class FullEngine:
     """An arena as a long chat leaves it before a compaction, one layer with most of the cells."""
 
     per_layer = True
-    reads_rows = goes_back = True
-    max_replay = 10**6
+    reads_rows = True
+    max_replay = max_drop = 10**6
+    state_bytes = 0
 
     def __init__(self) -> None:
         layers = tuple(LayerShape(i, N_QUERY_HEADS, N_KV_HEADS, ROW_BYTES) for i in range(N_LAYERS))
@@ -44,7 +45,7 @@ class FullEngine:
 
         return Lazy(N_LAYERS, rows)
 
-    def rewrite(self, selection: Sequence[Selection], n_tail: int, n_forgotten: int = 0) -> None:
+    def rewrite(self, selection: Sequence[Selection], n_tail: int, n_forgotten: int = 0, *_: object) -> None:
         self.composed, self.n_live = tuple(rows.shape[1] for rows in selection), n_tail  # read as it is by llama.cpp
 
 

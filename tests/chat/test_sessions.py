@@ -114,8 +114,8 @@ def next_tokens(chat: Chat, n: int, *, walk: int = 0) -> tuple[list[int], list[F
 
 
 def same_cells(a: CacheSnapshot, b: CacheSnapshot) -> bool:
-    planes = zip([*a.keys, *a.values, a.window], [*b.keys, *b.values, b.window], strict=True)
-    return replace(a, keys=(), values=(), window=b.window) == replace(b, keys=(), values=()) and all(
+    planes = zip([*a.keys, *a.values, a.state], [*b.keys, *b.values, b.state], strict=True)
+    return replace(a, keys=(), values=(), state=b.state) == replace(b, keys=(), values=()) and all(
         np.array_equal(x, y) for x, y in planes
     )
 
@@ -332,7 +332,7 @@ def test_another_model_cache_type_format_or_size_is_refused(tmp_path: Path, setu
     put_together(path, manifest, arrays | {"cells/more": np.zeros(1, np.uint8)})
     refused("damaged or no session")
     put_together(path, manifest | {"llama_cpp": "other"}, arrays | {"window/bytes": np.zeros(1, np.uint8)})
-    refused("sliding windows are those of other")
+    refused("sliding windows or recurrent states are those of other")
 
 
 def taken_apart(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

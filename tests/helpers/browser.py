@@ -1,13 +1,20 @@
-"""A real browser for the page, where there is one."""
+"""A real browser for the page, where there is one, and the server in a process of its own."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from programs import RUN
+
+from kvcompose_local.install.resources import cache_folder
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -47,3 +54,33 @@ def browser() -> Iterator[Browser]:
         started = playwright.chromium.launch(executable_path=path, args=_FLAGS)
         yield started
         started.close()
+
+
+@contextmanager
+def served(*arguments: object, state: Path, stop_seconds: float = 10) -> Iterator[str]:
+    """Run ``serve`` with these arguments; gives its address. state: the folder where it keeps chats."""
+    command = [*RUN, "serve", *map(str, arguments), "--port", "0", "--threads", "1"]
+    env = {**os.environ, "HOME": str(state), "XDG_STATE_HOME": str(state), "KVCOMPOSE_CACHE": str(cache_folder())}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=env)
+    assert process.stderr is not None
+    said: list[str] = []
+    rest = threading.Thread(target=said.extend, args=(process.stderr,))
+    try:
+        for line in process.stderr:
+            said.append(line)
+            if found := re.match(r"http://\S+", line):
+                rest.start()  # a full pipe would hold the server up
+                yield found[0]
+                break
+        else:
+            raise AssertionError("".join(said))
+    finally:
+        process.terminate()
+        try:
+            process.wait(stop_seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if rest.ident:
+            rest.join()
+        process.stderr.close()

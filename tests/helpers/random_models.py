@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tiny_models import TEMPLATE
 
 from kvcompose_local.interfaces import Progress
 from kvcompose_local.llama_ffi.library import bind, lib
 from kvcompose_local.llama_ffi.model import Model
 
-Value = bool | int | float | str | Sequence[str]
+Value = bool | int | float | str | Sequence[str] | Sequence[int] | Sequence[float]
 N_VOCAB, N_EMBD, N_FF = 260, 32, 32
 
 _init_empty = bind("gguf_init_empty", ctypes.c_void_p)
@@ -38,6 +39,10 @@ _set_strings = bind(
     ctypes.POINTER(ctypes.c_char_p),
     ctypes.c_size_t,
 )
+_set_numbers = bind(
+    "gguf_set_arr_data", None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t
+)
+_INT32, _FLOAT32 = 5, 6  # GGUF_TYPE_…
 _write = bind("gguf_write_to_file", ctypes.c_bool, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_bool)
 _name = bind("ggml_get_name", ctypes.c_char_p, ctypes.c_void_p)
 _nelements = bind("ggml_nelements", ctypes.c_int64, ctypes.c_void_p)
@@ -55,12 +60,30 @@ _init_from_user = bind(
 _NOISE = np.random.default_rng(0).standard_normal(1 << 20, np.float32)
 
 
+_NUMBERS: dict[str, Value] = {
+    "tokenizer.ggml.model": "test",
+    "tokenizer.ggml.tokens": [f"tok_{i}" for i in range(N_VOCAB)],
+}
+_SPECIALS = ["<unk>", "<s>", "<pad>", "<end>"]
+_BYTES: dict[str, Value] = {
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.tokens": [*_SPECIALS, *(f"<0x{i:02X}>" for i in range(256))],
+    "tokenizer.ggml.scores": [0.0] * N_VOCAB,
+    "tokenizer.ggml.token_type": [2, 3, 3, 3] + [6] * 256,  # unknown, control, byte
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 3,
+    "tokenizer.ggml.add_space_prefix": False,
+    "tokenizer.chat_template": TEMPLATE,
+}
+
+
 @dataclass(frozen=True)
 class Shape:
     """A model's attention: layers, query heads, KV heads, numbers of a head; ``more`` are the architecture's own keys.
 
     n_rot: numbers of a head that RoPE turns; n_embd: what the architecture wants, if not any size will do; q_scale: of
-    the queries, where random ones would make the model chaotic; note: what is not as in the model.
+    the queries, where random ones would make the model chaotic; note: what is not as in the model; speaks: bytes as
+    tokens and a chat template.
     """
 
     name: str
@@ -74,6 +97,7 @@ class Shape:
     n_embd: int = N_EMBD
     q_scale: float = 1.0
     note: str = ""
+    speaks: bool = False
 
     def metadata(self) -> dict[str, Value]:
         """GGUF keys and values."""
@@ -96,8 +120,7 @@ class Shape:
             "general.architecture": self.arch,
             "general.name": self.name,
             **{f"{self.arch}.{key}": value for key, value in own.items()},
-            "tokenizer.ggml.model": "test",
-            "tokenizer.ggml.tokens": [f"tok_{i}" for i in range(N_VOCAB)],
+            **(_BYTES if self.speaks else _NUMBERS),
         }
 
 
@@ -114,8 +137,12 @@ def _gguf(metadata: Mapping[str, Value]) -> int:
             _set_f32(gguf, name, value)
         elif isinstance(value, str):
             _set_str(gguf, name, value.encode())
+        elif isinstance(value[0], int | float):
+            kind, number = (_INT32, ctypes.c_int32) if isinstance(value[0], int) else (_FLOAT32, ctypes.c_float)
+            _set_numbers(gguf, name, kind, (number * len(value))(*value), len(value))
         else:
-            _set_strings(gguf, name, (ctypes.c_char_p * len(value))(*(text.encode() for text in value)), len(value))
+            texts = [str(text).encode() for text in value]
+            _set_strings(gguf, name, (ctypes.c_char_p * len(texts))(*texts), len(texts))
     return int(gguf)
 
 
@@ -130,6 +157,8 @@ def _fill(tensor: int, q_scale: float) -> None:
         data = 1 + np.abs(noise)
     elif name.endswith(".bias"):
         data = 0.1 * noise
+    elif "ssm_a" in name:
+        data = -0.1 - np.abs(noise)  # a state decays
     elif "sinks" in name or name.startswith("token_embd"):
         data = noise
     else:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from hybrid_shapes import HYBRIDS
 from random_models import N_VOCAB, RandomModel, Shape
 
 from kvcompose_local.chat.memory import CacheMemory, MemoryState
@@ -110,6 +111,7 @@ SHAPES = (
     ),
     _narrow(Shape("OLMo 2 1B", "olmo2", 16, 16, 16, 128)),
     _narrow(Shape("OLMo 2 7B", "olmo2", 32, 32, 32, 128)),
+    *HYBRIDS,
 )
 
 
@@ -128,14 +130,16 @@ def run(shape: Shape, gpu_layers: int = 0) -> str:
     with engine:
         memory = CacheMemory(engine, positions)
         memory.feed(tokens[: N_TOKENS // 2])
-        memory.feed(tokens[N_TOKENS // 2 : N_TOKENS])
+        memory.feed(tokens[N_TOKENS // 2 : N_TOKENS - 4])
+        memory.mark()
+        memory.feed(tokens[N_TOKENS - 4 : N_TOKENS])
         assert engine.cache_bytes <= BUDGET * N_CTX * engine.shape.uncompressed_row_bytes, "more than the budget"
         assert len(memory.reports) >= 2, f"{len(memory.reports)} compactions"
         assert memory.used_bytes < engine.shape.row_bytes * memory.position, "nothing was dropped"
 
         question, answers = tokens[N_TOKENS - 4 : N_TOKENS], []
         for _ in range(2):
-            memory.rewind(N_TOKENS - 4)
+            assert memory.rewind(N_TOKENS - 4), "all was read again"
             assert memory.position == N_TOKENS - 4
             memory.feed(question)
             answers.append([_logits(engine, memory, [engine.sample()]) for _ in range(3)])
@@ -162,7 +166,7 @@ def _assert_close(one: FloatArray, two: FloatArray, when: str) -> None:
 
 
 def _planes(state: MemoryState) -> list[ByteArray]:
-    return [*state.cells.keys, *state.cells.values, state.cells.window]
+    return [*state.cells.keys, *state.cells.values, state.cells.state]
 
 
 def _logits(engine: LlamaEngine, memory: CacheMemory, tokens: Sequence[int]) -> FloatArray:

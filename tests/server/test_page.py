@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from browser import browser
+from browser import browser, served
+from pdf_files import pdf
 from scripted_model import write_scripted_model
-from serving import pdf, served
 
 pytest.importorskip("fastapi")
 pytest.importorskip("pypdf")

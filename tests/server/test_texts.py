@@ -6,7 +6,7 @@ import asyncio
 import io
 
 import pytest
-from serving import pdf
+from pdf_files import pdf
 
 pypdf = pytest.importorskip("pypdf")
 
