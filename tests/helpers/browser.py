@@ -19,6 +19,7 @@ from kvcompose_local.install.resources import cache_folder
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
+_CACHE = cache_folder()  # now: tests change HOME
 _NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome", "chrome")
 _ON_MACS = (
     "/Applications/Chromium.app/Contents/MacOS/Chromium",
@@ -60,7 +61,7 @@ def browser() -> Iterator[Browser]:
 def served(*arguments: object, state: Path, stop_seconds: float = 10) -> Iterator[str]:
     """Run ``serve`` with these arguments; gives its address. state: the folder where it keeps chats."""
     command = [*RUN, "serve", *map(str, arguments), "--port", "0", "--threads", "1"]
-    env = {**os.environ, "HOME": str(state), "XDG_STATE_HOME": str(state), "KVCOMPOSE_CACHE": str(cache_folder())}
+    env = {**os.environ, "HOME": str(state), "XDG_STATE_HOME": str(state), "KVCOMPOSE_CACHE": str(_CACHE)}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=env)
     assert process.stderr is not None
     said: list[str] = []
