@@ -107,6 +107,11 @@ class Tab:
         self.button("Keep").click()
         expect(self.page.locator("#status")).to_contain_text(name)
 
+    def is_busy(self) -> bool:
+        """Whether the server still generates, half a second from now."""
+        self.page.wait_for_timeout(500)
+        return bool(self.page.request.get(f"{self.address}/props").json()["queue"]["running"])
+
     def drop(self, *files: tuple[str, bytes]) -> None:
         """Drop files anywhere on the page, as a file manager does."""
         given = [{"name": name, "bytes": list(raw)} for name, raw in files]
@@ -165,10 +170,11 @@ def test_an_answer_can_be_stopped(tab: Tab) -> None:
     tab.takes_model("smollm2-135m")
     tab.send("Write a very long story about a lighthouse.")
     expect(tab.answers.locator(".markdown").last).not_to_be_empty(timeout=60_000)
+    assert tab.is_busy()
     tab.page.keyboard.press("Escape")
     expect(tab.answers.last).to_contain_text("Stopped.")
     said = tab.answers.last.locator(".markdown").last.inner_text()
-    tab.page.wait_for_function("fetch('/props').then(r => r.json()).then(p => p.queue.running === 0)")
+    assert not tab.is_busy()
     tab.page.reload()
     expect(tab.answers.last.locator(".markdown").last).to_have_text(said, use_inner_text=True)
     expect(tab.answers.last).to_contain_text("Stopped.")
@@ -316,6 +322,7 @@ def test_what_the_model_remembers_is_shown_and_pinned(tab: Tab) -> None:
     assert min(now) < 100
     assert all(0 <= one <= 100 for one in now)
     tab.page.get_by_label("Another budget").fill("0")
+    expect(tab.page.get_by_label("Another budget")).to_have_attribute("aria-valuetext", re.compile("^2.0% of"))
     expect(summary).to_contain_text("With a budget of 2.0%")
     less = region.locator(".remembered.user .passage .t").evaluate_all(share)
     assert sum(less) / len(less) < sum(now) / len(now)

@@ -84,7 +84,7 @@ function told() {
   return h(
     "span",
     {},
-    [found?.id, found && total && `${count(total)} of ${count(found.n_ctx)} tokens`].filter(Boolean).join(" · "),
+    [found?.id, found && total && `${count(Math.min(total, found.n_ctx))} of ${count(found.n_ctx)} tokens`].filter(Boolean).join(" · "),
   );
 }
 

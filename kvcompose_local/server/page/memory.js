@@ -6,6 +6,7 @@ import { runOf } from "./runs.js";
 import { keptAnswer, on, state } from "./state.js";
 
 const BUDGETS = [0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.75, 1];
+const LINES_OF_PART = 25;
 const NAMES = { system: "System", user: "You", assistant: "Answer", tool: "Tool" };
 
 let shown = null; // what the server told last of the chat as it is now
@@ -47,13 +48,8 @@ function runs(texts, shares, start, stop) {
 function tinted(found, start, stop) {
   return runs(found.texts, found.shares, start, stop).map(([from, to]) => {
     const share = found.shares[from];
-    const span = h(
-      "span",
-      { class: "t", title: `held by ${percent(share)} of the heads` },
-      found.texts.slice(from, to).join(""),
-    );
+    const span = h("span", { class: share ? "t" : "t gone" }, found.texts.slice(from, to).join(""));
     span.style.setProperty("--tinted", `${(100 * share).toFixed(1)}%`);
-    if (share === 0) span.classList.add("gone");
     places.set(span, from);
     return span;
   });
@@ -89,9 +85,20 @@ function block(found, span, from, isLast) {
     { class: `remembered ${role}` },
     h("h2", {}, NAMES[role] ?? role, h("small", {}, `${count(part.length)} tokens, ${percent(mean)} held`)),
     markers(tinted(found, from, start)),
-    h("p", {}, pieces),
+    parts(pieces).map((part) => h("p", {}, part)),
     markers(tail),
   );
+}
+
+/** Passages in parts of whole lines: a browser lays out those that are looked at, and a book has thousands of lines. */
+function parts(pieces) {
+  const found = [[]];
+  for (const piece of pieces) {
+    const last = found.at(-1);
+    if (last.length >= LINES_OF_PART && last.at(-1).textContent.endsWith("\n")) found.push([piece]);
+    else last.push(piece);
+  }
+  return found;
 }
 
 function render() {
@@ -111,6 +118,7 @@ function render() {
   const first = $("memory-text").querySelector(".passage");
   if (first) first.tabIndex = 0;
   summarize(found);
+  showBudget();
   $("unpin").hidden = shown.pins.length === 0;
 }
 
@@ -183,10 +191,17 @@ async function pinned(start, stop) {
 
 const current = () => (preview ? { budget: BUDGETS[$("budget").value] } : {});
 
+/** The slider stands where the chat is now until it is moved. */
 function showBudget() {
-  const budget = BUDGETS[$("budget").value];
-  $("budget-value").textContent = percent(budget);
-  $("budget").setAttribute("aria-valuetext", `${percent(budget)} of the uncompressed bytes`);
+  if (!preview && shown) {
+    const now = shown.bytes / shown.f16_bytes;
+    const far = (budget) => Math.abs(Math.log(budget / now));
+    $("budget").value = BUDGETS.indexOf(BUDGETS.reduce((best, budget) => (far(budget) < far(best) ? budget : best)));
+    $("budget-value").textContent = `now ${percent(now)}`;
+  } else {
+    $("budget-value").textContent = percent(BUDGETS[$("budget").value]);
+  }
+  $("budget").setAttribute("aria-valuetext", `${$("budget-value").textContent} of the uncompressed bytes`);
 }
 
 /** The tokens of the selection as [start, stop), or null. */
@@ -225,7 +240,7 @@ export function toggleMemory() {
 
 let timer = null;
 $("budget").addEventListener("input", () => {
-  showBudget();
+  $("budget-value").textContent = percent(BUDGETS[$("budget").value]);
   $("legend").replaceChildren(
     ...[0, 0.25, 0.5, 0.75, 1].map((share) => {
       const swatch = h("i", { class: "t" });
@@ -254,6 +269,11 @@ $("pin-selection").addEventListener("click", () => {
 });
 document.addEventListener("selectionchange", () => {
   if (state.showsMemory) $("pin-selection").hidden = selected() === null;
+});
+$("memory-text").addEventListener("pointerover", ({ target }) => {
+  if (target.classList.contains("t")) {
+    target.title = `held by ${percent((preview ?? shown).shares[places.get(target)])} of the heads`;
+  }
 });
 $("memory-text").addEventListener("keydown", (event) => {
   const step = { ArrowDown: 1, ArrowRight: 1, ArrowUp: -1, ArrowLeft: -1 }[event.key];
