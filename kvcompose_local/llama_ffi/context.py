@@ -244,10 +244,12 @@ class Context:
         """Replace the sampler chain."""
         if self._sampler:
             lib.llama_sampler_free(self._sampler)
+            self._sampler = None
         chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
         penalties = sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty
         if penalties != (1, 0, 0):
-            lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_penalties(_PENALIZED, *penalties))
+            penalizing = lib.llama_sampler_init_penalties(self.model.n_vocab, _PENALIZED, *penalties)
+            lib.llama_sampler_chain_add(chain, penalizing)
         if sampling.temperature <= 0:
             lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_greedy())
         else:

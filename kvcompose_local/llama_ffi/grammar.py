@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import ctypes
 import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvcompose_local.errors import InvalidInput
+from kvcompose_local.errors import EngineError, InvalidInput
 from kvcompose_local.interfaces import FloatArray
 from kvcompose_local.llama_ffi.library import clear_log, last_log, lib, without_high_level
 
@@ -17,16 +18,19 @@ if TYPE_CHECKING:
 
 #: ``llama_token_data``: id, logit, p.
 _TOKEN_DATA = np.dtype([("id", "<i4"), ("logit", "<f4"), ("p", "<f4")])
+#: Which second bytes may follow a first one in UTF-8, where that is not any continuation.
+_SECOND_BYTES = {0xE0: (0xA0, 0xBF), 0xED: (0x80, 0x9F), 0xF0: (0x90, 0xBF), 0xF4: (0x80, 0x8F)}
 
 
 class Grammar:
-    """A grammar in llama.cpp's notation (GBNF), which follows what is drawn.
+    """A grammar in llama.cpp's notation (GBNF), which follows what is drawn: text of it, in UTF-8 that is valid.
 
     Raises InvalidInput where llama.cpp cannot read it.
     """
 
     def __init__(self, model: Model, gbnf: str) -> None:
         self._model = model
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
         clear_log()
         self._pointer = lib.llama_sampler_init_grammar(model._vocab, gbnf.encode(), b"root")
         if not self._pointer:
@@ -49,13 +53,35 @@ class Grammar:
             array = _array_of(candidates)
             lib.llama_sampler_apply(self._pointer, ctypes.byref(array))
             candidates["logit"][self._model.control_tokens] = -np.inf  # a marker is no text, whatever it is written as
-            token = _drawn(chain, candidates)
+            token = _drawn(chain, candidates.copy())
+            while not self._is_text(token):  # llama.cpp takes any byte for a character
+                candidates["logit"][token] = -np.inf
+                if not np.isfinite(candidates["logit"]).any():
+                    raise EngineError("the grammar allows no token that goes on with this text")
+                token = _drawn(chain, candidates.copy())
         lib.llama_sampler_accept(chain, token)
         lib.llama_sampler_accept(self._pointer, token)
+        self._decoder.decode(self._model.token_bytes(token))
         return token
+
+    def _is_text(self, token: int) -> bool:
+        """Whether what was drawn goes on with this token as valid UTF-8."""
+        before = self._decoder.getstate()
+        try:
+            self._decoder.decode(self._model.token_bytes(token))
+            begun = self._decoder.getstate()[0]
+        except UnicodeDecodeError:
+            return False
+        finally:
+            self._decoder.setstate(before)
+        # Python looks at the second byte of three only when it has the third.
+        low, high = _SECOND_BYTES.get(begun[0], (0x80, 0xBF)) if len(begun) > 1 else (0, 0)
+        return len(begun) < 2 or low <= begun[1] <= high
 
     def _allows(self, token: int) -> bool:
         if self._model.control_text(token) and not lib.llama_vocab_is_eog(self._model._vocab, token):
+            return False
+        if not self._is_text(token):
             return False
         one = np.zeros(1, _TOKEN_DATA)
         one["id"] = token

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import ipaddress
 import json
@@ -68,7 +69,11 @@ class Guard:
         headers = Headers(scope=scope)
         origin = headers.get("origin", "")
 
+        n_read = 0
+
         async def guarded_send(message: Message) -> None:
+            if n_read > LARGEST_BODY:  # whatever the application makes of a body that was cut off
+                return
             if message["type"] == "http.response.start":
                 out = MutableHeaders(scope=message)
                 out["X-Content-Type-Options"] = "nosniff"
@@ -92,7 +97,6 @@ class Guard:
         if scope["method"] == "OPTIONS" and origin in self._access.origins:
             await _preflight(guarded_send)
             return
-        n_read = 0
 
         async def bounded_receive() -> Message:
             nonlocal n_read
@@ -100,10 +104,14 @@ class Guard:
             if message["type"] == "http.request":
                 n_read += len(message.get("body", b""))
                 if n_read > LARGEST_BODY:
-                    raise Refused(413, f"the body is larger than {LARGEST_BODY} bytes")
+                    raise too_large
             return message
 
-        await self._app(scope, bounded_receive, guarded_send)
+        too_large = Refused(413, f"the body is larger than {LARGEST_BODY} bytes")
+        with contextlib.suppress(Refused):
+            await self._app(scope, bounded_receive, guarded_send)
+        if n_read > LARGEST_BODY:
+            await _answer(send, 413, refusal(scope["path"], too_large))
 
     def _check(self, path: str, method: str, headers: Headers, origin: str) -> None:
         host = _name(headers.get("host", ""))

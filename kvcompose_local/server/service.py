@@ -23,6 +23,8 @@ log = logging.getLogger("kvcompose_local.server")
 
 #: Seconds after which a stream says that it is alive; proxies give up after 30 and more.
 PING_SECONDS = 5.0
+#: Seconds between two figures of how far a prompt is read.
+PROGRESS_SECONDS = 1.0
 #: Seconds that a stream waits for what its headers tell; it begins without them then.
 _PATIENCE = 5.0
 
@@ -197,9 +199,9 @@ class Answering:
             async for event in self._all():
                 if event is None:
                     before = self._service.worker.queue.before(self._job)
-                    yield f"waiting {before}" if before else "ping"
+                    yield f"waiting {before + 1}" if before >= 0 else "ping"
                 elif isinstance(event, Reading):
-                    if time.monotonic() - told >= 1:
+                    if time.monotonic() - told >= PROGRESS_SECONDS:
                         told = time.monotonic()
                         yield f"reading {event.done}/{event.total}"
                 else:

@@ -45,13 +45,14 @@ class FairQueue:
             self._changed.notify()
 
     def before(self, job: Job) -> int:
-        """Jobs that come before this one, at most; 0 where it runs."""
+        """Jobs that wait and come before this one; -1 where it does not wait."""
         with self._changed:
-            for client, jobs in self._waiting.items():
-                for i, (waiting, _) in enumerate(jobs):
-                    if waiting is job:
-                        return sum(min(len(other), i + 1) for c, other in self._waiting.items() if c != client) + i + 1
-        return 0
+            rows = [[waiting for waiting, _ in jobs] for jobs in self._waiting.values()]
+        for turn, row in enumerate(rows):
+            if job in row:
+                i = row.index(job)
+                return i + sum(min(len(other), i + (j < turn)) for j, other in enumerate(rows) if j != turn)
+        return -1
 
     def take(self, timeout: float) -> tuple[Job, Work] | None:
         """The next job, None where there is none for so many seconds."""
