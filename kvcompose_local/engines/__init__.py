@@ -61,7 +61,7 @@ def open_engine(
         patched = engine_name == "patched" or (engine_name is None and library_is_patched())
         if cache_type is None:
             whole_blocks, on_gpu = has_whole_blocks(model), gpu_layers > 0
-            profile = profiles.of_file(path) if budget < 1 else None
+            profile = profiles.of_file(model.path) if budget < 1 else None
             kl, one_type = profile.kl if profile else None, on_gpu or model.is_mla
             cache_type = default_cache_type(
                 budget, whole_blocks=whole_blocks, one_type=one_type, patched=patched, kl=kl

@@ -17,7 +17,7 @@ from kvcompose_local.interfaces import FloatArray, Progress
 from kvcompose_local.llama_ffi.library import bind, lib
 from kvcompose_local.llama_ffi.model import Model
 
-#: A GGUF value; integers are 32 bits wide, without a sign, and those of an array of NumPy's are 64.
+#: A GGUF value; integers are 32 bits wide, with a sign in arrays alone, and those of an array of NumPy's are 64.
 Value = bool | int | float | str | Sequence[int] | Sequence[float] | Sequence[str] | npt.NDArray[np.uint64]
 
 _init_empty = bind("gguf_init_empty", ctypes.c_void_p)
@@ -34,7 +34,7 @@ _set_strings = bind(
 _set_numbers = bind(
     "gguf_set_arr_data", None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t
 )
-_ARRAY_TYPES = {"uint32": 4, "float32": 6, "uint64": 10}  # of enum gguf_type
+_ARRAY_TYPES = {"int32": 5, "float32": 6, "uint64": 10}  # of enum gguf_type
 _write = bind("gguf_write_to_file", ctypes.c_bool, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_bool)
 _name = bind("ggml_get_name", ctypes.c_char_p, ctypes.c_void_p)
 _nelements = bind("ggml_nelements", ctypes.c_int64, ctypes.c_void_p)
@@ -65,7 +65,7 @@ def _gguf(metadata: Mapping[str, Value]) -> int:
             texts = [str(text).encode() for text in value]
             _set_strings(gguf, name, (ctypes.c_char_p * len(texts))(*texts), len(texts))
         else:
-            narrow = np.float32 if isinstance(value[0], float) else np.uint32
+            narrow = np.float32 if isinstance(value[0], float) else np.int32
             numbers = value if isinstance(value, np.ndarray) else np.array(value, narrow)
             _set_numbers(gguf, name, _ARRAY_TYPES[numbers.dtype.name], numbers.ctypes.data, numbers.size)
     return int(gguf)
