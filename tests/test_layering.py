@@ -17,6 +17,8 @@ ROOMS = (
     "errors arena chat_options interfaces interrupts install composing scores budgets selection profiles chat "
     "llama_ffi engines architectures evaluation profiling bench api __init__ terminal commands __main__"
 ).split()
+#: Beyond these, a module or a function is two things.
+MOST_LINES, MOST_LINES_OF_A_FUNCTION = 500, 80
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
@@ -66,3 +68,12 @@ def test_what_stands_above_llama_ffi_loads_without_llama_cpp() -> None:
         + "loaded = {m.split('.')[0] for m in sys.modules}\nassert not loaded & {'llama_cpp'}, loaded"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_module_and_no_function_is_too_long(name: str) -> None:
+    source = MODULES[name].read_text()
+    assert source.count("\n") <= MOST_LINES
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < MOST_LINES_OF_A_FUNCTION, node.name

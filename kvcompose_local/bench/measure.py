@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -313,18 +313,7 @@ def measure(
                 stack.callback(worker.close)
                 engines[name] = worker
                 modes.append(Mode(name, n_tokens * full.shape.row_bytes))
-
-        decoding = [mode for mode in modes if mode.name in engines]
-        for number in range(rounds + 1):
-            for place, mode in enumerate(decoding):
-                progress("decoding:", number * len(decoding) + place, (rounds + 1) * len(decoding))
-                engine = engines[mode.name]
-                rate, seconds = (
-                    engine.time_round(n_decode) if isinstance(engine, Worker) else time_round(engine, n_decode)
-                )
-                if number:  # the first round warms up
-                    mode.rates.append(rate)
-                    mode.question_seconds.append(seconds)
+        _decode_in_turns([mode for mode in modes if mode.name in engines], engines, rounds, n_decode, progress)
         n_block_weights = block_weights(path)
         return LengthResult(
             n_tokens,
@@ -334,6 +323,24 @@ def measure(
             rewrite_seconds,
             psutil.Process().memory_info().rss,
         )
+
+
+def _decode_in_turns(
+    modes: Sequence[Mode],
+    engines: Mapping[str, LlamaEngine | Worker],
+    rounds: int,
+    n_decode: int,
+    progress: Callable[[str, int, int], None],
+) -> None:
+    """Let the modes take turns, since a machine is not equally fast at all times; the first round warms up."""
+    for number in range(rounds + 1):
+        for place, mode in enumerate(modes):
+            progress("decoding:", number * len(modes) + place, (rounds + 1) * len(modes))
+            engine = engines[mode.name]
+            timed = engine.time_round(n_decode) if isinstance(engine, Worker) else time_round(engine, n_decode)
+            if number:
+                mode.rates.append(timed[0])
+                mode.question_seconds.append(timed[1])
 
 
 def _read_as_a_chat(

@@ -383,7 +383,9 @@ class Chat:
         """
         places = set()
         for step in self.transcript.steps[-1:] if self.memory.moves_on else ():
-            places |= {step.begin.n_tokens, (step.answer or step.begin).n_tokens - 1}
+            places.add(step.begin.n_tokens)
+            if step.answer is not None:
+                places.add(step.answer.n_tokens - 1)
         return sorted(place for place in places if position < place < len(self.transcript.tokens))
 
     def _compaction_seconds(self, since: int) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from kvcompose_local.commands.eval import open_uncompressed
+from kvcompose_local.commands.opening import fetched
 from kvcompose_local.commands.options import model_argument, names, threads_option
 from kvcompose_local.terminal.status import Status
 
@@ -54,9 +55,8 @@ def profile_command(
     from kvcompose_local.errors import InvalidInput
     from kvcompose_local.evaluation.harness import engine_beside, room_for
     from kvcompose_local.evaluation.tasks import TASKS as ALL_TASKS
-    from kvcompose_local.install import models
     from kvcompose_local.install.files import own_folder, replacing
-    from kvcompose_local.install.model_files import check_gguf, model_digest
+    from kvcompose_local.install.model_files import model_digest
     from kvcompose_local.install.threads import default_threads
     from kvcompose_local.profiling import measure
 
@@ -64,8 +64,7 @@ def profile_command(
         raise InvalidInput(f"the tasks are {', '.join(ALL_TASKS)}")
     own_texts = [text for _, text in inputs.read_all(files)[0]]
     status = Status(sys.stderr)
-    path = models.resolve(model, pull=True, progress=status.fetching)
-    check_gguf(path)
+    path = fetched(model, status)
     digest = model_digest(path, status.checking)
 
     def progress(done: int, total: int, what: str) -> None:

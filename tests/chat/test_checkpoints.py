@@ -172,6 +172,21 @@ def test_a_chat_keeps_where_a_turn_and_its_answer_begin() -> None:
     assert engine.state == state_after(memory.tokens)
 
 
+def test_a_template_that_drops_thinking_goes_back_to_where_the_answer_began() -> None:
+    engine, memory = memory_of(1000)
+    engine.answers = ["<think>hm, hm</think>one", "two"]
+    rebuilt: list[int] = []
+    chat = Chat(FakeModel(forgets=True), memory, on_rebuild=rebuilt.append)
+    list(chat.ask("Hi", max_tokens=99))
+    assert b"hm, hm" in bytes(memory.tokens)
+    engine.fed = b""
+    list(chat.ask("Go", max_tokens=9))
+    assert engine.fed == b"]one[/][u]Go[/][a]two"
+    assert bytes(memory.tokens) == b"[u]Hi[/][a]one[/][u]Go[/][a]two"
+    assert rebuilt == []
+    assert engine.state == state_after(memory.tokens)
+
+
 def test_reading_all_again_keeps_where_the_last_turn_begins() -> None:
     engine, memory = memory_of(1000)
     engine.answers = ["one", "two", "three"]

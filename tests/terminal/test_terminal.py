@@ -10,12 +10,16 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hybrid_shapes import SMALL, WINDOWS
+from model_files import write_model
 from programs import endless
 
+from kvcompose_local.llama_ffi.cells import library_is_patched
 from kvcompose_local.llama_ffi.library import library_path
 from kvcompose_local.terminal.chat_commands import COMMANDS
 
@@ -112,6 +116,29 @@ def test_the_default_model_says_that_it_is_a_toy(
     assert re.fullmatch(r"smollm2-135m is a toy, to try the program with(; the best model that fits now is .+)?", hint)
     leave(child)
     assert " is a toy" not in plain(terminal().before)
+
+
+@pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
+@pytest.mark.parametrize("arch", ["falcon-h1", "gemma3"])
+def test_turns_are_taken_back_where_a_part_of_the_cache_only_moves_on(
+    terminal: Terminal, tmp_path: Path, arch: str
+) -> None:
+    shape = replace((SMALL | WINDOWS)[arch], speaks=True)
+    child = terminal(model=write_model(shape, tmp_path / "model.gguf"))
+    said = [say(child, f"Tell me what key number {number} is for, keeper of the light.") for number in (1, 2, 3)]
+    where = re.search(r"positions: \d+ of", say(child, "/stats"))
+    assert where is not None
+    assert say(child, "/regen").startswith(said[2])
+    say(child, "And one that is long enough to leave a window behind. " * 3)
+    assert re.fullmatch(r"taken back: your message and its answer.*", say(child, "/undo"), re.DOTALL)
+    assert where[0] in say(child, "/stats")
+    told = re.search(
+        r"beside the budget: (\d+\.\d) MiB .* (\d+\.\d) MiB of copies of them .*\((\d) of at most 8\)",
+        say(child, "/memory").replace("\n", " "),
+    )
+    assert told is not None
+    assert 3 <= int(told[3]) <= 8
+    leave(child)
 
 
 def test_a_chat_with_every_command(terminal: Terminal, tmp_path: Path) -> None:
