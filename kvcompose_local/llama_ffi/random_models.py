@@ -112,7 +112,7 @@ class RandomModel(Model):
         progress: Progress | None = None,
         header_only: bool = False,
     ) -> None:
-        self._metadata, self._weights = metadata, weights
+        self.keys, self._weights = metadata, weights
         self._header_file = tempfile.NamedTemporaryFile(suffix=".gguf")  # noqa: SIM115 -- as long as the model
         gguf = _gguf(metadata)
         written = _write(gguf, self._header_file.name.encode(), True)
@@ -125,7 +125,7 @@ class RandomModel(Model):
     def _load(self, params: Any) -> Any:
         if params.vocab_only:
             return super()._load(params)
-        gguf = _gguf(self._metadata)
+        gguf = _gguf(self.keys)
 
         @_SET_TENSOR  # type: ignore[untyped-decorator]
         def fill(tensor: int, _user_data: object) -> None:

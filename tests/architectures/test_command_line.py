@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from architecture_files import write_architecture
+from model_files import write_architecture
 from programs import program
 
 from kvcompose_local.llama_ffi.cells import library_is_patched
