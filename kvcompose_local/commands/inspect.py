@@ -181,7 +181,7 @@ def inspect(path: Path, *, n_ctx: int | None = None, cache_type: str | None = No
             cache_type,
             (k_size, v_size),
             has_whole_blocks(model),
-            model.is_mla,
+            model.one_type,
             number("attention.sliding_window"),
             "" if library_is_patched() else why_not_stock(model),
             size_of(path),

@@ -62,11 +62,11 @@ def open_engine(
         if cache_type is None:
             whole_blocks, on_gpu = has_whole_blocks(model), gpu_layers > 0
             profile = profiles.of_file(model.path) if budget < 1 else None
-            kl, one_type = profile.kl if profile else None, on_gpu or model.is_mla
+            kl, one_type = profile.kl if profile else None, on_gpu or model.one_type
             cache_type = default_cache_type(
                 budget, whole_blocks=whole_blocks, one_type=one_type, patched=patched, kl=kl
             )
-        elif "/" in cache_type and model.is_mla:
+        elif "/" in cache_type and model.one_type:
             raise InvalidInput(f"{model.name} keeps keys and values in one row: --cache-type must be of one type")
         elif any(kind.is_quantized for kind in value_types(cache_type)) and not has_whole_blocks(model):  # quantized
             raise InvalidInput(

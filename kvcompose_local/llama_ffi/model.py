@@ -265,8 +265,13 @@ class Model:
 
     @property
     def is_mla(self) -> bool:
-        """Whether a cell is one latent row, of which the value is a part; llama.cpp then wants K and V of one type."""
+        """Whether a cell is one latent row, of which the value is a part."""
         return self.metadata(f"{self.architecture}.attention.key_length_mla") is not None
+
+    @property
+    def one_type(self) -> bool:
+        """Whether K and V must be stored alike."""
+        return self.is_mla or self.architecture == "deepseek4"  # as llama_init_from_model has it
 
     @property
     def is_rotated(self) -> bool:
