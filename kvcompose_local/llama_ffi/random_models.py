@@ -17,7 +17,7 @@ from kvcompose_local.interfaces import FloatArray, Progress
 from kvcompose_local.llama_ffi.library import bind, lib
 from kvcompose_local.llama_ffi.model import Model
 
-#: A GGUF value; integers are 32 bits wide, without a sign, and those of an array of NumPy's are 64.
+#: A GGUF value; integers are unsigned and 32 bits wide, in NumPy arrays 64.
 Value = bool | int | float | str | Sequence[int] | Sequence[float] | Sequence[str] | npt.NDArray[np.uint64]
 
 _init_empty = bind("gguf_init_empty", ctypes.c_void_p)
