@@ -202,7 +202,7 @@ _SMALL_QUERIES = frozenset({"gemma3n"})
 
 
 def weights(arch: str) -> Callable[[str, int, int], FloatArray]:
-    """Random weights for an architecture's tensor: by its name, the number of its values, and of the values in a row."""
+    """Random weights for a tensor: by its name, the number of its values, and of the values in a row."""
 
     def of_tensor(name: str, n: int, n_columns: int) -> FloatArray:
         small = arch in _SMALL_QUERIES and "attn_q" in name

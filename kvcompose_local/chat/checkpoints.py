@@ -50,18 +50,17 @@ class Checkpoints:
         """The last one that is at ``position`` or before it."""
         return next((kept for kept in reversed(self._kept) if kept.position <= position), None)
 
-    def add(self, checkpoint: Checkpoint) -> None:
-        """Keep one that is behind all others; where there are too many, an older one goes."""
+    def add(self, checkpoint: Checkpoint, most: int = MOST) -> None:
+        """Keep one that is behind all others; where there are more than ``most``, an older one goes."""
         self._kept.append(checkpoint)
-        largest = max(kept.state.nbytes for kept in self._kept)
-        while len(self._kept) > most_of(largest):
+        while len(self._kept) > most:
             del self._kept[self._least_missed()]
 
     def _least_missed(self) -> int:
         """The index of the checkpoint whose loss leaves the smallest gap, in relation to how far back it is."""
         end = self._kept[-1].position
         gaps = []
-        for i, kept in enumerate(self._kept[: len(self._kept) - LEAST]):
+        for i, kept in enumerate(self._kept[:-LEAST]):
             before = self._kept[i - 1].position if i else 0
             gaps.append((self._kept[i + 1].position - before) / max(end - kept.position, 1))
         return gaps.index(min(gaps))
@@ -121,7 +120,8 @@ class WaysBack:
         """Keep a checkpoint of the present position, if coming back to it will need one."""
         position = self._engine.layout().position
         if self.moves_on and position > max(self.checkpoints.positions, default=0):
-            self.checkpoints.add(Checkpoint(position, self._engine.checkpoint()))
+            most = most_of(self._engine.state_bytes)
+            self.checkpoints.add(Checkpoint(position, self._engine.checkpoint()), most)
 
     def find(self, position: int, n_tail: int, is_enough: Callable[[int], bool]) -> WayBack | None:
         """How to go back to ``position``, or to where text is read on to it from; None where all must be read again.

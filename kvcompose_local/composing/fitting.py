@@ -1,4 +1,9 @@
-"""Fits a scorer to the attention that questions about some texts paid, by Poisson regression with a ridge."""
+"""Fits a scorer to the attention that questions about some texts paid, by Poisson regression with a ridge.
+
+What is expected is the mean of a *power* of the attention, and a score is its root. With a power of 1 a token of a text
+full of long names, each of which one question in forty looks at closely, is worth less than a word that every question
+glances at. But an answer bears the lack of what it glances at, and not of what it copies (docs/trials.md).
+"""
 
 from __future__ import annotations
 
@@ -14,6 +19,8 @@ from kvcompose_local.interfaces import FloatArray, Progress
 #: The ridge per unit of the features' variance, and the most of Newton's steps.
 RIDGE = 0.003
 _STEPS, _SMALL_STEP = 8, 0.01
+#: Of the attention that questions pay.
+POWER = 1.5
 #: A float16 holds it, and no weight that counts is near it.
 _LARGEST = 6e4
 
@@ -22,8 +29,8 @@ _LARGEST = 6e4
 class Observed:
     """The cells of one text, and the attention that questions paid them.
 
-    keys, values: L float arrays (H, T, D), keys as they were before RoPE; looked: L float32 arrays (H, T); n_tokens: T
-    and the newest tokens, which are left out.
+    keys, values: L float arrays (H, T, D), keys as they were before RoPE; looked: L float32 arrays (H, T), the mean of
+    a power of the attention; n_tokens: T and the newest tokens, which are left out.
     """
 
     keys: Sequence[FloatArray]
@@ -36,13 +43,14 @@ def fit(
     texts: Sequence[Observed],
     *,
     ridge: float = RIDGE,
+    power: float = 1.0,
     places: bool = True,
     progress: Progress = lambda _done, _total: None,
 ) -> Scorer:
     """The scorer that makes most likely what questions looked at in these texts.
 
-    places: whether age and position count; progress gets (layers done, in all). A head that no question looked at gets
-    the lowest score everywhere.
+    power: which power of the attention ``looked`` is the mean of; places: whether age and position count; progress gets
+    (layers done, in all). A head that no question looked at gets the lowest score everywhere.
     """
     n_layers = len(texts[0].keys)
     weights, of_places = [], []
@@ -51,7 +59,8 @@ def fit(
         features = np.concatenate([features_of(text.keys[layer], text.values[layer]) for text in texts], axis=1)
         place = np.concatenate([_places_of(text, layer) for text in texts]) * np.float32(places)
         looked = np.concatenate([text.looked[layer] for text in texts], axis=1)
-        found = np.stack([_fitted(*of_head, place, ridge) for of_head in zip(features, looked, strict=True)])
+        found = np.stack([_fitted(*of_head, place, ridge) for of_head in zip(features, looked, strict=True)]) / power
+        found[looked.sum(axis=1) <= 0, -1] = BOUNDS[0]
         weights.append(np.clip(found[:, :-3], -_LARGEST, _LARGEST).astype(DTYPE))
         of_places.append(found[:, -3:].astype(np.float32))
     progress(n_layers, n_layers)

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from kvcompose_local.composing.attention import AttentionMax
-from kvcompose_local.composing.fitting import Observed
+from kvcompose_local.composing.fitting import POWER, Observed
 from kvcompose_local.composing.policy import LEAST_TAIL
 from kvcompose_local.engines.patched import PatchedEngine
 from kvcompose_local.evaluation.harness import around_a_message, kl_divergence, log_softmax
@@ -113,7 +113,7 @@ def observed(file: Path) -> Seen:
             return np.asarray(tensors.get_tensor(f"{name}.{i}"))
 
     def looked(i: int) -> FloatArray:
-        return np.tensordot(np.array(facts["weights"], np.float32), of_layer("seen", i).astype(np.float32), 1)
+        return np.tensordot(np.array(facts["weights"], np.float32), of_layer("seen", i).astype(np.float32) ** POWER, 1)
 
     keys, values = (Lazy(n_layers, partial(of_layer, name)) for name in ("keys", "values"))
     return Seen(keys, values, Lazy(n_layers, looked), facts["n_tokens"], facts["kl"])
