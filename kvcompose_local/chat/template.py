@@ -120,7 +120,7 @@ def jinja_renderer(source: str, *, bos: str, eos: str) -> Renderer:
         known["range"] = bounded_range
         failure: Exception | None = None
         nothing: tuple[Any, ...] = (None, [], "")
-        for without in nothing:  # templates ask whether tools "is none"; those that want tools go over them
+        for without in nothing:  # templates ask whether tools "is none", or go over them
             try:
                 with _ended_in_time():
                     names = dict.fromkeys(_TOOL_NAMES, without) | ({"tools": tools} if tools else {})

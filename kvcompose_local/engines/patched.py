@@ -228,7 +228,7 @@ class PatchedEngine(LlamaEngine):
         give_small_blocks_back()  # what the choice of cells took
 
     def _go_back(self, n_forgotten: int, checkpoint: ByteArray) -> None:
-        """Restore what moves on: the position of now is that of the checkpoint then."""
+        """Restore the moving part from a checkpoint, whose position is the cache's from now on."""
         position = self.layout().position - n_forgotten
         self._context.set_partial_state(checkpoint)
         if self.layout().position != position:

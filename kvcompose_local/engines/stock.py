@@ -49,7 +49,7 @@ def uniform_shape(model: Model, cache_type: str, *, scoring: bool) -> ModelShape
 
 
 def why_not_stock(model: Model) -> str:
-    """Why this engine cannot compose a model's cells; empty where it can, but for layers that differ in heads."""
+    """Why this engine cannot compose a model's cells, empty where it can; :func:`uniform_shape` looks at heads."""
     kind = model.cache_kind()
     if kind == "attention":
         return ""

@@ -156,7 +156,7 @@ def _why_not_built() -> Problem:
 
 
 def bindings_problem() -> Problem | None:
-    """What is wrong with the installed llama-cpp-python, whose functions must be those of the pinned llama.cpp."""
+    """The fault of the installed llama-cpp-python, which must be the pinned one to fit llama.cpp's functions."""
     try:
         pin = read_pin(data_file("patches"))
     except KVComposeError as error:

@@ -17,7 +17,7 @@ from kvcompose_local.interfaces import FloatArray, Progress
 from kvcompose_local.llama_ffi.library import bind, lib
 from kvcompose_local.llama_ffi.model import Model
 
-#: A GGUF value; integers are 32 bits wide, without a sign, and those of an array of NumPy's are 64.
+#: A GGUF value; integers are unsigned and 32 bits wide, in NumPy arrays 64.
 Value = bool | int | float | str | Sequence[int] | Sequence[float] | Sequence[str] | npt.NDArray[np.integer[Any]]
 
 _init_empty = bind("gguf_init_empty", ctypes.c_void_p)
@@ -99,8 +99,8 @@ def random_weights(name: str, n: int, n_columns: int) -> FloatArray:
 class RandomModel(Model):
     """A :class:`Model` of which only the header is a file.
 
-    weights: of a tensor, by its name, the numbers that it holds and those of a row. Raises ModelError where llama.cpp
-    refuses the metadata.
+    weights: makes a tensor, by its name, the number of its values, and of the values in a row. Raises ModelError where
+    llama.cpp refuses the metadata.
     """
 
     def __init__(
