@@ -66,7 +66,8 @@ class CacheMemory:
         self.engine = engine
         self.n_ctx = n_ctx
         self.compose = compose
-        self._policy = policy or Policy.for_cells(sum(engine.arena_bytes) // max(engine.shape.row_bytes, 1))
+        n_cells = sum(engine.arena_bytes) // max(engine.shape.row_bytes, 1)
+        self._policy = policy or Policy.for_cells(n_cells, on_device=max(engine.row_steps) > 1)
         self.scoring: Scoring
         if not engine.reads_rows or replay:
             self.scoring = Replayed(engine)
@@ -282,6 +283,9 @@ class CacheMemory:
             room.composed_bytes_within(at_most, n_tail, n_pinned),
             room.device,
             per_layer=self.engine.per_layer,
+            steps=self.engine.row_steps,
+            n_beside=room.n_beside(n_tail),
+            at_least=n_pinned,
         )
 
     @contextlib.contextmanager
