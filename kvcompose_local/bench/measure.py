@@ -40,7 +40,7 @@ from kvcompose_local.llama_ffi.model import Model
 
 UNPATCHED = "unpatched llama.cpp"
 TWIN = "the same, patched"
-FULL = "uncompressed"
+UNCOMPRESSED = "uncompressed"
 _WARM_UP = 3
 #: Tokens of a question, as many as a line that a user types has.
 _QUESTION = 30
@@ -293,9 +293,9 @@ def measure(
             modes.append(Mode(name, n_tokens * engine.shape.row_bytes, engine.compute_bytes, seconds))
             return engine
 
-        full = read_whole(FULL, "f16")
+        full = read_whole(UNCOMPRESSED, "f16")
         if cache_type != "f16":
-            read_whole(f"{FULL}, {cache_type}", cache_type)
+            read_whole(f"{UNCOMPRESSED}, {cache_type}", cache_type)
         whole = full.snapshot()
         rewrite_seconds = _rewrite_seconds(full, whole)
         scorer = profile.scorer if profile else None
@@ -401,7 +401,7 @@ def tables(results: Sequence[LengthResult], model_bytes: int, bandwidth: float, 
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
-        full = result.mode(FULL)
+        full = result.mode(UNCOMPRESSED)
         for mode in filter(lambda mode: mode.rates, result.modes):
             token_seconds = (model_bytes + mode.kv_bytes) / bandwidth
             question_seconds = max(token_seconds, result.question_multiply_adds / matmul)
@@ -419,7 +419,7 @@ def tables(results: Sequence[LengthResult], model_bytes: int, bandwidth: float, 
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
-        base = result.mode(FULL).read_seconds or 1.0
+        base = result.mode(UNCOMPRESSED).read_seconds or 1.0
         floor = result.multiply_adds / matmul
         lines += [
             f"| {result.n_tokens} | {m.name} | {m.read_seconds:.1f} | {m.read_seconds / base:.2f} "
@@ -435,7 +435,7 @@ def tables(results: Sequence[LengthResult], model_bytes: int, bandwidth: float, 
         "|---|---|---|---|---|",
     ]
     for result in results:
-        floor = 2 * (result.mode(FULL).kv_bytes / 4) / bandwidth
+        floor = 2 * (result.mode(UNCOMPRESSED).kv_bytes / 4) / bandwidth
         lines.append(
             f"| {result.n_tokens} | {1000 * result.rewrite_seconds:.0f} | {1000 * floor:.1f} "
             f"| {floor / result.rewrite_seconds:.0%} | {result.rss_bytes / 2**20:.0f} |"

@@ -1,4 +1,4 @@
-"""One answer, token by token: what is fed of it, what is shown, and why it ends."""
+"""Generates one answer, token by token, and finds out why it ends."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def generate(
     should_stop: Callable[[], bool],
     forget: Callable[[], None],
 ) -> Iterator[Said]:
-    """An answer to what the cache holds, in pieces of whole characters.
+    """Answer what the cache holds; yields pieces of whole characters.
 
-    Its tokens and text go to the transcript, its counts and seconds to ``stats``, where ``stopped`` says why it ended.
-    should_stop is asked between tokens; forget lets the cache follow a transcript that lost its last tokens.
+    Tokens and text are added to the transcript, counts and seconds to ``stats``, whose ``stopped`` says why the answer
+    ended. should_stop is asked between tokens; forget makes the cache follow a transcript that lost its last tokens.
     """
     # Tokens are bytes, not characters: one character may span several tokens.
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -80,7 +80,7 @@ def generate(
     said.fed += held
     yield from reader.take(held)
     yield from reader.finish()
-    if form.at_start and reader.opened:  # the template says nothing of it: this is how its model thinks
+    if form.at_start and reader.opened:  # the template is silent about thinking, so the model's first use decides
         model.use_format(form.of(reader.opened))
 
 

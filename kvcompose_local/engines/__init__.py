@@ -96,7 +96,7 @@ def has_whole_blocks(model: Model) -> bool:
 
 
 def token_of(model: Model) -> TokenShape:
-    """What a token of a model takes; a usual head's where it has none."""
+    """The shape of a model's token; a usual one where the model has no attention."""
     k_size, v_size = model.head_sizes("key_length", "value_length")
     v_size = 0 if model.is_mla else v_size
     return TokenShape(k_size, v_size, sum(model.kv_heads)) if k_size + v_size else USUAL_TOKEN
@@ -104,7 +104,7 @@ def token_of(model: Model) -> TokenShape:
 
 @dataclass(frozen=True)
 class _Cache:
-    """What both engines are opened with."""
+    """The arguments that both engines are opened with."""
 
     n_cells: int
     n_positions: int

@@ -124,7 +124,7 @@ class StockEngine(LlamaEngine):
         self._first_live = 0
 
     def layout(self) -> CacheLayout:
-        # Live cells hold consecutive positions and composed ones those just before: counting needs no look inside.
+        # Live cells hold consecutive positions, and composed cells the positions just before: counting is enough.
         position = self._context.next_position
         n_live = position - self._first_live
         free = self._n_cells - self._n_composed - n_live

@@ -27,6 +27,7 @@ from kvcompose_local.evaluation.quantized import quantized
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import Item, Question
 from kvcompose_local.interfaces import CacheSnapshot, ModelShape, Selection
+from kvcompose_local.llama_ffi.model import Model
 from kvcompose_local.profiles import Profile
 
 #: The name of the uncompressed cache among the methods.
@@ -118,6 +119,13 @@ def room_for(n_tokens: int, *, whole_replay: bool = False) -> int:
     return -(-cells // 256) * 256
 
 
+def around_a_message(model: Model) -> tuple[str, str]:
+    """The chat template's text before a message and after it, up to where the answer begins."""
+    rendered = model.render_chat([{"role": "user", "content": _GAP}], add_generation_prompt=True)
+    head, _, tail = rendered.partition(_GAP)
+    return head, tail
+
+
 class Evaluation:
     """Methods against each other on one model; results are JSON lines in a file, which a later run goes on from.
 
@@ -147,10 +155,7 @@ class Evaluation:
         self.facts = {"model": engine.model.name, "version": __version__, "engine": engine.name, **(facts or {})}
         self.records = read_records(output)
         self._done = {_key(record) for record in self.records}
-        head, _, self._tail = engine.model.render_chat(
-            [{"role": "user", "content": _GAP}], add_generation_prompt=True
-        ).partition(_GAP)
-        self._head = head
+        self._head, self._tail = around_a_message(engine.model)
         self._others: dict[str, PatchedEngine] = {}
         layout = engine.layout()
         self._n_cells = layout.n_live + layout.n_free

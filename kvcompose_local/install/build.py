@@ -52,7 +52,7 @@ from kvcompose_local.install.threads import cpu_quota
 Progress = Callable[[str, int, int], None]
 
 _LLAMA_CPP = "vendor/llama.cpp"
-#: Two thirds of the source tree by size, nothing in them is compiled; `.git` points to a repository that is not there.
+#: Folders that are left out: two thirds of the source tree, of which nothing is compiled, and a dangling `.git`.
 _NOT_NEEDED = frozenset({".git", "benches", "docs", "media", "models"})
 _APPLIED = ".kvcompose-applied"
 _FREE_BYTES_NEEDED = 400 * 10**6
@@ -90,7 +90,7 @@ def runs_under_rosetta() -> bool:
 def find_compiler() -> str:
     """The C++ compiler that CMake will take. Raises BuildError, with the command that installs one."""
     if sys.platform == "darwin" and not output_of(["xcode-select", "-p"]):
-        compiler = None  # /usr/bin/c++ is there all the same, and only asks for the command line tools
+        compiler = None  # /usr/bin/c++ exists even so, and only asks for the command line tools
     else:
         wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
         compiler = next((path for name in wanted if (path := shutil.which(shlex.split(name)[0]))), None)

@@ -68,7 +68,7 @@ class Turn:
     gain: tuple[float, ...] = ()
 
     def keys(self, stored: FloatArray, first: int) -> FloatArray:
-        """Keys as they were before, but for their length where a norm follows RoPE.
+        """Keys as they were before; where a norm follows RoPE, their length differs.
 
         stored: float32 (H, T, D) of tokens at positions from ``first`` on.
         """
@@ -79,7 +79,7 @@ class Turn:
         return self.rope.undone(keys, first)
 
     def values(self, stored: FloatArray) -> FloatArray:
-        """The same of values, which no RoPE turns."""
+        """Values as they were before; no RoPE turns them."""
         return unjoined(stored, self.hadamard_v)
 
 

@@ -21,7 +21,7 @@ from kvcompose_local.profiles import Profile, user_path
 from kvcompose_local.profiling.observing import N_ASKED, TYPICAL_ANSWER, Chatter, observe, observed
 
 #: Kinds of text that differ, the ones that most is known of first.
-TASKS = (
+PROFILED_TASKS = (
     *("needles_8", "source", "qa", "records", "recall", "logs", "vt", "table", "niah_multikey_3", "dialogue"),
     *("niah_multivalue", "german", "niah_single_3", "french", "niah_multiquery", "spanish", "chinese", "listing"),
     *("instructions", "keys"),
@@ -67,9 +67,9 @@ def plan(
     engine: PatchedEngine,
     model_sha256: str,
     *,
-    n_texts: int = 2 * len(TASKS),
+    n_texts: int = 2 * len(PROFILED_TASKS),
     n_tokens: int = 2048,
-    tasks: Sequence[str] = TASKS,
+    tasks: Sequence[str] = PROFILED_TASKS,
     own_texts: Sequence[str] = (),
 ) -> Measurement:
     """A measurement on ``n_texts`` texts of up to about ``n_tokens`` tokens, ``own_texts`` cut into such first.

@@ -50,7 +50,7 @@ def command(
 
 
 class ChatCommands:
-    """What commands work on.
+    """The commands, and what they work on.
 
     describe: the text of /stats; save, load: take the name of a session and return what to say of it; edit: shows a
     text to be edited and returns it, None or an interrupt for no change; at_temperature: entered while an answer is

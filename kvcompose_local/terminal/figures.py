@@ -1,4 +1,4 @@
-"""What a chat tells of itself: figures for programs (``--json``) and for people (``/stats``, the greeting)."""
+"""The figures of a chat, for programs (``--json``) and for people (``/stats``, the greeting)."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def result(chat: Chat) -> dict[str, Any]:
 
 
 def beside(memory: CacheMemory) -> str:
-    """What a cache takes beside its cells, which no budget is about; empty where there is nothing."""
+    """The memory that a cache takes beside its cells and beside any budget; empty where there is none."""
     n_bytes, kept = memory.engine.state_bytes, memory.checkpoints
     if not n_bytes:
         return ""

@@ -31,7 +31,7 @@ def write_model(shape: Shape, path: Path) -> Path:
         elif isinstance(value, str):
             writer.add_string(key, value)
         else:
-            writer.add_array(key, list(value))
+            writer.add_array(key, np.asarray(value).tolist())
     for tensor in gguf.GGUFReader(saved).tensors:
         writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
