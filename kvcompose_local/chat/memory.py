@@ -338,6 +338,12 @@ class CacheMemory:
         """Tokens that are pinned."""
         return n_within(self.pins)
 
+    def kept(self) -> FloatArray:
+        """The share of heads, the mean over layers, that still have each token that was seen: float32 (tokens,)."""
+        layout = self.engine.layout()
+        first_live = layout.position - layout.n_live
+        return np.concatenate([self._scores.kept(first_live), np.ones(layout.n_live, np.float32)])
+
     def state(self) -> MemoryState:
         """A copy of everything, for :meth:`restore`."""
         view = self.view()
