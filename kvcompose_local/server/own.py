@@ -12,6 +12,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from kvcompose_local.chat import Message
+from kvcompose_local.errors import InvalidInput
+from kvcompose_local.server import texts
 from kvcompose_local.server.hosted import Hosted
 from kvcompose_local.server.keeping import Kept
 from kvcompose_local.server.requests import Job, Refused, Result
@@ -156,3 +158,12 @@ async def unpin(http: HttpRequest, chat_id: str) -> dict[str, Any]:
 
     told: dict[str, Any] = await service.result(http, work)
     return told
+
+
+@router.post("/text")
+async def text(http: HttpRequest, name: Annotated[str, Query(max_length=1000)] = "") -> dict[str, str]:
+    """The text of a file, its bytes being the body: in any encoding that tells itself, or a PDF."""
+    try:
+        return {"text": await texts.text_of(await http.body(), name)}
+    except InvalidInput as error:
+        raise Refused(400, str(error)) from error
