@@ -238,15 +238,24 @@ class ChatTemplate:
     def _with_tools(
         self, messages: Sequence[Message], takes: _Takes, prompt: bool, now: datetime, tools: Sequence[Any]
     ) -> str:
+        if not self._takes_several_calls:
+            messages = one_call_each(messages)
+        return self._adapted(messages, takes, prompt, now, tools)
+
+    @cached_property
+    def _takes_several_calls(self) -> bool:
+        """Whether the template shows all calls of a message: some refuse more than one, some leave them out."""
+        calls = [{"id": f"kvcprobe{i}", "name": _TOOL, "arguments": {"of": f"{_ARGUMENT}{i}"}} for i in (1, 2)]
+        results = [{**_message("tool", _ANSWER), "tool_call_id": call["id"], "name": _TOOL} for call in calls]
+        calling = {**_message("assistant", ""), "tool_calls": json.dumps(calls)}
+        takes = replace(self._takes, tools=self._takes_tools)
         try:
-            return self._adapted(messages, takes, prompt, now, tools)
+            text = self._adapted([_message("user", _USER), calling, *results], takes, True, datetime.now(), [])
         except _EndlessTemplate:
             raise
         except ModelError:
-            single = one_call_each(messages)  # some take no more
-            if len(single) == len(messages):
-                raise
-            return self._adapted(single, takes, prompt, now, tools)
+            return False
+        return all(f"{_ARGUMENT}{i}" in text for i in (1, 2))
 
     @cached_property
     def _takes_tools(self) -> str:

@@ -166,8 +166,8 @@ def test_openai_errors(client: openai.OpenAI, server: Serving) -> None:
     assert error.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError, match="temperature"):
         client.chat.completions.create(model=server.name, messages=[QUESTION], temperature=99)  # type: ignore[list-item]
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     with pytest.raises(openai.BadRequestError, match="text alone"):
-        image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
         client.chat.completions.create(
             model=server.name,
             messages=[{"role": "user", "content": [image]}],  # type: ignore[misc,list-item]
