@@ -479,6 +479,13 @@ def test_an_answer_that_fails_can_be_asked_for_again(context: api.BrowserContext
     expect(tab.answers.last.get_by_role("alert")).to_contain_text("2048")
 
 
+def test_what_the_browser_does_not_save_is_told(context: api.BrowserContext, address: str) -> None:
+    tab = Tab(context.new_page(), address)
+    tab.page.evaluate("IDBObjectStore.prototype.put = () => { throw new Error('The disk is full.'); }; 0")
+    tab.send("Hello")
+    expect(tab.page.get_by_role("alert")).to_have_text("The disk is full.")
+
+
 def test_a_chat_that_another_program_began(tab: Tab) -> None:
     tab.page.request.post(
         f"{tab.address}/v1/chat/completions",
