@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvcompose_local.api import LocalChat
+    from kvcompose_local.chat_options import ChatOptions, Sampling
     from kvcompose_local.errors import KVComposeError
-    from kvcompose_local.interfaces import Sampling
 
 __version__ = "0.1.0"
-__all__ = ["KVComposeError", "LocalChat", "Sampling", "__version__"]
+__all__ = ["ChatOptions", "KVComposeError", "LocalChat", "Sampling", "__version__"]
 
-_HOMES = {"LocalChat": "api", "KVComposeError": "errors", "Sampling": "interfaces"}
+_HOMES = {"LocalChat": "api", "KVComposeError": "errors", "Sampling": "chat_options", "ChatOptions": "chat_options"}
 
 
 def __getattr__(name: str) -> Any:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,26 +21,23 @@ from typing import Any
 from typing_extensions import Self
 
 from kvcompose_local import profiles
-from kvcompose_local.arena import CACHE_TYPES
 from kvcompose_local.chat import Chat, TurnStats, inputs, sessions
 from kvcompose_local.chat.memory import CacheMemory
 from kvcompose_local.chat.report import CompactionReport
+from kvcompose_local.chat_options import SCORINGS, ChatOptions
 from kvcompose_local.engines import open_engine
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.install import models
-from kvcompose_local.install.model_files import check_gguf, model_digest, size_of
-from kvcompose_local.interfaces import CacheLayout, Progress, Sampling
+from kvcompose_local.install.model_files import check_gguf
+from kvcompose_local.interfaces import CacheLayout, Progress
 from kvcompose_local.llama_ffi.devices import layers_to_offload
 from kvcompose_local.llama_ffi.model import Model
 from kvcompose_local.llama_ffi.rpc import add_workers
 
-#: What compression goes by: what stands in the cells, or a replay of the text.
-SCORINGS = ("cells", "replay")
-
 
 def template_of(wanted: str, names: Sequence[str]) -> str:
-    """What ``--template`` names: one of the names there are, or the text of a file. Raises InvalidInput."""
+    """The template that ``--template`` asks for: one of ``names``, or the text of a file. Raises InvalidInput."""
     if wanted in names:
         return wanted
     try:
@@ -68,29 +66,23 @@ def memory_of(engine: LlamaEngine, n_ctx: int, *, scoring: str = SCORINGS[0], **
     """The memory of an engine's model, scored by its profile where it has one; options: of :class:`CacheMemory`."""
     if scoring != SCORINGS[0] or not options.get("compose", True):
         return CacheMemory(engine, n_ctx, replay=True, **options)
-    path = engine.model.path
-    return CacheMemory(engine, n_ctx, scorer=profiles.scorer_of(size_of(path), lambda: model_digest(path)), **options)
+    profile = profiles.of_file(engine.model.path)
+    return CacheMemory(engine, n_ctx, scorer=profile.scorer if profile else None, **options)
 
 
 class LocalChat:
     """One chat with one model. Close it, or use it in a ``with`` block: it holds native memory.
 
-    model: a GGUF file or a name of ``models.txt``, which is fetched, None for the small default; budget: share in (0,
-    1] of the bytes that an uncompressed F16 cache of ``n_ctx`` tokens takes; n_ctx: positions the chat may span
-    (default 8192, or what the model was trained for); n_threads: default one a fast core; gpu_layers: default as many
-    as the GPUs' free memory holds with their share of the cache; cache_type: ``f16``, ``q8_0``, …, default what ``run``
-    takes; scoring: ``cells``, by the model's profile or what a replay of the first text teaches, or ``replay``, as
-    KVCompose was published; workers: ``HOST:PORT`` of ``rpc-server`` processes; system: default what ``models.txt``
-    says, or the template; template: a Jinja file, or a name: llama.cpp's, the GGUF's or ``plain``, default the GGUF's
-    own.
-    on_compaction is told of each compaction, on_rebuild how many tokens are read again because a turn was taken back,
-    on_note what a user should know of the chat template, in lines;
-    on_loading, on_reading and on_compacting get (done, in all), and may raise KeyboardInterrupt; should_stop is asked
-    between tokens, and where it stops something, ``chat.turns[-1].stopped`` says so; load: a :class:`Loading` of the
-    same model, begun earlier.
+    model: a GGUF file or a name of ``models.txt``, which is fetched, None for the small default; options: see
+    :class:`ChatOptions`, whose fields may be given by name instead, as in ``LocalChat(model, budget=0.25)``.
+    on_compaction gets a report of each compaction; on_rebuild gets the number of tokens that are read again because a
+    turn was taken back; on_note gets lines that a user should know about the chat template; on_loading, on_reading and
+    on_compacting get (done, in all), and may raise KeyboardInterrupt; should_stop is asked between tokens, and
+    ``chat.turns[-1].stopped`` says where it stopped something; load: a :class:`Loading` of the same model, begun
+    earlier.
 
-    A KeyboardInterrupt in the middle of reading or answering loses nothing: what was read and said stays, what is
-    unread is read before the next message.
+    A KeyboardInterrupt in the middle of reading or answering loses nothing: text that was read or said stays, and
+    unread text is read before the next message.
 
     Raises ModelError and InvalidInput, each with one line that says what to do.
     """
@@ -98,17 +90,8 @@ class LocalChat:
     def __init__(
         self,
         model: str | Path | None = None,
+        options: ChatOptions | None = None,
         *,
-        budget: float = 0.5,
-        n_ctx: int | None = None,
-        n_threads: int | None = None,
-        gpu_layers: int | None = None,
-        cache_type: str | None = None,
-        scoring: str = "cells",
-        workers: Sequence[str] = (),
-        sampling: Sampling | None = None,
-        system: str | None = None,
-        template: str | None = None,
         on_compaction: Callable[[CompactionReport], None] | None = None,
         on_loading: Progress | None = None,
         on_reading: Progress | None = None,
@@ -117,41 +100,42 @@ class LocalChat:
         on_note: Callable[[str], None] = lambda _line: None,
         should_stop: Callable[[], bool] = lambda: False,
         load: Callable[..., Model] = Model,
+        **chosen: Any,
     ) -> None:
-        if cache_type is not None and cache_type not in CACHE_TYPES:
-            raise InvalidInput(f"there is no cache type {cache_type}: {', '.join(CACHE_TYPES)}")
+        self.options = options = replace(options or ChatOptions(), **chosen)
+        options.check()
         path = models.resolve(None if model is None else str(model), pull=True)
         check_gguf(path)
-        if scoring not in SCORINGS:
-            raise InvalidInput(f"there is no scoring {scoring}: {', '.join(SCORINGS)}")
-        add_workers(list(workers))
+        add_workers(list(options.workers))
         self._engine, positions = open_engine(
             path,
-            n_ctx=n_ctx,
-            budget=budget,
-            n_threads=n_threads,
-            gpu_layers=layers_to_offload(path, gpu_layers, n_ctx=n_ctx, budget=budget, workers=workers),
-            cache_type=cache_type,
-            sampling=sampling,
+            n_ctx=options.n_ctx,
+            budget=options.budget,
+            n_threads=options.n_threads,
+            gpu_layers=layers_to_offload(
+                path, options.gpu_layers, n_ctx=options.n_ctx, budget=options.budget, workers=options.workers
+            ),
+            cache_type=options.cache_type,
+            sampling=options.sampling,
             progress=on_loading,
             load=load,
         )
         with ExitStack() as stack:
             stack.callback(self._engine.close)
-            self.setup = sessions.Setup(path, self._engine.shape.cache_type, budget, self._engine.model.files)
+            self.setup = sessions.Setup(path, self._engine.shape.cache_type, options.budget, self._engine.model.files)
             self.memory = memory_of(
                 self._engine,
                 positions,
-                scoring=scoring,
-                compose=budget < 1,
+                scoring=options.scoring,
+                compose=options.budget < 1,
                 on_compaction=on_compaction,
                 on_progress=on_compacting,
             )
-            self.use_template(template)
+            self.use_template(options.template)
             self.chat = Chat(
                 self._engine.model,
                 self.memory,
-                system=models.system_prompt(path) if system is None else system,
+                system=models.system_prompt(path) if options.system is None else options.system,
                 should_stop=should_stop,
                 on_read=on_reading,
                 on_rebuild=on_rebuild,
@@ -188,6 +172,16 @@ class LocalChat:
             model.use_template(template_of(template, model.template_names()))
         model.check_template()
 
+    @contextmanager
+    def at_temperature(self, temperature: float) -> Iterator[None]:
+        """Draw at another temperature in this block. Whatever the seed is, no random number is drawn twice."""
+        sampling = replace(self.options.sampling, seed=None)
+        self._engine.set_sampling(replace(sampling, temperature=temperature))
+        try:
+            yield
+        finally:
+            self._engine.set_sampling(sampling)
+
     def read(self, text: str) -> TurnStats:
         """Read a document now: the next question is about it. Raises ContextFull where the positions run out."""
         stats = self.chat.read(text)
@@ -207,7 +201,7 @@ class LocalChat:
         self._raise_interrupt()
 
     def _raise_interrupt(self) -> None:
-        """The chat has put itself in order after a Ctrl-C; a script that knows nothing of it must not go on."""
+        """Raise the Ctrl-C that the chat has caught to put itself in order: a script must not go on after it."""
         if self.chat.turns[-1].stopped == "interrupt" and not self.chat.should_stop():
             raise KeyboardInterrupt
 

@@ -12,10 +12,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+from kvcompose_local.chat_options import Sampling as Sampling
 
 FloatArray = npt.NDArray[np.float32]
 HalfArray = npt.NDArray[np.float16]
@@ -47,8 +49,8 @@ class LayerShape:
 class ModelShape:
     """What the policy and the reports need to know of a loaded model; ``layers`` are the composable ones.
 
-    cache_type: how cells are stored; f16_row_bytes: what one token would take in F16, if that is not what it takes;
-    rope_factors: ``short`` or ``long``, which set of RoPE factors keys are turned by, where the model has both.
+    cache_type: how cells are stored; f16_row_bytes: bytes of one token in F16, None where cells are F16 already;
+    rope_factors: ``short`` or ``long``, the set of RoPE factors that turned the keys, where the model has both.
     """
 
     name: str
@@ -75,7 +77,7 @@ class ModelShape:
 class CacheLayout:
     """What stands in the cache now.
 
-    composed: K_l of each layer; n_live: live cells in use; n_free: live cells still to be had; position: of the next
+    composed: K_l of each layer; n_live: live cells in use; n_free: live cells that are free; position: of the next
     token, which is also the number of tokens seen.
     """
 
@@ -85,10 +87,13 @@ class CacheLayout:
     position: int
 
 
-class Lazy(Sequence[Any]):
-    """Arrays that are made each time they are looked at, so that a whole cache need not be in memory twice."""
+T = TypeVar("T")
 
-    def __init__(self, n: int, make: Callable[[int], Any]) -> None:
+
+class Lazy(Sequence[T]):
+    """A sequence of arrays that are made when they are looked at, so that a cache is never in memory twice."""
+
+    def __init__(self, n: int, make: Callable[[int], T]) -> None:
         self._n, self._make = n, make
 
     def __len__(self) -> int:
@@ -105,7 +110,7 @@ class CacheSnapshot:
     """All cells of a cache, to be put back later, by either engine.
 
     keys, values: for each composable layer uint8 (K_l + n_live, bytes of a row) in the numbering of rows above, V not
-    transposed; window: llama.cpp's own serialization of sliding-window layers, uint8 (bytes,), empty without any.
+    transposed; state: a checkpoint of that position (:meth:`Engine.checkpoint`).
     """
 
     composed: tuple[int, ...]
@@ -113,25 +118,14 @@ class CacheSnapshot:
     position: int
     keys: Sequence[ByteArray]
     values: Sequence[ByteArray]
-    window: ByteArray
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn; temperature 0 is greedy. Fields are llama.cpp's samplers, applied in this order."""
-
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    temperature: float = 0.7
-    seed: int | None = None
+    state: ByteArray
 
 
 def even_parts(n: int, largest: int, rows: int = 1) -> list[tuple[int, int]]:
-    """(start, stop) of as few parts of ``n`` tokens as there can be, all nearly as long.
+    """Cut ``n`` tokens into as few parts as ``largest`` allows, nearly equal in length: their (start, stop).
 
-    llama.cpp reads all weights for each part, which the tokens of a short one have to pay for. All but the last are
-    multiples of ``rows``, where ``largest`` allows that.
+    llama.cpp reads all weights for each part, so short parts cost most a token. Every part except the last is a
+    multiple of ``rows``, where ``largest`` allows that.
     """
     rows = rows if largest >= rows else 1
     n_rows, n_parts = -(-n // rows), -(-n // (largest // rows * rows))
@@ -162,9 +156,16 @@ class Engine(Protocol):
     cannot_snapshot: str
     #: Of each device, what it wants the number of a layer's rows to be a multiple of: its fast kernels need that.
     row_steps: tuple[int, ...]
-    #: Whether there are :meth:`live_rows`, and whether :meth:`rewrite` can go back.
+    #: Whether there are :meth:`live_rows`.
     reads_rows: bool
-    goes_back: bool
+    #: How far ``drop_tail`` may go back without a checkpoint, in tokens from the furthest one that was decoded. Where a
+    #: part of the cache moves on and does not come back by itself, this is less than all.
+    max_drop: int
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of what moves on beside the cells: sliding windows, recurrent states; 0 where there are none."""
+        ...
 
     @property
     def compute_bytes(self) -> int | None:
@@ -178,7 +179,7 @@ class Engine(Protocol):
     def decode(self, tokens: Sequence[int], progress: Progress | None = None, *, logits: bool = True) -> None:
         """Append tokens as live cells. Raises ContextFull, with nothing changed, when they exceed ``n_free``.
 
-        Without ``logits`` none are to be had of the last token, which is faster.
+        Without ``logits`` the last token gets none, which is faster.
         """
         ...
 
@@ -195,7 +196,7 @@ class Engine(Protocol):
         ...
 
     def live_rows(self, n: int) -> Sequence[tuple[FloatArray, FloatArray]]:
-        """Of each layer keys and values of the first ``n`` live cells: float32 (H, n, D) each, read when looked at.
+        """Keys and values of each layer's first ``n`` live cells: float32 (H, n, D) each, read when looked at.
 
         They are as the model made them, before a position or a quantized type turned them.
         """
@@ -208,13 +209,24 @@ class Engine(Protocol):
         """
         ...
 
-    def rewrite(self, selection: Sequence[Selection], n_tail: int, n_forgotten: int = 0) -> None:
-        """Replace all cells but the newest ``n_tail`` live ones by composed cells.
+    def rewrite(
+        self,
+        selection: Sequence[Selection],
+        n_tail: int,
+        n_forgotten: int = 0,
+        checkpoint: ByteArray | None = None,
+    ) -> None:
+        """Put composed cells in the place of all cells except the newest ``n_tail`` live ones.
 
         selection: for each composable layer int (H, K_l): head ``h`` of the layer's new composed cell ``r`` is head
-        ``h`` of old row ``selection[l][h, r]``. n_forgotten: without a tail, how many positions to go back by. Raises
-        before anything is changed when the layout does not fit.
+        ``h`` of old row ``selection[l][h, r]``. n_forgotten: without a tail, how many positions to go back by, with a
+        checkpoint of the position where that ends, if a part of the cache moves on. Raises when the layout does not
+        fit: before anything is changed, unless there is a checkpoint.
         """
+        ...
+
+    def checkpoint(self) -> ByteArray:
+        """What moves on, as llama.cpp serializes it: uint8 (at most about ``state_bytes``,), empty without any."""
         ...
 
     def snapshot(self) -> CacheSnapshot:
@@ -222,19 +234,19 @@ class Engine(Protocol):
         ...
 
     def view(self) -> CacheSnapshot:
-        """As a snapshot, but a layer may be read only when it is looked at: good until anything changes."""
+        """A snapshot whose layers are read when they are looked at: it is valid until anything changes."""
         ...
 
     def restore(self, snapshot: CacheSnapshot) -> None:
-        """Replace all cells by those of a snapshot; the logits are gone.
+        """Put the cells of a snapshot in the place of all cells; the logits are gone.
 
         Raises InvalidInput, before anything is changed, where it belongs to another model or cache type, and
         ContextFull where it does not fit.
         """
         ...
 
-    def drop_tail(self, n: int) -> None:
-        """Forget the newest ``n`` live tokens."""
+    def drop_tail(self, n: int, checkpoint: ByteArray | None = None) -> None:
+        """Forget the newest ``n`` live tokens; beyond ``max_drop``, with a checkpoint of the position before them."""
         ...
 
     def clear(self) -> None:

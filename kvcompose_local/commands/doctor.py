@@ -1,4 +1,4 @@
-"""What is installed, which engine will run, and what to do about the rest: data for ``kvcompose-local doctor``.
+"""``kvcompose-local doctor``: what is installed, which engine will run, and what to do about the rest.
 
 The library is loaded by a process of its own, so that a broken one can still be reported.
 """
@@ -15,15 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import psutil
+import click
 
-from kvcompose_local.chat import sessions
 from kvcompose_local.errors import KVComposeError, NoHome
-from kvcompose_local.install import build, models
 from kvcompose_local.install.library import BUILD, Library, Problem, bindings_problem, build_facts, find_library
 from kvcompose_local.install.pin import read_pin
 from kvcompose_local.install.resources import CACHE_VARIABLE, cache_folder, data_file
-from kvcompose_local.install.threads import default_threads
 
 State = Literal["ok", "warn", "fail"]
 
@@ -65,6 +62,8 @@ def report() -> list[Check]:
 
 
 def _python() -> Check:
+    from kvcompose_local.install import build
+
     text = f"{platform.python_version()}, {platform.machine()}, {sys.executable}"
     if build.runs_under_rosetta():
         remedy = "make the environment with an arm64 Python"
@@ -82,10 +81,14 @@ def _found(name: str, find: Callable[[], str]) -> Check:
 
 
 def _compiler() -> Check:
+    from kvcompose_local.install import build
+
     return _found("compiler", build.find_compiler)
 
 
 def _build_tools() -> Check:
+    from kvcompose_local.install import build
+
     return _found("cmake and ninja", lambda: ", ".join(build.find_tool(name) for name in ("cmake", "ninja")))
 
 
@@ -121,6 +124,8 @@ def _library(library: Library, kind: Problem | str) -> Check:
 
 def _device(folder: Path | None, devices: list[str]) -> Check:
     """devices: a line for each GPU that the library finds."""
+    from kvcompose_local.install.threads import default_threads
+
     backends = [name for name in ("Metal", "CUDA", "Vulkan") if folder and any(folder.glob(f"libggml-{name.lower()}*"))]
     if devices:
         return Check("device", "ok", f"{', '.join(backends)}: {'; '.join(devices)}".removeprefix(": "))
@@ -165,6 +170,8 @@ def _cache_folder(*, is_needed: bool) -> Check:
 
 
 def _sessions() -> Check:
+    from kvcompose_local.chat import sessions
+
     try:
         sessions.check_writable(sessions.path_of(sessions.LAST))
     except KVComposeError as error:
@@ -175,6 +182,8 @@ def _sessions() -> Check:
 
 
 def _default_model() -> Check:
+    from kvcompose_local.install import models
+
     try:
         return Check("default model", "ok", str(models.resolve(None, pull=False)))
     except KVComposeError:
@@ -182,8 +191,38 @@ def _default_model() -> Check:
 
 
 def _memory() -> Check:
+    import psutil
+
     memory = psutil.virtual_memory()
     text = f"{memory.available / _GB:.1f} of {memory.total / _GB:.1f} GB free"
     if memory.available < _GB:
         return Check("memory", "warn", text, "close other programs, or take a smaller --ctx or --budget")
     return Check("memory", "ok", text)
+
+
+@click.command("doctor", short_help="Say what is installed and what to mend.")
+@click.option("--models", is_flag=True, help="Try a tiny model of every architecture instead; takes a minute or two.")
+def doctor_command(models: bool) -> None:
+    """Say what is installed, which engine will run, and what to do about the rest."""
+    if models:
+        _try_architectures()
+        return
+    checks = report()
+    for check in checks:
+        remedy = f"\n        → {check.remedy}" if check.remedy else ""
+        click.echo(f"{check.state:>5}  {check.name}: {check.text}{remedy}")
+    if any(check.state == "fail" for check in checks):
+        raise KVComposeError("something above needs mending before a chat can run")
+
+
+def _try_architectures() -> None:
+    """Try a tiny model of every architecture, and print the table. Raises KVComposeError where a trial failed."""
+    from kvcompose_local.architectures import table
+    from kvcompose_local.install.threads import default_threads
+    from kvcompose_local.terminal.status import Status
+
+    status = Status(sys.stderr)
+    found = table.rows(default_threads(), lambda done, n: status.progress("trying:", done, n, "architectures"))
+    click.echo(table.text(found))
+    if any(row.failed for row in found):
+        raise KVComposeError("trials failed: see above")

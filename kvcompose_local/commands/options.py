@@ -1,17 +1,20 @@
-"""What the options of several commands are made of."""
+"""Options of several commands, and how a command gets them as dataclasses."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
-#: More threads than the machine has wait for each other at every layer: a question takes minutes instead of a second.
-threads_option = click.option(
-    "--threads", type=click.IntRange(1, os.cpu_count() or 1), help="CPU threads.  [default: fast cores]"
-)
+from kvcompose_local.arena import CACHE_TYPES
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Real(click.FloatRange):
@@ -22,3 +25,47 @@ class Real(click.FloatRange):
         if math.isnan(number):
             self.fail(f"{value} is not a number", parameter, context)
         return number
+
+
+def complete_model(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    """Names of models, and files, for the shell."""
+    from kvcompose_local.install import models
+
+    known = [CompletionItem(name) for name in models.load_catalogue() if name.startswith(begun)]
+    return [*known, CompletionItem(begun, type="file")]
+
+
+model_argument = click.argument("model", required=False, shell_complete=complete_model)
+#: More threads than the machine has wait for each other at every layer: a question takes minutes instead of a second.
+threads_option = click.option(
+    "--threads", "n_threads", type=click.IntRange(1, os.cpu_count() or 1), help="CPU threads.  [default: fast cores]"
+)
+gpu_layers_option = click.option(
+    "--gpu-layers", type=click.IntRange(0), help="Layers on the GPU.  [default: as many as its free memory holds]"
+)
+cache_type_option = click.option("--cache-type", type=click.Choice(CACHE_TYPES), help="As in run.")
+
+
+def gathered(**kinds: type) -> Callable[[Command], Command]:
+    """Give a command dataclasses in place of options.
+
+    With ``gathered(chat=ChatOptions)`` the command gets one argument, ``chat``, instead of the options that are named
+    like fields of :class:`ChatOptions`. A dataclass may be a field of a later one.
+    """
+
+    def wrap(command: Command) -> Command:
+        @functools.wraps(command)
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            for name, kind in kinds.items():
+                fields = {field.name for field in dataclasses.fields(kind)} & options.keys()
+                options[name] = kind(**{field: options.pop(field) for field in sorted(fields)})
+            return command(*arguments, **options)
+
+        return wrapped  # type: ignore[return-value]
+
+    return wrap
+
+
+def names(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    """Split at commas: a callback of options."""
+    return tuple(part for part in value.split(",") if part)

@@ -1,8 +1,7 @@
-"""``kvcompose-local run`` and ``compress``: what a chat is opened with, and what it is fed."""
+"""``kvcompose-local run``: chat in a terminal, or answer what is asked."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import io
 import json
@@ -10,12 +9,11 @@ import os
 import shlex
 import stat
 import sys
-import tempfile
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TextIO
 
 import click
 from click.core import ParameterSource
@@ -23,18 +21,51 @@ from click.shell_completion import CompletionItem
 
 from kvcompose_local.arena import CACHE_TYPES
 from kvcompose_local.chat import inputs
-from kvcompose_local.commands.options import Real, threads_option
-from kvcompose_local.errors import InvalidInput, KVComposeError
-from kvcompose_local.install.resources import state_folder
-from kvcompose_local.terminal.figures import MIB, describe, greeting, result
+from kvcompose_local.chat_options import SCORINGS, ChatOptions, Sampling
+from kvcompose_local.commands.opening import begin_loading, fetched, open_chat
+from kvcompose_local.commands.options import Real, gathered, gpu_layers_option, model_argument, threads_option
+from kvcompose_local.errors import KVComposeError
+from kvcompose_local.interrupts import Interrupts
+from kvcompose_local.terminal.status import Status
 
 if TYPE_CHECKING:
     from kvcompose_local.api import LocalChat
     from kvcompose_local.chat import Chat
-    from kvcompose_local.interfaces import Sampling
-    from kvcompose_local.interrupts import Interrupts
-    from kvcompose_local.llama_ffi.model import Loading
-    from kvcompose_local.terminal.repl import Status
+    from kvcompose_local.chat.sessions import Manifest
+    from kvcompose_local.terminal.answers import Answers
+    from kvcompose_local.terminal.autosave import Autosave
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """The options of ``run`` that say what to do with the chat."""
+
+    prompt: str | None
+    files: tuple[Path, ...]
+    pin: bool
+    hide_thinking: bool
+    max_tokens: int
+    session: str | None
+    no_autosave: bool
+    as_json: bool
+
+    @property
+    def is_interactive(self) -> bool:
+        """Whether somebody sits at the terminal."""
+        return self.prompt is None and sys.stdin.isatty()
+
+    def check(self) -> None:
+        """Raises UsageError for options that do not go together."""
+        if self.prompt is not None and not self.prompt.strip():
+            raise click.BadParameter("there is no question in it", param_hint="-p")
+        if self.prompt is None and sys.stdin is None:
+            raise click.UsageError("standard input is closed: ask with -p")
+        if self.pin and not self.files:
+            raise click.UsageError("--pin goes with -f: it keeps the texts read first")
+        if self.prompt is None and Path("-") in self.files:
+            raise click.UsageError("-f - reads standard input: ask with -p")
+        if self.as_json and self.is_interactive:
+            raise click.UsageError("--json goes with -p or with piped input")
 
 
 def complete_session(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
@@ -46,7 +77,7 @@ def complete_session(_context: click.Context, _parameter: click.Parameter, begun
 
 
 @click.command("run", short_help="Chat with a model, or answer with -p or piped input.")
-@click.argument("model", required=False)
+@model_argument
 @click.option(
     "--budget", type=float, default=0.5, show_default=True, help="Share of the full cache's bytes to use, in (0, 1]."
 )
@@ -69,7 +100,9 @@ def complete_session(_context: click.Context, _parameter: click.Parameter, begun
 )
 @click.option("--hide-thinking", is_flag=True, help="Print answers without the model's thinking.")
 @click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Longest answer.")
-@click.option("--temp", type=Real(0, 10), default=0.7, show_default=True, help="Temperature; 0 is greedy.")
+@click.option(
+    "--temp", "temperature", type=Real(0, 10), default=0.7, show_default=True, help="Temperature; 0 is greedy."
+)
 @click.option(
     "--top-k",
     type=click.IntRange(0),
@@ -81,7 +114,7 @@ def complete_session(_context: click.Context, _parameter: click.Parameter, begun
 @click.option("--min-p", type=Real(0, 1), default=0.05, show_default=True, help="Share of the best token.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Repeat a random answer.")
 @threads_option
-@click.option("--gpu-layers", type=click.IntRange(0), help="Layers on the GPU.  [default: all with Metal, else 0]")
+@gpu_layers_option
 @click.option(
     "--cache-type",
     type=click.Choice(CACHE_TYPES),
@@ -91,13 +124,19 @@ def complete_session(_context: click.Context, _parameter: click.Parameter, begun
 )
 @click.option(
     "--scoring",
-    type=click.Choice(["cells", "replay"]),
-    default="cells",
+    type=click.Choice(SCORINGS),
+    default=SCORINGS[0],
     show_default=True,
     help="What compression goes by: what stands in the cells, as the model's profile or a replay of the first text "
     "taught it, or a replay of all text, as KVCompose was published, which takes as long as reading it.",
 )
-@click.option("--rpc", metavar="HOST:PORT[,…]", help="Spread layers and their cells over these workers (rpc-server).")
+@click.option(
+    "--rpc",
+    "workers",
+    metavar="HOST:PORT[,…]",
+    callback=lambda _context, _option, value: tuple(value.split(",")) if value else (),
+    help="Spread layers and their cells over these workers (rpc-server).",
+)
 @click.option(
     "--session",
     metavar="NAME|FILE",
@@ -107,32 +146,8 @@ def complete_session(_context: click.Context, _parameter: click.Parameter, begun
 @click.option("--no-autosave", is_flag=True, help="Leave without saving.")
 @click.option("--json", "as_json", is_flag=True, help="With -p or piped input: one JSON object on stdout.")
 @click.pass_context
-def run_command(
-    context: click.Context,
-    model: str | None,
-    budget: float,
-    n_ctx: int | None,
-    prompt: str | None,
-    files: tuple[Path, ...],
-    pin: bool,
-    system: str | None,
-    template: str | None,
-    hide_thinking: bool,
-    max_tokens: int,
-    temp: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    seed: int | None,
-    threads: int | None,
-    gpu_layers: int | None,
-    cache_type: str | None,
-    scoring: str,
-    rpc: str | None,
-    session: str | None,
-    no_autosave: bool,
-    as_json: bool,
-) -> None:
+@gathered(sampling=Sampling, options=ChatOptions, request=RunRequest)
+def run_command(context: click.Context, model: str | None, options: ChatOptions, request: RunRequest) -> None:
     """Chat with MODEL: a GGUF file, or a name of `kvcompose-local models list`.
 
     With -p, or with text piped in, each line is answered in turn and the program ends. Everything but the answers goes
@@ -141,203 +156,260 @@ def run_command(
     A session brings its own MODEL, --budget, --ctx and --cache-type, where they are not given. Without --session the
     REPL saves the chat as the session "last".
     """
-    check_numbers(budget, n_ctx)
+    options.check()
+    request.check()
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # nothing here uses them, and they spin while a model loads
-    load = begin_loading(context, model, gpu_layers, n_ctx, budget) if session is None and rpc is None else None
+    is_alone = request.session is None and not options.workers
+    load = begin_loading(context, model, options) if is_alone else None
     if load is not None:  # what is needed later is imported while the model is loaded
         for name in ("kvcompose_local.chat.template", "kvcompose_local.api"):
             importlib.import_module(name)
-    from kvcompose_local.chat import sessions
-    from kvcompose_local.install import models
-    from kvcompose_local.install.model_files import check_gguf
-    from kvcompose_local.interfaces import Sampling
-    from kvcompose_local.interrupts import Interrupts
-    from kvcompose_local.terminal.autosave import Autosave
-    from kvcompose_local.terminal.repl import COMMANDS, Repl, Status, check_room
-
-    if prompt is not None and not prompt.strip():
-        raise click.BadParameter("there is no question in it", param_hint="-p")
-    if prompt is None and sys.stdin is None:
-        raise click.UsageError("standard input is closed: ask with -p")
-    if pin and not files:
-        raise click.UsageError("--pin goes with -f: it keeps the texts read first")
-    if prompt is None and Path("-") in files:
-        raise click.UsageError("-f - reads standard input: ask with -p")
-    interactive = prompt is None and sys.stdin.isatty()
-    if as_json and interactive:
-        raise click.UsageError("--json goes with -p or with piped input")
     interrupts = Interrupts()
     status = Status(sys.stderr, should_stop=interrupts)
-    documents, empty = inputs.read_all(files)
+    documents = read_documents(request, status)
+    session = Session.named(request.session)
+    model, options = session.over(context, model, options)
+    autosaves = can_autosave(request, session, status)
+    path = fetched(model, status)
+    session.check_model(path, options, interrupts, status)
+    with open_chat(path, options, interrupts=interrupts, status=status, load=load) as local:
+        autosave = autosaving(local, request, session, autosaves, interrupts, status)
+        if session.manifest is not None:
+            resume(local, options, autosave, status)
+        with interrupts.caught():
+            feed(local, documents, request, status)
+        if request.is_interactive:
+            talk(local, request, autosave, interrupts, status)
+        else:
+            answer_lines(local, request, autosave, interrupts, status)
+        if interrupts.leaving:
+            context.exit(128 + interrupts.leaving)
+        if request.as_json:
+            print_result(local.chat)
+
+
+def read_documents(request: RunRequest, status: Status) -> list[tuple[str, str]]:
+    """(name, text) of the files to read first, before a model is opened. Raises InvalidInput."""
+    documents, empty = inputs.read_all(request.files)
     for name in empty:
         status.line(f"{name} holds no text: it is left out")
-    if prompt is not None and Path("-") not in files and is_fed(sys.stdin):
+    if request.prompt is not None and Path("-") not in request.files and is_fed(sys.stdin):
         status.line("what is piped in is not read beside -p: -f - reads it as a text")
-    session_path = sessions.path_of(session) if session is not None else None
-    version = sessions.version_of(session_path) if session_path is not None else ()
-    saved = sessions.read_manifest(session_path) if session_path is not None and session_path.exists() else None
-    if saved is not None:
+    return documents
+
+
+@dataclass(frozen=True)
+class Session:
+    """The session that ``--session`` names.
+
+    version: of the file when it was looked at first; manifest: None where there is no such file yet.
+    """
+
+    name: str | None
+    path: Path | None = None
+    version: tuple[int, ...] = ()
+    manifest: Manifest | None = None
+
+    @classmethod
+    def named(cls, name: str | None) -> Session:
+        """Look at it. Raises SessionError for a file that is no session."""
+        from kvcompose_local.chat import sessions
+
+        if name is None:
+            return cls(None)
+        path = sessions.path_of(name)
+        version = sessions.version_of(path)
+        return cls(name, path, version, sessions.read_manifest(path) if path.exists() else None)
+
+    def over(self, context: click.Context, model: str | None, options: ChatOptions) -> tuple[str | None, ChatOptions]:
+        """The model and the options; where the user chose nothing, the session's own."""
+        from kvcompose_local.chat import sessions
+
+        saved = self.manifest
+        if saved is None:
+            return model, options
         chosen = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
-        budget = budget if "budget" in chosen else saved.budget
-        cache_type = cache_type if "cache_type" in chosen else saved.cache_type
-        n_ctx = n_ctx or saved.n_ctx
-        if model is None:
-            model = sessions.model_of(saved)
-    if session_path is not None and not no_autosave:
-        sessions.check_writable(session_path)
-    elif interactive and not no_autosave:
+        options = replace(
+            options,
+            budget=options.budget if "budget" in chosen else saved.budget,
+            cache_type=options.cache_type if "cache_type" in chosen else saved.cache_type,
+            n_ctx=options.n_ctx or saved.n_ctx,
+        )
+        return sessions.model_of(saved) if model is None else model, options
+
+    def check_model(self, path: Path, options: ChatOptions, interrupts: Interrupts, status: Status) -> None:
+        """Raises SessionError where the session belongs to another model."""
+        from kvcompose_local.chat import sessions
+
+        if self.manifest is not None:
+            setup = sessions.Setup(path, options.cache_type or self.manifest.cache_type, options.budget)
+            with interrupts.caught():
+                sessions.check_model(self.manifest, setup, status.checking)
+
+
+def can_autosave(request: RunRequest, session: Session, status: Status) -> bool:
+    """Whether the chat is to be saved at its end, and can be. Raises SessionError where a named session cannot be."""
+    from kvcompose_local.chat import sessions
+
+    if request.no_autosave:
+        return False
+    if session.path is not None:
+        sessions.check_writable(session.path)
+    elif request.is_interactive:
         try:
             sessions.check_writable(sessions.path_of(sessions.LAST))
         except KVComposeError as error:
             status.line(f"this chat will not be saved: {error}")
-            no_autosave = True
-    model_path = models.resolve(model, pull=True, progress=status.fetching)
-    check_gguf(model_path)
-    if saved is not None:
-        with interrupts.caught():
-            sessions.check_model(
-                saved, sessions.Setup(model_path, cache_type or saved.cache_type, budget), status.checking
-            )
-    sampling = Sampling(top_k=top_k, top_p=top_p, min_p=min_p, temperature=temp, seed=seed)
-    with open_chat(
-        model_path,
-        budget=budget,
-        n_ctx=n_ctx,
-        n_threads=threads,
-        gpu_layers=gpu_layers if load is None else load.gpu_layers,
-        cache_type=cache_type,
-        scoring=scoring,
-        workers=rpc.split(",") if rpc else [],
-        sampling=sampling,
-        system=system,
-        template=template,
-        interrupts=interrupts,
+            return False
+    return True
+
+
+def autosaving(
+    local: LocalChat, request: RunRequest, session: Session, autosaves: bool, interrupts: Interrupts, status: Status
+) -> Autosave:
+    """Save and load this chat by what is returned. Raises KVComposeError where a wanted session cannot be saved."""
+    from kvcompose_local.terminal.autosave import Autosave
+
+    why = local.memory.engine.cannot_snapshot
+    if session.name is not None and autosaves and why:
+        raise KVComposeError(f"{why}, which cannot be saved: leave --session out")
+    if session.name is not None and session.manifest is None and autosaves:
+        status.line(f"a new session: {session.name}")
+    return Autosave(
+        local.chat,
+        local.setup,
+        session=session.name,
+        version=session.version,
+        is_on=autosaves and (request.is_interactive or session.name is not None),
         status=status,
-        load=load,
-    ) as local:
-        chat = local.chat
-        if session is not None and not no_autosave and (why := chat.memory.engine.cannot_snapshot):
-            raise KVComposeError(f"{why}, which cannot be saved: leave --session out")
-        if session_path is not None and saved is None and not no_autosave:
-            status.line(f"a new session: {session}")
-        autosave = Autosave(
-            chat,
-            local.setup,
-            session=session,
-            version=version,
-            is_on=not no_autosave and (interactive or session is not None),
-            status=status,
-            interrupts=interrupts,
-        )
-        repl = Repl(
-            chat,
-            read_line=lambda: None,
-            out=io.StringIO() if as_json else sys.stdout,
-            status=status,
-            interrupts=interrupts,
-            max_tokens=max_tokens,
-            hides_thinking=hide_thinking,
-            describe=lambda: describe(chat),
-            save=autosave.save,
-            load=autosave.load,
-            at_temperature=partial(drawn_at, chat.memory.engine, sampling),
-        )
-        if session is not None and saved is not None:
-            loaded = autosave.resume()
-            local.use_template(template)  # over the session's own
-            if system is not None and (system or None) != (chat.system or None):
-                raise KVComposeError("the session has a system prompt of its own: in the chat, /system sets another")
-            status.line(loaded)
-        with interrupts.caught():
-            check_room(chat, documents)
-            for name, text in documents:
-                stats = chat.read(text, pin=pin and budget < 1)
-                if stats.stopped and not interactive:
-                    raise KVComposeError(f"stopped while reading {name}")
-                if stats.stopped:
-                    unread = f"the other {chat.unread_tokens} tokens of {name} are read before your next message"
-                    status.line(
-                        f"stopped; {unread}{', the files after it are not' if text is not documents[-1][1] else ''}"
-                    )
-                    break
-        if interactive:
-            import psutil
+        interrupts=interrupts,
+    )
 
-            from kvcompose_local.chat.scoring import Learned
-            from kvcompose_local.terminal.prompt import line_reader
 
-            free_bytes = psutil.virtual_memory().available
-            status.line(greeting(chat, models.hint_beyond_toy(local.setup.model, free_bytes)))
-            if chat.memory.compose and isinstance(chat.memory.scoring, Learned):
-                status.line(
-                    "No profile of this model is here: its first text teaches what to keep, and chats keep more after "
-                    f"`kvcompose-local profile {shlex.quote(str(local.setup.model))}`, once, which takes minutes."
-                )
-            if not sys.stdout.isatty():
-                status.line("Answers go to standard output, which is no terminal.")
-            repl.edit = line_reader(COMMANDS, sessions.names)
-            repl.read_line = partial(repl.edit, "")
-            with interrupts.leaving_in_order():
-                try:
-                    repl.run()
-                finally:  # a terminal that is gone ends it by an error
-                    autosave.at_the_end()
-            if interrupts.leaving:
-                context.exit(128 + interrupts.leaving)
+def resume(local: LocalChat, options: ChatOptions, autosave: Autosave, status: Status) -> None:
+    """Go on from the session. Raises SessionError, and KVComposeError where it has another system prompt."""
+    loaded = autosave.resume()
+    local.use_template(options.template)  # over the session's own
+    if options.system is not None and (options.system or None) != (local.chat.system or None):
+        raise KVComposeError("the session has a system prompt of its own: in the chat, /system sets another")
+    status.line(loaded)
+
+
+def feed(local: LocalChat, documents: Sequence[tuple[str, str]], request: RunRequest, status: Status) -> None:
+    """Let the chat read the documents. Raises PositionsFull, before the first is read, where they do not all fit."""
+    from kvcompose_local.terminal.answers import check_room
+
+    check_room(local.chat, documents)
+    for i, (name, text) in enumerate(documents):
+        stats = local.chat.read(text, pin=request.pin and local.memory.compose)
+        if stats.stopped and not request.is_interactive:
+            raise KVComposeError(f"stopped while reading {name}")
+        if stats.stopped:
+            unread = f"the other {local.chat.unread_tokens} tokens of {name} are read before your next message"
+            status.line(f"stopped; {unread}{', the files after it are not' if i + 1 < len(documents) else ''}")
             return
-        lines = iter([prompt]) if prompt is not None else inputs.lines()
-        with interrupts.leaving_in_order():
-            try:
-                while (line := awaited(lines, interrupts)) is not None:
-                    if line.strip():
-                        with interrupts.caught():
-                            stats = repl.answer(line)
-                        if stats.stopped == "interrupt":
-                            raise KVComposeError("stopped")
-                        repl.explain_end(stats)
-            except KVComposeError:
-                if not interrupts.leaving:
-                    if as_json and any(message["role"] == "assistant" for message in chat.messages):
-                        click.echo(json.dumps(result(chat), ensure_ascii=False))
-                    raise
-            finally:  # one line that fails does not take the others with it
-                autosave.at_the_end()
-        if interrupts.leaving:
-            context.exit(128 + interrupts.leaving)
-        if as_json:
-            click.echo(json.dumps(result(chat), ensure_ascii=False))
 
 
-def check_numbers(budget: float, n_ctx: int | None) -> None:
-    """Refuse impossible numbers before anything is loaded or fetched."""
-    if not 0 < budget <= 1:
-        raise click.BadParameter(f"{budget} is not in (0, 1]", param_hint="--budget")
-    if n_ctx is not None and n_ctx <= 0:
-        raise click.BadParameter(f"{n_ctx} is not a number of positions above 0", param_hint="--ctx")
+def talk(local: LocalChat, request: RunRequest, autosave: Autosave, interrupts: Interrupts, status: Status) -> None:
+    """The REPL, until the user or a signal ends it; the chat is saved then."""
+    from kvcompose_local.chat import sessions
+    from kvcompose_local.terminal.answers import Answers
+    from kvcompose_local.terminal.chat_commands import COMMANDS, ChatCommands
+    from kvcompose_local.terminal.figures import describe
+    from kvcompose_local.terminal.prompt import line_reader
+    from kvcompose_local.terminal.repl import Repl
+
+    greet(local, status)
+    edit = line_reader([*COMMANDS], sessions.names)
+    answers = Answers(
+        local.chat,
+        out=sys.stdout,
+        status=status,
+        max_tokens=request.max_tokens,
+        hides_thinking=request.hide_thinking,
+        takes_commands=True,
+    )
+    commands = ChatCommands(
+        answers,
+        interrupts,
+        describe=lambda: describe(local.chat),
+        save=autosave.save,
+        load=autosave.load,
+        edit=edit,
+        at_temperature=local.at_temperature,
+    )
+    with interrupts.leaving_in_order():
+        try:
+            Repl(commands, partial(edit, "")).run()
+        finally:  # a terminal that is gone ends it by an error
+            autosave.at_the_end()
 
 
-def begin_loading(
-    context: click.Context, model: str | None, gpu_layers: int | None, n_ctx: int | None, budget: float
-) -> Loading | None:
-    """Let a model that is there be loaded by another thread; None where what is wrong had better be told in order."""
+def greet(local: LocalChat, status: Status) -> None:
+    """Say which model runs, and how chats get better."""
+    import psutil
+
+    from kvcompose_local.chat.scoring import Learned
     from kvcompose_local.install import models
-    from kvcompose_local.install.model_files import check_gguf
+    from kvcompose_local.terminal.figures import greeting
 
-    try:
-        path = models.resolve(model, pull=False)
-        check_gguf(path)
-    except KVComposeError:
-        return None
-    from kvcompose_local.llama_ffi.devices import layers_to_offload
-    from kvcompose_local.llama_ffi.model import Loading
-
-    loading = Loading(path, gpu_layers=layers_to_offload(path, gpu_layers, n_ctx=n_ctx, budget=budget))
-    context.call_on_close(loading.close)
-    return loading
+    free_bytes = psutil.virtual_memory().available
+    status.line(greeting(local.chat, models.hint_beyond_toy(local.setup.model, free_bytes)))
+    if local.memory.compose and isinstance(local.memory.scoring, Learned):
+        status.line(
+            "No profile of this model is here: its first text teaches what to keep, and chats keep more after "
+            f"`kvcompose-local profile {shlex.quote(str(local.setup.model))}`, once, which takes minutes."
+        )
+    if not sys.stdout.isatty():
+        status.line("Answers go to standard output, which is no terminal.")
 
 
-def is_fed(stream: Any) -> bool:
-    """Whether something was piped into standard input by now; an empty pipe is what many programs start others with."""
+def answer_lines(
+    local: LocalChat, request: RunRequest, autosave: Autosave, interrupts: Interrupts, status: Status
+) -> None:
+    """Answer -p, or each line of standard input. Raises KVComposeError at the first that fails; the chat is saved."""
+    from kvcompose_local.terminal.answers import Answers
+
+    answers = Answers(
+        local.chat,
+        out=io.StringIO() if request.as_json else sys.stdout,
+        status=status,
+        max_tokens=request.max_tokens,
+        hides_thinking=request.hide_thinking,
+    )
+    lines = iter([request.prompt]) if request.prompt is not None else inputs.lines()
+    with interrupts.leaving_in_order():
+        try:
+            while (line := awaited(lines, interrupts)) is not None:
+                if line.strip():
+                    answer(line, answers, interrupts)
+        except KVComposeError:
+            if not interrupts.leaving:
+                if request.as_json and any(message["role"] == "assistant" for message in local.chat.messages):
+                    print_result(local.chat)
+                raise
+        finally:  # one line that fails does not take the others with it
+            autosave.at_the_end()
+
+
+def answer(line: str, answers: Answers, interrupts: Interrupts) -> None:
+    """Answer one line. Raises KVComposeError where it is stopped."""
+    with interrupts.caught():
+        stats = answers.answer(line)
+    if stats.stopped == "interrupt":
+        raise KVComposeError("stopped")
+    answers.explain_end(stats)
+
+
+def print_result(chat: Chat) -> None:
+    """Print the JSON object of ``--json``."""
+    from kvcompose_local.terminal.figures import result
+
+    click.echo(json.dumps(result(chat), ensure_ascii=False))
+
+
+def is_fed(stream: TextIO) -> bool:
+    """Whether standard input holds something by now; many programs start others with an empty pipe."""
     try:
         import fcntl  # not on Windows
         import termios
@@ -357,183 +429,3 @@ def awaited(lines: Iterator[str], interrupts: Interrupts) -> str | None:
             return next(lines, None)
     except KeyboardInterrupt as error:
         raise KVComposeError("stopped") from error
-
-
-@contextlib.contextmanager
-def open_chat(
-    path: Path,
-    *,
-    budget: float,
-    n_ctx: int | None,
-    n_threads: int | None,
-    gpu_layers: int | None,
-    cache_type: str | None,
-    scoring: str = "cells",
-    workers: list[str],
-    sampling: Any,
-    system: str | None,
-    template: str | None = None,
-    interrupts: Interrupts,
-    status: Status,
-    load: Loading | None = None,
-) -> Iterator[LocalChat]:
-    """A chat whose progress is shown, and whose conversation outlives an abort."""
-    # llama.cpp is loaded only now, so that wrong usage and --help answer at once.
-    from kvcompose_local.api import LocalChat
-    from kvcompose_local.llama_ffi.library import found
-    from kvcompose_local.llama_ffi.model import Model
-
-    with interrupts.caught():  # an exception would be lost in native frames
-        local = LocalChat(
-            path,
-            budget=budget,
-            n_ctx=n_ctx,
-            n_threads=n_threads,
-            gpu_layers=gpu_layers,
-            cache_type=cache_type,
-            scoring=scoring,
-            workers=workers,
-            sampling=sampling,
-            system=system,
-            template=template,
-            on_compaction=status.compacted,
-            on_loading=lambda done, total: status.progress("loading:", done, total, "%"),
-            on_reading=status.reading,
-            on_compacting=lambda done, total: status.progress("compacting:", done, total),
-            on_rebuild=lambda n: status.line(f"that part is compressed already: reading {n} tokens again"),
-            on_note=status.line,
-            should_stop=interrupts,
-            load=load or Model,
-        )
-    with local:
-        if local.memory.engine.name == "stock" and budget < 1:
-            status.line(
-                "stock engine: every layer keeps equally many cells, which forgets more than it must; "
-                f"{found.why_stock}"
-            )
-        with saved_on_abort(local.chat):
-            try:
-                yield local
-            finally:
-                status.settle()
-
-
-@contextlib.contextmanager
-def drawn_at(engine: Any, sampling: Sampling, temperature: float) -> Iterator[None]:
-    """Draw at another temperature in this block. Whatever ``--seed`` says, no random number is drawn twice."""
-    engine.set_sampling(replace(sampling, temperature=temperature, seed=None))
-    try:
-        yield
-    finally:
-        engine.set_sampling(replace(sampling, seed=None))
-
-
-@contextlib.contextmanager
-def saved_on_abort(chat: Chat) -> Iterator[None]:
-    """Write the transcript down if llama.cpp aborts meanwhile, as it does when a worker is lost."""
-    from kvcompose_local.llama_ffi.library import on_abort
-
-    def save(_reason: str) -> None:
-        messages = chat.messages + ([{"role": "assistant", "content": chat.answering}] if chat.answering else [])
-        if messages:
-            try:
-                path = state_folder() / f"lost-{os.getpid()}.json"
-                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                path.touch(mode=0o600)
-            except OSError:
-                path = Path(tempfile.mkstemp(prefix="kvcompose-lost-", suffix=".json")[1])
-            path.write_text(json.dumps(messages, ensure_ascii=False, indent=1), encoding="utf-8")
-            print(f"the conversation is kept in {path}", file=sys.stderr, flush=True)
-
-    on_abort.append(save)
-    try:
-        yield
-    finally:
-        on_abort.remove(save)
-
-
-@click.command("compress", short_help="Read a document once and keep its compressed cache.")
-@click.argument("model")
-@click.argument("file")
-@click.option("-o", "--output", required=True, metavar="NAME|FILE", help="Session to write, such as notes.kvc.")
-@click.option(
-    "--budget", type=float, default=0.5, show_default=True, help="Share of the full cache's bytes to use, below 1."
-)
-@click.option("--ctx", "n_ctx", type=int, help="Positions: text and chat.  [default: 8192, or what the model knows]")
-@click.option("--keep", type=Real(0, 1, min_open=True), default=0.5, show_default=True, help="Share of bytes to keep.")
-@click.option("--cache-type", type=click.Choice(CACHE_TYPES), help="As in run.")
-@click.option("--system", help="System prompt, which stands before the document.")
-@threads_option
-@click.option("--gpu-layers", type=click.IntRange(0), help="Layers on the GPU.  [default: all with Metal, else 0]")
-def compress_command(
-    model: str,
-    file: str,
-    output: str,
-    budget: float,
-    n_ctx: int | None,
-    keep: float,
-    cache_type: str | None,
-    system: str | None,
-    threads: int | None,
-    gpu_layers: int | None,
-) -> None:
-    """Let MODEL read FILE (- is standard input) and write a session that answers about it at once.
-
-    \b
-    kvcompose-local compress model.gguf notes.txt -o notes.kvc
-    kvcompose-local run --session notes.kvc --no-autosave -p "Who wrote this?"
-    """
-    from kvcompose_local.chat import sessions
-    from kvcompose_local.install import models
-    from kvcompose_local.install.model_files import check_gguf
-    from kvcompose_local.interfaces import Sampling
-    from kvcompose_local.interrupts import Interrupts
-    from kvcompose_local.terminal.repl import Status
-
-    check_numbers(budget, n_ctx)
-    if budget == 1:
-        raise click.BadParameter("a budget of 1 never compresses", param_hint="--budget")
-    path = sessions.path_of(output)
-    sessions.check_writable(path)
-    if path.is_file() and path.stat().st_size:
-        raise InvalidInput(f"{path} exists, and may hold a chat by now: remove it, or give another name")
-    ((_, text),), _ = inputs.read_all([Path(file)])
-    interrupts = Interrupts()
-    status = Status(sys.stderr, should_stop=interrupts)
-    model_path = models.resolve(model, pull=True, progress=status.fetching)
-    check_gguf(model_path)
-    with (
-        open_chat(
-            model_path,
-            budget=budget,
-            n_ctx=n_ctx,
-            n_threads=threads,
-            gpu_layers=gpu_layers,
-            cache_type=cache_type,
-            workers=[],
-            sampling=Sampling(),
-            system=system,
-            interrupts=interrupts,
-            status=status,
-        ) as local,
-        interrupts.caught(),
-    ):
-        stats = local.read(text)
-        if stats.stopped:
-            raise KVComposeError("stopped while reading; nothing is written")
-        memory = local.memory
-        least = 2 * memory.policy.n_tail / memory.position
-        if least < keep:
-            memory.compact(keep)
-        elif least < 0.5:
-            status.line(f"--keep {keep:g} leaves too little of this text to read on by: {least:.2f} of it is kept")
-            memory.compact(least)
-        else:
-            status.line("the text is too short to compress: it is kept whole")
-        n_bytes = sessions.save(path, local.chat, local.setup, status.checking)
-        full = memory.position * memory.engine.shape.uncompressed_row_bytes
-    click.echo(
-        f"{path}: {stats.prompt_tokens} tokens in {n_bytes / MIB:.1f} MiB (uncompressed: {full / MIB:.1f} MiB)\n"
-        f"ask about it: kvcompose-local run --session {shlex.quote(output)}\n"
-        "the chat is saved to it at the end; with --no-autosave it stays as it is"
-    )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
+from kvcompose_local import profiles
 from kvcompose_local.arena import (
     BLOCK,
     CELL_PADDING,
@@ -60,7 +61,13 @@ def open_engine(
         patched = engine_name == "patched" or (engine_name is None and library_is_patched())
         if cache_type is None:
             whole_blocks, on_gpu = has_whole_blocks(model), gpu_layers > 0
-            cache_type = default_cache_type(budget, whole_blocks=whole_blocks, on_gpu=on_gpu, patched=patched)
+            profile = profiles.of_file(model.path) if budget < 1 else None
+            kl, one_type = profile.kl if profile else None, on_gpu or model.one_type
+            cache_type = default_cache_type(
+                budget, whole_blocks=whole_blocks, one_type=one_type, patched=patched, kl=kl
+            )
+        elif "/" in cache_type and model.one_type:
+            raise InvalidInput(f"{model.name} keeps keys and values in one row: --cache-type must be of one type")
         elif any(kind.is_quantized for kind in value_types(cache_type)) and not has_whole_blocks(model):  # quantized
             raise InvalidInput(
                 f"--cache-type {cache_type} takes blocks of {BLOCK} values, and the heads of {model.name} are of "
@@ -74,8 +81,8 @@ def open_engine(
                     f"{model.name} knows {positions} positions, too few to compress: run it with --budget 1"
                 ) from error
         n_cells = cells_for(positions, budget, cache_type, token_of(model))
-        open_ = partial(_patched, n_outputs=n_outputs) if patched else _stock
-        engine = open_(model, n_cells, positions, threads, cache_type, sampling, budget)
+        cache = _Cache(n_cells, positions, threads, cache_type, sampling, budget)
+        engine = _patched(model, cache, n_outputs) if patched else _stock(model, cache)
     except BaseException:
         model.close()
         raise
@@ -89,40 +96,41 @@ def has_whole_blocks(model: Model) -> bool:
 
 
 def token_of(model: Model) -> TokenShape:
-    """What a token of a model takes; a usual head's where it has none."""
+    """The shape of a model's token; a usual one where the model has no attention."""
     k_size, v_size = model.head_sizes("key_length", "value_length")
+    v_size = 0 if model.is_mla else v_size
     return TokenShape(k_size, v_size, sum(model.kv_heads)) if k_size + v_size else USUAL_TOKEN
 
 
-def _patched(
-    model: Model,
-    n_cells: int,
-    n_positions: int,
-    n_threads: int,
-    cache_type: str,
-    sampling: Sampling | None,
-    budget: float,
-    *,
-    n_outputs: int,
-) -> LlamaEngine:
+@dataclass(frozen=True)
+class _Cache:
+    """The arguments that both engines are opened with."""
+
+    n_cells: int
+    n_positions: int
+    n_threads: int
+    cache_type: str
+    sampling: Sampling | None
+    budget: float
+
+
+def _patched(model: Model, cache: _Cache, n_outputs: int) -> LlamaEngine:
     """The patched engine; at budget 1 the stock one runs what cannot be composed."""
     try:
-        if budget < 1 and model.cache_kind() == "rotation-free":
-            raise ModelError("its keys carry no rotation (RoPE)")
         return PatchedEngine(
             model,
-            n_cells=n_cells,
-            n_positions=n_positions,
-            n_threads=n_threads,
-            cache_type=cache_type,
-            n_ubatch=_micro_batch(model, budget),
+            n_cells=cache.n_cells,
+            n_positions=cache.n_positions,
+            n_threads=cache.n_threads,
+            cache_type=cache.cache_type,
+            n_ubatch=_micro_batch(model, cache.budget),
             n_outputs=n_outputs,
-            sampling=sampling,
+            sampling=cache.sampling,
         )
     except ModelError as error:
-        if budget < 1:
+        if cache.budget < 1:
             raise ModelError(f"{model.architecture} runs with --budget 1 only: {error}") from error
-        return _stock(model, n_cells, n_positions, n_threads, cache_type, sampling, budget)
+        return _stock(model, cache)
 
 
 def _micro_batch(model: Model, budget: float) -> int:
@@ -131,23 +139,15 @@ def _micro_batch(model: Model, budget: float) -> int:
     return PREFILL_MICRO_BATCH if budget == 1 else SMALL_MICRO_BATCH
 
 
-def _stock(
-    model: Model,
-    n_cells: int,
-    n_positions: int,
-    n_threads: int,
-    cache_type: str,
-    sampling: Sampling | None,
-    budget: float,
-) -> LlamaEngine:
+def _stock(model: Model, cache: _Cache) -> LlamaEngine:
     from kvcompose_local.engines.stock import StockEngine  # late: it reads GGML's tables, which take time to import
 
     return StockEngine(
         model,
-        n_cells=n_cells,
-        n_positions=n_positions,
-        n_threads=n_threads,
-        scoring=budget < 1,
-        cache_type=cache_type,
-        sampling=sampling,
+        n_cells=cache.n_cells,
+        n_positions=cache.n_positions,
+        n_threads=cache.n_threads,
+        scoring=cache.budget < 1,
+        cache_type=cache.cache_type,
+        sampling=cache.sampling,
     )

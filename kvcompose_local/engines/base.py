@@ -1,4 +1,4 @@
-"""What both engines share: decoding, sampling and replay on a llama.cpp context."""
+"""The part that both engines share: decoding, sampling and replay on a llama.cpp context."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from kvcompose_local.arena import SOFTMAX_BYTES
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput
 from kvcompose_local.interfaces import (
     AttentionSink,
+    ByteArray,
     CacheLayout,
     CacheSnapshot,
     FloatArray,
@@ -26,19 +27,20 @@ from kvcompose_local.interfaces import (
     Selection,
     even_parts,
 )
+from kvcompose_local.interrupts import uninterrupted
 from kvcompose_local.llama_ffi.context import Context, SoftmaxTap
 from kvcompose_local.llama_ffi.model import Model
 
-#: Rows that a CPU multiplies repacked weights by at a time; what is left over goes row by row.
+#: Rows that a CPU multiplies repacked weights by at a time; remaining rows are multiplied one by one.
 ROWS = 4
 #: Queries that a CPU's flash attention takes together; fewer go one by one, which is slower than the whole tile.
 TILE = 64
 
 
 def softmax_queries(n_cells: int, n_heads: int, wanted_bytes: int, *, largest: int = 512) -> int:
-    """Queries that keep a softmax, float32 (heads, queries, n_cells), within ``wanted_bytes`` and SOFTMAX_BYTES.
+    """The most queries whose softmax, float32 (heads, queries, n_cells), fits ``wanted_bytes`` and SOFTMAX_BYTES.
 
-    A multiple of 4, at least that.
+    A multiple of 4, and at least 4.
     """
     low, high = SOFTMAX_BYTES
     fitting = min(max(wanted_bytes, low), high) // (4 * n_cells * n_heads)
@@ -46,7 +48,7 @@ def softmax_queries(n_cells: int, n_heads: int, wanted_bytes: int, *, largest: i
 
 
 class LlamaEngine(ABC):
-    """:class:`kvcompose_local.interfaces.Engine` but for the cells; owns the model and the context."""
+    """:class:`kvcompose_local.interfaces.Engine` without the cells; it owns the model and the context."""
 
     name: str
     per_layer: bool
@@ -54,10 +56,12 @@ class LlamaEngine(ABC):
     row_steps: tuple[int, ...] = (1,)
     cache_bytes: int
     max_replay: int
+    max_drop: int
+    #: Whether a part of the cache moves on: sliding windows, recurrent states.
+    moves_on = False
     #: Why there is no :meth:`snapshot` of this cache, empty where there is.
     cannot_snapshot = ""
     reads_rows = False
-    goes_back = True
 
     def __init__(self, model: Model, context: Context, shape: ModelShape, sampling: Sampling | None) -> None:
         self.model = model
@@ -65,6 +69,11 @@ class LlamaEngine(ABC):
         self._context = context
         self._ordinal = {layer.index: i for i, layer in enumerate(shape.layers)}
         context.set_sampling(sampling or Sampling())
+
+    @property
+    def state_bytes(self) -> int:
+        """See :meth:`Engine.state_bytes`; an unpatched llama.cpp tells only what there is now."""
+        return self._context.partial_bytes() if self.moves_on else 0
 
     @property
     def compute_bytes(self) -> int | None:
@@ -101,8 +110,18 @@ class LlamaEngine(ABC):
         raise EngineError(f"the {self.name} engine does not tell how keys were turned")
 
     @abstractmethod
-    def rewrite(self, selection: Sequence[Selection], n_tail: int, n_forgotten: int = 0) -> None:
+    def rewrite(
+        self,
+        selection: Sequence[Selection],
+        n_tail: int,
+        n_forgotten: int = 0,
+        checkpoint: ByteArray | None = None,
+    ) -> None:
         """See :meth:`Engine.rewrite`."""
+
+    def checkpoint(self) -> ByteArray:
+        """See :meth:`Engine.checkpoint`."""
+        return self._context.partial_state() if self.moves_on else np.zeros(0, np.uint8)
 
     @abstractmethod
     def snapshot(self) -> CacheSnapshot:
@@ -152,18 +171,19 @@ class LlamaEngine(ABC):
 
     @abstractmethod
     def softmax_micro_batch(self, n_tokens: int) -> int:
-        """Most queries of one explicit softmax while ``n_tokens`` are decoded: what is then taken at a time."""
+        """The most queries of one explicit softmax while ``n_tokens`` are decoded."""
 
     @contextmanager
     def _visible_softmax(self) -> Iterator[None]:
-        """While this is open the tap sees every softmax."""
+        """In this block the tap sees every softmax."""
         yield
 
     @contextmanager
     def watching(self, tap: SoftmaxTap) -> Iterator[None]:
-        """While this is open :meth:`decode` shows every softmax: ``tap(l, weights)``, l the place in ``shape.layers``.
+        """In this block :meth:`decode` shows every softmax: ``tap(l, weights)``, l the place in ``shape.layers``.
 
-        weights: float32 (Q, queries of a micro-batch, n_kv), native memory that dies with the call.
+        Layers that read another's cells show theirs as that one's. weights: float32 (Q, queries of a micro-batch,
+        n_kv), native memory that dies with the call.
         """
 
         def composable(layer: int, weights: FloatArray) -> None:
@@ -193,7 +213,11 @@ class LlamaEngine(ABC):
                 raise
             except BaseException:
                 self._context.has_logits = False
-                self._context.remove(before)
+                if self._context.is_recurrent:  # there is no state of before to go back to
+                    if self._context.next_position != before:
+                        self.clear()
+                else:
+                    self._context.remove(before)
                 raise
 
     def _micro_batches(self, n: int) -> list[tuple[int, int]]:
@@ -220,27 +244,40 @@ class LlamaEngine(ABC):
         return self._context.all_logits(len(tokens))
 
     def set_sampling(self, sampling: Sampling) -> None:
-        """How :meth:`sample` draws from now on."""
+        """Let :meth:`sample` draw like this from now on."""
         self._context.set_sampling(sampling)
+
+    def set_grammar(self, gbnf: str) -> None:
+        """What :meth:`sample` may draw from now on, anything where it is empty. Raises InvalidInput for no grammar."""
+        self._context.set_grammar(gbnf)
 
     def replay(self, tokens: Sequence[int], seen: AttentionSink) -> None:
         layout = self.layout()
         if len(tokens) > layout.n_free:
             raise ContextFull(f"a replay of {len(tokens)} tokens does not fit in {layout.n_free} free cells")
         columns = self._live_columns()
+        state = self.checkpoint() if self._context.is_recurrent else None
 
         with self.watching(lambda layer, weights: seen.update(layer, weights, columns)):
             try:
                 for start, stop in even_parts(len(tokens), self.softmax_micro_batch(len(tokens)), ROWS):
                     self._context.decode(tokens[start:stop], logits=False)
             finally:
-                self._context.has_logits = False
-                self._context.remove(layout.position)
+                self._drop_from(layout.position, state)
 
-    def drop_tail(self, n: int) -> None:
+    def drop_tail(self, n: int, checkpoint: ByteArray | None = None) -> None:
         layout = self.layout()
         if not 0 <= n <= layout.n_live:
             raise InvalidInput(f"cannot drop {n} of {layout.n_live} live cells")
         if n:
+            self._drop_from(layout.position - n, checkpoint)
+
+    def _drop_from(self, position: int, checkpoint: ByteArray | None) -> None:
+        """Forget the cells from ``position`` on: what moves on first, which then finds nothing more to drop."""
+        with uninterrupted():
             self._context.has_logits = False
-            self._context.remove(layout.position - n)
+            if checkpoint is not None and checkpoint.size:
+                self._context.set_partial_state(checkpoint)
+            self._context.remove(position)
+            if self._context.next_position != position:
+                raise EngineError(f"the cache went back to position {self._context.next_position}, not {position}")

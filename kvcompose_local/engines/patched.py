@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcompose_local.arena import CELL_PADDING, SOFTMAX_SHARE
-from kvcompose_local.composing.rotation import unjoined
+from kvcompose_local.composing.scorer import products
 from kvcompose_local.engines.base import TILE, LlamaEngine, softmax_queries
-from kvcompose_local.errors import ContextFull, InvalidInput
+from kvcompose_local.errors import ContextFull, EngineError, InvalidInput
 from kvcompose_local.interfaces import (
+    ByteArray,
     CacheLayout,
     CacheSnapshot,
     FloatArray,
@@ -33,6 +34,7 @@ from kvcompose_local.interfaces import (
 from kvcompose_local.llama_ffi.cells import PerLayerCells, Turn
 from kvcompose_local.llama_ffi.context import Context
 from kvcompose_local.llama_ffi.library import give_small_blocks_back
+from kvcompose_local.llama_ffi.memory import memory_of
 from kvcompose_local.llama_ffi.model import Model
 
 #: Tokens of the largest prefill micro-batch, of which most have a tile less: 512 read no faster on the processors
@@ -104,9 +106,11 @@ class PatchedEngine(LlamaEngine):
             context.rope_factors,
         )
         super().__init__(model, context, shape, sampling)
+        owners = {il: self._cells.owner(il) for il in range(model.n_layers)}
+        self._ordinal = {il: i for il, i in owners.items() if i is not None}  # of layers that read another's cells, too
         info = self._cells.info()
         self._has_window = bool(info.has_window)
-        self.goes_back = not self._has_window
+        self.moves_on = self._has_window or model.is_recurrent
         on_host = [self._cells.arena(i).name == b"CPU" for i in range(info.n_arenas)]
         self.row_steps = tuple(1 if host else DEVICE_ROWS for host in on_host)
         slack = [
@@ -115,11 +119,20 @@ class PatchedEngine(LlamaEngine):
         ]
         sizes = [int(self._cells.arena(i).size) for i in range(info.n_arenas)]
         self.cache_bytes = sum(sizes)
-        # A window cache overwrites what a replay of more than one micro-batch would have to give back.
+        memory = memory_of(context)
+        self._state_bytes = memory.window_bytes + memory.recurrent_bytes
+        # A window cache overwrites what a replay of more than one micro-batch would have to give back. A recurrent
+        # state gives nothing back: a replay restores it.
         self.max_replay = self._fitting_queries(n_cells) if self._has_window else n_cells
+        self.max_drop = 0 if model.is_recurrent else self.max_replay
         self.arena_bytes = tuple(size - lost for size, lost in zip(sizes, slack, strict=True))
         self._composed = (0,) * len(layers)
         self._turns: list[Turn] = []
+
+    @property
+    def state_bytes(self) -> int:
+        """As allocated."""
+        return self._state_bytes
 
     @property
     def compute_bytes(self) -> int:
@@ -128,7 +141,10 @@ class PatchedEngine(LlamaEngine):
 
     def layout(self) -> CacheLayout:
         info = self._cells.info()
-        return CacheLayout(self._composed, info.n_live, info.n_live_cap - info.n_live, info.pos_next)
+        n_free = info.n_live_cap - info.n_live
+        if not self.model.is_rotated:  # positions that were never learned are beyond the model's table of them
+            n_free = min(n_free, max(self.shape.n_ctx_train - info.pos_next, 0))
+        return CacheLayout(self._composed, info.n_live, n_free, info.pos_next)
 
     def _live_cells(self) -> IntArray:
         """int64 (n_live,): where the live cells stand, oldest first."""
@@ -149,7 +165,7 @@ class PatchedEngine(LlamaEngine):
         return min(n_ubatch, max(fitting, TILE))
 
     def micro_batch(self) -> int:
-        """Tokens that :meth:`decode` takes at a time; on a device all that fit, whose mask is little beside products."""
+        """Tokens that :meth:`decode` takes at a time; on a device all that its graphs take."""
         return self._context.n_ubatch if max(self.row_steps) > 1 else super().micro_batch()
 
     def softmax_micro_batch(self, n_tokens: int) -> int:
@@ -190,15 +206,25 @@ class PatchedEngine(LlamaEngine):
             keys, values = (self._cells.numbers(layer, values=v, first=start, stop=stop) for v in (False, True))
             if not in_order:
                 keys, values = keys[:, cells - start], values[:, cells - start]
-            return turn.rope.undone(unjoined(keys, turn.hadamard_k), first), unjoined(values, turn.hadamard_v)
+            return turn.keys(keys, first), turn.values(values)
 
         return Lazy(len(self.shape.layers), rows)
 
     def live_products(self, weights: Sequence[FloatArray | HalfArray], n: int) -> Sequence[FloatArray]:
         """See :meth:`Engine.live_products`."""
+        rows = self.live_rows(n)
+        has_values = all(self._cells.layer(i).v_row_bytes for i in range(len(rows)))
+        if any(turn.gain for turn in self._turns) or not has_values:
+            return [products(of_layer, *rows[i]) for i, of_layer in enumerate(weights)]
         return self._cells.products(weights, n)
 
-    def rewrite(self, selection: Sequence[Selection], n_tail: int, n_forgotten: int = 0) -> None:
+    def rewrite(
+        self,
+        selection: Sequence[Selection],
+        n_tail: int,
+        n_forgotten: int = 0,
+        checkpoint: ByteArray | None = None,
+    ) -> None:
         layout = self.layout()
         if not 0 <= n_tail <= layout.n_live:
             raise InvalidInput(f"cannot keep {n_tail} of {layout.n_live} live cells")
@@ -210,13 +236,23 @@ class PatchedEngine(LlamaEngine):
             if rows.size and not 0 <= rows.min() <= rows.max() < n_composed + layout.n_live:
                 raise InvalidInput(f"the selection names rows outside the {n_composed + layout.n_live} of its layer")
         composed = [rows.shape[1] for rows in selection]
+        n_live_cap = self._fitting_live_cells(composed, n_tail)
+        if checkpoint is not None:
+            self._go_back(n_forgotten, checkpoint)
+            n_forgotten = 0
         try:
-            n_live_cap = self._fitting_live_cells(composed, n_tail)
             self._cells.rewrite(n_live_cap, n_tail, selection, n_forgotten)
         finally:  # a rewrite that fails half-way leaves the cache empty
             self._composed = tuple(int(self._cells.layer(i).n_composed) for i in range(self._cells.n_layers))
         if max(self.row_steps) == 1:  # what the choice of cells took; its milliseconds are many beside a device
             give_small_blocks_back()
+
+    def _go_back(self, n_forgotten: int, checkpoint: ByteArray) -> None:
+        """Restore the moving part from a checkpoint, whose position is the cache's from now on."""
+        position = self.layout().position - n_forgotten
+        self._context.set_partial_state(checkpoint)
+        if self.layout().position != position:
+            raise EngineError(f"the checkpoint is of position {self.layout().position}, not {position}")
 
     def _fitting_live_cells(self, composed: Sequence[int], n_live: int) -> int:
         """Live cells that every arena holds beside the composed ones, of which ``n_live`` are in use."""
@@ -249,9 +285,8 @@ class PatchedEngine(LlamaEngine):
             return np.concatenate([rows[first_composed:][: layout.composed[i]], rows[live]])
 
         n = len(layout.composed)
-        window = self._context.window_state() if self._has_window else np.zeros(0, np.uint8)
         keys, values = Lazy(n, partial(plane, values=False)), Lazy(n, partial(plane, values=True))
-        return CacheSnapshot(layout.composed, layout.n_live, layout.position, keys, values, window)
+        return CacheSnapshot(layout.composed, layout.n_live, layout.position, keys, values, self.checkpoint())
 
     def _put_back(self, snapshot: CacheSnapshot) -> None:
         n_live, end = snapshot.n_live, snapshot.position - snapshot.n_live
@@ -265,8 +300,10 @@ class PatchedEngine(LlamaEngine):
                 raise InvalidInput("these cells belong to another model or cache type")
         if n_live > n_live_cap:
             raise ContextFull(f"{n_live} cells do not fit in {n_live_cap}")
-        if (snapshot.window.size > 0) != self._has_window:
-            raise InvalidInput("these cells belong to another model: only one of the two has sliding windows")
+        if (snapshot.state.size > 0) != self.moves_on:
+            raise InvalidInput(
+                "these cells belong to another model: only one of the two has sliding windows or recurrent layers"
+            )
         positions = np.arange(end, snapshot.position, dtype=np.int64)
         self._cells.set_layout(n_live_cap, positions, end, np.array(snapshot.composed, np.int64))
         self._composed = snapshot.composed
@@ -275,8 +312,8 @@ class PatchedEngine(LlamaEngine):
                 rows = planes[i]
                 self._cells.set_rows(i, rows[n_composed:], values=is_v)
                 self._cells.set_rows(i, rows[:n_composed], values=is_v, first=n_live_cap)
-        if self._has_window:
-            self._context.set_window_state(snapshot.window)
+        if self.moves_on:
+            self._context.set_partial_state(snapshot.state)
 
     def clear(self) -> None:
         self._context.clear()

@@ -17,6 +17,7 @@ from kvcompose_local.engines.base import LlamaEngine, softmax_queries
 from kvcompose_local.engines.state_format import CellBlock, Plane, parse_state, row_bytes, write_state
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput, ModelError
 from kvcompose_local.interfaces import (
+    ByteArray,
     CacheLayout,
     CacheSnapshot,
     LayerShape,
@@ -47,6 +48,14 @@ def uniform_shape(model: Model, cache_type: str, *, scoring: bool) -> ModelShape
     return ModelShape(model.name, arch, model.n_ctx_train, model.n_vocab, layers, cache_type, f16_row_bytes)
 
 
+def why_not_stock(model: Model) -> str:
+    """Why this engine cannot compose a model's cells, empty where it can; :func:`uniform_shape` looks at heads."""
+    kind = model.cache_kind()
+    if kind == "attention":
+        return ""
+    return f"{model.architecture} has a {kind} cache, which the stock engine cannot compose"
+
+
 class StockEngine(LlamaEngine):
     """:class:`kvcompose_local.interfaces.Engine` with equal budgets.
 
@@ -70,11 +79,8 @@ class StockEngine(LlamaEngine):
         sampling: Sampling | None = None,
     ) -> None:
         kind = model.cache_kind()
-        if scoring and kind != "attention":
-            raise ModelError(
-                f"{model.architecture} has a {kind} cache, which the stock engine cannot compose: "
-                "use --budget 1, or build the patched engine with `kvcompose-local build`"
-            )
+        if scoring and (obstacle := why_not_stock(model)):
+            raise ModelError(f"{obstacle}: use --budget 1, or build the patched engine with `kvcompose-local build`")
         if scoring and cache_type != "f16":
             raise InvalidInput("the stock engine composes an F16 cache only; `kvcompose-local build` lifts that")
         shape = uniform_shape(model, cache_type, scoring=scoring)
@@ -102,7 +108,9 @@ class StockEngine(LlamaEngine):
         self.cache_bytes = n_cells * shape.row_bytes
         self.arena_bytes = (self.cache_bytes,)
         # What moves on cannot be given back: a window by more than a micro-batch, a recurrent state at all.
-        self.max_replay = {"sliding-window": context.n_ubatch, "recurrent": 0, "hybrid": 0}.get(kind, n_cells)
+        self.max_replay = context.n_ubatch if kind == "sliding-window" else n_cells
+        self.max_drop = 0 if context.is_recurrent else self.max_replay
+        self.moves_on = kind == "sliding-window" or context.is_recurrent
         # llama.cpp's own serialization of the others is not taken apart here.
         self.cannot_snapshot = (
             "" if kind in ("attention", "rotation-free") else f"{model.architecture} has a {kind} cache"
@@ -116,7 +124,7 @@ class StockEngine(LlamaEngine):
         self._first_live = 0
 
     def layout(self) -> CacheLayout:
-        # Live cells hold consecutive positions and composed ones those just before: counting needs no look inside.
+        # Live cells hold consecutive positions, and composed cells the positions just before: counting is enough.
         position = self._context.next_position
         n_live = position - self._first_live
         free = self._n_cells - self._n_composed - n_live
@@ -143,7 +151,13 @@ class StockEngine(LlamaEngine):
         self._n_composed = len(cells.positions) - n_live
         self._first_live = position - n_live
 
-    def rewrite(self, selection: Sequence[Selection], n_tail: int, n_forgotten: int = 0) -> None:
+    def rewrite(
+        self,
+        selection: Sequence[Selection],
+        n_tail: int,
+        n_forgotten: int = 0,
+        checkpoint: ByteArray | None = None,
+    ) -> None:
         before = self._read_cells()
         layout = self.layout()
         if not 0 <= n_tail <= layout.n_live:

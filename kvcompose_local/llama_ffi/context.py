@@ -14,12 +14,14 @@ from kvcompose_local.arena import value_types
 from kvcompose_local.errors import EngineError, InvalidInput
 from kvcompose_local.interfaces import ByteArray, FloatArray, Sampling
 from kvcompose_local.interrupts import uninterrupted
+from kvcompose_local.llama_ffi.grammar import Grammar
 from kvcompose_local.llama_ffi.library import bind, clear_log, last_log, lib
 from kvcompose_local.llama_ffi.model import Model
 
-#: ggml's type numbers of what K and V may be stored as.
 _SOFTMAX_PREFIX = b"kq_soft_max-"
-_WINDOW_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+#: Tokens drawn before that penalties look at.
+_PENALIZED = 4096
+_PARTIAL_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 
 #: Receives (model layer, float32 (Q, n_queries, n_kv) softmax weights of one micro-batch); the array is native memory
 #: and dies with the call.
@@ -36,6 +38,7 @@ _ggml_tensor_get = bind(
 # Of the patch series, for any context; None without it.
 _kvc_host_data = bind("llama_kvc_host_data", ctypes.c_void_p, ctypes.c_void_p)
 _kvc_set_span = bind("llama_kvc_set_span", ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32)
+_kvc_set_next_span = bind("llama_kvc_set_next_span", ctypes.c_int32, ctypes.c_int32)
 _kvc_get_rope_factors = bind(
     "llama_kvc_get_rope_factors", ctypes.c_int32, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int32)
 )
@@ -43,10 +46,10 @@ _ROPE_FACTORS = ("", "short", "long")
 
 
 class _Floats:
-    """float32 numbers of llama.cpp's, for NumPy to look at where they are.
+    """float32 numbers in llama.cpp's memory, which NumPy reads in place.
 
-    ``np.ctypeslib.as_array`` makes a ctypes type of each shape that it meets, and none of them is ever freed: 3 KB for
-    each token of a chat, since every micro-batch is wider than the last.
+    ``np.ctypeslib.as_array`` makes a ctypes type of each new shape and never frees it: 3 KB for each token of a chat,
+    since every micro-batch is wider than the last.
     """
 
     def __init__(self, address: int, shape: tuple[int, ...]) -> None:
@@ -90,6 +93,7 @@ class Context:
         self._n_queries = 0
         self._callback_error: BaseException | None = None
         self._callback = lib.ggml_backend_sched_eval_callback(self._on_tensor)
+        self.is_recurrent = model.is_recurrent
         params = lib.llama_context_default_params()
         params.n_ctx = n_ctx
         params.n_batch = n_ubatch
@@ -105,20 +109,31 @@ class Context:
         if callback_at_creation:
             params.cb_eval = self._callback
         clear_log()
-        self._pointer = lib.llama_init_from_model(model._model, params)
+        self._pointer = self._made(model, params, n_positions or n_ctx)
         if not self._pointer:
             raise EngineError(f"llama_init_from_model failed: too little memory for {n_ctx} cells?{last_log()}")
         self._sampler: Any = None
+        self._grammar: Grammar | None = None
         try:
             self.rope_factors, self.wanted_rope_factors = self._choose_rope_factors(n_positions or n_ctx)
         except BaseException:
             self.close()
             raise
 
-    def _choose_rope_factors(self, n_positions: int) -> tuple[str, str]:
-        """``short`` or ``long``, by which keys are turned, where the model has two sets of RoPE factors (LongRoPE).
+    @staticmethod
+    def _made(model: Model, params: Any, n_positions: int) -> Any:
+        """llama.cpp's pointer, with cells for sliding windows that are longer than the cells of the other layers."""
+        if _kvc_set_next_span is None:
+            return lib.llama_init_from_model(model._model, params)
+        _kvc_set_next_span(n_positions)
+        try:
+            return lib.llama_init_from_model(model._model, params)
+        finally:
+            _kvc_set_next_span(0)
 
-        Those that llama.cpp takes, and those for so many positions: without the patches it goes by the cells.
+    def _choose_rope_factors(self, n_positions: int) -> tuple[str, str]:
+        """``short`` or ``long``, for models with two sets of RoPE factors (LongRoPE): the set that llama.cpp takes, and
+        the set that ``n_positions`` need. Without the patches llama.cpp goes by the number of cells.
         """
         if _kvc_set_span is None:
             return self.model.rope_factors(self.n_ctx), self.model.rope_factors(n_positions)
@@ -133,6 +148,8 @@ class Context:
 
     def close(self) -> None:
         """Free the context; further use is an error."""
+        if getattr(self, "_grammar", None):
+            self.set_grammar("")
         if getattr(self, "_sampler", None):
             lib.llama_sampler_free(self._sampler)
             self._sampler = None
@@ -181,7 +198,7 @@ class Context:
         if rows % n_queries or n % rows:
             raise EngineError(f"a softmax of {rows} rows does not divide into {n_queries} queries")
         shape = (rows // n_queries, n_queries, n // rows)
-        # What a graph computes may stand on a device though no layer does: large products are moved there.
+        # A tensor may be on a device though no layer is: large products are computed there.
         if data := _kvc_host_data(tensor) if _kvc_host_data else None:
             return np.asarray(_Floats(data, shape))
         weights = np.empty(shape, np.float32)
@@ -206,9 +223,12 @@ class Context:
         self.has_logits = False
         before = self.next_position
         with uninterrupted():
+            state = self.partial_state() if self.tap is not None and self.is_recurrent else None
             code = lib.llama_decode(self._ctx, batch)
             if self._callback_error is not None:  # the later layers of this micro-batch are without their cells
                 lib.llama_synchronize(self._ctx)
+                if state is not None:
+                    self.set_partial_state(state)
                 self.remove(before)
         if self._callback_error is not None:
             error, self._callback_error = self._callback_error, None
@@ -234,7 +254,12 @@ class Context:
         """Replace the sampler chain."""
         if self._sampler:
             lib.llama_sampler_free(self._sampler)
+            self._sampler = None
         chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        penalties = sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty
+        if penalties != (1, 0, 0):
+            penalizing = lib.llama_sampler_init_penalties(self.model.n_vocab, _PENALIZED, *penalties)
+            lib.llama_sampler_chain_add(chain, penalizing)
         if sampling.temperature <= 0:
             lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_greedy())
         else:
@@ -249,12 +274,21 @@ class Context:
                 lib.llama_sampler_chain_add(chain, sampler)
         self._sampler = chain
 
+    def set_grammar(self, gbnf: str) -> None:
+        """Draw what this grammar allows from now on, anything where it is empty. Raises InvalidInput for no grammar."""
+        grammar = Grammar(self.model, gbnf) if gbnf else None
+        if self._grammar is not None:
+            self._grammar.close()
+        self._grammar = grammar
+
     def sample(self) -> int:
         """Draw a token from the last logits."""
         if not self.has_logits:
             raise EngineError("there are no logits: decode a token first")
         if self._sampler is None:
             self.set_sampling(Sampling())
+        if self._grammar is not None:
+            return self._grammar.sample(self._sampler, self.logits())
         return int(lib.llama_sampler_sample(self._sampler, self._ctx, -1))
 
     @property
@@ -278,16 +312,27 @@ class Context:
         """Put serialized cells back; the caller removes the old ones first."""
         self._set_state(blob, 0)
 
-    def window_state(self) -> ByteArray:
-        """The cells of the sliding-window layers alone."""
-        return self._state(_WINDOW_ONLY)
+    def partial_state(self) -> ByteArray:
+        """The parts that only move on, with each token: cells of sliding-window layers, states of recurrent layers."""
+        return self._state(_PARTIAL_ONLY)
 
-    def set_window_state(self, blob: ByteArray) -> None:
-        """Put back what :meth:`window_state` gave."""
-        self._set_state(blob, _WINDOW_ONLY)
+    def set_partial_state(self, blob: ByteArray) -> None:
+        """Put back what :meth:`partial_state` gave, perhaps at an earlier position.
+
+        Cells of other layers behind that position stay until :meth:`remove`. A recurrent state refuses to drop a token
+        that it has seen; after this call it has seen none of those.
+        """
+        self._set_state(blob, _PARTIAL_ONLY)
+
+    def partial_bytes(self) -> int:
+        """Bytes of :meth:`partial_state` now."""
+        return self._state_bytes(_PARTIAL_ONLY)
+
+    def _state_bytes(self, flags: int) -> int:
+        return int(lib.llama_state_seq_get_size_ext(self._ctx, 0, flags))
 
     def _state(self, flags: int) -> ByteArray:
-        size = int(lib.llama_state_seq_get_size_ext(self._ctx, 0, flags))
+        size = self._state_bytes(flags)
         blob = np.empty(size, np.uint8)
         pointer = blob.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         written = int(lib.llama_state_seq_get_data_ext(self._ctx, pointer, size, 0, flags))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kvcompose_local.arena import DEFAULT_CTX
 from kvcompose_local.install.gguf_header import BadHeader, Header, read_header
+from kvcompose_local.install.model_files import size_of
 from kvcompose_local.llama_ffi.library import bind
 
 _GPU_TYPES = (1, 2)  # GGML_BACKEND_DEVICE_TYPE_GPU and _IGPU
@@ -82,7 +83,7 @@ def _fitting(path: Path, free: int, n_ctx: int | None, budget: float) -> int:
     known = header.number("{arch}.context_length") or DEFAULT_CTX
     n_positions = min(DEFAULT_CTX, known) if n_ctx is None else n_ctx
     # The embedding stays on the host; it stands here for the output, which may be a copy of it.
-    layer_bytes = path.stat().st_size / n_layers + _token_bytes(header) * n_positions * budget
+    layer_bytes = size_of(path) / n_layers + _token_bytes(header) * n_positions * budget
     n_fitting = int(free // layer_bytes)
     return _ALL_LAYERS if n_fitting >= n_layers else n_fitting
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
 import re
-import sys
-import threading
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from kvcompose_local.errors import EngineError, ModelError
-from kvcompose_local.install.model_files import files_of
-from kvcompose_local.llama_ffi.header import has_tensor, integers, open_header, texts
+from kvcompose_local.install.gguf_header import Header
+from kvcompose_local.install.model_files import files_of, whole_header
+from kvcompose_local.interfaces import IntArray
+from kvcompose_local.llama_ffi.builtin_templates import builtin_renderer, builtin_templates
 from kvcompose_local.llama_ffi.library import clear_log, last_log, lib
 from kvcompose_local.llama_ffi.text_parts import parts_of, sentencepiece_parts_of
 
@@ -25,35 +28,37 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from kvcompose_local.chat.reasoning import Format
-    from kvcompose_local.chat.template import ChatTemplate, Renderer
+    from kvcompose_local.chat.template import ChatTemplate
     from kvcompose_local.chat.transcript import Message
 
-#: For models that bring none. Roles on lines of their own are what base models have seen most.
+#: The template of models that bring none. Base models have mostly seen roles on lines of their own.
 PLAIN_TEMPLATE = (
     "{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
-#: What to do about what llama.cpp complains of.
+#: Advice about llama.cpp's complaints.
 _ADVICE = (
     ("file bounds|failed to read|incomplete", ": the file is cut off or damaged, fetch it again"),
     ("unknown (model architecture|pre-tokenizer|tokenizer)", ": a newer kvcompose-local may know it"),
     ("(invalid|illegal) split", ": it is one of several files, name it as it was: NAME-00001-of-00003.gguf or such"),
 )
-#: Texts of tokens that end an answer, among the ones that vocabularies have at llama.cpp's default of EOS.
+#: Texts of tokens that do end an answer, among the tokens that llama.cpp takes for EOS by default.
 _ENDS = frozenset(
     """</s> <eos> <EOS> [EOS] <|eos|> <|plamo:eos|> <|endoftext|> <|end_of_text|> <|im_end|> <|eot_id|> <|eom_id|>
     <|end|> <|return|> <end_of_turn> <turn|> <EOT> [EOT] <｜end▁of▁sentence｜> <end_of_utterance>""".split()
 )
-#: Seconds that a thread may keep Python's lock. Read once: of two loadings neither may restore the other's.
-_USUAL_SWITCH, _SHORT_SWITCH = sys.getswitchinterval(), 1e-4
+#: Architectures whose header gives all layers the same heads, though only every so manyth has attention; the header may
+#: tell another interval.
+_ATTENTION_INTERVALS = {"qwen3next": 4, "qwen35": 4, "qwen35moe": 4, "minimax-01": 8}
 
 
 class Model:
     """A loaded GGUF model and its vocabulary.
 
     Raises ModelError when llama.cpp cannot load the file. ``progress`` gets (percent, 100) and may raise.
-    ``header_only`` reads the metadata and the vocabulary: no context can be made of it.
+    ``header_only`` reads the metadata and the vocabulary: no context can be made of it. ``dry`` reads no weights: a
+    context can be made, which takes no memory and computes nothing.
     """
 
     def __init__(
@@ -63,6 +68,7 @@ class Model:
         gpu_layers: int = 0,
         progress: Callable[[int, int], None] | None = None,
         header_only: bool = False,
+        dry: bool = False,
     ) -> None:
         self.path = path
         self.gpu_layers = gpu_layers
@@ -71,6 +77,8 @@ class Model:
         params = lib.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         params.vocab_only = header_only
+        if dry:
+            params.no_alloc, params.load_mode = True, lib.LLAMA_LOAD_MODE_NONE
         stopped: list[BaseException] = []
 
         @lib.llama_progress_callback  # type: ignore[untyped-decorator]
@@ -100,6 +108,19 @@ class Model:
             told = last_log()
             advice = next((advice for words, advice in _ADVICE if re.search(words, told)), "")
             raise ModelError(f"llama.cpp cannot load {path.name}{told}{advice}")
+        try:
+            self._check_sections()
+        except ModelError:
+            self.close()
+            raise
+
+    def _check_sections(self) -> None:
+        """Raises ModelError for sections of M-RoPE at which ggml would abort."""
+        sections = self.numbers(f"{self.architecture}.rope.dimension_sections")
+        if lib.llama_model_rope_type(self._model) in (-1, 0, 2):  # none, normal, NeoX
+            return
+        if not (sections and min(sections) >= 0 < sum(sections) <= self.head_sizes("key_length")[0]):
+            raise ModelError(f"{self.path.name} says that M-RoPE turns {sections} pairs of a head: it is damaged")
 
     def _load(self, params: Any) -> Any:
         """llama.cpp's pointer to the model, None where it refuses; tests make models that are no files."""
@@ -134,15 +155,16 @@ class Model:
             size = n + 1
 
     def numbers(self, key: str) -> list[int]:
-        """The GGUF's array of integers of that name; a number alone is an array of one. Empty where there is none."""
+        """The GGUF's array of integers of ``key``; a single number is an array of one. Empty where there is none."""
         value = self.metadata(key)
         if value is not None:
             return [int(value)] if value.lstrip("-").isdigit() else []
-        with self._header() as header:
-            return integers(header, key)
+        return self._header.array(key, int)
 
-    def _header(self) -> AbstractContextManager[int | None]:
-        return open_header(self.path)
+    @property
+    def _header(self) -> Header:
+        """The file's header, for facts that llama.cpp does not tell: arrays, and tensors' names."""
+        return whole_header(self.path) or Header(0)
 
     def _by_layer(self, name: str) -> list[int]:
         """A number of each layer, for which the header may have one for all; empty where it has none."""
@@ -176,12 +198,18 @@ class Model:
     @functools.cached_property
     def kv_heads(self) -> tuple[int, ...]:
         """KV heads of each layer; 0 where a layer has no attention."""
-        return tuple(self._by_layer("head_count_kv") or self.heads)
+        heads = self._by_layer("head_count_kv") or self.heads
+        recurrent = self._by_layer("recurrent_layers")
+        if not recurrent and (interval := _ATTENTION_INTERVALS.get(self.architecture)):
+            interval = sum(self.numbers(f"{self.architecture}.full_attention_interval")) or interval
+            recurrent = [int((i + 1) % interval != 0) for i in range(self.n_layers)]
+        pairs = itertools.zip_longest(heads, recurrent[: len(heads)], fillvalue=0)
+        return tuple(0 if is_recurrent else n for n, is_recurrent in pairs)
 
     def head_sizes(self, *names: str) -> list[int]:
         """Numbers of a head, by the keys of the GGUF header that tell them, ``key_length`` and such.
 
-        Those of sliding-window layers, ``key_length_swa``, are the others' where the header does not tell.
+        Sliding-window layers (``key_length_swa``) have the same sizes as others where the header does not tell.
         """
         head = self.n_embd // max(self.heads[0], 1)  # llama.cpp, too, goes by the first layer
 
@@ -211,26 +239,45 @@ class Model:
             and lib.llama_vocab_type(self._vocab) != lib.LLAMA_VOCAB_TYPE_NONE  # it asserts where text is tokenized
         )
 
+    @functools.cached_property
+    def is_recurrent(self) -> bool:
+        """Whether some layers, or all, keep a state that each token changes, and none of its earlier ones."""
+        return bool(lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(self._model))
+
     def cache_kind(self) -> str:
         """``attention``, ``sliding-window``, ``recurrent``, ``hybrid``, ``mla``, ``m-rope`` or ``rotation-free``.
 
-        Of the last kind are models without RoPE: learned positions end with the trained length, beyond which a replay
-        would go (ggml aborts), and a bias by distance wants the true positions of composed cells.
+        By the header alone, for an unpatched llama.cpp: :mod:`kvcompose_local.llama_ffi.memory` asks a patched one.
         """
-        arch = self.architecture
         if lib.llama_model_is_recurrent(self._model):
             return "recurrent"
+        if self.is_mla:
+            return "mla"
         if lib.llama_model_is_hybrid(self._model):
             return "hybrid"
-        if self.metadata(f"{arch}.attention.kv_lora_rank") is not None:
-            return "mla"
-        if lib.llama_model_rope_type(self._model) == -1 or arch == "starcoder":  # which llama.cpp says to be rotated
+        if not self.is_rotated:
             return "rotation-free"
         if lib.llama_model_rope_type(self._model) not in (0, 2):  # normal, NeoX; the rest has 2D positions
             return "m-rope"
         if lib.llama_model_n_swa(self._model) > 0:
             return "sliding-window"
         return "attention"
+
+    @property
+    def is_mla(self) -> bool:
+        """Whether a cell is one latent row, of which the value is a part."""
+        return self.metadata(f"{self.architecture}.attention.key_length_mla") is not None
+
+    @property
+    def one_type(self) -> bool:
+        """Whether K and V must be stored alike."""
+        return self.is_mla or self.architecture == "deepseek4"  # as llama_init_from_model has it
+
+    @property
+    def is_rotated(self) -> bool:
+        """Whether RoPE tells positions. Where they are learned they end with the trained length: ggml aborts beyond."""
+        # llama.cpp says of StarCoder that it is.
+        return lib.llama_model_rope_type(self._model) != -1 and self.architecture != "starcoder"
 
     def rope_factors(self, n_positions: int) -> str:
         """``short`` or ``long``: the RoPE factors of a text of so many positions; empty where there is no choice."""
@@ -245,11 +292,8 @@ class Model:
 
     def _has_tensor(self, name: str) -> bool:
         """Whether one of the model's files holds a tensor of this name."""
-        for path in files_of(self.path):
-            with open_header(path) as header:
-                if has_tensor(header, name):
-                    return True
-        return False
+        headers = map(whole_header, files_of(self.path))
+        return any(name in header.tensors for header in headers if header)
 
     def chat_template(self, name: str | None = None) -> str | None:
         """The GGUF's own Jinja chat template, or the one it has under a name; None where there is none."""
@@ -259,20 +303,20 @@ class Model:
 
     @property
     def template_name(self) -> str:
-        """What :meth:`use_template` was given."""
+        """The argument of :meth:`use_template`, empty for the GGUF's own template."""
         return self._template_name
 
     def use_template(self, template: str) -> None:
         """Render by another template: one of :meth:`template_names`, Jinja source, or, empty, the GGUF's own again."""
-        self._template_name, self._template = template, None
+        if template != self._template_name:
+            self._template_name, self._template = template, None
 
     def template_names(self) -> list[str]:
-        """Templates that have names: ``plain``, those that llama.cpp knows, and what else the GGUF has."""
+        """The names of templates: ``plain``, the GGUF's own, and llama.cpp's."""
         return ["plain", *self._own_templates(), *builtin_templates()]
 
     def _own_templates(self) -> list[str]:
-        with self._header() as header:
-            return texts(header, "tokenizer.chat_templates")
+        return self._header.array("tokenizer.chat_templates", str)
 
     @property
     def has_template(self) -> bool:
@@ -281,7 +325,7 @@ class Model:
 
     @property
     def template(self) -> ChatTemplate:
-        """What renders this model's chats. Raises ModelError where the template is none."""
+        """The template of this model's chats. Raises ModelError where it is not valid."""
         if self._template is None:
             # Late: loading a model need not wait for Jinja.
             from kvcompose_local.chat.template import ChatTemplate
@@ -292,13 +336,13 @@ class Model:
             elif source in self._own_templates():
                 source = self.chat_template(source) or source
             if source.strip() in builtin_templates():  # some headers have a name in place of a template
-                self._template = ChatTemplate(source, renderer=_builtin_renderer(source.strip()))
+                self._template = ChatTemplate(source, renderer=builtin_renderer(source.strip()))
             else:
                 self._template = ChatTemplate(source, bos=self.special_text("bos"), eos=self.special_text("eos"))
         return self._template
 
     def check_template(self) -> None:
-        """Raises ModelError where the template is none: better told before anything is read."""
+        """Raises ModelError where the template is not valid: this is better known before anything is read."""
         _ = self.template
 
     @property
@@ -312,22 +356,35 @@ class Model:
         return self.template.format
 
     def use_format(self, form: Format) -> None:
-        """What was found out of how this model marks its thinking."""
+        """Take over a format of thinking that was found out from an answer."""
         self.template.format = form
 
     def render_chat(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool, now: datetime | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        now: datetime | None = None,
+        tools: Sequence[Any] = (),
     ) -> str:
         """``messages`` through the chat template, in a sandbox; now: for templates that tell the date.
+
+        tools: functions that the model may call, as OpenAI's protocol has them.
 
         A model without a template (a base model) gets :data:`PLAIN_TEMPLATE`. Raises ModelError when the template
         fails, refuses the messages or leaves some out.
         """
-        return self.template.render(messages, add_generation_prompt=add_generation_prompt, now=now)
+        return self.template.render(messages, add_generation_prompt=add_generation_prompt, now=now, tools=tools)
 
     def control_text(self, token: int) -> str:
         """The text of a control token, such as ``<|channel|>``; empty for all others."""
         return self._text_of(token) if lib.llama_vocab_is_control(self._vocab, token) else ""
+
+    @cached_property
+    def control_tokens(self) -> IntArray:
+        """All control tokens that end no answer: int64."""
+        controls = (t for t in range(self.n_vocab) if lib.llama_vocab_is_control(self._vocab, t))
+        return np.array([t for t in controls if not lib.llama_vocab_is_eog(self._vocab, t)], np.int64)
 
     def is_marker(self, text: str) -> bool:
         """Whether ``text`` is one token of the vocabulary that no other text becomes."""
@@ -363,7 +420,7 @@ class Model:
 
     @cached_property
     def _default_end(self) -> int | None:
-        """The token that llama.cpp takes for EOS by the vocabulary's type alone, None where there is more reason."""
+        """The token that llama.cpp takes for EOS for no other reason than the vocabulary's type; None without one."""
         token = int(lib.llama_vocab_eos(self._vocab))
         if token < 0 or self.special_token("eos") is not None or self._text_of(token) in _ENDS:
             return None
@@ -372,14 +429,14 @@ class Model:
 
     @cached_property
     def _further_ends(self) -> frozenset[int]:
-        """Ends that Ollama's converter lists, which llama.cpp does not read."""
+        """More ends of an answer, which Ollama's converter lists and llama.cpp does not read."""
         return frozenset(self.numbers("tokenizer.ggml.eos_token_ids"))
 
     def tokenize(self, text: str, *, add_bos: bool = False, special: bool = True) -> list[int]:
         """Token ids of ``text``; ``special`` reads ``<|…|>`` markers as the tokens they name.
 
-        ``add_bos`` puts the header's BOS before them. llama.cpp's own way to do that may append EOS as well, and a
-        prompt that ends with EOS gets nonsense for an answer.
+        ``add_bos`` puts the header's BOS before them. llama.cpp's own option may append EOS as well, and models answer
+        a prompt that ends with EOS with nonsense.
         """
         bos = self.special_token("bos") if add_bos else None
         kind = lib.llama_vocab_type(self._vocab)
@@ -395,7 +452,7 @@ class Model:
         return tokens if bos is None else [bos, *tokens]
 
     def _tokens_behind(self, part: str, special: bool) -> list[int]:
-        """Tokens of a part that goes on a text: without the space that SentencePiece vocabularies begin a text with."""
+        """Tokens of a part that continues a text, without the space that SentencePiece puts at a text's beginning."""
         if self.metadata("tokenizer.ggml.add_space_prefix") == "false":
             return self._tokens_of(part, special)
         if part.startswith(" ") and part != " ":
@@ -422,92 +479,3 @@ class Model:
             buffer = ctypes.create_string_buffer(-n)
             n = lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
         return buffer.raw[: max(n, 0)]
-
-
-def builtin_templates() -> list[str]:
-    """Names of the templates that llama.cpp renders without Jinja."""
-    n = lib.llama_chat_builtin_templates(None, 0)
-    names = (ctypes.c_char_p * n)()
-    lib.llama_chat_builtin_templates(names, n)
-    return sorted(name.decode() for name in names)
-
-
-def _builtin_renderer(name: str) -> Renderer:
-    """llama.cpp's own renderer of a template that has a name."""
-
-    def render(messages: list[dict[str, Any]], add_generation_prompt: bool, _now: datetime) -> str:
-        said = [(str(message["role"]).encode(), str(message["content"]).encode()) for message in messages]
-        array = (lib.llama_chat_message * len(said))(*(lib.llama_chat_message(*pair) for pair in said))
-        size = 2 * sum(map(len, (text for pair in said for text in pair))) + 1024
-        for _ in range(2):
-            buffer = ctypes.create_string_buffer(size)
-            n = lib.llama_chat_apply_template(name.encode(), array, len(said), add_generation_prompt, buffer, size)
-            if n < 0:
-                raise ModelError(f"llama.cpp's template {name} takes no such conversation")
-            if n <= size:
-                return buffer.raw[:n].decode("utf-8", "replace")
-            size = n
-        raise ModelError(f"llama.cpp's template {name} failed")
-
-    return render
-
-
-class Loading:
-    """A model that is loaded by a thread of its own, so that its user can get ready meanwhile.
-
-    Call it once, as one would call :class:`Model`; close it, which stops the loading, where that is not to be.
-    """
-
-    def __init__(self, path: Path, *, gpu_layers: int = 0) -> None:
-        self._wanted = (path, gpu_layers)
-        self._model: Model | None = None
-        self._error: BaseException | None = None
-        self._percent = 0
-        self._closed = False
-        # llama.cpp logs some thousand lines meanwhile, and each waits for whoever runs Python.
-        sys.setswitchinterval(_SHORT_SWITCH)
-        self._thread = threading.Thread(target=self._load, daemon=True)
-        self._thread.start()
-
-    @property
-    def gpu_layers(self) -> int:
-        """As it was made with."""
-        return self._wanted[1]
-
-    def _load(self) -> None:
-        path, gpu_layers = self._wanted
-        try:
-            self._model = Model(path, gpu_layers=gpu_layers, progress=self._on_progress)
-        except BaseException as error:
-            self._error = error
-        finally:
-            sys.setswitchinterval(_USUAL_SWITCH)
-
-    def _on_progress(self, percent: int, _total: int) -> None:
-        self._percent = percent
-        if self._closed:
-            raise KeyboardInterrupt
-
-    def __call__(self, path: Path, *, gpu_layers: int = 0, progress: Callable[[int, int], None] | None = None) -> Model:
-        """The model, which is the caller's from now on; raises what Model does, and KeyboardInterrupt of progress."""
-        if self._wanted != (path, gpu_layers):
-            self.close()
-            return Model(path, gpu_layers=gpu_layers, progress=progress)
-        while self._thread.is_alive():
-            self._thread.join(0.05)
-            if progress is not None:
-                progress(self._percent, 100)
-        if self._error is not None:
-            raise self._error
-        model, self._model = self._model, None
-        if model is None:
-            raise EngineError("this model was closed or is in use already")
-        return model
-
-    def close(self) -> None:
-        """Stop loading, or free the model if nobody has taken it."""
-        self._closed = True
-        self._thread.join()
-        if self._model is not None:
-            self._model.close()
-            self._model = None

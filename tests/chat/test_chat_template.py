@@ -75,7 +75,10 @@ def test_what_templates_expect() -> None:
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
         ("{% for i in range(10 ** 9) %}{% endfor %}", "do not end|too much|takes more than"),
-        ("{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}", "do not end|takes more than"),
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
+            "do not end|takes more than",
+        ),
         (
             "{% for a in 'x' * 9999 %}{% for b in messages[0].content * 9999 %}{{ a }}{% endfor %}{% endfor %}",
             "more than",

@@ -1,4 +1,4 @@
-"""Cells that the host cannot reach: where they stand, where attention is computed, their bytes, what they answer, chats.
+"""Cells that the host cannot reach: their place, their bytes, attention, answers, chats.
 
 Runs on whatever GPU the library of this run knows, all layers and some of them on it, and skips where it knows none:
 ``scripts/gpu-tests`` builds one for what a machine has, and takes a Vulkan that computes on the CPU where there is no

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cell_rows import assert_same, exported, gathered, identity, mask_dropped, uneven
 from tiny_models import ARCHITECTURES, SLIDING, replayed
 
 from kvcompose_local.chat.memory import CacheMemory
@@ -20,7 +21,7 @@ from kvcompose_local.engines.patched import PatchedEngine
 from kvcompose_local.engines.state_format import parse_state
 from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput, ModelError
-from kvcompose_local.interfaces import IntArray, Sampling
+from kvcompose_local.interfaces import Sampling
 from kvcompose_local.llama_ffi import context as context_module
 from kvcompose_local.llama_ffi.cells import PerLayerCells, library_is_patched
 from kvcompose_local.llama_ffi.library import lib
@@ -56,54 +57,6 @@ def patched(path: Path, *, n_cells: int = 256, cache_type: str = "f16", n_ubatch
 def llama(tiny_model: Callable[..., Path]) -> Iterator[PatchedEngine]:
     with patched(tiny_model("llama")) as engine:
         yield engine
-
-
-def exported(engine: PatchedEngine) -> list[tuple[np.ndarray, np.ndarray]]:
-    """K and V of each layer, uint8 (rows, H, head bytes), in the protocol's order: composed cells, then live ones."""
-    live = engine._live_cells()
-    cap = engine._cells.info().n_live_cap
-    result = []
-    for i, layer in enumerate(engine.shape.layers):
-        order = np.concatenate([cap + np.arange(engine.layout().composed[i]), live])
-        k, v = (engine._cells.rows(i, values=values)[order] for values in (False, True))
-        result.append(tuple(x.reshape(len(order), layer.n_kv_heads, x.shape[1] // layer.n_kv_heads) for x in (k, v)))
-    return result
-
-
-def gathered(before: list[tuple[np.ndarray, np.ndarray]], selection: list[IntArray], n_tail: int) -> list:
-    result = []
-    for planes, rows in zip(before, selection, strict=True):
-        result.append(
-            tuple(
-                np.concatenate([np.stack([x[rows[h], h] for h in range(x.shape[1])], 1), x[len(x) - n_tail :]])
-                for x in planes
-            )
-        )
-    return result
-
-
-def assert_same(a: list, b: list) -> None:
-    for one, two in zip(a, b, strict=True):
-        for x, y in zip(one, two, strict=True):
-            assert x.shape == y.shape
-            assert (x == y).all()
-
-
-def uneven(rng: np.random.Generator, engine: PatchedEngine, n_tail: int) -> list[IntArray]:
-    """Random rows, another number in each layer; one layer keeps all, one nothing."""
-    layout = engine.layout()
-    selection = []
-    for i, layer in enumerate(engine.shape.layers):
-        n = layout.composed[i] + layout.n_live - n_tail
-        k = (n, 0, int(rng.integers(1, n)))[i % 3]
-        selection.append(np.stack([rng.permutation(n)[:k] for _ in range(layer.n_kv_heads)]).astype(np.int64))
-    return selection
-
-
-def identity(engine: PatchedEngine, n_tail: int) -> list[IntArray]:
-    layout = engine.layout()
-    rows = [np.arange(k + layout.n_live - n_tail) for k in layout.composed]
-    return [np.tile(r, (layer.n_kv_heads, 1)) for r, layer in zip(rows, engine.shape.layers, strict=True)]
 
 
 @pytest.mark.parametrize("cache_type", TYPES)
@@ -197,7 +150,7 @@ def test_attention_sees_exactly_the_kept_cells(tiny_model: Callable[..., Path], 
         for n in (60, 40, 30):
             for e in (engine, reference):
                 e.decode(TOKENS[read : read + n - 1])
-                _mask(reference, origin, read)
+                mask_dropped(reference, origin, read)
                 e.decode(TOKENS[read + n - 1 : read + n])
             np.testing.assert_allclose(engine.logits(), reference.logits(), atol=3e-3)
             live = np.tile(np.arange(read - (4 if read else 0), read + n), (2, 1))
@@ -206,20 +159,7 @@ def test_attention_sees_exactly_the_kept_cells(tiny_model: Callable[..., Path], 
             selection = uneven(rng, engine, 4)
             engine.rewrite(selection, 4)
             origin = [np.take_along_axis(r, s, axis=1) for r, s in zip(rows, selection, strict=True)]
-            _mask(reference, origin, read)
-
-
-def _mask(reference: StockEngine, origin: list[IntArray], first_live: int) -> None:
-    """From now on the reference attends, before its 4 newest cells at the last rewrite, to ``origin`` alone."""
-
-    def tap(layer: int, logits: np.ndarray) -> None:
-        seen = max(first_live - 4, 0)
-        for q in range(logits.shape[0]):
-            dropped = np.setdiff1d(np.arange(seen), origin[layer][q // 2])
-            logits[q][:, dropped] = -1e30
-
-    reference._context.tap_prefix = b"kq-"
-    reference._context.tap = tap
+            mask_dropped(reference, origin, read)
 
 
 def test_the_explicit_softmax_gives_what_flash_attention_gives(tiny_model: Callable[..., Path]) -> None:
@@ -516,7 +456,7 @@ def test_a_snapshot_that_does_not_belong_changes_nothing(tiny_model: Callable[..
         replace(taken, position=taken.n_live),
         replace(taken, composed=taken.composed[1:]),
         replace(taken, composed=(-1, *taken.composed[1:])),
-        replace(taken, window=np.zeros(5, np.uint8)),
+        replace(taken, state=np.zeros(5, np.uint8)),
         replace(taken, keys=taken.values[:0]),
     ]
     for snapshot in wrong:

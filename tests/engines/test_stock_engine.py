@@ -20,7 +20,8 @@ from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput, ModelError
 from kvcompose_local.interfaces import Sampling
 from kvcompose_local.llama_ffi.context import Context
-from kvcompose_local.llama_ffi.model import Loading, Model
+from kvcompose_local.llama_ffi.loading import Loading
+from kvcompose_local.llama_ffi.model import Model
 
 GREEDY = Sampling(temperature=0)
 ATTENTION_ONLY = ("llama", "qwen2", "qwen3", "phi3")

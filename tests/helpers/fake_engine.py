@@ -12,6 +12,7 @@ from kvcompose_local.composing.scorer import products
 from kvcompose_local.errors import ContextFull, InvalidInput
 from kvcompose_local.interfaces import (
     AttentionSink,
+    ByteArray,
     CacheLayout,
     CacheSnapshot,
     FloatArray,
@@ -32,7 +33,6 @@ class FakeEngine:
     max_replay = 10**9
     compute_bytes = None
     cannot_snapshot = ""
-    goes_back = True
     row_steps = (1,)
 
     def __init__(
@@ -43,8 +43,11 @@ class FakeEngine:
         per_layer: bool = False,
         n_layers: int = 2,
         reads_rows: bool = False,
+        moves_on: bool = False,
     ) -> None:
         self.reads_rows = reads_rows
+        self.state_bytes = 12 if moves_on else 0
+        self.max_drop = 0 if moves_on else 10**9
         layers = tuple(LayerShape(i, 4, 2, 10) for i in range(n_layers))
         self.shape = ModelShape("Fake", "fake", 10**6, 257, layers)
         self.per_layer = per_layer
@@ -59,7 +62,8 @@ class FakeEngine:
         self.composed = [np.zeros((2, 0), np.int64) for _ in self.shape.layers]
         self.live: list[int] = []
         self.position = 0
-        self._answer: list[int] = []
+        self.state = 0  # of all tokens, in their order, like that of a recurrent layer
+        self.answer_left: list[int] = []  # of what is being said
 
     def layout(self) -> CacheLayout:
         composed = tuple(c.shape[1] for c in self.composed)
@@ -74,13 +78,14 @@ class FakeEngine:
             self.live.append(token)
             self.fed += bytes([token])
             self.position += 1
+            self.state = (self.state * 31 + token + 1) % 2**61
             if progress is not None:
                 progress(n, len(tokens))
 
     def sample(self) -> int:
-        if not self._answer:
-            self._answer = [*self.answers.pop(0).encode(), END]
-        return self._answer.pop(0)
+        if not self.answer_left:
+            self.answer_left = [*self.answers.pop(0).encode(), END]
+        return self.answer_left.pop(0)
 
     def replay(self, tokens: Sequence[int], seen: AttentionSink) -> None:
         if len(tokens) > self.layout().n_free:
@@ -100,12 +105,29 @@ class FakeEngine:
     def live_products(self, weights: Sequence[FloatArray | HalfArray], n: int) -> list[FloatArray]:
         return [products(w, *rows) for w, rows in zip(weights, self.live_rows(n), strict=True)]
 
-    def rewrite(self, selection: Sequence[Selection], n_tail: int, n_forgotten: int = 0) -> None:
+    def checkpoint(self) -> ByteArray:
+        """Position and state."""
+        return np.array([self.position, self.state] if self.state_bytes else [], "<i8").view(np.uint8)
+
+    def _back_to(self, position: int, checkpoint: ByteArray | None) -> None:
+        if self.state_bytes and position != self.position:
+            assert checkpoint is not None, "a state does not go back by itself"
+            of, self.state = checkpoint.view("<i8").tolist()
+            assert of == position, "a checkpoint of another place"
+        self.position = position
+
+    def rewrite(
+        self,
+        selection: Sequence[Selection],
+        n_tail: int,
+        n_forgotten: int = 0,
+        checkpoint: ByteArray | None = None,
+    ) -> None:
         assert not (n_tail and n_forgotten)
         rows = [np.concatenate([c, np.tile(self.live, (2, 1)).astype(np.int64)], axis=1) for c in self.composed]
         self.composed = [np.take_along_axis(r, s, axis=1) for r, s in zip(rows, selection, strict=True)]
         self.live = self.live[len(self.live) - n_tail :]
-        self.position -= n_forgotten
+        self._back_to(self.position - n_forgotten, checkpoint)
         if self.layout().n_free < 0:
             raise ContextFull("the fake cache overflowed")
 
@@ -114,7 +136,7 @@ class FakeEngine:
         planes = tuple(np.ascontiguousarray(r).view(np.uint8).reshape(len(r), 8) for r in rows)
         values = tuple(np.zeros((len(r), 2), np.uint8) for r in rows)
         layout = self.layout()
-        return CacheSnapshot(layout.composed, layout.n_live, layout.position, planes, values, np.zeros(0, np.uint8))
+        return CacheSnapshot(layout.composed, layout.n_live, layout.position, planes, values, self.checkpoint())
 
     def view(self) -> CacheSnapshot:
         return self.snapshot()
@@ -127,10 +149,12 @@ class FakeEngine:
         self.composed = [r[:, :k] for r, k in zip(rows, snapshot.composed, strict=True)]
         self.live = rows[0][0, snapshot.composed[0] :].tolist()
         self.position = snapshot.position
+        if self.state_bytes:
+            self.state = int(snapshot.state.view("<i8")[1])
 
-    def drop_tail(self, n: int) -> None:
+    def drop_tail(self, n: int, checkpoint: ByteArray | None = None) -> None:
         self.live = self.live[: len(self.live) - n]
-        self.position -= n
+        self._back_to(self.position - n, checkpoint)
 
 
 class FakeModel:

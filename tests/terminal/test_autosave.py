@@ -16,7 +16,7 @@ from kvcompose_local.errors import InvalidInput, SessionError
 from kvcompose_local.install import model_files
 from kvcompose_local.interrupts import Interrupts
 from kvcompose_local.terminal.autosave import Autosave
-from kvcompose_local.terminal.repl import Status
+from kvcompose_local.terminal.status import Status
 
 Begin = Callable[..., tuple[Chat, Autosave]]
 

@@ -19,8 +19,11 @@ from kvcompose_local.chat.memory import CacheMemory
 from kvcompose_local.chat.report import CompactionReport
 from kvcompose_local.interfaces import CacheLayout, LayerShape, ModelShape
 from kvcompose_local.interrupts import Interrupts, uninterrupted
+from kvcompose_local.terminal.answers import Answers
+from kvcompose_local.terminal.chat_commands import HELP, ChatCommands
 from kvcompose_local.terminal.memory_chart import UNICODE_MARKS, can_show, draw
-from kvcompose_local.terminal.repl import HELP, Repl, Status
+from kvcompose_local.terminal.repl import Repl
+from kvcompose_local.terminal.status import Status
 
 
 @pytest.fixture(autouse=True)
@@ -72,17 +75,9 @@ def talk(
         should_stop=interrupts,
         on_rebuild=lambda n: status.line(f"reading {n} tokens again"),
     )
-    repl = Repl(
-        chat,
-        read_line=read_line,
-        edit=edit,
-        out=transcript,
-        status=status,
-        interrupts=interrupts,
-        max_tokens=max_tokens,
-        describe=lambda: f"{memory.position} positions",
-    )
-    repl.run()
+    answers = Answers(chat, out=transcript, status=status, max_tokens=max_tokens, takes_commands=True)
+    commands = ChatCommands(answers, interrupts, edit=edit, describe=lambda: f"{memory.position} positions")
+    Repl(commands, read_line).run()
     return transcript.getvalue()
 
 
@@ -242,6 +237,9 @@ def test_the_cache_as_a_chart(monkeypatch: pytest.MonkeyPatch) -> None:
         "! 1 ##########################################... 97 + 8  0.00\n"
         "! in all 0.00 of 0.01 MiB, room for 295 more live cells;\n"
         "! uncompressed, these 211 tokens would take 0.00 MiB\n"
+        "! what is left of what was read, its tokens, and how it begins:\n"
+        f"!  49%     209 message  {'y' * 36}\n"
+        "! 100%       2 answer   ok\n"
     )
     assert can_show(UNICODE_MARKS, "utf-8")
     assert not can_show(UNICODE_MARKS, "latin-1")
@@ -288,17 +286,13 @@ def test_ctrl_c_stops_the_answer_and_the_chat_goes_on() -> None:
         def write(self, text: str) -> int:
             if text == "c":
                 signal.raise_signal(signal.SIGINT)
-                engine._answer = []
+                engine.answer_left = []
             return out.write(text)
 
     status = Status(err, should_stop=interrupts)
     Repl(
-        chat,
-        read_line=lambda: next(script, None),
-        out=PressesCtrlC(),
-        status=status,
-        interrupts=interrupts,
-        max_tokens=99,
+        ChatCommands(Answers(chat, out=PressesCtrlC(), status=status, max_tokens=99), interrupts),
+        lambda: next(script, None),
     ).run()
     assert out.getvalue() == "abc\nfine\n"
     assert err.getvalue() == "(stopped)\n"
@@ -316,7 +310,7 @@ def test_a_second_ctrl_c_interrupts_at_once() -> None:
 
 def test_progress_is_drawn_for_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("kvcompose_local.terminal.repl.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("kvcompose_local.terminal.status.time.monotonic", lambda: clock[0])
     for stream, expected in (
         (
             Tty(),
@@ -335,7 +329,7 @@ def test_progress_is_drawn_for_long_work(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_work_that_is_held_up_by_other_work_knows_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("kvcompose_local.terminal.repl.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("kvcompose_local.terminal.status.time.monotonic", lambda: clock[0])
     monkeypatch.setenv("COLUMNS", "40")  # too few for a bar
     status = Status(Tty())
     for seconds, what, done in (
@@ -436,16 +430,10 @@ def test_what_was_answered_counts_where_it_cannot_be_written() -> None:
 
     interrupts = Interrupts()
     chat = Chat(FakeModel(), CacheMemory(FakeEngine(400, ["A long answer."]), 400, compose=False))
-    repl = Repl(
-        chat,
-        read_line=lambda: None,
-        out=Gone(),
-        status=Status(io.StringIO(), should_stop=interrupts),
-        interrupts=interrupts,
-        max_tokens=40,
-    )
+    status = Status(io.StringIO(), should_stop=interrupts)
+    answers = Answers(chat, out=Gone(), status=status, max_tokens=40)
     with pytest.raises(OSError, match="Input/output") as raised:
-        repl.answer("Hello?")
+        answers.answer("Hello?")
     assert [message["role"] for message in chat.messages] == ["user", "assistant"]
     assert chat.messages[-1]["content"].startswith("A lo")
     assert raised.value.__traceback__ is not None  # which keeps the frames alive that hold the generator
@@ -468,8 +456,8 @@ def test_what_is_told_inside_an_answer_gets_a_line_of_its_own(monkeypatch: pytes
         yield Said("Then")
 
     chat = SimpleNamespace(turns=["last"], memory=SimpleNamespace(n_ctx=10**6, position=0))
-    repl = Repl(chat, read_line=lambda: None, out=screen, status=status, interrupts=Interrupts(), max_tokens=9)
-    assert repl._stream(pieces()) == "last"
+    answers = Answers(chat, out=screen, status=status, max_tokens=9)
+    assert answers.stream(pieces()) == "last"
     status.line("end")
     assert screen.getvalue() == (
         "She dec\n\r\x1b[Kcompacting: 0/300 tokens\r\x1b[Kcompacted\nided to go.\ncompacted again\nThen\nend\n"
@@ -485,7 +473,7 @@ def test_progress_stays_on_one_line_of_a_narrow_terminal(monkeypatch: pytest.Mon
 
 def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("kvcompose_local.terminal.repl.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("kvcompose_local.terminal.status.time.monotonic", lambda: clock[0])
     monkeypatch.setenv("TERM", "dumb")
     screen = Tty()
     status = Status(screen)

@@ -1,0 +1,64 @@
+"""The options of a chat, for ``run``, for :class:`kvcompose_local.LocalChat` and for servers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvcompose_local.arena import CACHE_TYPES, cells_for
+from kvcompose_local.errors import InvalidInput
+
+#: What compression goes by: the content of the cells, or a replay of the text.
+SCORINGS = ("cells", "replay")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn; temperature 0 is greedy. Fields are llama.cpp's samplers, applied in this order.
+
+    repeat_penalty, frequency_penalty, presence_penalty: of what was drawn since they were set, off at 1, 0 and 0.
+    """
+
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    temperature: float = 0.7
+    seed: int | None = None
+    repeat_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """Everything that a chat is opened with, except the model.
+
+    budget: share in (0, 1] of the bytes that an uncompressed F16 cache of ``n_ctx`` tokens takes; n_ctx: positions the
+    chat may span (default 8192, or what the model was trained for); n_threads: default one a fast core; gpu_layers:
+    default all where a GPU backend is built in; cache_type: ``f16``, ``q8_0``, …, default what the budget and the
+    device suggest; scoring: ``cells``, by the model's profile or what a replay of the first text teaches, or
+    ``replay``, as KVCompose was published; workers: ``HOST:PORT`` of ``rpc-server`` processes; system: default what
+    ``models.txt`` says, or the template; template: a Jinja file, or a name: llama.cpp's, the GGUF's or ``plain``,
+    default the GGUF's own.
+    """
+
+    budget: float = 0.5
+    n_ctx: int | None = None
+    n_threads: int | None = None
+    gpu_layers: int | None = None
+    cache_type: str | None = None
+    scoring: str = SCORINGS[0]
+    workers: tuple[str, ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    system: str | None = None
+    template: str | None = None
+
+    def check(self) -> None:
+        """Raises InvalidInput for what no model can run with."""
+        if not 0 < self.budget <= 1:
+            raise InvalidInput(f"--budget is a share in (0, 1], not {self.budget}")
+        if self.n_ctx is not None:
+            cells_for(self.n_ctx, 1.0)
+        if self.cache_type is not None and self.cache_type not in CACHE_TYPES:
+            raise InvalidInput(f"there is no cache type {self.cache_type}: {', '.join(CACHE_TYPES)}")
+        if self.scoring not in SCORINGS:
+            raise InvalidInput(f"there is no scoring {self.scoring}: {', '.join(SCORINGS)}")

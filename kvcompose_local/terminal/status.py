@@ -1,0 +1,132 @@
+"""Messages beside the answers: progress, compactions, and lines of any kind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Callable
+from typing import TextIO
+
+from kvcompose_local.chat.report import CompactionReport
+from kvcompose_local.terminal.shown import control, shown
+
+#: How often progress is shown, on a terminal and elsewhere; work of under a second shows none.
+_REDRAW_SECONDS, _LINE_SECONDS = 0.2, 10.0
+_BAR_WIDTH = 20
+#: Work on so many is shown before its first part is done, which may take seconds.
+_MANY = 256
+
+
+def _bar(done: int, total: int, n_before: int) -> str:
+    """A progress bar behind ``n_before`` characters, where the terminal has room for it."""
+    if not total or shutil.get_terminal_size().columns <= n_before + _BAR_WIDTH + 3:
+        return ""
+    full = _BAR_WIDTH * min(done, total) // total
+    return f" [{'#' * full}{'.' * (_BAR_WIDTH - full)}]"
+
+
+def _fitting(line: str) -> str:
+    """The part of a line that fits the terminal's width: a wrapped line cannot be redrawn."""
+    return line[: max(shutil.get_terminal_size().columns - 1, 1)]
+
+
+class Status:
+    """Progress and statistics on stderr: one line that is redrawn on a terminal, a line now and then otherwise."""
+
+    def __init__(self, stream: TextIO, *, should_stop: Callable[[], bool] = lambda: False) -> None:
+        self.stream = stream
+        self.should_stop = should_stop
+        self._terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._shown = False
+        self.inside_a_line = False  # an answer on the same terminal has not ended its line, so messages begin a new one
+        self._reading = False
+        self._untold: list[CompactionReport] = []  # of the text that is being read
+        self._works: dict[str, tuple[float, int]] = {}  # when each began, and how far it is: one may stop another
+        self._last = 0.0
+
+    def progress(self, what: str, done: int, total: int, unit: str = "tokens") -> None:
+        """Show ``what done/total unit`` once the work lasts; raises KeyboardInterrupt when Ctrl-C was pressed."""
+        now = time.monotonic()
+        started, before = self._works.get(what, (now, done))
+        if done == 0 or done < before:
+            started = now
+        if not self._works:
+            self._last = now
+        self._works[what] = started, done
+        elapsed = now - started
+        if done >= total > 0:
+            del self._works[what]
+            self._erase()
+        elif (now - self._last >= (_REDRAW_SECONDS if self._terminal else _LINE_SECONDS) and elapsed >= 1) or (
+            self._terminal and done == 0 and total >= _MANY
+        ):
+            left = f", {elapsed / done * (total - done):.0f} s left" if done and total else ""
+            text = f"{what} {done}/{total} {unit}{left}" if total else f"{what} {done} {unit}"
+            text += _bar(done, total, len(text)) if self._terminal else "\n"
+            if self._terminal:
+                self._write(_fitting(shown(text)), over=True)
+            else:
+                self._write(text)
+            self._shown = self._terminal
+            self._last = now
+        if self.should_stop():
+            self._works.clear()
+            self._erase()
+            self.settle()
+            raise KeyboardInterrupt
+
+    def reading(self, done: int, total: int) -> None:
+        """Progress of reading, in tokens."""
+        self._reading = done < total
+        self.progress("reading:", done, total)
+        if not self._reading:
+            self.settle()
+
+    def compacted(self, report: CompactionReport) -> None:
+        """Tell of a compaction: at once, or, while a text is being read, in one line for all when it has been read."""
+        self._untold.append(report)
+        if not self._reading:
+            self.settle()
+
+    def settle(self) -> None:
+        """Tell of compactions that were not told yet: reading has ended."""
+        self._reading = False
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._untold:
+            *earlier, last = self._untold
+            self._untold = []
+            self.line(last.line(*earlier))
+
+    def fetching(self, done: int, total: int) -> None:
+        """Progress of a download, in bytes."""
+        self.progress("fetching:", done >> 20, total >> 20, "MiB")
+
+    def checking(self, done: int, total: int) -> None:
+        """Progress of hashing a model, in MiB."""
+        self.progress("checking the model:", done, total, "MiB")
+
+    def line(self, text: str) -> None:
+        """Print one line."""
+        self._tell()
+        self._erase()
+        self._write(text + "\n")
+
+    def _erase(self) -> None:
+        if self._shown:
+            self._write("", over=True)
+            self._shown = False
+
+    def _write(self, text: str, *, over: bool = False) -> None:
+        """Write text; with ``over``, in place of what the line holds already."""
+        with contextlib.suppress(OSError):  # a window that is gone must not end what is done in its name
+            if self.inside_a_line:
+                self.inside_a_line = False
+                self.stream.write("\n")
+            if over:
+                control(self.stream, "\r\x1b[K")
+            self.stream.write(text)
+            self.stream.flush()
