@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcompose_local.arena import CELL_PADDING, SOFTMAX_SHARE
+from kvcompose_local.composing.scorer import products
 from kvcompose_local.engines.base import TILE, LlamaEngine, softmax_queries
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput
 from kvcompose_local.interfaces import (
@@ -211,6 +212,10 @@ class PatchedEngine(LlamaEngine):
 
     def live_products(self, weights: Sequence[FloatArray | HalfArray], n: int) -> Sequence[FloatArray]:
         """See :meth:`Engine.live_products`."""
+        rows = self.live_rows(n)
+        has_values = all(self._cells.layer(i).v_row_bytes for i in range(len(rows)))
+        if any(turn.gain for turn in self._turns) or not has_values:
+            return [products(of_layer, *rows[i]) for i, of_layer in enumerate(weights)]
         return self._cells.products(weights, n)
 
     def rewrite(
@@ -239,7 +244,8 @@ class PatchedEngine(LlamaEngine):
             self._cells.rewrite(n_live_cap, n_tail, selection, n_forgotten)
         finally:  # a rewrite that fails half-way leaves the cache empty
             self._composed = tuple(int(self._cells.layer(i).n_composed) for i in range(self._cells.n_layers))
-        give_small_blocks_back()  # what the choice of cells took
+        if max(self.row_steps) == 1:  # what the choice of cells took; its milliseconds are many beside a device
+            give_small_blocks_back()
 
     def _go_back(self, n_forgotten: int, checkpoint: ByteArray) -> None:
         """Restore the moving part from a checkpoint, whose position is the cache's from now on."""

@@ -84,7 +84,7 @@ class Turn:
 
 
 _INT32_P = ctypes.POINTER(ctypes.c_int32)
-_KVC_VERSION = 8
+_KVC_VERSION = 9
 _kvc_version = bind("llama_kvc_version", ctypes.c_int32)
 _KVC_FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "get_info": (ctypes.POINTER(_Info),),
