@@ -14,7 +14,7 @@ BLOCK = 32
 
 
 class ValueType(NamedTuple):
-    """What a number of K or V is stored as: ggml's number of the type, and bytes, a block's scales included."""
+    """A type that numbers of K or V are stored in: ggml's number of it, and bytes of a number, scales included."""
 
     ggml_type: int
     n_bytes: Fraction
@@ -35,7 +35,7 @@ VALUE_TYPES = {
     "q4_1": ValueType(3, Fraction(20, BLOCK)),
     "q4_0": ValueType(2, Fraction(18, BLOCK)),
 }
-#: How cells are stored under a budget: two and a half times as many fit, which is worth far more than what rounding
+#: The default type of cells under a budget: two and a half times as many fit, which is worth far more than the rounding
 #: costs (docs/results.md). Keys need 8 bits, values 4.
 QUANTIZED = "q8_0/q4_0"
 #: The same where K and V must be of one type: MLA, and the flash attention of most GPUs.
@@ -53,7 +53,7 @@ DEFAULT_CTX = 8192
 #: Bytes beside a cell for each of its KV heads: its score, the position of its token, and, while a compaction runs, its
 #: place in the selection (the last two take 4 each beyond 65,536 positions or cells).
 UPKEEP_BYTES = 2 + 2 + 2
-#: Of the bytes of all cells, what one explicit softmax may take. What it works in is half as much.
+#: The share of the bytes of all cells that one explicit softmax may take. It needs half as much again to work in.
 SOFTMAX_SHARE = Fraction(1, 16)
 #: Bounds of that in bytes.
 SOFTMAX_BYTES = 4 << 20, 32 << 20
@@ -78,7 +78,7 @@ def value_types(cache_type: str) -> tuple[ValueType, ValueType]:
 
 
 def share_of_f16(cache_type: str, k_size: int = 1, v_size: int = 1) -> Fraction:
-    """What a cell takes of the bytes of an F16 one; k_size, v_size: numbers of a key and of a value."""
+    """A cell's share of the bytes of an F16 cell; k_size, v_size: numbers of a key and of a value."""
     k, v = value_types(cache_type)
     return (k.n_bytes * k_size + v.n_bytes * v_size) / (VALUE_TYPES["f16"].n_bytes * (k_size + v_size))
 
@@ -86,7 +86,7 @@ def share_of_f16(cache_type: str, k_size: int = 1, v_size: int = 1) -> Fraction:
 def default_cache_type(
     budget: float, *, whole_blocks: bool, one_type: bool, patched: bool, kl: Mapping[str, float] | None = None
 ) -> str:
-    """How a budget's cells are stored where nobody says.
+    """The type of a budget's cells where nobody chose one.
 
     whole_blocks: every key and value fills blocks; one_type: K and V are to be of one, for a GPU or since V is in K;
     kl: what types cost on this model, where its profile tells.

@@ -13,7 +13,6 @@ import click
 import pytest
 
 from kvcompose_local.commands.cli import cli
-from kvcompose_local.evaluation.methods import method_names
 from kvcompose_local.evaluation.tasks import TASKS
 from kvcompose_local.terminal.chat_commands import COMMANDS
 
@@ -89,6 +88,15 @@ def test_commands_and_options_exist(page: Path) -> None:
 
 def test_there_are_commands_to_check() -> None:
     assert sum(len([*calls(line, "kvcompose-local")]) for page in PAGES for line in code_of(page)) > 60
+
+
+@cache
+def method_names() -> frozenset[str]:
+    """As the registry has them, which needs llama.cpp to be looked at."""
+    modules = (ROOT / "kvcompose_local/evaluation/methods").glob("*.py")
+    named = frozenset(name for path in modules for name in re.findall(r'^@method\("([^"]+)"\)', path.read_text(), re.M))
+    assert "kvcompose-local" in named
+    return named
 
 
 @every_page
@@ -223,7 +231,8 @@ def test_every_page_is_linked_from_another() -> None:
 def test_lines_and_machines(page: Path) -> None:
     """Lines fit an editor, but for tables; no path or host is of one machine."""
     text = page.read_text(encoding="utf-8")
-    assert not [line for line in text.splitlines() if len(line) > 160 and not line.startswith("|")]
+    is_made = page.name == "models.md"  # by a script
+    assert is_made or not [line for line in text.splitlines() if len(line) > 160 and not line.startswith("|")]
     assert not re.findall(r"/(?:home|root|Users|work|tmp)/\S+|\b(?:pypi|npmjs|debian)\.org|localhost:\d+/simple", text)
 
 

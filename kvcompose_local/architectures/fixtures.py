@@ -55,7 +55,7 @@ _EXPERTS: Mapping[str, Value] = {
     "expert_group_scale": 1.0,
     "experts_per_group": 1,
 }
-#: Those that have none, or can do without: all others get experts, which they ignore where they know none.
+#: Architectures without experts, or that can do without. All others get experts, and ignore them if they know none.
 _DENSE = frozenset(
     """llama minicpm granite mistral3 refact granite_swa spark2_5 muse-glimmer hunyuan-dense hunyuan_vl gemma3 gemma3n
     gemma4 qwen35 lfm2 nemotron_h jamba plamo2 falcon-h1 nanbeige""".split()
@@ -202,7 +202,7 @@ _SMALL_QUERIES = frozenset({"gemma3n"})
 
 
 def weights(arch: str) -> Callable[[str, int, int], FloatArray]:
-    """Random weights of a model of an architecture, by a tensor's name, its numbers and those of a row."""
+    """Random weights for a tensor: by its name, the number of its values, and of the values in a row."""
 
     def of_tensor(name: str, n: int, n_columns: int) -> FloatArray:
         small = arch in _SMALL_QUERIES and "attn_q" in name

@@ -70,8 +70,8 @@ def trials(names: Sequence[str], command: Sequence[str] = _TRIAL) -> Iterator[Ro
 def rows(n_workers: int, progress: Progress, command: Sequence[str] = _TRIAL) -> list[Row]:
     """All architectures, in llama.cpp's order; progress gets (architectures done, in all).
 
-    command: what tries those that it is given, as :mod:`kvcompose_local.architectures.trial` does. Raises EngineError
-    where the library does not tell them.
+    command: tries the architectures that it is given, as :mod:`kvcompose_local.architectures.trial` does. Raises
+    EngineError where the library does not tell them.
     """
     names = list(architectures())
     if not names:

@@ -1,7 +1,7 @@
-"""How fast, against the uncompressed cache and against llama.cpp without the patches, in one run.
+"""Measures speed against the uncompressed cache and against llama.cpp without the patches, in one run.
 
-Every mode has its own context, all hold the same text, and they take turns: these figures are ratios of medians of
-interleaved rounds, since a laptop's clock wanders more between two runs than most changes are worth.
+Every mode has its own context, all contexts hold the same text, and modes take turns. Figures are ratios of medians of
+interleaved rounds: a laptop's clock changes more between two runs than most changes of code matter.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from kvcompose_local.llama_ffi.model import Model
 
 UNPATCHED = "unpatched llama.cpp"
 TWIN = "the same, patched"
-FULL = "uncompressed"
+UNCOMPRESSED = "uncompressed"
 _WARM_UP = 3
 #: Tokens of a question, as many as a line that a user types has.
 _QUESTION = 30
@@ -51,8 +51,8 @@ _ANSWER_CELLS = 256
 class Mode:
     """One way to read and decode: its cache, its compute buffers, what reading took, and what each round measured.
 
-    Seconds are wall time over the whole text, those of all its compactions included; rates are tokens a second;
-    question_seconds go from a question to the first token of its answer.
+    Seconds are wall time over the whole text, compactions included; rates are tokens a second; question_seconds go from
+    a question to the first token of its answer.
     """
 
     name: str
@@ -84,7 +84,7 @@ class LengthResult:
     """Everything measured at one context length.
 
     rewrite_seconds: of one rewrite of the whole uncompressed cache that keeps a quarter; multiply_adds,
-    question_multiply_adds: that reading takes at least, and a question.
+    question_multiply_adds: the fewest that reading the text and reading a question take.
     """
 
     n_tokens: int
@@ -192,7 +192,7 @@ class Worker:
 
     def time_round(self, n: int) -> tuple[float, float]:
         """:func:`time_round` over there."""
-        with suppress(BrokenPipeError):  # the missing answer tells it better
+        with suppress(BrokenPipeError):  # the missing answer gives the clearer error
             self._to.write(f"{n}\n")
             self._to.flush()
         rate, seconds = map(float, self._line().split())
@@ -295,9 +295,9 @@ def measure(
             modes.append(Mode(name, n_tokens * engine.shape.row_bytes, engine.compute_bytes, seconds))
             return engine
 
-        full = read_whole(FULL, "f16")
+        full = read_whole(UNCOMPRESSED, "f16")
         if cache_type != "f16":
-            read_whole(f"{FULL}, {cache_type}", cache_type)
+            read_whole(f"{UNCOMPRESSED}, {cache_type}", cache_type)
         whole = full.snapshot()
         rewrite_seconds = _rewrite_seconds(full, whole)
         scorer = profile.scorer if profile else None
@@ -393,9 +393,9 @@ def _mib(n_bytes: int | None) -> str:
 def tables(results: Sequence[LengthResult], model_bytes: int, bandwidth: float, matmul: float) -> str:
     """The results as Markdown, with the floor of what is measured and the share of that floor which is reached.
 
-    Buffers are what graphs are computed in, at their largest so far. The floor of decoding is to read the weights and
-    the cache once a token; that of reading its multiply-adds, attention to the uncompressed cache among them; that of
-    a question the larger of both, without attention; that of a rewrite to read and write the quarter that it keeps.
+    Buffers hold what graphs compute, at their largest so far. Floors: decoding reads the weights and the
+    cache once a token; reading computes its multiply-adds, attention to the uncompressed cache included; a question
+    takes the longer of both, without attention; a rewrite reads and writes the quarter that it keeps.
     """
     lines = [
         "| tokens | mode | decode tokens/s (min–max) | × uncompressed | cache MiB | buffers MiB | floor tokens/s "
@@ -403,7 +403,7 @@ def tables(results: Sequence[LengthResult], model_bytes: int, bandwidth: float, 
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
-        full = result.mode(FULL)
+        full = result.mode(UNCOMPRESSED)
         for mode in filter(lambda mode: mode.rates, result.modes):
             token_seconds = (model_bytes + mode.kv_bytes) / bandwidth
             question_seconds = max(token_seconds, result.question_multiply_adds / matmul)
@@ -421,7 +421,7 @@ def tables(results: Sequence[LengthResult], model_bytes: int, bandwidth: float, 
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
-        base = result.mode(FULL).read_seconds or 1.0
+        base = result.mode(UNCOMPRESSED).read_seconds or 1.0
         floor = result.multiply_adds / matmul
         lines += [
             f"| {result.n_tokens} | {m.name} | {m.read_seconds:.1f} | {m.read_seconds / base:.2f} "
@@ -437,7 +437,7 @@ def tables(results: Sequence[LengthResult], model_bytes: int, bandwidth: float, 
         "|---|---|---|---|---|",
     ]
     for result in results:
-        floor = 2 * (result.mode(FULL).kv_bytes / 4) / bandwidth
+        floor = 2 * (result.mode(UNCOMPRESSED).kv_bytes / 4) / bandwidth
         lines.append(
             f"| {result.n_tokens} | {1000 * result.rewrite_seconds:.0f} | {1000 * floor:.1f} "
             f"| {floor / result.rewrite_seconds:.0%} | {result.rss_bytes / 2**20:.0f} |"

@@ -2,13 +2,13 @@
 
 Tokens are read as live cells until the next ones would not fit. Then one *compaction* runs:
 
-1. every live token, all but the newest few, gets its score: how much attention questions are expected to pay it. A
-   model's scorer (:mod:`composing.scorer`) tells that from the cell's own key, value and place; where there is none, a
-   replay of the text does (:mod:`scoring`). Composed cells have theirs;
-2. all compete for the arena's bytes, less what the live region needs (:mod:`budgets`);
-3. the winners are aligned into composite tokens (:mod:`selection`) and the engine rewrites its cells.
+1. Every live token except the newest few gets a score: the attention that questions are expected to pay it. A model's
+   scorer (:mod:`composing.scorer`) predicts it from the cell's key, value and place; without a scorer, a replay of the
+   text measures it (:mod:`scoring`). Composed cells have their scores already.
+2. All cells compete for the arena's bytes, less the bytes that the live region needs (:mod:`composing.choice`).
+3. The winners are aligned into composite tokens, and the engine rewrites its cells.
 
-Nothing is compressed before it must be, and nothing is changed before step 3.
+Nothing is compressed before the cache is full, and nothing is changed before step 3.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from kvcompose_local.interfaces import (
     Engine,
     FloatArray,
     HalfArray,
+    IntArray,
     Progress,
     Selection,
 )
@@ -65,7 +66,8 @@ class CacheMemory:
         self.engine = engine
         self.n_ctx = n_ctx
         self.compose = compose
-        self._policy = policy or Policy.for_cells(sum(engine.arena_bytes) // max(engine.shape.row_bytes, 1))
+        n_cells = sum(engine.arena_bytes) // max(engine.shape.row_bytes, 1)
+        self._policy = policy or Policy.for_cells(n_cells, on_device=max(engine.row_steps) > 1)
         self.scoring: Scoring
         if not engine.reads_rows or replay:
             self.scoring = Replayed(engine)
@@ -88,7 +90,7 @@ class CacheMemory:
 
     @property
     def policy(self) -> Policy:
-        """How the arena is divided now: what feeds nothing needs no scratch, and compacts half as often instead."""
+        """How the arena is divided now. Scoring that feeds nothing needs no scratch, and compacts half as often."""
         if self.scoring.feeds:
             return self._policy
         return replace(self._policy, n_headroom=max(self._policy.n_headroom, 2 * self._policy.n_scratch), n_scratch=0)
@@ -113,7 +115,7 @@ class CacheMemory:
         return sum(layer.row_bytes * (k + layout.n_live) for layer, k in layers)
 
     def feed(self, tokens: Sequence[int], progress: Progress | None = None) -> None:
-        """Append tokens, compacting whenever the next ones would not fit.
+        """Append tokens; compact whenever the next ones would not fit.
 
         Raises ContextFull before anything is read when the positions run out. An interrupt keeps what was read:
         ``position`` tells how much that is.
@@ -170,7 +172,7 @@ class CacheMemory:
         return layout.n_free >= self.n_ctx - layout.position
 
     def compact(self, keep: float | None = None) -> CompactionReport | None:
-        """Run one compaction now; ``keep`` in (0, 1] bounds the bytes kept by that share of those in use.
+        """Run one compaction now; ``keep`` in (0, 1] is the largest share of the bytes in use to keep.
 
         Returns None when there is nothing to compose. The logits are gone afterwards.
         """
@@ -189,9 +191,9 @@ class CacheMemory:
 
     @contextlib.contextmanager
     def _scratch_made(self) -> Iterator[None]:
-        """Let the newest tokens give their cells where scoring has too few, and read them again afterwards.
+        """Forget the newest tokens where scoring has too few free cells, and read them again afterwards.
 
-        A chat that fits to its end spares no scratch.
+        This happens in chats that fit to their end, since these reserve no scratch.
         """
         before = self.engine.layout()
         n_short = min(self.policy.n_scratch // 2 - before.n_free, before.n_live)
@@ -205,6 +207,26 @@ class CacheMemory:
         finally:
             if len(self.tokens) + len(again) == before.position:  # unless a failure left nothing
                 self.feed(again)
+
+    def would_keep(self, n_bytes: int) -> tuple[list[IntArray], int]:
+        """What a compaction to so many bytes would keep now: nothing is changed but the logits, which are gone.
+
+        Returns of each layer the positions of the tokens in its composed cells, int64 (H, K_l), and how many of the
+        newest tokens would stay live. Raises as :meth:`compact`.
+        """
+        if not self.compose:
+            raise InvalidInput("this chat runs at budget 1: start it with --budget below 1 to compress")
+        with self._scratch_made():
+            layout = self.engine.layout()
+            n_tail = min(self.policy.least_tail, layout.n_live)
+            n_scored, first = layout.n_live - n_tail, layout.position - layout.n_live
+            live = self.scoring.scores(self.tokens, n_scored, self.policy.n_scratch, self.on_progress)
+            selection = self._chosen(layout, live, n_tail, n_bytes)
+            kept = []
+            for layer, rows in enumerate(selection):
+                _, origins = self._scores.rows(layer, live[layer], first)
+                kept.append(np.take_along_axis(origins, rows, axis=1).astype(np.int64))
+        return kept, n_tail
 
     def _compacted(self, keep: float | None) -> CompactionReport | None:
         """Score the live tokens, choose among all of them, and let the engine rewrite its cells."""
@@ -261,11 +283,14 @@ class CacheMemory:
             room.composed_bytes_within(at_most, n_tail, n_pinned),
             room.device,
             per_layer=self.engine.per_layer,
+            steps=self.engine.row_steps,
+            n_beside=room.n_beside(n_tail),
+            at_least=n_pinned,
         )
 
     @contextlib.contextmanager
     def _emptied_on_failure(self, before: CacheLayout) -> Iterator[None]:
-        """Rewrite cells here: what fails half-way leaves nobody's cells, and a Ctrl-C waits."""
+        """Rewrite cells in this block: a failure half-way empties the cache, and a Ctrl-C waits for the end."""
         with uninterrupted():
             try:
                 yield
@@ -277,9 +302,10 @@ class CacheMemory:
     def pin(self, start: int, stop: int) -> bool:
         """Keep the tokens at positions ``start`` to ``stop``, read or yet to be read, in all layers and heads.
 
-        Returns whether that holds from now on: composed tokens cannot be told apart any more, so False says that some
-        are among them, and that it holds once ``rewind(start)`` has made them be read again. Raises ContextFull, with
-        nothing changed, when a compaction could not keep all that is pinned, and InvalidInput where none ever runs.
+        Returns whether the pin holds from now on. Composed tokens cannot be told apart any more: False says that some
+        of the tokens are composed, and that the pin holds once ``rewind(start)`` has them read again. Raises
+        ContextFull, with nothing changed, when a compaction could not keep all pinned tokens, and InvalidInput where
+        none ever runs.
         """
         if not self.compose:
             raise InvalidInput("this chat runs at budget 1: nothing is ever dropped")
@@ -312,13 +338,19 @@ class CacheMemory:
         """Tokens that are pinned."""
         return n_within(self.pins)
 
+    def kept(self) -> FloatArray:
+        """The share of heads, the mean over layers, that still have each token that was seen: float32 (tokens,)."""
+        layout = self.engine.layout()
+        first_live = layout.position - layout.n_live
+        return np.concatenate([self._scores.kept(first_live), np.ones(layout.n_live, np.float32)])
+
     def state(self) -> MemoryState:
         """A copy of everything, for :meth:`restore`."""
         view = self.view()
         return replace(view, scores=tuple(view.scores), origins=tuple(view.origins), cells=self.engine.snapshot())
 
     def view(self) -> MemoryState:
-        """The same, but what is large is copied when it is looked at, layer by layer: good until anything changes."""
+        """The same, but each layer is copied when it is looked at: the view is valid until anything changes."""
         scores, origins = self._scores.view()
         return MemoryState(
             tuple(self.tokens),
@@ -361,9 +393,8 @@ class CacheMemory:
     def rewind(self, position: int, progress: Progress | None = None) -> bool:
         """Forget the tokens from ``position`` on; the logits are gone.
 
-        Returns whether the cells that are older sufficed. Where they do not, everything is read again from the
-        transcript, which an interrupt may cut short: ``tokens`` is what has been read. Pins stay, for what is read
-        there next.
+        Returns whether the older cells sufficed. Where they do not, everything is read again from the transcript; an
+        interrupt may cut that short, and ``tokens`` tells what has been read. Pins stay: the positions are read again.
         """
         if not 0 <= position <= self.position:
             raise InvalidInput(f"cannot go back to position {position}: {self.position} tokens were seen")
@@ -383,12 +414,12 @@ class CacheMemory:
         return self._way_back(position) is not None
 
     def n_again(self, position: int) -> int:
-        """How many of the first ``position`` tokens going back to there reads again."""
+        """How many of the first ``position`` tokens are read again by going back to there."""
         way = self._way_back(position)
         return position if way is None else position - way.position
 
     def mark(self) -> None:
-        """Let :meth:`rewind` come back to the position of now, where that needs a checkpoint."""
+        """Let :meth:`rewind` come back to the present position, where that needs a checkpoint."""
         self._ways.mark()
 
     @property
@@ -431,7 +462,7 @@ class CacheMemory:
         self.pins = []
 
     def _forget_cells(self) -> None:
-        """Be empty, so that whoever has the transcript reads it again; pins are of positions, and stay."""
+        """Empty the cache, so that the chat reads its transcript again; pins name positions, and stay."""
         with uninterrupted():
             self.engine.clear()
             self.tokens = []

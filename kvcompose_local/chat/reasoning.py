@@ -1,4 +1,4 @@
-"""What a model thinks and what it answers, told apart while it speaks.
+"""Tells a model's thinking from its answer, while it speaks.
 
 Models mark their thinking in a dozen ways. A :class:`Format` names the markers of one of them, :func:`format_of` finds
 the format that a chat template speaks, and :class:`Reader` splits the stream of an answer by it. The markers are facts
@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-#: How thinking is shown where the model's own markers are not: tags that scripts know how to cut out.
+#: Tags around thinking in place of the model's own markers; scripts know how to cut them out.
 OPEN, CLOSE = "<think>", "</think>"
-#: Stands in a marker for whatever its header says, such as a recipient or a content type.
+#: A placeholder in markers for what a header says, such as a recipient or a content type.
 _ANYTHING = "*"
 _LONGEST_HEADER = 64
 
@@ -36,7 +36,8 @@ class Format:
     """How one family of models marks its thinking.
 
     keys: what a template of the family holds; opens, answers: markers behind which the thinking or the answer begins;
-    hidden: markers that belong to neither; at_start: whether thinking can begin at the start of an answer only.
+    hidden: markers that belong to neither; at_start: whether thinking can begin at the start of an answer only; calls:
+    markers of tool calls, which are part of what is said, where there are tools.
     """
 
     name: str
@@ -45,23 +46,24 @@ class Format:
     answers: tuple[str, ...]
     hidden: tuple[str, ...] = ()
     at_start: bool = False
+    calls: tuple[str, ...] = ()
 
     @cached_property
     def markers(self) -> re.Pattern[str]:
         """Finds any whole marker; its kind is the name of the group that matched."""
-        kinds = {"opens": self.opens, "answers": self.answers, "hidden": self.hidden}
+        kinds = {"calls": self.calls, "opens": self.opens, "answers": self.answers, "hidden": self.hidden}
         groups = (f"(?P<{kind}>{'|'.join(map(_pattern, texts))})" for kind, texts in kinds.items() if texts)
         return re.compile("|".join(groups))
 
     @cached_property
     def begun(self) -> re.Pattern[str]:
         """Finds what stands at the end of a text and may be the beginning of a marker."""
-        texts = (*self.opens, *self.answers, *self.hidden)
+        texts = (*self.calls, *self.opens, *self.answers, *self.hidden)
         return re.compile(rf"(?:{'|'.join(_beginning(text) for text in texts)})\Z")
 
     def is_part(self, text: str) -> bool:
         """Whether a control token of this text is part of a marker."""
-        return any(text in marker for marker in (*self.opens, *self.answers, *self.hidden))
+        return any(text in marker for marker in (*self.calls, *self.opens, *self.answers, *self.hidden))
 
     def marked(self, reasoning: str, answer: str) -> str:
         """An answer as the model says it, its thinking between its own markers."""
@@ -69,7 +71,7 @@ class Format:
         return opened.replace(_ANYTHING, "") + reasoning + closed.replace(_ANYTHING, "") + answer
 
     def of(self, opened: str) -> Format:
-        """This format where only the marker ``opened`` and the one that ends such thinking are used."""
+        """This format reduced to the marker ``opened`` and the marker that ends such thinking."""
         i = self.opens.index(opened)
         return replace(self, opens=(opened,), answers=self.answers[i : i + 1])
 
@@ -93,7 +95,7 @@ def _beginning(marker: str) -> str:
     return first + "".join(f"(?:{part}" for part in rest) + ")?" * len(rest)
 
 
-#: The most particular first. The last is for templates that say nothing of thinking: a model may think all the same.
+#: The most particular first. The last is for templates without any thinking: their models may think all the same.
 FORMATS = (
     Format(
         "harmony",
@@ -159,7 +161,7 @@ def format_of(template: str) -> Format:
 
 
 class Reader:
-    """Splits an answer, as it comes, into thinking and what is said; markers are in neither.
+    """Splits an answer, as it comes, into thinking and speech; markers belong to neither.
 
     ``is_reasoning`` begins true where the prompt has opened the thinking. A marker counts at the beginning of the
     answer, and anywhere once the model has used one. In the middle of an answer that held no thinking it is text,
@@ -174,9 +176,10 @@ class Reader:
         self._has_thought = is_reasoning
         self._at_start = True
         self.opened = ""  # the marker that the model began to think with
+        self.has_answered = False  # whether a marker said that the answer begins
 
     def take(self, text: str) -> Iterator[Said]:
-        """What is known of the answer by now that was not known before ``text`` came."""
+        """The pieces that can be told apart now that ``text`` has come."""
         text, place = self._held + text, 0
         while found := self.form.markers.search(text, place):
             place = found.end()
@@ -184,8 +187,12 @@ class Reader:
                 continue
             yield from self._say(text[: found.start()])
             text, place = text[found.end() :], 0
-            if found.lastgroup != "hidden":
+            if found.lastgroup == "calls":
+                self.is_reasoning, self.has_answered = False, True
+                yield from self._say(found.group())
+            elif found.lastgroup != "hidden":
                 self.is_reasoning = found.lastgroup == "opens"
+                self.has_answered = self.has_answered or not self.is_reasoning
                 self._has_thought = self._has_thought or self.is_reasoning
                 self.opened = self.opened or found.group("opens") or ""
         begun = self.form.begun.search(text, place)
@@ -194,7 +201,7 @@ class Reader:
         yield from self._say(text[:end])
 
     def finish(self) -> Iterator[Said]:
-        """What was held back."""
+        """The pieces that were held back."""
         held, self._held = self._held, ""
         yield from self._say(held)
 

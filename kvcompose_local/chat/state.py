@@ -15,11 +15,11 @@ from kvcompose_local.interfaces import CacheSnapshot, Engine, FloatArray, Select
 
 @dataclass(frozen=True)
 class MemoryState:
-    """All that a :class:`CacheMemory` knows, to go on from later.
+    """All that a :class:`CacheMemory` knows, so that it can go on later.
 
-    tokens: all that were seen; scores: float32 (H, K_l), each layer's composed cells', without age; origins: int32
-    (H, K_l), the positions that their tokens stood at; cells: as the engine gave them; pins: the (start, stop) of what
-    is pinned; scorer: what the scores are of, None for a replay; checkpoints: of the last turn.
+    tokens: all that were seen; scores: L float32 arrays (H, K_l), of composed cells, without age; origins: L int32
+    arrays (H, K_l), the positions that their tokens stood at; cells: the engine's snapshot; pins: (start, stop) of
+    pinned tokens; scorer: what made the scores, None for a replay; checkpoints: of the last turn.
     """
 
     tokens: tuple[int, ...]
@@ -66,7 +66,8 @@ class MemoryState:
 class TurnStats:
     """Counts and wall seconds of one turn; compaction seconds are not part of the other two.
 
-    reread_tokens: how many of the prompt's tokens were read before, since the template rewrites what was said.
+    reread_tokens: tokens of the prompt that had been read before, and are read again since the template rewrites them;
+    stopped: ``end``, ``length``, ``context`` or ``interrupt``; stop: the stop text that ended the answer, if one did.
     """
 
     prompt_tokens: int = 0
@@ -77,23 +78,16 @@ class TurnStats:
     compactions: int = 0
     compaction_seconds: float = 0.0
     stopped: str = ""
-
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        return self.generated_tokens / self.decode_seconds if self.decode_seconds else 0.0
+    stop: str = ""
 
 
 @dataclass(frozen=True)
 class ChatState:
-    """All that a :class:`Chat` knows, to go on from later.
+    """All that a :class:`Chat` knows, so that it can go on later.
 
-    draft: what the next user message begins with already; fed: every character the cache was given; pending: tokens of
-    it that are still to be read; began: when the chat did, in seconds since 1970, for templates that tell the date;
-    template: what ``--template`` named, empty for the model's own.
+    draft: the beginning of the next user message, which was fed already; fed: every character the cache was given;
+    pending: tokens of it that are still to be read; began: seconds since 1970, for templates that tell the date;
+    template: what ``--template`` named, empty for the model's own; tools: as in a Transcript.
     """
 
     system: str | None
@@ -105,3 +99,4 @@ class ChatState:
     steps: tuple[Step, ...] = ()
     began: float = 0.0
     template: str = ""
+    tools: str = ""

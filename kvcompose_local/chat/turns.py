@@ -8,23 +8,25 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from datetime import datetime
 from itertools import pairwise
-from typing import Any
 
-from kvcompose_local.chat.generation import generate
+from kvcompose_local.chat.generation import PLAIN_STOP, generate
 from kvcompose_local.chat.memory import CacheMemory
-from kvcompose_local.chat.reasoning import CLOSE, OPEN, Said
+from kvcompose_local.chat.reasoning import CLOSE, OPEN, Format, Reader, Said
 from kvcompose_local.chat.state import ChatState, TurnStats
 from kvcompose_local.chat.transcript import Message, Place, Saved, TextModel, Transcript, n_common
 from kvcompose_local.errors import ContextFull, InvalidInput, KVComposeError
 from kvcompose_local.interfaces import Progress
+
+#: What was said, and what of it is pinned.
+Conversation = tuple[Saved, tuple[tuple[int, int], ...]]
 
 
 class Chat:
     """A multi-turn chat over a :class:`CacheMemory`.
 
     should_stop is asked between micro-batches and tokens; True ends what runs, and nothing is lost: text that was not
-    read yet is read before the next message. on_rebuild is told how many tokens are about to be read again, where going
-    back needs cells that are compressed; on_note gets a line of what a user should know of the template.
+    read yet is read before the next message. on_rebuild gets the number of tokens that are about to be read again,
+    where going back needs more than live cells; on_note gets a line that the user should know about the template.
     """
 
     def __init__(
@@ -48,6 +50,9 @@ class Chat:
         self.answering = ""  # the answer so far, while one is being given
         self._is_answering = False
         self._noted: set[str] = set()
+        self.stops: tuple[str, ...] = () if model.has_template else (PLAIN_STOP,)  # texts that end an answer
+        self.tells_tags = True  # whether thinking stands between tags
+        self.shown: frozenset[str] = frozenset()  # control tokens that are part of what is said
         self.transcript = Transcript(model, system)
 
     @property
@@ -75,7 +80,7 @@ class Chat:
         return replace(self.view(), memory=self.memory.state())
 
     def view(self) -> ChatState:
-        """The same, but cells and scores are copied when they are looked at: good until anything changes."""
+        """The same, but cells and scores are copied when they are looked at: it is valid until anything changes."""
         said = self.transcript
         return ChatState(
             said.system,
@@ -87,6 +92,7 @@ class Chat:
             tuple(said.steps),
             said.began.timestamp(),
             self.model.template_name,
+            said.tools,
         )
 
     def restore(self, state: ChatState) -> None:
@@ -115,7 +121,7 @@ class Chat:
             raise
         tokens = (*state.memory.tokens, *state.pending)
         messages = tuple(dict(message) for message in state.messages)
-        saved = Saved(state.system, state.draft, state.fed, messages, tokens, state.steps, ())
+        saved = Saved(state.system, state.draft, state.fed, messages, tokens, state.steps, (), state.tools)
         began = datetime.fromtimestamp(state.began) if state.began else None
         self.transcript = Transcript.of(self.model, saved, began)
         if not self.memory.pins and not any(state.memory.cells.composed):  # as where it was saved at budget 1
@@ -261,14 +267,14 @@ class Chat:
             raise InvalidInput("an answer is still being given: take all of it, or close it, before anything else")
 
     def _note(self, line: str) -> None:
-        """Tell it once."""
+        """Tell a line that was not told before."""
         if line not in self._noted:
             self._noted.add(line)
             self.on_note(line)
 
     @property
-    def conversation(self) -> tuple[Any, ...]:
-        """All that was said and done so far, to be compared with what it was before."""
+    def conversation(self) -> Conversation:
+        """All that was said and done so far; two of them can be compared."""
         return self.transcript.saved(), tuple(self.memory.pins)
 
     def _put_back(self, before: Saved, pins: list[tuple[int, int]]) -> None:
@@ -286,9 +292,9 @@ class Chat:
             raise
 
     def _follow(self, want: str, stats: TurnStats | None = None, *, go_back: bool = False) -> None:
-        """Make the transcript say ``want``; where not to ``go_back``, only as far as the cache can without reading on.
+        """Make the transcript say ``want``. Without ``go_back``, the past changes only where the cache can go back.
 
-        What that costs is told where it is more than what is new.
+        The cost is told where more tokens are read again than are new.
         """
         said, spans = self.transcript, self.transcript.spans()
         begins = not said.fed
@@ -311,7 +317,7 @@ class Chat:
                 self.on_note(f"the chat template rewrites what was said: {reread.n_again} tokens are read again")
 
     def _move_pins(self, spans: list[tuple[int, int]], n_shared: int) -> None:
-        """Pin where they are now the messages that were pinned whole; spans: of the steps as they were."""
+        """Pin messages that were pinned as a whole at their new places; spans: the steps' old places."""
         pins = self.memory.pins
         moved = [(start, stop) for start, stop in pins if stop <= n_shared]
         for (begin, end), now in zip(spans, self.transcript.spans(), strict=False):
@@ -333,10 +339,10 @@ class Chat:
     def _read(
         self, stats: TurnStats, *, n_kept: int | None = None, for_logits: bool = False, go_on: bool = True
     ) -> None:
-        """Let the cache hold the transcript: go back to where they part, then feed the rest, unless not to ``go_on``.
+        """Let the cache hold the transcript: go back to where they part, then, with ``go_on``, feed the rest.
 
-        n_kept: tokens that may be kept at most; for_logits: read at least the last token. An interrupt leaves the rest
-        to be read by the next call.
+        n_kept: tokens that may be kept at most; for_logits: read at least the last token. After an interrupt the next
+        call reads the rest.
         """
         memory, tokens = self.memory, self.transcript.tokens
         n_shared = min(n_common(memory.tokens, tokens), len(tokens) if n_kept is None else n_kept)
@@ -403,16 +409,21 @@ class Chat:
                     self.transcript,
                     stats,
                     max_tokens,
+                    form=self._format(),
+                    draw=self._draw,
+                    stops=self.stops,
+                    shown=self.shown,
                     should_stop=self.should_stop,
                     forget=lambda: self._read(TurnStats(), go_on=False),
                 ):
                     said.append(piece)
                     tag = OPEN * (piece.is_reasoning and not is_open) + CLOSE * (is_open and not piece.is_reasoning)
+                    tag *= self.tells_tags
                     is_open = piece.is_reasoning
                     for shown in filter(None, (Said(tag, True), piece)):
                         self.answering += shown
                         yield shown
-                if is_open:
+                if is_open and self.tells_tags:
                     yield Said(CLOSE, True)
         finally:
             self.answering, self._is_answering = "", False
@@ -423,3 +434,11 @@ class Chat:
             if reasoning.strip():
                 message |= {"content": answer.lstrip(), "reasoning": reasoning.strip()}
             self.messages.append(message)
+
+    def _format(self) -> Format:
+        """How the model marks its thinking, and what else its answers hold."""
+        return self.model.reasoning_format
+
+    def _draw(self, reader: Reader) -> int:
+        """The next token of an answer that ``reader`` has read so far."""
+        return self.memory.engine.sample()

@@ -24,11 +24,12 @@ from kvcompose_local.commands.models import models_command
 from kvcompose_local.commands.profile import profile_command
 from kvcompose_local.commands.rpc_server import rpc_server_command
 from kvcompose_local.commands.run import run_command
+from kvcompose_local.commands.serve import serve_command
 from kvcompose_local.commands.version import version_option
 from kvcompose_local.errors import KVComposeError
 from kvcompose_local.terminal.shown import show_on_terminals
 
-#: What a shell sets to ask for its completion script (``bash_source``, ``zsh_source``, ``fish_source``) or for words.
+#: Shells set this to ask for their completion script (``bash_source``, ``zsh_source``, ``fish_source``) or for words.
 COMPLETION = "_KVCOMPOSE_LOCAL_COMPLETE"
 
 
@@ -52,6 +53,7 @@ def cli(context: click.Context, debug: bool) -> None:
 
 for command in (
     run_command,
+    serve_command,
     compress_command,
     models_command,
     inspect_command,
@@ -108,7 +110,7 @@ def _told(error: BaseException) -> int:
         message = "out of memory: lower --ctx or --budget"
     elif isinstance(error, BrokenPipeError):
         _give_up(sys.stdout)
-        return 128 + signal.SIGPIPE  # as programs end that say nothing of it
+        return 128 + signal.SIGPIPE  # the exit code of programs that the signal ends
     elif isinstance(error, OSError):
         message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
         _give_up(sys.stdout)
@@ -123,6 +125,6 @@ def _told(error: BaseException) -> int:
 
 
 def _give_up(stream: TextIO) -> None:
-    """Let what is left in a buffer vanish: Python's flush at exit would fail again, with a traceback."""
+    """Let the rest of a buffer vanish: Python's flush at exit would fail again, with a traceback."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kvcompose_local.profiles import Profile
 
 KEEPS = (0.75, 0.5, 0.25, 0.15, 0.1, 0.05)
-#: What the chat does under a budget, in the registry of methods, and how it stores cells.
+#: The method of chats under a budget, with the type of their cells.
 OURS = "kvcompose-local+q8_0/q4_0"
 QUICK_TASKS = ("niah_multikey_1", "needles_8", "qa")
 QUICK_BUDGETS = (0.5, 0.25, 0.1)
@@ -40,8 +40,8 @@ def _numbers(_context: click.Context, _parameter: click.Parameter, value: str) -
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is wanted of an evaluation; the fields are options of ``eval``."""
+class EvalRequest:
+    """The options of ``eval``."""
 
     quick: bool
     tasks: tuple[str, ...]
@@ -57,8 +57,8 @@ class Request:
     n_threads: int | None
     as_json: bool
 
-    def checked(self) -> Request:
-        """The same with what is left open filled in. Raises InvalidInput for unknown tasks and methods."""
+    def checked(self) -> EvalRequest:
+        """The same with defaults filled in. Raises InvalidInput for unknown tasks and methods."""
         from kvcompose_local.errors import InvalidInput
         from kvcompose_local.evaluation.harness import check_method
         from kvcompose_local.evaluation.methods import method_names
@@ -129,8 +129,8 @@ class Request:
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw figures into this folder.")
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print the results as one JSON object.")
-@gathered(request=Request)
-def eval_command(model: str | None, request: Request) -> None:
+@gathered(request=EvalRequest)
+def eval_command(model: str | None, request: EvalRequest) -> None:
     """RULER-style tasks on MODEL: each text is compressed before its questions are known.
 
     Every figure is relative to the model's own answers from the full cache; tasks that it answers below 60% are left
@@ -178,8 +178,9 @@ def eval_command(model: str | None, request: Request) -> None:
 
 @dataclass(frozen=True)
 class Trials:
-    """What is tried on each text: wanted: (method, keep ratio); caches: what to call those of ``ours``, the method that
-    a budget is recommended of.
+    """The trials of each text.
+
+    wanted: (method, keep ratio); ours: the method that a budget is recommended for; caches: the names of its trials.
     """
 
     wanted: tuple[tuple[str, float], ...]
@@ -187,7 +188,7 @@ class Trials:
     caches: dict[tuple[str, float], str]
 
     @classmethod
-    def of(cls, request: Request, model: Model) -> Trials:
+    def of(cls, request: EvalRequest, model: Model) -> Trials:
         """Raises InvalidInput for cache types that the model's heads do not fill."""
         from kvcompose_local.engines import has_whole_blocks
         from kvcompose_local.errors import InvalidInput
@@ -211,7 +212,7 @@ class Trials:
         return found
 
 
-def go_through(evaluation: Evaluation, request: Request, trials: Trials, status: Status) -> None:
+def go_through(evaluation: Evaluation, request: EvalRequest, trials: Trials, status: Status) -> None:
     """Run what has no record yet, and tell how long the rest takes."""
     from kvcompose_local.evaluation.tasks import make_item
 
@@ -228,7 +229,7 @@ def go_through(evaluation: Evaluation, request: Request, trials: Trials, status:
         done += 1
 
 
-def show(records: Sequence[dict[str, Any]], request: Request, trials: Trials, status: Status) -> None:
+def show(records: Sequence[dict[str, Any]], request: EvalRequest, trials: Trials, status: Status) -> None:
     """Print the results, and draw them where that is wanted."""
     from kvcompose_local.evaluation import report
 

@@ -41,14 +41,16 @@ threads_option = click.option(
     "--threads", "n_threads", type=click.IntRange(1, os.cpu_count() or 1), help="CPU threads.  [default: fast cores]"
 )
 gpu_layers_option = click.option(
-    "--gpu-layers", type=click.IntRange(0), help="Layers on the GPU.  [default: all with Metal, else 0]"
+    "--gpu-layers", type=click.IntRange(0), help="Layers on the GPU.  [default: as many as its free memory holds]"
 )
 cache_type_option = click.option("--cache-type", type=click.Choice(CACHE_TYPES), help="As in run.")
 
 
 def gathered(**kinds: type) -> Callable[[Command], Command]:
-    """Give a command dataclasses in place of options: ``gathered(chat=ChatOptions)`` fills those fields that options
-    are named after, and the command gets one argument, ``chat``. A dataclass may be a field of a later one.
+    """Give a command dataclasses in place of options.
+
+    With ``gathered(chat=ChatOptions)`` the command gets one argument, ``chat``, instead of the options that are named
+    like fields of :class:`ChatOptions`. A dataclass may be a field of a later one.
     """
 
     def wrap(command: Command) -> Command:
@@ -65,5 +67,5 @@ def gathered(**kinds: type) -> Callable[[Command], Command]:
 
 
 def names(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
-    """What stands between commas: a callback of options."""
+    """Split at commas: a callback of options."""
     return tuple(part for part in value.split(",") if part)

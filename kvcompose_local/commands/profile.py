@@ -54,14 +54,14 @@ def profile_command(
     from kvcompose_local.engines import has_whole_blocks
     from kvcompose_local.errors import InvalidInput
     from kvcompose_local.evaluation.harness import engine_beside, room_for
-    from kvcompose_local.evaluation.tasks import TASKS as ALL_TASKS
+    from kvcompose_local.evaluation.tasks import TASKS
     from kvcompose_local.install.files import own_folder, replacing
     from kvcompose_local.install.model_files import model_digest
     from kvcompose_local.install.threads import default_threads
     from kvcompose_local.profiling import measure
 
-    if set(tasks) - set(ALL_TASKS):
-        raise InvalidInput(f"the tasks are {', '.join(ALL_TASKS)}")
+    if set(tasks) - set(TASKS):
+        raise InvalidInput(f"the tasks are {', '.join(TASKS)}")
     own_texts = [text for _, text in inputs.read_all(files)[0]]
     status = Status(sys.stderr)
     path = fetched(model, status)
@@ -73,7 +73,7 @@ def profile_command(
     with ExitStack() as stack:
         engine = stack.enter_context(open_uncompressed(path, length, room_for(length), n_threads))
         measurement = measure.plan(
-            engine, digest, n_texts=texts, n_tokens=length, tasks=tasks or measure.TASKS, own_texts=own_texts
+            engine, digest, n_texts=texts, n_tokens=length, tasks=tasks or measure.PROFILED_TASKS, own_texts=own_texts
         )
         left = measure.seconds_left(engine, measurement)
         earlier = f", {measurement.n_done} of them are done" if measurement.n_done else ""

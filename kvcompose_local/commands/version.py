@@ -1,4 +1,4 @@
-"""``kvcompose-local --version``: what a report of a bug should name."""
+"""``kvcompose-local --version``: the facts that a bug report should name."""
 
 from __future__ import annotations
 

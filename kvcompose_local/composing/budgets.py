@@ -1,9 +1,9 @@
 """How many composite tokens each layer keeps.
 
-Source: arXiv 2509.05165, steps 6 to 9 of the method. A *composite token* of rank ``r`` joins the ``r``-th
-best token of every head of a layer; its score is the mean of theirs. All layers' composite tokens compete in
-one ranking, so a layer gets as many as it has among the best. Of equal scores the lower rank wins, then the
-lower layer. :func:`allocate_composites` is what the program uses.
+Source: arXiv 2509.05165, steps 6 to 9 of the method. A *composite token* of rank ``r`` joins the ``r``-th best token
+of every head of a layer; its score is the mean of their scores. The composite tokens of all layers compete in one
+ranking, and a layer keeps as many as it has among the best. Of equal scores the lower rank wins, then the lower layer.
+The program uses :func:`allocate_composites`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from kvcompose_local.interfaces import FloatArray, IntArray
 _FLOATS = range(-0x7F800001, 0x7F800001)
 #: The share of the cells that layers do not compete for.
 SHARED_EVENLY = 0.1
+#: Steps that a layer's cells are on average, at the least, for budgets to be multiples of a step.
+COARSE = 3
 
 
 def allocate_layer_budgets(
@@ -109,7 +111,7 @@ class _Limits:
 
 
 def _allocate(composites: list[FloatArray], limits: _Limits, min_per_layer: int) -> IntArray:
-    """Of composite scores, each layer's best first, as :func:`allocate_bytes`."""
+    """:func:`allocate_bytes` for composite scores, each layer's best first."""
     cost = limits.cost
     budgets = np.where(cost > 0, np.minimum(_n_tokens(composites), min_per_layer), 0)
     mean_cost = cost.sum() / max(np.count_nonzero(cost), 1)
@@ -138,12 +140,19 @@ def allocate_composites(
     row_bytes: Sequence[int] | NDArray[Any],
     byte_budget: int | Sequence[int] | NDArray[Any],
     device: Sequence[int] | NDArray[Any] | None = None,
+    *,
+    steps: Sequence[int] = (),
+    n_beside: int = 0,
+    at_least: int = 0,
 ) -> IntArray:
-    """As :func:`allocate_bytes`, by what composite tokens are worth: int64 (L,).
+    """:func:`allocate_bytes` for the worth of composite tokens: int64 (L,).
 
-    worths: of each layer float32 (T_l,), best first. :data:`SHARED_EVENLY` of each limit is shared out evenly before
-    layers compete: this project's own, as is the power mean that worths are (:mod:`composing.choice`); both halve the
-    KL divergence at a tenth of the cells (docs/decisions.md).
+    worths: L float32 arrays (T_l,), best first. Layers share :data:`SHARED_EVENLY` of each limit evenly before they
+    compete. This project added that, and the power mean that makes worths (:mod:`composing.choice`): together they
+    halve the KL divergence at a tenth of the cells (docs/decisions.md).
+
+    steps: of each limit, what its layers' cells and the ``n_beside`` that all have are to be a multiple of together, as
+    far as a layer has as many and each keeps ``at_least`` so many; not where few cells make that too coarse.
     """
     limits = _Limits.checked(len(worths), row_bytes, byte_budget, device)
     floors = [
@@ -151,7 +160,41 @@ def allocate_composites(
         for index, limit in enumerate(limits.limits)
         if (needed := int(limits.cost[limits.device == index].sum()))
     ]
-    return _allocate([*worths], limits, min(floors, default=0))
+    stepped = _stepped(worths, limits, steps, n_beside, at_least)
+    if (stepped >= 0).all():
+        return stepped
+    budgets = _allocate([*worths], limits, min(floors, default=0))
+    return np.where(stepped < 0, budgets, stepped)
+
+
+def _stepped(
+    worths: Sequence[FloatArray], limits: _Limits, steps: Sequence[int], n_beside: int, at_least: int
+) -> IntArray:
+    """Budgets of the layers whose limit wants and allows steps, -1 of others: int64 (L,)."""
+    budgets = np.full(len(worths), -1, np.int64)
+    for index, step in enumerate(steps):
+        layers = np.flatnonzero((limits.device == index) & (limits.cost > 0))
+        if step > 1 and layers.size:
+            some, costs = [worths[i] for i in layers.tolist()], limits.cost[layers]
+            found = _in_steps(some, costs, limits.limits[index], step, n_beside)
+            if found is not None and all(k >= min(at_least, x.size) for k, x in zip(found, some, strict=True)):
+                budgets[layers] = found
+    return budgets
+
+
+def _in_steps(worths: list[FloatArray], cost: IntArray, limit: int, step: int, n_beside: int) -> IntArray | None:
+    """Budgets of which each is a multiple of ``step`` with the cells beside: int64 (L,); None where that is too coarse.
+
+    Groups of ``step`` ranks compete by their mean.
+    """
+    first = -n_beside % step
+    left = limit - first * int(cost.sum())
+    if limit // int(cost.sum()) + n_beside < COARSE * step or left < 0 or min(x.size for x in worths) < first:
+        return None
+    groups = [x[first : x.size - (x.size - first) % step].reshape(-1, step).mean(axis=1) for x in worths]
+    evenly = max(int(limit * SHARED_EVENLY) // int(cost.sum()) - first, 0) // step
+    limits = _Limits(cost * step, np.zeros_like(cost), (left,))
+    return np.asarray(first + step * _allocate(groups, limits, evenly))
 
 
 def layer_counts(name: str, values: Sequence[int] | NDArray[Any], n_layers: int) -> IntArray:
@@ -204,7 +247,7 @@ def _best_that_fit(
 ) -> list[int]:
     """How far ``layers`` get beyond ``taken``, best rank first, until one does not fit into ``left``.
 
-    Where that is is searched for: sorting the ranks of all layers would take several times the memory of their scores.
+    A binary search finds the place: sorting all layers' ranks would take several times the memory of their scores.
     """
 
     def fits(ends: list[int]) -> bool:
@@ -216,13 +259,13 @@ def _best_that_fit(
             ends[i] = bisect_right(priorities[i], -value, lo=taken[i], key=operator.neg)
         return ends
 
-    # All of the values that fit as a whole, ...
+    # First take every value of which all ranks fit, ...
     lowest = bisect_left(_FLOATS, True, key=lambda bits: fits(at_least(_as_float(bits))))
     ends = at_least(_as_float(_FLOATS[lowest])) if lowest < len(_FLOATS) else taken.copy()
     rest = [float(priorities[i][ends[i]]) for i in layers if ends[i] < priorities[i].size]
     if not rest:
         return ends
-    # ... of the next one whole ranks, and of one rank the first layers.
+    # ... then whole ranks of the next value, and of one more rank the first layers.
     tied = at_least(max(rest))
 
     def below(rank: int) -> list[int]:

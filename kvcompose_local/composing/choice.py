@@ -1,13 +1,13 @@
-"""Which rows of each layer stay, by the logarithms of their scores: what a chat and an evaluation both do.
+"""The choice of cells, by the logarithms of their scores. Chats and evaluations both use it.
 
-Each head ranks its rows; the heads' r-th best make one composite token, worth the power mean of exponent 1/2 of their
-scores, and all layers compete for the bytes by that (:func:`~kvcompose_local.composing.budgets.allocate_composites`).
-Axes: layer L, KV head H, row T.
+Each head ranks its rows. The r-th best rows of all heads make one composite token, whose worth is the power mean of
+exponent 1/2 of their scores. By their worth the composite tokens of all layers compete for the bytes
+(:func:`~kvcompose_local.composing.budgets.allocate_composites`). Axes: layer L, KV head H, row T.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,22 +16,33 @@ from kvcompose_local.composing.budgets import allocate_composites
 from kvcompose_local.composing.scorer import BOUNDS, DTYPE, Scorer
 from kvcompose_local.interfaces import FloatArray, HalfArray, IntArray, Selection
 
-#: What a pinned token competes with: above any score.
+#: The logarithm of a pinned token, above any score.
 PINNED = 2 * BOUNDS[1]
 
 
 def choose(
-    layers: Iterable[FloatArray], row_bytes: IntArray, room: IntArray, device: IntArray, *, per_layer: bool = True
+    layers: Iterable[FloatArray],
+    row_bytes: IntArray,
+    room: IntArray,
+    device: IntArray,
+    *,
+    per_layer: bool = True,
+    steps: Sequence[int] = (),
+    n_beside: int = 0,
+    at_least: int = 0,
 ) -> list[Selection]:
     """The rows that become composed cells, of each layer int (H, K_l), best first.
 
     layers: L float arrays (H, T_l) as :func:`competing` gives them, each looked at once; row_bytes: int64 (L,), of a
     layer's cell; room: int64 (devices,), bytes for composed cells; device: int64 (L,), whose room a layer draws on;
-    per_layer: False where every layer is to keep equally many, or all of its rows where they are fewer.
+    per_layer: False where every layer is to keep equally many, or all of its rows where they are fewer; steps,
+    n_beside, at_least: of :func:`~kvcompose_local.composing.budgets.allocate_composites`.
     """
     orders, worths = ranked(layers)
     if per_layer:
-        counts = allocate_composites(worths, row_bytes, room.tolist(), device=device).tolist()
+        counts = allocate_composites(
+            worths, row_bytes, room.tolist(), device, steps=steps, n_beside=n_beside, at_least=at_least
+        ).tolist()
     else:
         bytes_of_all = np.bincount(device, weights=row_bytes, minlength=len(room)).astype(np.int64)
         counts = [int((room // np.maximum(bytes_of_all, 1)).min())] * len(orders)
@@ -46,10 +57,10 @@ def competing(
     n_seen: int,
     pinned: npt.NDArray[np.bool_],
 ) -> FloatArray:
-    """Logarithms by which the rows of a layer compete: float32 (H, T).
+    """Logarithms by which the rows of a layer compete: float32 (H, T). Pinned tokens get :data:`PINNED`.
 
-    scores: float (H, T), without age; origins: int (H, T) or (T,), the positions of their tokens, of ``n_seen``;
-    pinned: bool (n_seen,), which of all tokens are; scorer: None where age does not count.
+    scores: float (H, T), without age; origins: int (H, T) or (T,), positions of the tokens, below ``n_seen``; pinned:
+    bool (n_seen,); scorer: None where age does not count.
     """
     result = scores.astype(np.float32)
     if scorer is not None:
@@ -61,10 +72,10 @@ def competing(
 
 
 def ranked(layers: Iterable[FloatArray]) -> tuple[list[Selection], list[FloatArray]]:
-    """Of each layer its heads' rows, best first: int (H, T), and what each rank's composite token is worth: (T,).
+    """For each layer the rows of its heads, best first: int (H, T), and the worth of each rank: float32 (T,).
 
     layers: L float arrays (H, T) of logarithms, each looked at once. They are compared as float16, whose sixteen bits
-    are sorted in linear time; of equal ones the lower row is better. The worth is a float32 that never rises.
+    are sorted in linear time; of equal ones the lower row is better. The worth never rises from rank to rank.
     """
     orders, worths = [], []
     for logarithms in layers:
@@ -72,11 +83,13 @@ def ranked(layers: Iterable[FloatArray]) -> tuple[list[Selection], list[FloatArr
         order = np.argsort(_falling(halves), axis=1, kind="stable")
         roots = np.exp(np.take_along_axis(halves, order, axis=1), dtype=np.float32) ** np.float32(0.5)
         orders.append(order.astype(np.min_scalar_type(max(order.shape[1] - 1, 0))))
-        worths.append(roots.mean(axis=0, dtype=np.float64).astype(np.float32))
+        worths.append(
+            roots.astype(np.float64).mean(axis=0).astype(np.float32)
+        )  # dtype=np.float64 takes ten times as long
     return orders, worths
 
 
 def _falling(halves: HalfArray) -> npt.NDArray[np.uint16]:
-    """Integers of which the smallest is that of the largest number."""
+    """Integers in the opposite order: the largest number gets the smallest one."""
     bits = (halves + DTYPE(0)).view(np.uint16)  # the sum makes one zero of +0 and -0
     return np.asarray(np.where(bits & 0x8000, bits, 0x7FFF - bits), np.uint16)

@@ -1,4 +1,4 @@
-"""What both engines share: decoding, sampling and replay on a llama.cpp context."""
+"""The part that both engines share: decoding, sampling and replay on a llama.cpp context."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from kvcompose_local.interfaces import (
     CacheLayout,
     CacheSnapshot,
     FloatArray,
+    HalfArray,
     IntArray,
     ModelShape,
     Progress,
@@ -30,16 +31,16 @@ from kvcompose_local.interrupts import uninterrupted
 from kvcompose_local.llama_ffi.context import Context, SoftmaxTap
 from kvcompose_local.llama_ffi.model import Model
 
-#: Rows that a CPU multiplies repacked weights by at a time; what is left over goes row by row.
+#: Rows that a CPU multiplies repacked weights by at a time; remaining rows are multiplied one by one.
 ROWS = 4
 #: Queries that a CPU's flash attention takes together; fewer go one by one, which is slower than the whole tile.
 TILE = 64
 
 
 def softmax_queries(n_cells: int, n_heads: int, wanted_bytes: int, *, largest: int = 512) -> int:
-    """Queries that keep a softmax, float32 (heads, queries, n_cells), within ``wanted_bytes`` and SOFTMAX_BYTES.
+    """The most queries whose softmax, float32 (heads, queries, n_cells), fits ``wanted_bytes`` and SOFTMAX_BYTES.
 
-    A multiple of 4, at least that.
+    A multiple of 4, and at least 4.
     """
     low, high = SOFTMAX_BYTES
     fitting = min(max(wanted_bytes, low), high) // (4 * n_cells * n_heads)
@@ -47,11 +48,12 @@ def softmax_queries(n_cells: int, n_heads: int, wanted_bytes: int, *, largest: i
 
 
 class LlamaEngine(ABC):
-    """:class:`kvcompose_local.interfaces.Engine` but for the cells; owns the model and the context."""
+    """:class:`kvcompose_local.interfaces.Engine` without the cells; it owns the model and the context."""
 
     name: str
     per_layer: bool
     arena_bytes: tuple[int, ...]
+    row_steps: tuple[int, ...] = (1,)
     cache_bytes: int
     max_replay: int
     max_drop: int
@@ -101,6 +103,10 @@ class LlamaEngine(ABC):
 
     def live_rows(self, n: int) -> Sequence[tuple[FloatArray, FloatArray]]:
         """See :meth:`Engine.live_rows`."""
+        raise EngineError(f"the {self.name} engine does not tell how keys were turned")
+
+    def live_products(self, weights: Sequence[FloatArray | HalfArray], n: int) -> Sequence[FloatArray]:
+        """See :meth:`Engine.live_products`."""
         raise EngineError(f"the {self.name} engine does not tell how keys were turned")
 
     @abstractmethod
@@ -165,16 +171,16 @@ class LlamaEngine(ABC):
 
     @abstractmethod
     def softmax_micro_batch(self, n_tokens: int) -> int:
-        """Most queries of one explicit softmax while ``n_tokens`` are decoded: what is then taken at a time."""
+        """The most queries of one explicit softmax while ``n_tokens`` are decoded."""
 
     @contextmanager
     def _visible_softmax(self) -> Iterator[None]:
-        """While this is open the tap sees every softmax."""
+        """In this block the tap sees every softmax."""
         yield
 
     @contextmanager
     def watching(self, tap: SoftmaxTap) -> Iterator[None]:
-        """While this is open :meth:`decode` shows every softmax: ``tap(l, weights)``, l the place in ``shape.layers``.
+        """In this block :meth:`decode` shows every softmax: ``tap(l, weights)``, l the place in ``shape.layers``.
 
         Layers that read another's cells show theirs as that one's. weights: float32 (Q, queries of a micro-batch,
         n_kv), native memory that dies with the call.
@@ -238,8 +244,12 @@ class LlamaEngine(ABC):
         return self._context.all_logits(len(tokens))
 
     def set_sampling(self, sampling: Sampling) -> None:
-        """How :meth:`sample` draws from now on."""
+        """Let :meth:`sample` draw like this from now on."""
         self._context.set_sampling(sampling)
+
+    def set_grammar(self, gbnf: str) -> None:
+        """What :meth:`sample` may draw from now on, anything where it is empty. Raises InvalidInput for no grammar."""
+        self._context.set_grammar(gbnf)
 
     def replay(self, tokens: Sequence[int], seen: AttentionSink) -> None:
         layout = self.layout()

@@ -49,7 +49,7 @@ def uniform_shape(model: Model, cache_type: str, *, scoring: bool) -> ModelShape
 
 
 def why_not_stock(model: Model) -> str:
-    """Why this engine cannot compose a model's cells; empty where it can, but for layers that differ in heads."""
+    """Why this engine cannot compose a model's cells, empty where it can; :func:`uniform_shape` looks at heads."""
     kind = model.cache_kind()
     if kind == "attention":
         return ""
@@ -124,7 +124,7 @@ class StockEngine(LlamaEngine):
         self._first_live = 0
 
     def layout(self) -> CacheLayout:
-        # Live cells hold consecutive positions and composed ones those just before: counting needs no look inside.
+        # Live cells hold consecutive positions, and composed cells the positions just before: counting is enough.
         position = self._context.next_position
         n_live = position - self._first_live
         free = self._n_cells - self._n_composed - n_live

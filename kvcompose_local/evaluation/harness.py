@@ -27,6 +27,7 @@ from kvcompose_local.evaluation.quantized import quantized
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import Item, Question
 from kvcompose_local.interfaces import CacheSnapshot, ModelShape, Selection
+from kvcompose_local.llama_ffi.model import Model
 from kvcompose_local.profiles import Profile
 
 #: The name of the uncompressed cache among the methods.
@@ -36,11 +37,11 @@ STREAMING = "streaming"
 _N_TURNS = 16
 #: Tokens of the longest answer that is measured at once.
 MOST_OUTPUTS = 192
-#: What a method's name may end in, as "+q8_0" or, K and V, "+q8_0/q4_0": its cells are of these types, so that they
+#: Types that a method's name may end in, as "+q8_0" or, for K and V, "+q8_0/q4_0": its cells are stored in them, and
 #: take fewer bytes than the keep ratio says.
 QUANTIZED_TYPES = {name for name, kind in VALUE_TYPES.items() if kind.is_quantized}
 _GAP = "\x00"
-#: Of every record, as far as an interrupted run wrote it.
+#: The beginning of every record, by which a line that an interrupted run did not finish is known.
 _BEGINNING = b'{"model": '
 
 
@@ -61,7 +62,7 @@ def engine_beside(
 
 @dataclass(frozen=True)
 class Answer:
-    """What the full cache answers: its tokens, and float32 (n, n_vocab) log-probabilities before each of them."""
+    """An answer of the full cache: its tokens, and float32 (n, n_vocab) log-probabilities before each of them."""
 
     tokens: tuple[int, ...]
     log_probs: npt.NDArray[np.float32]
@@ -69,7 +70,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class _Start:
-    """What a trial's questions start from: these cells of an engine, rewritten if there is a selection.
+    """The start of a trial's questions: these cells of an engine, rewritten if there is a selection.
 
     kept: share of the full F16 cache's bytes; seconds: what the choice took.
     """
@@ -82,7 +83,7 @@ class _Start:
 
 
 def check_method(name: str) -> None:
-    """Raises InvalidInput, naming those there are, where no method has the name, with or without a cache type."""
+    """Raises InvalidInput, which lists all methods, where none has the name, with or without a cache type."""
     base, _ = _without_type(name)
     if base not in (FULL, STREAMING):
         find_method(base)
@@ -96,19 +97,19 @@ def _without_type(name: str) -> tuple[str, str]:
 
 
 def cell_share(name: str) -> float:
-    """What a method's cells take of the bytes of as many F16 ones."""
+    """The share of bytes that a method's cells take of as many F16 cells."""
     _, kind = _without_type(name)
     return float(share_of_f16(kind or "f16"))
 
 
 def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Along the last axis."""
+    """The logarithm of the softmax along the last axis."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)), np.float32)
 
 
 def kl_divergence(reference: npt.NDArray[np.float32], rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Of log-probabilities (n, n_vocab) from a reference, in nats: float32 (n,)."""
+    """KL divergence of log-probabilities (n, n_vocab) from a reference, in nats: float32 (n,)."""
     return np.asarray((np.exp(reference) * (reference - rows)).sum(axis=1))
 
 
@@ -116,6 +117,13 @@ def room_for(n_tokens: int, *, whole_replay: bool = False) -> int:
     """Cells that an item of ``n_tokens`` needs, with its questions and a replay."""
     cells = int(n_tokens * (2.2 if whole_replay else 1.15)) + 768
     return -(-cells // 256) * 256
+
+
+def around_a_message(model: Model) -> tuple[str, str]:
+    """The chat template's text before a message and after it, up to where the answer begins."""
+    rendered = model.render_chat([{"role": "user", "content": _GAP}], add_generation_prompt=True)
+    head, _, tail = rendered.partition(_GAP)
+    return head, tail
 
 
 class Evaluation:
@@ -147,10 +155,7 @@ class Evaluation:
         self.facts = {"model": engine.model.name, "version": __version__, "engine": engine.name, **(facts or {})}
         self.records = read_records(output)
         self._done = {_key(record) for record in self.records}
-        head, _, self._tail = engine.model.render_chat(
-            [{"role": "user", "content": _GAP}], add_generation_prompt=True
-        ).partition(_GAP)
-        self._head = head
+        self._head, self._tail = around_a_message(engine.model)
         self._others: dict[str, PatchedEngine] = {}
         layout = engine.layout()
         self._n_cells = layout.n_live + layout.n_free
@@ -216,7 +221,7 @@ class Evaluation:
     def _starts(
         self, item: Item, trials: Sequence[tuple[str, float]], progress: Callable[[str], None]
     ) -> dict[tuple[str, float], _Start]:
-        """Where each trial's questions start, and those of the full cache."""
+        """The starts of each trial's questions, and of the full cache's."""
         engine, model = self.engine, self.engine.model
         engine.clear()
         progress("reading")
@@ -250,7 +255,7 @@ class Evaluation:
         return self._engine_of(kind), quantized(cells, self.engine.shape, kind)
 
     def _engine_of(self, kind: str) -> PatchedEngine:
-        """One as large as this evaluation's, of another cache type."""
+        """An engine as large as this evaluation's, of another cache type."""
         if not kind:
             return self.engine
         if kind not in self._others:

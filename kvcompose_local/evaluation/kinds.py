@@ -1,7 +1,7 @@
 """Texts of the kinds that people ask chats about: source, records, logs, tables, dialogue, languages, lists, steps.
 
 Each function draws a text of about as many tokens as are wanted, and questions about it: (question, how its answer
-begins, what must be in it). Everything is generated, but for the source, which is that of Python's own library.
+begins, what must be in it). Everything is generated, except source, which comes from Python's own library.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Count = Callable[[str], int]
 
 
 class Asked(NamedTuple):
-    """A question, how its answer begins, what must be in that, and the most tokens of it."""
+    """A question, the beginning of its answer, what the answer must contain, and its most tokens."""
 
     question: str
     prefix: str
@@ -33,7 +33,7 @@ class Asked(NamedTuple):
 
 Made = tuple[str, list[Asked]]
 _N_ASKED = 4
-#: Characters of source that stand or fall together: a text is to be of about the length that is wanted.
+#: Characters of source that are taken or left together, so that a text gets about the length that is wanted.
 _LONGEST_BLOCK = 2500
 _FIRST = "Clara Edwin Nora Felix Ruth Oscar Ida Hugo Vera Bruno Alma Leo Petra Anton Greta Milan".split()
 _LAST = "Hartmann Okafor Lindqvist Moreau Castell Whitby Novak Ferrer Tanaka Brandt Osei Kowalski".split()

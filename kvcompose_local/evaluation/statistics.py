@@ -1,4 +1,4 @@
-"""What the methods know of a context: collected once an item, shared by all methods and keep ratios."""
+"""The facts about a context that methods go by: collected once an item, shared by all methods and keep ratios."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ N_RECENT = 32
 
 
 class Statistics:
-    """Of one context, which the engine's cache holds, uncompressed, when the attributes are first asked for.
+    """Statistics of one context. The engine's cache holds it, uncompressed, while attributes are computed.
 
     All are lists of L arrays over the T tokens.
     """
@@ -55,7 +55,7 @@ class Statistics:
 
     @cached_property
     def unseen(self) -> tuple[Scorer, list[HalfArray]]:
-        """The same of a scorer that was not fitted to this kind of text. Raises InvalidInput where there is none."""
+        """:attr:`cells` of a scorer that was not fitted to this kind of text. Raises InvalidInput without one."""
         if self._left_out is None:
             raise InvalidInput("no profile was fitted without this kind of text")
         return self._scored(self._left_out)

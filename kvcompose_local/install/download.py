@@ -55,7 +55,7 @@ def fetch(url: str, target: Path, *, progress: ByteProgress | None = None, cafil
                     part.unlink()
             elif code < HTTPStatus.INTERNAL_SERVER_ERROR and code not in _WORTH_ANOTHER_TRY:
                 raise DownloadError(f"the server answers {reason} for {name}") from error
-        except (http.client.HTTPException, OSError) as error:  # of the network: those of the disk are told already
+        except (http.client.HTTPException, OSError) as error:  # of the network: the disk's errors are told already
             cause = error.reason if isinstance(error, urllib.error.URLError) else error
             reason = " ".join(str(cause).split()) or type(cause).__name__
             if isinstance(cause, _PERMANENT):
@@ -176,7 +176,7 @@ def find_wheel(package: str, version: str) -> Wheel:
                 f"pip finds no wheel of {package} {version}: check the network, and the index that pip is set to"
             )
         return Wheel(**found)
-    # A pip whose inside is not as we know it: take the longer way through its command line.
+    # pip's internals have changed: take the longer way through its command line.
     command = ("install", "--quiet", "--dry-run", "--ignore-installed", "--ignore-requires-python", "--report", "-")
     asked = _run_python("-m", "pip", *command, *_PIP_OPTIONS, f"{package}=={version}")
     if asked.returncode != 0:

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, told from others by a digest; what a disk refuses becomes one line."""
+"""Files that are written whole or not at all, their digests, and a disk's errors in one line."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def disk_errors(path: Path, kind: type[KVComposeError], *, then: str, remedy: str = "") -> Iterator[None]:
-    """Turn what the file system refuses about ``path`` into an error of ``kind``, one line that says what to do.
+    """Turn errors of the file system about ``path`` into an error of ``kind``, in one line that says what to do.
 
-    then: what to do once there is room; remedy: what follows the reason where room is not what is missing.
+    then: what to do once a full disk has room; remedy: the end of the line for all other reasons.
     """
     try:
         yield
@@ -56,13 +56,13 @@ def disk_errors(path: Path, kind: type[KVComposeError], *, then: str, remedy: st
 
 
 def cache_errors(path: Path, kind: type[KVComposeError] = DownloadError) -> AbstractContextManager[None]:
-    """The same of a file in the cache folder."""
+    """The same for a file in the cache folder."""
     remedy = f": make the folder writable, or set {CACHE_VARIABLE} to another"
     return disk_errors(path, kind, then="try again", remedy=remedy)
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether a file could not be written for want of room."""
+    """Whether a file could not be written because the disk is full."""
     return isinstance(error, OSError) and error.errno in _DISK_FULL
 
 
@@ -85,7 +85,7 @@ def sha256_at(path: Path) -> str:
 
 
 def part_of(path: Path) -> Path:
-    """What a file is written to before it is whole."""
+    """The file that is written to until it is whole."""
     return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
@@ -97,7 +97,7 @@ def own_folder(path: Path) -> Path:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Delete what processes left that were killed while they wrote."""
+    """Delete part files of processes that were killed while they wrote."""
     import psutil  # late: most who look at model files write none
 
     for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
@@ -107,7 +107,7 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the new name last through a power cut, where the file system lets us: the file is there all the same."""
+    """Make the new name survive a power cut, where the file system allows that."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -33,7 +33,7 @@ _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.gguf")
 _PYPI = re.compile(r"pypi:([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.+!_-]*)/(.+)")
 _HF = re.compile(r"hf:([A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)(?:@([0-9a-f]{40}))?/(.+)")
 _SHAPE = re.compile(r"(\d{1,3}) layers(?: \((\d{1,3}) of (\d{1,6}) tokens\))?, (\d{1,3}) KV heads? of (\d{1,3})")
-#: What `models list` reckons a cache with.
+#: The cache that `models list` assumes.
 LISTED_CTX, LISTED_BUDGET = DEFAULT_CTX, 0.25
 #: Tokens of a micro-batch, which a sliding window holds beside its own.
 _BATCH = 512
@@ -42,7 +42,7 @@ _BESIDE = 512 << 20
 
 
 class CacheShape(NamedTuple):
-    """Layers in all, how many of them are windows and of how many tokens, KV heads, and numbers of a head."""
+    """Layers in all, layers with sliding windows and the tokens of a window, KV heads, and numbers of a head."""
 
     n_layers: int
     n_windows: int
@@ -51,7 +51,7 @@ class CacheShape(NamedTuple):
     head_size: int
 
     def cache_bytes(self, n_ctx: int, budget: float) -> int:
-        """Bytes of the cells at most: a budget is of the layers that see everything, windows are kept whole."""
+        """The most bytes of the cells: a budget applies to layers with full attention, windows are kept whole."""
         layer_bytes = 2 * self.n_kv_heads * self.head_size * VALUE_TYPES["f16"].n_bytes  # of one token
         n_full = self.n_layers - self.n_windows
         return int(layer_bytes * (budget * n_ctx * n_full + min(self.window + _BATCH, n_ctx) * self.n_windows))
@@ -86,7 +86,7 @@ class ModelEntry:
         return size == self.size if self.size is not None else size > 0
 
     def is_of(self, path: Path) -> bool:
-        """Whether a path is that of the entry's file in the cache."""
+        """Whether a path names the entry's file in the cache."""
         with suppress(NoHome):
             return self.path == path
         return False
@@ -98,11 +98,11 @@ class ModelEntry:
 
     @property
     def weights(self) -> int | None:
-        """Bytes of the file, None where nobody has told."""
+        """Bytes of the file, None where models.txt does not tell."""
         return self.path.stat().st_size if self.is_present else self.size
 
     def fits(self, free_bytes: int) -> bool:
-        """Whether a chat as ``models list`` reckons it fits; False where the weights are not known."""
+        """Whether a chat fits, with the cache that ``models list`` assumes; False where the weights are not known."""
         cache = self.shape.cache_bytes(LISTED_CTX, LISTED_BUDGET)
         return self.weights is not None and self.weights + cache + _BESIDE <= free_bytes
 
@@ -209,7 +209,7 @@ def resolve(model: str | None, *, pull: bool, progress: ByteProgress | None = No
 
 
 def hint_beyond_toy(path: Path, free_bytes: int) -> str:
-    """One line for who chats with the default model: what it is, and the best model that fits; else empty."""
+    """One line for users of the default model: that it is a toy, and the best model that fits; empty for others."""
     catalogue = load_catalogue()
     if not catalogue[DEFAULT_MODEL].is_of(path):
         return ""
@@ -222,7 +222,7 @@ def hint_beyond_toy(path: Path, free_bytes: int) -> str:
 
 
 def told_source(entry: ModelEntry) -> str:
-    """One line: where a model comes from, and what vouches for it."""
+    """One line: a model's size, licence and source, and how the file is verified."""
     source = entry.sources[0].removeprefix("hf:").split("@")[0]
     if entry.packages:
         more = f" and {len(entry.packages) - 1} more" if len(entry.packages) > 1 else ""
@@ -232,14 +232,14 @@ def told_source(entry: ModelEntry) -> str:
 
 
 def told_bytes(n_bytes: int | None) -> str:
-    """As people read it; a question mark where it is not known."""
+    """Bytes for people; a question mark where they are not known."""
     if n_bytes is None:
         return "?"
     return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MiB"
 
 
 def table(free_bytes: int) -> str:
-    """All models for people: what they take, and which of them fit and are here; no line has more than 80 columns."""
+    """A table of all models: their memory, and which of them fit and are here; no line has more than 80 columns."""
     lines = [f"{'model':<19}{'weights':>9}{'cache':>10}  fits  here  {'licence':<11}"]
     carried = []
     for entry in load_catalogue().values():
@@ -262,7 +262,7 @@ def table(free_bytes: int) -> str:
 
 
 def system_prompt(path: Path) -> str | None:
-    """What the catalogue has a chat begin with whose model is one of its files, unless the user says otherwise."""
+    """The catalogue's system prompt for a model, None where it has none."""
     return next((entry.system for entry in load_catalogue().values() if entry.is_of(path)), None)
 
 
@@ -332,7 +332,7 @@ def _check_free_space(entry: ModelEntry, work: Path) -> None:
 
 
 def _complaint(entry: ModelEntry, whole: Path) -> str | None:
-    """What is wrong with a fetched file, or None."""
+    """The fault of a fetched file, or None."""
     if entry.size is not None and whole.stat().st_size != entry.size:
         return f"{entry.name} has {whole.stat().st_size} bytes, models.txt says {entry.size}"
     if entry.sha256 is not None and sha256_at(whole) != entry.sha256:
@@ -394,7 +394,7 @@ def _fetch_source(source: str, work: Path, progress: ByteProgress) -> Path:
 
 
 def _from_hub(repository: str, file: str, done: Path, *, commit: str | None = None) -> None:
-    """Through the hub's own client, which shows its progress itself and goes on where it stopped."""
+    """Fetch through the hub's own client, which shows its progress and goes on where it stopped."""
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Where things are: data files of the package, and the user's folders."""
+"""Finds data files of the package, and the user's folders."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def data_file(name: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where models, archives and libraries are kept: ``KVCOMPOSE_CACHE``, or the platform's folder; not made here.
+    """The folder of models, archives and libraries: ``KVCOMPOSE_CACHE``, or the platform's; not made here.
 
     Raises NoHome.
     """
@@ -30,7 +30,7 @@ def cache_folder() -> Path:
 
 
 def state_folder() -> Path:
-    """Where sessions and the history of what was typed are kept; not made here. Raises NoHome."""
+    """The folder of sessions and of the history of typed lines; not made here. Raises NoHome."""
     return _user_folder("user_state_path", "set HOME")
 
 

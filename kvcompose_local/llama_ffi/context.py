@@ -14,11 +14,13 @@ from kvcompose_local.arena import value_types
 from kvcompose_local.errors import EngineError, InvalidInput
 from kvcompose_local.interfaces import ByteArray, FloatArray, Sampling
 from kvcompose_local.interrupts import uninterrupted
+from kvcompose_local.llama_ffi.grammar import Grammar
 from kvcompose_local.llama_ffi.library import bind, clear_log, last_log, lib
 from kvcompose_local.llama_ffi.model import Model
 
-#: ggml's type numbers of what K and V may be stored as.
 _SOFTMAX_PREFIX = b"kq_soft_max-"
+#: Tokens drawn before that penalties look at.
+_PENALIZED = 4096
 _PARTIAL_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 
 #: Receives (model layer, float32 (Q, n_queries, n_kv) softmax weights of one micro-batch); the array is native memory
@@ -44,10 +46,10 @@ _ROPE_FACTORS = ("", "short", "long")
 
 
 class _Floats:
-    """float32 numbers of llama.cpp's, for NumPy to look at where they are.
+    """float32 numbers in llama.cpp's memory, which NumPy reads in place.
 
-    ``np.ctypeslib.as_array`` makes a ctypes type of each shape that it meets, and none of them is ever freed: 3 KB for
-    each token of a chat, since every micro-batch is wider than the last.
+    ``np.ctypeslib.as_array`` makes a ctypes type of each new shape and never frees it: 3 KB for each token of a chat,
+    since every micro-batch is wider than the last.
     """
 
     def __init__(self, address: int, shape: tuple[int, ...]) -> None:
@@ -111,6 +113,7 @@ class Context:
         if not self._pointer:
             raise EngineError(f"llama_init_from_model failed: too little memory for {n_ctx} cells?{last_log()}")
         self._sampler: Any = None
+        self._grammar: Grammar | None = None
         try:
             self.rope_factors, self.wanted_rope_factors = self._choose_rope_factors(n_positions or n_ctx)
         except BaseException:
@@ -129,9 +132,8 @@ class Context:
             _kvc_set_next_span(0)
 
     def _choose_rope_factors(self, n_positions: int) -> tuple[str, str]:
-        """``short`` or ``long``, by which keys are turned, where the model has two sets of RoPE factors (LongRoPE).
-
-        Those that llama.cpp takes, and those for so many positions: without the patches it goes by the cells.
+        """``short`` or ``long``, for models with two sets of RoPE factors (LongRoPE): the set that llama.cpp takes, and
+        the set that ``n_positions`` need. Without the patches llama.cpp goes by the number of cells.
         """
         if _kvc_set_span is None:
             return self.model.rope_factors(self.n_ctx), self.model.rope_factors(n_positions)
@@ -146,6 +148,8 @@ class Context:
 
     def close(self) -> None:
         """Free the context; further use is an error."""
+        if getattr(self, "_grammar", None):
+            self.set_grammar("")
         if getattr(self, "_sampler", None):
             lib.llama_sampler_free(self._sampler)
             self._sampler = None
@@ -194,7 +198,7 @@ class Context:
         if rows % n_queries or n % rows:
             raise EngineError(f"a softmax of {rows} rows does not divide into {n_queries} queries")
         shape = (rows // n_queries, n_queries, n // rows)
-        # What a graph computes may stand on a device though no layer does: large products are moved there.
+        # A tensor may be on a device though no layer is: large products are computed there.
         if data := _kvc_host_data(tensor) if _kvc_host_data else None:
             return np.asarray(_Floats(data, shape))
         weights = np.empty(shape, np.float32)
@@ -250,7 +254,12 @@ class Context:
         """Replace the sampler chain."""
         if self._sampler:
             lib.llama_sampler_free(self._sampler)
+            self._sampler = None
         chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        penalties = sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty
+        if penalties != (1, 0, 0):
+            penalizing = lib.llama_sampler_init_penalties(self.model.n_vocab, _PENALIZED, *penalties)
+            lib.llama_sampler_chain_add(chain, penalizing)
         if sampling.temperature <= 0:
             lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_greedy())
         else:
@@ -265,12 +274,21 @@ class Context:
                 lib.llama_sampler_chain_add(chain, sampler)
         self._sampler = chain
 
+    def set_grammar(self, gbnf: str) -> None:
+        """Draw what this grammar allows from now on, anything where it is empty. Raises InvalidInput for no grammar."""
+        grammar = Grammar(self.model, gbnf) if gbnf else None
+        if self._grammar is not None:
+            self._grammar.close()
+        self._grammar = grammar
+
     def sample(self) -> int:
         """Draw a token from the last logits."""
         if not self.has_logits:
             raise EngineError("there are no logits: decode a token first")
         if self._sampler is None:
             self.set_sampling(Sampling())
+        if self._grammar is not None:
+            return self._grammar.sample(self._sampler, self.logits())
         return int(lib.llama_sampler_sample(self._sampler, self._ctx, -1))
 
     @property
@@ -295,14 +313,14 @@ class Context:
         self._set_state(blob, 0)
 
     def partial_state(self) -> ByteArray:
-        """What moves on with each token alone: the cells of sliding-window layers, the state of recurrent ones."""
+        """The parts that only move on, with each token: cells of sliding-window layers, states of recurrent layers."""
         return self._state(_PARTIAL_ONLY)
 
     def set_partial_state(self, blob: ByteArray) -> None:
         """Put back what :meth:`partial_state` gave, perhaps at an earlier position.
 
-        Cells of other layers that are behind it stay, and :meth:`remove` takes them away: a recurrent state refuses to
-        drop what it has seen, and after this has seen nothing of it.
+        Cells of other layers behind that position stay until :meth:`remove`. A recurrent state refuses to drop a token
+        that it has seen; after this call it has seen none of those.
         """
         self._set_state(blob, _PARTIAL_ONLY)
 

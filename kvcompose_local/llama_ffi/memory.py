@@ -1,4 +1,4 @@
-"""Where a model keeps its past: the class of its memory, what it takes, and why it is not composed where it is not."""
+"""The memory of a model: its class, its size, and why it cannot be composed."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Memory:
 
 
 def memory_of(context: Context) -> Memory:
-    """Of a context, which may be dry. Raises EngineError where the library does not tell."""
+    """The memory of a context, which may be dry. Raises EngineError where the library does not tell."""
     told = _Memory()
     if _get_memory is None or _get_memory(context._ctx, ctypes.byref(told)) != 0:
         raise EngineError("this llama.cpp does not tell of its memory: `kvcompose-local build` makes one that does")
@@ -104,7 +104,7 @@ def memory_of(context: Context) -> Memory:
 
 
 def dry_memory(model: Model, *, n_ctx: int, n_positions: int, n_ubatch: int, cache_type: str) -> Memory:
-    """Of a context as an engine would make it of a dry model; takes none of its memory."""
+    """The memory of the context that an engine would make of a dry model, without taking that memory."""
     with Context(
         model,
         n_ctx=n_ctx,
@@ -118,7 +118,7 @@ def dry_memory(model: Model, *, n_ctx: int, n_positions: int, n_ubatch: int, cac
 
 
 def architectures() -> Iterator[str]:
-    """Those that the loaded llama.cpp knows; none where it is not patched."""
+    """The architectures that the loaded llama.cpp knows; none where it is not patched."""
     i = 0
     while _architecture is not None and (name := _architecture(i)) is not None:
         yield name.decode()

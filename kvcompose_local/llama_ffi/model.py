@@ -14,9 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from kvcompose_local.errors import EngineError, ModelError
 from kvcompose_local.install.gguf_header import Header
 from kvcompose_local.install.model_files import files_of, whole_header
+from kvcompose_local.interfaces import IntArray
 from kvcompose_local.llama_ffi.builtin_templates import builtin_renderer, builtin_templates
 from kvcompose_local.llama_ffi.library import clear_log, last_log, lib
 from kvcompose_local.llama_ffi.text_parts import parts_of, sentencepiece_parts_of
@@ -28,25 +31,25 @@ if TYPE_CHECKING:
     from kvcompose_local.chat.template import ChatTemplate
     from kvcompose_local.chat.transcript import Message
 
-#: For models that bring none. Roles on lines of their own are what base models have seen most.
+#: The template of models that bring none. Base models have mostly seen roles on lines of their own.
 PLAIN_TEMPLATE = (
     "{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
-#: What to do about what llama.cpp complains of.
+#: Advice about llama.cpp's complaints.
 _ADVICE = (
     ("file bounds|failed to read|incomplete", ": the file is cut off or damaged, fetch it again"),
     ("unknown (model architecture|pre-tokenizer|tokenizer)", ": a newer kvcompose-local may know it"),
     ("(invalid|illegal) split", ": it is one of several files, name it as it was: NAME-00001-of-00003.gguf or such"),
 )
-#: Texts of tokens that end an answer, among the ones that vocabularies have at llama.cpp's default of EOS.
+#: Texts of tokens that do end an answer, among the tokens that llama.cpp takes for EOS by default.
 _ENDS = frozenset(
     """</s> <eos> <EOS> [EOS] <|eos|> <|plamo:eos|> <|endoftext|> <|end_of_text|> <|im_end|> <|eot_id|> <|eom_id|>
     <|end|> <|return|> <end_of_turn> <turn|> <EOT> [EOT] <｜end▁of▁sentence｜> <end_of_utterance>""".split()
 )
-#: Architectures whose header has the same heads for all layers, of which only every so manyth has attention where it
-#: does not tell which.
+#: Architectures whose header gives all layers the same heads, though only every so manyth has attention; the header may
+#: tell another interval.
 _ATTENTION_INTERVALS = {"qwen3next": 4, "qwen35": 4, "qwen35moe": 4, "minimax-01": 8}
 
 
@@ -152,7 +155,7 @@ class Model:
             size = n + 1
 
     def numbers(self, key: str) -> list[int]:
-        """The GGUF's array of integers of that name; a number alone is an array of one. Empty where there is none."""
+        """The GGUF's array of integers of ``key``; a single number is an array of one. Empty where there is none."""
         value = self.metadata(key)
         if value is not None:
             return [int(value)] if value.lstrip("-").isdigit() else []
@@ -160,7 +163,7 @@ class Model:
 
     @property
     def _header(self) -> Header:
-        """What llama.cpp does not tell of the file: arrays, and tensors' names."""
+        """The file's header, for facts that llama.cpp does not tell: arrays, and tensors' names."""
         return whole_header(self.path) or Header(0)
 
     def _by_layer(self, name: str) -> list[int]:
@@ -206,7 +209,7 @@ class Model:
     def head_sizes(self, *names: str) -> list[int]:
         """Numbers of a head, by the keys of the GGUF header that tell them, ``key_length`` and such.
 
-        Those of sliding-window layers, ``key_length_swa``, are the others' where the header does not tell.
+        Sliding-window layers (``key_length_swa``) have the same sizes as others where the header does not tell.
         """
         head = self.n_embd // max(self.heads[0], 1)  # llama.cpp, too, goes by the first layer
 
@@ -300,15 +303,16 @@ class Model:
 
     @property
     def template_name(self) -> str:
-        """What :meth:`use_template` was given."""
+        """The argument of :meth:`use_template`, empty for the GGUF's own template."""
         return self._template_name
 
     def use_template(self, template: str) -> None:
         """Render by another template: one of :meth:`template_names`, Jinja source, or, empty, the GGUF's own again."""
-        self._template_name, self._template = template, None
+        if template != self._template_name:
+            self._template_name, self._template = template, None
 
     def template_names(self) -> list[str]:
-        """Templates that have names: ``plain``, those that llama.cpp knows, and what else the GGUF has."""
+        """The names of templates: ``plain``, the GGUF's own, and llama.cpp's."""
         return ["plain", *self._own_templates(), *builtin_templates()]
 
     def _own_templates(self) -> list[str]:
@@ -321,7 +325,7 @@ class Model:
 
     @property
     def template(self) -> ChatTemplate:
-        """What renders this model's chats. Raises ModelError where the template is none."""
+        """The template of this model's chats. Raises ModelError where it is not valid."""
         if self._template is None:
             # Late: loading a model need not wait for Jinja.
             from kvcompose_local.chat.template import ChatTemplate
@@ -338,7 +342,7 @@ class Model:
         return self._template
 
     def check_template(self) -> None:
-        """Raises ModelError where the template is none: better told before anything is read."""
+        """Raises ModelError where the template is not valid: this is better known before anything is read."""
         _ = self.template
 
     @property
@@ -352,22 +356,35 @@ class Model:
         return self.template.format
 
     def use_format(self, form: Format) -> None:
-        """What was found out of how this model marks its thinking."""
+        """Take over a format of thinking that was found out from an answer."""
         self.template.format = form
 
     def render_chat(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool, now: datetime | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        now: datetime | None = None,
+        tools: Sequence[Any] = (),
     ) -> str:
         """``messages`` through the chat template, in a sandbox; now: for templates that tell the date.
+
+        tools: functions that the model may call, as OpenAI's protocol has them.
 
         A model without a template (a base model) gets :data:`PLAIN_TEMPLATE`. Raises ModelError when the template
         fails, refuses the messages or leaves some out.
         """
-        return self.template.render(messages, add_generation_prompt=add_generation_prompt, now=now)
+        return self.template.render(messages, add_generation_prompt=add_generation_prompt, now=now, tools=tools)
 
     def control_text(self, token: int) -> str:
         """The text of a control token, such as ``<|channel|>``; empty for all others."""
         return self._text_of(token) if lib.llama_vocab_is_control(self._vocab, token) else ""
+
+    @cached_property
+    def control_tokens(self) -> IntArray:
+        """All control tokens that end no answer: int64."""
+        controls = (t for t in range(self.n_vocab) if lib.llama_vocab_is_control(self._vocab, t))
+        return np.array([t for t in controls if not lib.llama_vocab_is_eog(self._vocab, t)], np.int64)
 
     def is_marker(self, text: str) -> bool:
         """Whether ``text`` is one token of the vocabulary that no other text becomes."""
@@ -403,7 +420,7 @@ class Model:
 
     @cached_property
     def _default_end(self) -> int | None:
-        """The token that llama.cpp takes for EOS by the vocabulary's type alone, None where there is more reason."""
+        """The token that llama.cpp takes for EOS for no other reason than the vocabulary's type; None without one."""
         token = int(lib.llama_vocab_eos(self._vocab))
         if token < 0 or self.special_token("eos") is not None or self._text_of(token) in _ENDS:
             return None
@@ -412,14 +429,14 @@ class Model:
 
     @cached_property
     def _further_ends(self) -> frozenset[int]:
-        """Ends that Ollama's converter lists, which llama.cpp does not read."""
+        """More ends of an answer, which Ollama's converter lists and llama.cpp does not read."""
         return frozenset(self.numbers("tokenizer.ggml.eos_token_ids"))
 
     def tokenize(self, text: str, *, add_bos: bool = False, special: bool = True) -> list[int]:
         """Token ids of ``text``; ``special`` reads ``<|…|>`` markers as the tokens they name.
 
-        ``add_bos`` puts the header's BOS before them. llama.cpp's own way to do that may append EOS as well, and a
-        prompt that ends with EOS gets nonsense for an answer.
+        ``add_bos`` puts the header's BOS before them. llama.cpp's own option may append EOS as well, and models answer
+        a prompt that ends with EOS with nonsense.
         """
         bos = self.special_token("bos") if add_bos else None
         kind = lib.llama_vocab_type(self._vocab)
@@ -435,7 +452,7 @@ class Model:
         return tokens if bos is None else [bos, *tokens]
 
     def _tokens_behind(self, part: str, special: bool) -> list[int]:
-        """Tokens of a part that goes on a text: without the space that SentencePiece vocabularies begin a text with."""
+        """Tokens of a part that continues a text, without the space that SentencePiece puts at a text's beginning."""
         if self.metadata("tokenizer.ggml.add_space_prefix") == "false":
             return self._tokens_of(part, special)
         if part.startswith(" ") and part != " ":

@@ -1,4 +1,4 @@
-"""What was measured once of a model: the scorer that tells from its cells what questions will look at.
+"""Profiles of models: the scorer that predicts from cells what questions will look at, measured once a model.
 
 A *profile* belongs to the sha256 of the GGUF file. It is a safetensors file: tensors ``weights.l`` (F16) and
 ``places.l`` (F32) of each layer, and as metadata what it was fitted to and what cache types cost. Some come with the
@@ -30,7 +30,7 @@ _TEXT, _NUMBERS = ("model", "model_sha256", "kinds"), ("model_bytes", "n_texts",
 
 @dataclass(frozen=True)
 class Profile:
-    """A scorer and what it was fitted to.
+    """A scorer, and the model and texts that it was fitted to.
 
     model: name, for people; model_sha256, model_bytes: of the GGUF file; n_texts, n_tokens: texts, and tokens of all of
     them; kinds: of text, comma-separated; kl: what cache types cost, in nats a token from F16, where it was measured.
@@ -58,7 +58,7 @@ class Profile:
 
 
 def read(path: Path) -> Profile:
-    """A profile from its file. Raises InvalidInput for anything that is none."""
+    """Read a profile. Raises InvalidInput for a file that is none."""
     try:
         with safe_open(path, "numpy") as file:
             facts = _facts_of(file.metadata())
@@ -77,7 +77,7 @@ def read(path: Path) -> Profile:
 
 
 def _facts_of(metadata: dict[str, str] | None) -> dict[str, str | int]:
-    """What a file tells beside its tensors. Raises ValueError, or KeyError, where it is of another format."""
+    """The facts in a file beside its tensors. Raises ValueError, or KeyError, for a file of another format."""
     metadata = metadata or {}
     if metadata.get("format") != str(FORMAT):
         raise ValueError("it has another format")
@@ -85,7 +85,7 @@ def _facts_of(metadata: dict[str, str] | None) -> dict[str, str | int]:
 
 
 def user_path(model_sha256: str) -> Path:
-    """Where the profile that a user measures belongs. Raises NoHome."""
+    """The file for the profile that a user measures. Raises NoHome."""
     return cache_folder() / "profiles" / f"{model_sha256}{SUFFIX}"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvcompose_local.composing.fitting import fit
+from kvcompose_local.composing.fitting import POWER, fit
 from kvcompose_local.engines.patched import PatchedEngine
 from kvcompose_local.evaluation.tasks import Item, make_item
 from kvcompose_local.install.files import own_folder
@@ -21,7 +21,7 @@ from kvcompose_local.profiles import Profile, user_path
 from kvcompose_local.profiling.observing import N_ASKED, TYPICAL_ANSWER, Chatter, observe, observed
 
 #: Kinds of text that differ, the ones that most is known of first.
-TASKS = (
+PROFILED_TASKS = (
     *("needles_8", "source", "qa", "records", "recall", "logs", "vt", "table", "niah_multikey_3", "dialogue"),
     *("niah_multivalue", "german", "niah_single_3", "french", "niah_multiquery", "spanish", "chinese", "listing"),
     *("instructions", "keys"),
@@ -32,6 +32,8 @@ LENGTHS = (1.0, 0.25, 1.0, 0.5)
 FIRST_SEED = 1_000_000
 #: A user's own text, among kinds.
 OWN = "own"
+#: Texts of which other cache types are compared: each type reads them again.
+_N_COMPARED, _N_TYPES = 8, 2
 #: Fewest tokens of a text.
 _SHORTEST = 256
 #: Tokens of the short read that tells how long all will take, read at once, one by one, and watched.
@@ -65,9 +67,9 @@ def plan(
     engine: PatchedEngine,
     model_sha256: str,
     *,
-    n_texts: int = 2 * len(TASKS),
+    n_texts: int = 2 * len(PROFILED_TASKS),
     n_tokens: int = 2048,
-    tasks: Sequence[str] = TASKS,
+    tasks: Sequence[str] = PROFILED_TASKS,
     own_texts: Sequence[str] = (),
 ) -> Measurement:
     """A measurement on ``n_texts`` texts of up to about ``n_tokens`` tokens, ``own_texts`` cut into such first.
@@ -114,7 +116,8 @@ def seconds_left(engine: PatchedEngine, measurement: Measurement) -> float:
     engine.clear()
     a_question = TYPICAL_ANSWER * (decoded - read) / _TIMED_DECODE + 2 * (watched - decoded)
     a_token = (read - started) / len(tokens)
-    return sum(len(text) * a_token + N_ASKED * a_question for text in texts)
+    again = _N_TYPES * len(measurement.items[:_N_COMPARED]) / len(measurement.items)
+    return sum(len(text) * a_token * (1 + again) + N_ASKED * a_question for text in texts)
 
 
 def watch(
@@ -130,13 +133,12 @@ def watch(
     by their names, which are compared with it; progress gets (done, in all, of what).
     """
     own_folder(measurement.files[0].parent)
-    chatter = Chatter(engine, beside or {})
     total = len(measurement.files)
     for number, (item, file) in enumerate(zip(measurement.items, measurement.files, strict=True)):
         progress(number, total, "texts")
         if not file.exists():
             part = file.with_suffix(".part")
-            observe(chatter, item, part)
+            observe(Chatter(engine, (beside or {}) if number < _N_COMPARED else {}), item, part)
             part.replace(file)
     progress(total, total, "texts")
 
@@ -150,7 +152,7 @@ def fitted(
     """The profile of what was seen, of the texts ``without`` one kind where it is named."""
     chosen = [f for item, f in zip(measurement.items, measurement.files, strict=True) if item.task != without]
     texts = [observed(file) for file in chosen]
-    scorer = fit(texts, progress=lambda done, total: progress(done, total, "layers"))
+    scorer = fit(texts, power=POWER, progress=lambda done, total: progress(done, total, "layers"))
     costs = {name: float(np.mean([t.kl[name] for t in texts if name in t.kl])) for t in texts for name in t.kl}
     return Profile(
         model=measurement.model,

@@ -22,10 +22,10 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from kvcompose_local.composing.attention import AttentionMax
-from kvcompose_local.composing.fitting import Observed
+from kvcompose_local.composing.fitting import POWER, Observed
 from kvcompose_local.composing.policy import LEAST_TAIL
 from kvcompose_local.engines.patched import PatchedEngine
-from kvcompose_local.evaluation.harness import kl_divergence, log_softmax
+from kvcompose_local.evaluation.harness import around_a_message, kl_divergence, log_softmax
 from kvcompose_local.evaluation.tasks import Item
 from kvcompose_local.interfaces import FloatArray, Lazy
 
@@ -39,8 +39,6 @@ _SENTENCE = range(60, 400)
 _GIVEN = 1 / 3
 _MAKE_UP = "Ask one short question that only this text answers. Write the question alone."
 _SUMMARIZE = "Summarize the text in a few sentences."
-#: What stands in place of a chat's message.
-_GAP = "\x00"
 
 
 @dataclass(frozen=True)
@@ -53,9 +51,7 @@ class Chatter:
     @cached_property
     def around(self) -> tuple[str, str]:
         """The chat template's text before a message and after it."""
-        rendered = self.engine.model.render_chat([{"role": "user", "content": _GAP}], add_generation_prompt=True)
-        head, _, tail = rendered.partition(_GAP)
-        return head, tail
+        return around_a_message(self.engine.model)
 
 
 @dataclass(frozen=True)
@@ -117,7 +113,7 @@ def observed(file: Path) -> Seen:
             return np.asarray(tensors.get_tensor(f"{name}.{i}"))
 
     def looked(i: int) -> FloatArray:
-        return np.tensordot(np.array(facts["weights"], np.float32), of_layer("seen", i).astype(np.float32), 1)
+        return np.tensordot(np.array(facts["weights"], np.float32), of_layer("seen", i).astype(np.float32) ** POWER, 1)
 
     keys, values = (Lazy(n_layers, partial(of_layer, name)) for name in ("keys", "values"))
     return Seen(keys, values, Lazy(n_layers, looked), facts["n_tokens"], facts["kl"])

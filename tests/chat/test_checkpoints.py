@@ -61,6 +61,15 @@ def test_old_ones_thin_out_and_the_last_turn_keeps_both() -> None:
     assert kept.positions[-1] == 10_000
 
 
+def test_large_ones_are_the_last_turn_alone() -> None:
+    engine, memory = memory_of(2000)
+    engine.state_bytes = MOST_BYTES
+    for _ in range(10):
+        memory.feed(range(10))
+        memory.mark()
+    assert memory.checkpoints.positions == [90, 100]
+
+
 def test_a_session_keeps_what_is_small() -> None:
     small = Checkpoints([checkpoint(10), checkpoint(20), checkpoint(30)])
     assert [kept.position for kept in small.of_last_turn(100)] == [20, 30]
