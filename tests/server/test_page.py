@@ -25,6 +25,7 @@ ANSWER = (
 )  # fmt: skip
 CONTRAST = Path(__file__).with_name("contrast.js")
 SAYS = "A ring buffer keeps the last items."
+THOUGHTS = ("<think>", "They want", " *brevity*.", "</think>", "\n\nYes", ", in short.")
 #: What a page must show and never obey: each would set window.hacked, fetch something or change the page.
 HOSTILE = (
     "<script>window", ".hacked = 1</script>",
@@ -47,8 +48,9 @@ def address(tmp_path_factory: pytest.TempPathFactory, real_model: Callable[[str]
     folder = tmp_path_factory.mktemp("page")
     plain = write_scripted_model(folder / "plain.gguf", ANSWER)
     hostile = write_scripted_model(folder / "hostile.gguf", HOSTILE)
+    thinker = write_scripted_model(folder / "thinker.gguf", THOUGHTS)
     real_model("smollm2-135m")
-    models = (plain, hostile, "smollm2-135m")
+    models = (plain, hostile, thinker, "smollm2-135m")
     with served(*models, "--ctx", 2048, "--temp", 0, state=folder / "state") as found:
         yield found
 
@@ -226,6 +228,21 @@ def test_a_hostile_answer_is_text(tab: Tab) -> None:
     assert tab.page.evaluate("window.hacked") is None
     title = tab.page.get_by_role("navigation", name="Chats").get_by_role("listitem")
     expect(title).to_contain_text("<img src=x onerror='window.hacked = 9'>")
+
+
+def test_thoughts_are_folded(tab: Tab) -> None:
+    tab.takes_model("thinker")
+    tab.ask("Well?")
+    answer = tab.answers.last
+    expect(answer.locator(".markdown").last).to_have_text("Yes, in short.")
+    thoughts = answer.get_by_text("They want brevity.")
+    expect(thoughts).not_to_be_visible()
+    answer.locator("summary").click()
+    expect(thoughts).to_be_visible()
+    expect(answer.locator("em")).to_have_text("brevity")
+    with tab.page.expect_request("**/v1/chat/completions") as asked:
+        tab.ask("And?")
+    assert asked.value.post_data_json["messages"][1]["reasoning_content"].strip() == "They want *brevity*."
 
 
 def test_the_policy_forbids_what_the_page_does_not_need(context: api.BrowserContext, address: str) -> None:
