@@ -1,4 +1,4 @@
-"""What the command and ``python -m kvcompose_local`` start."""
+"""The entry point of the command and of ``python -m kvcompose_local``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def main() -> None:
-    """The command line, of which importing alone takes a tenth of a second: Ctrl-C ends that in one line, too."""
+    """Start the command line. Importing it takes a tenth of a second, during which Ctrl-C ends in one line, too."""
     open_what_is_closed()
     try:
         from kvcompose_local.commands import cli
@@ -18,7 +18,7 @@ def main() -> None:
 
 
 def open_what_is_closed() -> None:
-    """Give closed standard streams the null device: what is opened next would get their number, and native errors."""
+    """Give closed standard streams the null device: otherwise the next file gets their number, and native errors."""
     for number in range(3):
         try:
             os.fstat(number)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +29,7 @@ from kvcompose_local.engines import open_engine
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.install import models
-from kvcompose_local.install.model_files import check_gguf, model_digest, size_of
+from kvcompose_local.install.model_files import check_gguf
 from kvcompose_local.interfaces import CacheLayout, Progress
 from kvcompose_local.llama_ffi.library import layers_to_offload
 from kvcompose_local.llama_ffi.model import Model
@@ -37,7 +37,7 @@ from kvcompose_local.llama_ffi.rpc import add_workers
 
 
 def template_of(wanted: str, names: Sequence[str]) -> str:
-    """What ``--template`` names: one of the names there are, or the text of a file. Raises InvalidInput."""
+    """The template that ``--template`` asks for: one of ``names``, or the text of a file. Raises InvalidInput."""
     if wanted in names:
         return wanted
     try:
@@ -66,8 +66,8 @@ def memory_of(engine: LlamaEngine, n_ctx: int, *, scoring: str = SCORINGS[0], **
     """The memory of an engine's model, scored by its profile where it has one; options: of :class:`CacheMemory`."""
     if scoring != SCORINGS[0] or not options.get("compose", True):
         return CacheMemory(engine, n_ctx, replay=True, **options)
-    path = engine.model.path
-    return CacheMemory(engine, n_ctx, scorer=profiles.scorer_of(size_of(path), lambda: model_digest(path)), **options)
+    profile = profiles.of_file(engine.model.path)
+    return CacheMemory(engine, n_ctx, scorer=profile.scorer if profile else None, **options)
 
 
 class LocalChat:
@@ -75,14 +75,14 @@ class LocalChat:
 
     model: a GGUF file or a name of ``models.txt``, which is fetched, None for the small default; options: see
     :class:`ChatOptions`, whose fields may be given by name instead, as in ``LocalChat(model, budget=0.25)``.
-    on_compaction is told of each compaction, on_rebuild how many tokens are read again because a turn was taken back,
-    on_note what a user should know of the chat template, in lines;
-    on_loading, on_reading and on_compacting get (done, in all), and may raise KeyboardInterrupt; should_stop is asked
-    between tokens, and where it stops something, ``chat.turns[-1].stopped`` says so; load: a :class:`Loading` of the
-    same model, begun earlier.
+    on_compaction gets a report of each compaction; on_rebuild gets the number of tokens that are read again because a
+    turn was taken back; on_note gets lines that a user should know about the chat template; on_loading, on_reading and
+    on_compacting get (done, in all), and may raise KeyboardInterrupt; should_stop is asked between tokens, and
+    ``chat.turns[-1].stopped`` says where it stopped something; load: a :class:`Loading` of the same model, begun
+    earlier.
 
-    A KeyboardInterrupt in the middle of reading or answering loses nothing: what was read and said stays, what is
-    unread is read before the next message.
+    A KeyboardInterrupt in the middle of reading or answering loses nothing: text that was read or said stays, and
+    unread text is read before the next message.
 
     Raises ModelError and InvalidInput, each with one line that says what to do.
     """
@@ -170,6 +170,16 @@ class LocalChat:
             model.use_template(template_of(template, model.template_names()))
         model.check_template()
 
+    @contextmanager
+    def at_temperature(self, temperature: float) -> Iterator[None]:
+        """Draw at another temperature in this block. Whatever the seed is, no random number is drawn twice."""
+        sampling = replace(self.options.sampling, seed=None)
+        self._engine.set_sampling(replace(sampling, temperature=temperature))
+        try:
+            yield
+        finally:
+            self._engine.set_sampling(sampling)
+
     def read(self, text: str) -> TurnStats:
         """Read a document now: the next question is about it. Raises ContextFull where the positions run out."""
         stats = self.chat.read(text)
@@ -189,7 +199,7 @@ class LocalChat:
         self._raise_interrupt()
 
     def _raise_interrupt(self) -> None:
-        """The chat has put itself in order after a Ctrl-C; a script that knows nothing of it must not go on."""
+        """Raise the Ctrl-C that the chat has caught to put itself in order: a script must not go on after it."""
         if self.chat.turns[-1].stopped == "interrupt" and not self.chat.should_stop():
             raise KeyboardInterrupt
 

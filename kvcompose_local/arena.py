@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ BLOCK = 32
 
 
 class ValueType(NamedTuple):
-    """What a number of K or V is stored as: ggml's number of the type, and bytes, a block's scales included."""
+    """A type that numbers of K or V are stored in: ggml's number of it, and bytes of a number, scales included."""
 
     ggml_type: int
     n_bytes: Fraction
@@ -34,13 +35,16 @@ VALUE_TYPES = {
     "q4_1": ValueType(3, Fraction(20, BLOCK)),
     "q4_0": ValueType(2, Fraction(18, BLOCK)),
 }
-#: How cells are stored under a budget: two and a half times as many fit, which is worth far more than what rounding
+#: The default type of cells under a budget: two and a half times as many fit, which is worth far more than the rounding
 #: costs (docs/results.md). Keys need 8 bits, values 4.
 QUANTIZED = "q8_0/q4_0"
-#: The same where a GPU, whose flash attention mostly wants K and V of one type, may take part.
-QUANTIZED_GPU = "q8_0"
+#: The same where K and V must be of one type: MLA, and the flash attention of most GPUs.
+QUANTIZED_ALIKE = "q8_0"
 #: How cells may be stored; ``K/V`` where the two differ.
 CACHE_TYPES = (*VALUE_TYPES, QUANTIZED)
+#: A quantized type that costs a model more, in nats a token from F16, is not its default: a quarter of its F16 cells
+#: cost less (docs/results.md).
+MOST_KL = 0.05
 
 #: llama.cpp pads the cell table, and what attention looks at of it, to this many cells.
 CELL_PADDING = 256
@@ -49,7 +53,7 @@ DEFAULT_CTX = 8192
 #: Bytes beside a cell for each of its KV heads: its score, the position of its token, and, while a compaction runs, its
 #: place in the selection (the last two take 4 each beyond 65,536 positions or cells).
 UPKEEP_BYTES = 2 + 2 + 2
-#: Of the bytes of all cells, what one explicit softmax may take. What it works in is half as much.
+#: The share of the bytes of all cells that one explicit softmax may take. It needs half as much again to work in.
 SOFTMAX_SHARE = Fraction(1, 16)
 #: Bounds of that in bytes.
 SOFTMAX_BYTES = 4 << 20, 32 << 20
@@ -74,16 +78,23 @@ def value_types(cache_type: str) -> tuple[ValueType, ValueType]:
 
 
 def share_of_f16(cache_type: str, k_size: int = 1, v_size: int = 1) -> Fraction:
-    """What a cell takes of the bytes of an F16 one; k_size, v_size: numbers of a key and of a value."""
+    """A cell's share of the bytes of an F16 cell; k_size, v_size: numbers of a key and of a value."""
     k, v = value_types(cache_type)
     return (k.n_bytes * k_size + v.n_bytes * v_size) / (VALUE_TYPES["f16"].n_bytes * (k_size + v_size))
 
 
-def default_cache_type(budget: float, *, whole_blocks: bool, on_gpu: bool, patched: bool) -> str:
-    """How a budget's cells are stored where nobody says; whole_blocks: every key and value fills blocks."""
+def default_cache_type(
+    budget: float, *, whole_blocks: bool, one_type: bool, patched: bool, kl: Mapping[str, float] | None = None
+) -> str:
+    """The type of a budget's cells where nobody chose one.
+
+    whole_blocks: every key and value fills blocks; one_type: K and V are to be of one, for a GPU or since V is in K;
+    kl: what types cost on this model, where its profile tells.
+    """
     if budget == 1 or not whole_blocks or not patched:
         return "f16"
-    return QUANTIZED_GPU if on_gpu else QUANTIZED
+    types = (QUANTIZED_ALIKE,) if one_type else (QUANTIZED, QUANTIZED_ALIKE)
+    return next((kind for kind in types if (kl or {}).get(kind, 0.0) <= MOST_KL), "f16")
 
 
 def cells_bought(n_ctx: int, budget: float, cache_type: str, token: TokenShape) -> int:

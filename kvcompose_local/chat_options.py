@@ -1,4 +1,4 @@
-"""What a chat is opened with: the options of ``run``, of :class:`kvcompose_local.LocalChat` and of a server alike."""
+"""The options of a chat, for ``run``, for :class:`kvcompose_local.LocalChat` and for servers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from kvcompose_local.arena import CACHE_TYPES, cells_for
 from kvcompose_local.errors import InvalidInput
 
-#: What compression goes by: what stands in the cells, or a replay of the text.
+#: What compression goes by: the content of the cells, or a replay of the text.
 SCORINGS = ("cells", "replay")
 
 
@@ -30,7 +30,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """Everything but the model.
+    """Everything that a chat is opened with, except the model.
 
     budget: share in (0, 1] of the bytes that an uncompressed F16 cache of ``n_ctx`` tokens takes; n_ctx: positions the
     chat may span (default 8192, or what the model was trained for); n_threads: default one a fast core; gpu_layers:

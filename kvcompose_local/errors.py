@@ -7,7 +7,7 @@
     ├── ModelError            the GGUF file is missing, damaged or not something we can run
     ├── DownloadError         a model or source archive could not be fetched or verified
     ├── BuildError            llama.cpp could not be built
-    ├── NoHome                there is no folder for what the program keeps (also an OSError)
+    ├── NoHome                the user has no home folder to keep files in (also an OSError)
     ├── SessionError          a saved chat could not be written, read or verified
     └── EngineError           llama.cpp refused or failed; names the call
         ├── ContextFull       the tokens do not fit, and compaction cannot make room
@@ -43,7 +43,7 @@ class BuildError(KVComposeError):
 
 
 class NoHome(KVComposeError, OSError):
-    """This user has no home folder; what is kept for later only (also an OSError) is not kept then."""
+    """This user has no home folder. An OSError, too: where files are a convenience, they are left out."""
 
 
 class SessionError(KVComposeError):

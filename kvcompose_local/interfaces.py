@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -49,8 +49,8 @@ class LayerShape:
 class ModelShape:
     """What the policy and the reports need to know of a loaded model; ``layers`` are the composable ones.
 
-    cache_type: how cells are stored; f16_row_bytes: what one token would take in F16, if that is not what it takes;
-    rope_factors: ``short`` or ``long``, which set of RoPE factors keys are turned by, where the model has both.
+    cache_type: how cells are stored; f16_row_bytes: bytes of one token in F16, None where cells are F16 already;
+    rope_factors: ``short`` or ``long``, the set of RoPE factors that turned the keys, where the model has both.
     """
 
     name: str
@@ -77,7 +77,7 @@ class ModelShape:
 class CacheLayout:
     """What stands in the cache now.
 
-    composed: K_l of each layer; n_live: live cells in use; n_free: live cells still to be had; position: of the next
+    composed: K_l of each layer; n_live: live cells in use; n_free: live cells that are free; position: of the next
     token, which is also the number of tokens seen.
     """
 
@@ -87,10 +87,13 @@ class CacheLayout:
     position: int
 
 
-class Lazy(Sequence[Any]):
-    """Arrays that are made each time they are looked at, so that a whole cache need not be in memory twice."""
+T = TypeVar("T")
 
-    def __init__(self, n: int, make: Callable[[int], Any]) -> None:
+
+class Lazy(Sequence[T]):
+    """A sequence of arrays that are made when they are looked at, so that a cache is never in memory twice."""
+
+    def __init__(self, n: int, make: Callable[[int], T]) -> None:
         self._n, self._make = n, make
 
     def __len__(self) -> int:
@@ -119,10 +122,10 @@ class CacheSnapshot:
 
 
 def even_parts(n: int, largest: int, rows: int = 1) -> list[tuple[int, int]]:
-    """(start, stop) of as few parts of ``n`` tokens as there can be, all nearly as long.
+    """Cut ``n`` tokens into as few parts as ``largest`` allows, nearly equal in length: their (start, stop).
 
-    llama.cpp reads all weights for each part, which the tokens of a short one have to pay for. All but the last are
-    multiples of ``rows``, where ``largest`` allows that.
+    llama.cpp reads all weights for each part, so short parts cost most a token. Every part except the last is a
+    multiple of ``rows``, where ``largest`` allows that.
     """
     rows = rows if largest >= rows else 1
     n_rows, n_parts = -(-n // rows), -(-n // (largest // rows * rows))
@@ -153,8 +156,8 @@ class Engine(Protocol):
     cannot_snapshot: str
     #: Whether there are :meth:`live_rows`.
     reads_rows: bool
-    #: How many tokens behind the furthest one that was decoded there may be where ``drop_tail`` ends without a
-    #: checkpoint: less than all where a part of the cache moves on and does not come back by itself.
+    #: How far ``drop_tail`` may go back without a checkpoint, in tokens from the furthest one that was decoded. Where a
+    #: part of the cache moves on and does not come back by itself, this is less than all.
     max_drop: int
 
     @property
@@ -174,7 +177,7 @@ class Engine(Protocol):
     def decode(self, tokens: Sequence[int], progress: Progress | None = None, *, logits: bool = True) -> None:
         """Append tokens as live cells. Raises ContextFull, with nothing changed, when they exceed ``n_free``.
 
-        Without ``logits`` none are to be had of the last token, which is faster.
+        Without ``logits`` the last token gets none, which is faster.
         """
         ...
 
@@ -191,7 +194,7 @@ class Engine(Protocol):
         ...
 
     def live_rows(self, n: int) -> Sequence[tuple[FloatArray, FloatArray]]:
-        """Of each layer keys and values of the first ``n`` live cells: float32 (H, n, D) each, read when looked at.
+        """Keys and values of each layer's first ``n`` live cells: float32 (H, n, D) each, read when looked at.
 
         They are as the model made them, before a position or a quantized type turned them.
         """
@@ -204,7 +207,7 @@ class Engine(Protocol):
         n_forgotten: int = 0,
         checkpoint: ByteArray | None = None,
     ) -> None:
-        """Replace all cells but the newest ``n_tail`` live ones by composed cells.
+        """Put composed cells in the place of all cells except the newest ``n_tail`` live ones.
 
         selection: for each composable layer int (H, K_l): head ``h`` of the layer's new composed cell ``r`` is head
         ``h`` of old row ``selection[l][h, r]``. n_forgotten: without a tail, how many positions to go back by, with a
@@ -222,11 +225,11 @@ class Engine(Protocol):
         ...
 
     def view(self) -> CacheSnapshot:
-        """As a snapshot, but a layer may be read only when it is looked at: good until anything changes."""
+        """A snapshot whose layers are read when they are looked at: it is valid until anything changes."""
         ...
 
     def restore(self, snapshot: CacheSnapshot) -> None:
-        """Replace all cells by those of a snapshot; the logits are gone.
+        """Put the cells of a snapshot in the place of all cells; the logits are gone.
 
         Raises InvalidInput, before anything is changed, where it belongs to another model or cache type, and
         ContextFull where it does not fit.

@@ -68,10 +68,10 @@ class Interrupts:
 
     @contextlib.contextmanager
     def leaving_in_order(self) -> Iterator[None]:
-        """In this block a closed window or ``kill`` sets ``leaving`` and is a Ctrl-C: the chat can still be saved.
+        """In this block a closed window or ``kill`` sets ``leaving`` and counts as Ctrl-C: the chat can still be saved.
 
-        Neither they nor Ctrl-C raise but in a block of ``waiting``, so that who is about to wait sees it and nothing is
-        cut in two; elsewhere a Ctrl-C comes when what it would stop is over, unless it is ``caught``.
+        Signals and Ctrl-C raise KeyboardInterrupt in a block of ``waiting`` alone, where nothing is cut in two.
+        Elsewhere they set a flag, and a Ctrl-C that nobody ``caught`` comes when the work that it would stop is over.
         """
 
         def on_signal(number: int, _frame: FrameType | None) -> None:
@@ -99,7 +99,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """In this block nothing looks at ``leaving``, so KeyboardInterrupt tells of it, also where it is set before."""
+        """In this block KeyboardInterrupt tells of ``leaving``, even where it was set before: nothing looks at it."""
         try:
             self._waiting = True
             if self.leaving:

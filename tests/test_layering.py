@@ -1,4 +1,7 @@
-"""The data flow stands in the tree: a folder imports folders above it in ROOMS, and no module imports in a circle."""
+"""The data flow stands in the tree: a folder imports folders above it in ROOMS, and no module imports in a circle.
+
+Nothing is too long, and tests know each other by :mod:`helpers` alone.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,10 @@ PACKAGE = Path(__file__).parent.parent / "kvcompose_local"
 #: From what knows nothing to what knows everything.
 ROOMS = (
     "errors arena chat_options interfaces interrupts install composing scores budgets selection profiles chat "
-    "llama_ffi engines evaluation profiling bench api __init__ server terminal commands __main__"
+    "llama_ffi engines architectures evaluation profiling bench api __init__ server terminal commands __main__"
 ).split()
+#: Beyond these, a module or a function is two things.
+MOST_LINES, MOST_LINES_OF_A_FUNCTION = 500, 80
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
@@ -66,3 +71,33 @@ def test_what_stands_above_llama_ffi_loads_without_llama_cpp() -> None:
         + "loaded = {m.split('.')[0] for m in sys.modules}\nassert not loaded & {'llama_cpp'}, loaded"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_module_and_no_function_is_too_long(name: str) -> None:
+    source = MODULES[name].read_text()
+    assert source.count("\n") <= MOST_LINES
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < MOST_LINES_OF_A_FUNCTION, node.name
+
+
+TESTS = sorted(Path(__file__).parent.rglob("*.py"))
+#: Drives the native cells below the engine, which then must be told of it.
+BELOW_THE_ENGINE = {"test_hybrids.py"}
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
+def test_no_test_imports_another(path: Path) -> None:
+    assert not [name for name in imported_by(path) if name.split(".")[0].startswith("test_")]
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
+def test_no_test_writes_a_private_field(path: Path) -> None:
+    written = [
+        node.attr
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and node.attr.startswith("_")
+        if not (isinstance(node.value, ast.Name) and node.value.id == "self")
+    ]
+    assert not written or path.name in BELOW_THE_ENGINE

@@ -1,1 +1,1 @@
-"""How fast: decode, prefill and compaction against the uncompressed cache (``kvcompose-local bench``)."""
+"""The speed of decode, prefill and compaction against the uncompressed cache (``kvcompose-local bench``)."""

@@ -1,7 +1,7 @@
-"""How fast, against the uncompressed cache and against llama.cpp without the patches, in one run.
+"""Measures speed against the uncompressed cache and against llama.cpp without the patches, in one run.
 
-Every mode has its own context, all hold the same text, and they take turns: these figures are ratios of medians of
-interleaved rounds, since a laptop's clock wanders more between two runs than most changes are worth.
+Every mode has its own context, all contexts hold the same text, and modes take turns. Figures are ratios of medians of
+interleaved rounds: a laptop's clock changes more between two runs than most changes of code matter.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,7 +32,6 @@ from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.engines.patched import PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import EngineError, InvalidInput, KVComposeError
-from kvcompose_local.install.model_files import model_digest, size_of
 from kvcompose_local.install.pin import library_dir
 from kvcompose_local.install.threads import default_threads
 from kvcompose_local.interfaces import CacheSnapshot, LayerShape, Sampling
@@ -41,7 +40,7 @@ from kvcompose_local.llama_ffi.model import Model
 
 UNPATCHED = "unpatched llama.cpp"
 TWIN = "the same, patched"
-FULL = "uncompressed"
+UNCOMPRESSED = "uncompressed"
 _WARM_UP = 3
 #: Tokens of a question, as many as a line that a user types has.
 _QUESTION = 30
@@ -52,8 +51,8 @@ _ANSWER_CELLS = 256
 class Mode:
     """One way to read and decode: its cache, its compute buffers, what reading took, and what each round measured.
 
-    Seconds are wall time over the whole text, those of all its compactions included; rates are tokens a second;
-    question_seconds go from a question to the first token of its answer.
+    Seconds are wall time over the whole text, compactions included; rates are tokens a second; question_seconds go from
+    a question to the first token of its answer.
     """
 
     name: str
@@ -85,7 +84,7 @@ class LengthResult:
     """Everything measured at one context length.
 
     rewrite_seconds: of one rewrite of the whole uncompressed cache that keeps a quarter; multiply_adds,
-    question_multiply_adds: that reading takes at least, and a question.
+    question_multiply_adds: the fewest that reading the text and reading a question take.
     """
 
     n_tokens: int
@@ -145,18 +144,19 @@ def time_round(engine: LlamaEngine, n: int) -> tuple[float, float]:
     is left as it was.
     """
     token, n = 1, min(n, engine.layout().n_free - _WARM_UP)
+    before = engine.checkpoint()
     for i in range(_WARM_UP + n):
         if i == _WARM_UP:
             started = time.perf_counter()
         engine.decode([token])
         token = engine.sample()
     rate = n / (time.perf_counter() - started)
-    engine.drop_tail(_WARM_UP + n)
+    engine.drop_tail(_WARM_UP + n, before)
     started = time.perf_counter()
     engine.decode([token] * _QUESTION)
     engine.sample()
     seconds = time.perf_counter() - started
-    engine.drop_tail(_QUESTION)
+    engine.drop_tail(_QUESTION, before)
     return rate, seconds
 
 
@@ -192,7 +192,7 @@ class Worker:
 
     def time_round(self, n: int) -> tuple[float, float]:
         """:func:`time_round` over there."""
-        with suppress(BrokenPipeError):  # the missing answer tells it better
+        with suppress(BrokenPipeError):  # the missing answer gives the clearer error
             self._to.write(f"{n}\n")
             self._to.flush()
         rate, seconds = map(float, self._line().split())
@@ -274,9 +274,12 @@ def measure(
     with ExitStack() as stack:
         model = Model(path)
         stack.callback(model.close)
+        profile = profiles.of_file(path)
         if cache_type is None:
-            whole_blocks = has_whole_blocks(model)
-            cache_type = default_cache_type(0.5, whole_blocks=whole_blocks, on_gpu=False, patched=True)
+            whole_blocks, kl = has_whole_blocks(model), profile.kl if profile else None
+            cache_type = default_cache_type(
+                0.5, whole_blocks=whole_blocks, one_type=model.one_type, patched=True, kl=kl
+            )
         token = token_of(model)
         cells = {f"budget {budget:g}": cells_for(n_tokens, budget, cache_type, token) for budget in budgets}
         tokens = text_tokens(model, sentences, n_tokens)
@@ -292,12 +295,12 @@ def measure(
             modes.append(Mode(name, n_tokens * engine.shape.row_bytes, engine.compute_bytes, seconds))
             return engine
 
-        full = read_whole(FULL, "f16")
+        full = read_whole(UNCOMPRESSED, "f16")
         if cache_type != "f16":
-            read_whole(f"{FULL}, {cache_type}", cache_type)
+            read_whole(f"{UNCOMPRESSED}, {cache_type}", cache_type)
         whole = full.snapshot()
         rewrite_seconds = _rewrite_seconds(full, whole)
-        scorer = profiles.scorer_of(size_of(path), lambda: model_digest(path))
+        scorer = profile.scorer if profile else None
         for name, n in cells.items():
             engines[name] = small = stack.enter_context(
                 _patched(model, n, threads, SMALL_MICRO_BATCH, cache_type, n_positions=n_cells)
@@ -312,18 +315,7 @@ def measure(
                 stack.callback(worker.close)
                 engines[name] = worker
                 modes.append(Mode(name, n_tokens * full.shape.row_bytes))
-
-        decoding = [mode for mode in modes if mode.name in engines]
-        for number in range(rounds + 1):
-            for place, mode in enumerate(decoding):
-                progress("decoding:", number * len(decoding) + place, (rounds + 1) * len(decoding))
-                engine = engines[mode.name]
-                rate, seconds = (
-                    engine.time_round(n_decode) if isinstance(engine, Worker) else time_round(engine, n_decode)
-                )
-                if number:  # the first round warms up
-                    mode.rates.append(rate)
-                    mode.question_seconds.append(seconds)
+        _decode_in_turns([mode for mode in modes if mode.name in engines], engines, rounds, n_decode, progress)
         n_block_weights = block_weights(path)
         return LengthResult(
             n_tokens,
@@ -333,6 +325,24 @@ def measure(
             rewrite_seconds,
             psutil.Process().memory_info().rss,
         )
+
+
+def _decode_in_turns(
+    modes: Sequence[Mode],
+    engines: Mapping[str, LlamaEngine | Worker],
+    rounds: int,
+    n_decode: int,
+    progress: Callable[[str, int, int], None],
+) -> None:
+    """Let the modes take turns, since a machine is not equally fast at all times; the first round warms up."""
+    for number in range(rounds + 1):
+        for place, mode in enumerate(modes):
+            progress("decoding:", number * len(modes) + place, (rounds + 1) * len(modes))
+            engine = engines[mode.name]
+            timed = engine.time_round(n_decode) if isinstance(engine, Worker) else time_round(engine, n_decode)
+            if number:
+                mode.rates.append(timed[0])
+                mode.question_seconds.append(timed[1])
 
 
 def _read_as_a_chat(
@@ -383,9 +393,9 @@ def _mib(n_bytes: int | None) -> str:
 def tables(results: Sequence[LengthResult], model_bytes: int, bandwidth: float, matmul: float) -> str:
     """The results as Markdown, with the floor of what is measured and the share of that floor which is reached.
 
-    Buffers are what graphs are computed in, at their largest so far. The floor of decoding is to read the weights and
-    the cache once a token; that of reading its multiply-adds, attention to the uncompressed cache among them; that of
-    a question the larger of both, without attention; that of a rewrite to read and write the quarter that it keeps.
+    Buffers hold what graphs compute, at their largest so far. Floors: decoding reads the weights and the
+    cache once a token; reading computes its multiply-adds, attention to the uncompressed cache included; a question
+    takes the longer of both, without attention; a rewrite reads and writes the quarter that it keeps.
     """
     lines = [
         "| tokens | mode | decode tokens/s (min–max) | × uncompressed | cache MiB | buffers MiB | floor tokens/s "
@@ -393,7 +403,7 @@ def tables(results: Sequence[LengthResult], model_bytes: int, bandwidth: float, 
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
-        full = result.mode(FULL)
+        full = result.mode(UNCOMPRESSED)
         for mode in filter(lambda mode: mode.rates, result.modes):
             token_seconds = (model_bytes + mode.kv_bytes) / bandwidth
             question_seconds = max(token_seconds, result.question_multiply_adds / matmul)
@@ -411,7 +421,7 @@ def tables(results: Sequence[LengthResult], model_bytes: int, bandwidth: float, 
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
-        base = result.mode(FULL).read_seconds or 1.0
+        base = result.mode(UNCOMPRESSED).read_seconds or 1.0
         floor = result.multiply_adds / matmul
         lines += [
             f"| {result.n_tokens} | {m.name} | {m.read_seconds:.1f} | {m.read_seconds / base:.2f} "
@@ -427,7 +437,7 @@ def tables(results: Sequence[LengthResult], model_bytes: int, bandwidth: float, 
         "|---|---|---|---|---|",
     ]
     for result in results:
-        floor = 2 * (result.mode(FULL).kv_bytes / 4) / bandwidth
+        floor = 2 * (result.mode(UNCOMPRESSED).kv_bytes / 4) / bandwidth
         lines.append(
             f"| {result.n_tokens} | {1000 * result.rewrite_seconds:.0f} | {1000 * floor:.1f} "
             f"| {floor / result.rewrite_seconds:.0%} | {result.rss_bytes / 2**20:.0f} |"

@@ -1,20 +1,20 @@
-"""Places that a chat can come back to where a part of its cache only moves on: sliding windows, recurrent states.
+"""How a cache goes back, where a part of it may only move on: sliding windows, recurrent states.
 
-Such a part drops no token that it has seen, so that going back needs a copy of what it was. Copies are large, so there
-are few: the newest ones, of the last turn, and of older ones the fewer the older they are.
+Such a part drops no token that it has seen, so going back needs a copy of its earlier state. Copies are large, so there
+are few: the newest ones, which belong to the last turn, and fewer and fewer of the older ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from kvcompose_local.interfaces import ByteArray
+from kvcompose_local.interfaces import ByteArray, Engine
 
-#: Of the newest turn: where it begins, and where its answer does.
+#: The newest turn has two: one where it begins, one where its answer begins.
 LEAST = 2
 MOST = 8
-#: What all of them together may take, unless that is fewer than the least.
+#: Bytes that all checkpoints together may take; the least number of them is kept in any case.
 MOST_BYTES = 64 << 20
 
 
@@ -50,24 +50,23 @@ class Checkpoints:
         """The last one that is at ``position`` or before it."""
         return next((kept for kept in reversed(self._kept) if kept.position <= position), None)
 
-    def add(self, checkpoint: Checkpoint) -> None:
-        """Keep one that is behind all others, and perhaps an older one less."""
+    def add(self, checkpoint: Checkpoint, most: int = MOST) -> None:
+        """Keep one that is behind all others; where there are more than ``most``, an older one goes."""
         self._kept.append(checkpoint)
-        largest = max(kept.state.nbytes for kept in self._kept)
-        while len(self._kept) > most_of(largest):
+        while len(self._kept) > most:
             del self._kept[self._least_missed()]
 
     def _least_missed(self) -> int:
-        """Which one leaves the smallest gap, measured by how far back it is."""
+        """The index of the checkpoint whose loss leaves the smallest gap, in relation to how far back it is."""
         end = self._kept[-1].position
         gaps = []
-        for i, kept in enumerate(self._kept[: len(self._kept) - LEAST]):
+        for i, kept in enumerate(self._kept[:-LEAST]):
             before = self._kept[i - 1].position if i else 0
             gaps.append((self._kept[i + 1].position - before) / max(end - kept.position, 1))
         return gaps.index(min(gaps))
 
     def of_last_turn(self, end: int) -> tuple[Checkpoint, ...]:
-        """The newest ones before ``end``, as far as they are small: what a session keeps."""
+        """The newest checkpoints before ``end`` that fit into :data:`MOST_BYTES`: a session keeps these."""
         newest = [kept for kept in self._kept if kept.position < end][-LEAST:]
         while sum(kept.state.nbytes for kept in newest) > MOST_BYTES:
             newest.pop()
@@ -76,3 +75,78 @@ class Checkpoints:
     def forget(self, position: int) -> None:
         """Drop all that are behind ``position``."""
         self._kept = [kept for kept in self._kept if kept.position <= position]
+
+
+class WayBack(NamedTuple):
+    """How to go back: to which position, with what checkpoint, and whether what stands before it is live there."""
+
+    position: int
+    checkpoint: Checkpoint | None
+    is_live: bool
+
+    @property
+    def state(self) -> ByteArray | None:
+        """What moves on, as it was there."""
+        return None if self.checkpoint is None else self.checkpoint.state
+
+
+class WaysBack:
+    """The ways in which a cache can go back: by its live cells, by composed cells, by ``checkpoints``."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew with an empty cache."""
+        self.checkpoints = Checkpoints()
+        self._furthest = 0  # the highest position that what moves on had to reach
+
+    def restore(self, position: int, checkpoints: Sequence[Checkpoint]) -> None:
+        """Take over checkpoints with cells that were put back; their moving part holds what the next token needs."""
+        self.checkpoints = Checkpoints(checkpoints)
+        self._furthest = position + (self._engine.max_drop if self.moves_on else 0)
+
+    def reach(self, position: int) -> None:
+        """Note that the moving part has reached this position."""
+        self._furthest = max(self._furthest, position)
+
+    @property
+    def moves_on(self) -> bool:
+        """Whether a part of the cache moves on."""
+        return self._engine.state_bytes > 0
+
+    def mark(self) -> None:
+        """Keep a checkpoint of the present position, if coming back to it will need one."""
+        position = self._engine.layout().position
+        if self.moves_on and position > max(self.checkpoints.positions, default=0):
+            most = most_of(self._engine.state_bytes)
+            self.checkpoints.add(Checkpoint(position, self._engine.checkpoint()), most)
+
+    def find(self, position: int, n_tail: int, is_enough: Callable[[int], bool]) -> WayBack | None:
+        """How to go back to ``position``, or to where text is read on to it from; None where all must be read again.
+
+        n_tail: tokens that are read again behind composed cells that were dropped, so that text goes on from whole
+        sentences; is_enough: whether the composed cells before a position suffice. They were chosen in competition with
+        what came after, so they are fewer than reading again would keep: going back by half or more reads again.
+        """
+        layout = self._engine.layout()
+        n_forgotten = layout.position - position
+        if n_forgotten <= layout.n_live and self._furthest - position <= self._engine.max_drop:
+            return WayBack(position, None, True)
+        checkpoint, start = None, position - n_tail
+        if self.moves_on:
+            checkpoint = self.checkpoints.before(position)
+            if checkpoint is None:
+                return None
+            start = checkpoint.position
+            if start >= layout.position - layout.n_live:
+                return WayBack(start, checkpoint, True)
+        worth_it = 2 * position > layout.position and start > 0 and is_enough(start)
+        return WayBack(start, checkpoint, False) if worth_it else None
+
+    def take(self, way: WayBack) -> None:
+        """Note that the cache has gone back."""
+        self.checkpoints.forget(way.position)
+        if way.checkpoint is not None:
+            self._furthest = way.position + self._engine.max_drop

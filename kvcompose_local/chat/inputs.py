@@ -1,6 +1,6 @@
-"""The one reader of texts: files, dropped paths and standard input become text here, or an error that says what to do.
+"""Reads texts: files, dropped paths and standard input become text here, or an error that says what to do.
 
-Nothing but text comes out: without a byte order mark, lines ended by a newline, no NUL.
+The result has no byte order mark and no NUL, and its lines end with a newline.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ _KINDS: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\x93NUMPY", "a NumPy array", ""),
     (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file", ""),
 )
-#: So many of them, the first, may be ASCII throughout; a text may begin with the letters of the others.
+#: The first so many of them may hold ASCII alone; a text may begin with the letters of the others.
 _N_OF_TEXT = 3
 #: What a zip archive is, by a file in it.
 _ZIPPED = (
@@ -87,7 +87,7 @@ _DENSE = ("GB18030", "SHIFT_JIS", "EUC-JP", "EUC-KR", "BIG5", "WINDOWS-1251")
 
 
 def read_all(paths: Sequence[Path]) -> tuple[list[tuple[str, str]], list[str]]:
-    """(name, text) of files (``-``: standard input), and the names of those without any text.
+    """(name, text) of files (``-``: standard input), and the names of files without any text.
 
     All are looked at before the first of them is fed to a model, which takes minutes. Raises InvalidInput, in one line,
     for what cannot be read as text, and where no file holds any.
@@ -144,9 +144,9 @@ def standard_input() -> BinaryIO:
 
 
 def text_of(raw: bytes, path: Path, *, line: int = 0) -> str:
-    """The text that bytes are. Raises InvalidInput, which names ``path`` and what to do, for what is no text.
+    """Decode bytes. Raises InvalidInput, which names ``path`` and what to do, for bytes that are no text.
 
-    line: of standard input that the bytes are, 0: they are all of it.
+    line: the number of the line of standard input that the bytes are, 0 where they are all of it.
     """
     encoding = _encoding_of_bom(raw)
     bom = next((mark for mark, name in _BOMS if name == encoding), b"")
@@ -234,7 +234,7 @@ def _encoding_of_bom(raw: bytes) -> str | None:
 
 
 def _kind_of(raw: bytes) -> tuple[str, str] | None:
-    """What bytes are, and what makes text of them; None where they may be text."""
+    """The kind of file that bytes belong to, and a way to make text of it; None where they may be text."""
     if raw.startswith(b"PK\x03\x04"):
         import zipfile  # late: few files are one
 
@@ -266,7 +266,7 @@ def _command(remedy: str, path: Path) -> str:
 
 
 def _with_nul(raw: bytes, path: Path) -> str:
-    """What to say of bytes that hold a NUL and no mark of what they are."""
+    """The message for bytes that hold a NUL and no signature."""
     if (n := raw.count(b"\0")) <= 1 + len(raw) // 100 and _reads_well(raw.replace(b"\0", b""), "utf-8"):
         remedy = "`tr -d '\\000' < {file} > {out}` leaves them out"
         return _told(path, f"text with {n} NUL bytes, the first at byte {raw.index(0)}", remedy)
@@ -277,7 +277,7 @@ def _with_nul(raw: bytes, path: Path) -> str:
 
 
 def _reads_well(raw: bytes, encoding: str) -> bool:
-    """Whether bytes make characters that texts are made of, nearly all of them letters, marks, signs or white space."""
+    """Whether bytes are letters, marks, signs and white space, nearly throughout, as texts are."""
     try:
         text = raw[: 1 << 16].decode(encoding)
     except UnicodeDecodeError as error:
@@ -290,7 +290,7 @@ def _reads_well(raw: bytes, encoding: str) -> bool:
 
 
 def _conversion(raw: bytes, path: Path) -> str:
-    """What makes UTF-8 of other bytes, as far as they tell what they are."""
+    """A command that makes UTF-8 of other bytes, where they tell their encoding."""
     n_high = sum(byte > 127 for byte in raw[: 1 << 16])
     n_control = sum(byte < 32 and byte not in b"\t\n\r\f\x1b\x08" for byte in raw[: 1 << 16])
     part = raw[: 1 << 16]

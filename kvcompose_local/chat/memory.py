@@ -2,13 +2,13 @@
 
 Tokens are read as live cells until the next ones would not fit. Then one *compaction* runs:
 
-1. every live token, all but the newest few, gets its score: how much attention questions are expected to pay it. A
-   model's scorer (:mod:`composing.scorer`) tells that from the cell's own key, value and place; where there is none, a
-   replay of the text does (:mod:`scoring`). Composed cells have theirs;
-2. all compete for the arena's bytes, less what the live region needs (:mod:`budgets`);
-3. the winners are aligned into composite tokens (:mod:`selection`) and the engine rewrites its cells.
+1. Every live token except the newest few gets a score: the attention that questions are expected to pay it. A model's
+   scorer (:mod:`composing.scorer`) predicts it from the cell's key, value and place; without a scorer, a replay of the
+   text measures it (:mod:`scoring`). Composed cells have their scores already.
+2. All cells compete for the arena's bytes, less the bytes that the live region needs (:mod:`composing.choice`).
+3. The winners are aligned into composite tokens, and the engine rewrites its cells.
 
-Nothing is compressed before it must be, and nothing is changed before step 3.
+Nothing is compressed before the cache is full, and nothing is changed before step 3.
 """
 
 from __future__ import annotations
@@ -16,25 +16,22 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import NamedTuple
+from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
-from kvcompose_local.chat.checkpoints import Checkpoint, Checkpoints
+from kvcompose_local.chat.checkpoints import Checkpoints, WayBack, WaysBack
 from kvcompose_local.chat.report import CompactionReport
 from kvcompose_local.chat.scoring import Learned, Replayed, Scored, Scoring
+from kvcompose_local.chat.spans import n_within, within
+from kvcompose_local.chat.state import MemoryState
 from kvcompose_local.composing.cell_scores import CellScores
 from kvcompose_local.composing.choice import choose, competing
 from kvcompose_local.composing.policy import Policy, Room
 from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.errors import ContextFull, InvalidInput, PositionsFull
 from kvcompose_local.interfaces import (
-    ByteArray,
     CacheLayout,
-    CacheSnapshot,
     Engine,
     FloatArray,
     HalfArray,
@@ -43,49 +40,6 @@ from kvcompose_local.interfaces import (
     Selection,
 )
 from kvcompose_local.interrupts import uninterrupted
-
-
-def _in(spans: Sequence[tuple[int, int]], n: int) -> npt.NDArray[np.bool_]:
-    """Which of the first ``n`` positions are in some (start, stop): bool (n,)."""
-    found = np.zeros(n, bool)
-    for start, stop in spans:
-        found[start:stop] = True
-    return found
-
-
-def _n_in(spans: Sequence[tuple[int, int]]) -> int:
-    """How many positions are in some (start, stop)."""
-    return int(_in(spans, max((stop for _, stop in spans), default=0)).sum())
-
-
-@dataclass(frozen=True)
-class MemoryState:
-    """All that a :class:`CacheMemory` knows, to go on from later.
-
-    tokens: all that were seen; scores: float32 (H, K_l), each layer's composed cells', without age; origins: int32
-    (H, K_l), the positions that their tokens stood at; cells: as the engine gave them; pins: the (start, stop) of what
-    is pinned; scorer: what the scores are of, None for a replay; checkpoints: of the last turn.
-    """
-
-    tokens: tuple[int, ...]
-    scores: Sequence[FloatArray]
-    origins: Sequence[Selection]
-    cells: CacheSnapshot
-    pins: tuple[tuple[int, int], ...] = ()
-    scorer: Scorer | None = None
-    checkpoints: tuple[Checkpoint, ...] = ()
-
-
-class _WayBack(NamedTuple):
-    """How to go back: to which position, with what checkpoint, and whether what stands before it is live there."""
-
-    position: int
-    checkpoint: Checkpoint | None
-    is_live: bool
-
-    @property
-    def state(self) -> ByteArray | None:
-        return None if self.checkpoint is None else self.checkpoint.state
 
 
 class CacheMemory:
@@ -126,8 +80,7 @@ class CacheMemory:
         self.n_asked = 0  # compactions that somebody asked for
         self.tokens: list[int] = []  # all that were seen, in their order
         self.pins: list[tuple[int, int]] = []  # (start, stop) in positions, read or yet to be read
-        self._furthest = 0  # the highest position that what moves on had to reach
-        self.checkpoints = Checkpoints()
+        self._ways = WaysBack(engine)
         self._scores = CellScores(engine.shape.layers)
 
     def _scored_by(self, scorer: Scorer) -> Scored:
@@ -136,7 +89,7 @@ class CacheMemory:
 
     @property
     def policy(self) -> Policy:
-        """How the arena is divided now: what feeds nothing needs no scratch, and compacts half as often instead."""
+        """How the arena is divided now. Scoring that feeds nothing needs no scratch, and compacts half as often."""
         if self.scoring.feeds:
             return self._policy
         return replace(self._policy, n_headroom=max(self._policy.n_headroom, 2 * self._policy.n_scratch), n_scratch=0)
@@ -161,7 +114,7 @@ class CacheMemory:
         return sum(layer.row_bytes * (k + layout.n_live) for layer, k in layers)
 
     def feed(self, tokens: Sequence[int], progress: Progress | None = None) -> None:
-        """Append tokens, compacting whenever the next ones would not fit.
+        """Append tokens; compact whenever the next ones would not fit.
 
         Raises ContextFull before anything is read when the positions run out. An interrupt keeps what was read:
         ``position`` tells how much that is.
@@ -191,7 +144,7 @@ class CacheMemory:
                     if self.position < len(self.tokens):  # a failure left nothing
                         self._forget_cells()
                     self.tokens += piece[: self.position - len(self.tokens)]
-                    self._furthest = max(self._furthest, len(self.tokens))
+                    self._ways.reach(len(self.tokens))
             done += len(piece)
 
     def check_positions(self, position: int, n_more: int) -> None:
@@ -218,7 +171,7 @@ class CacheMemory:
         return layout.n_free >= self.n_ctx - layout.position
 
     def compact(self, keep: float | None = None) -> CompactionReport | None:
-        """Run one compaction now; ``keep`` in (0, 1] bounds the bytes kept by that share of those in use.
+        """Run one compaction now; ``keep`` in (0, 1] is the largest share of the bytes in use to keep.
 
         Returns None when there is nothing to compose. The logits are gone afterwards.
         """
@@ -237,9 +190,9 @@ class CacheMemory:
 
     @contextlib.contextmanager
     def _scratch_made(self) -> Iterator[None]:
-        """Let the newest tokens give their cells where scoring has too few, and read them again afterwards.
+        """Forget the newest tokens where scoring has too few free cells, and read them again afterwards.
 
-        A chat that fits to its end spares no scratch.
+        This happens in chats that fit to their end, since these reserve no scratch.
         """
         before = self.engine.layout()
         n_short = min(self.policy.n_scratch // 2 - before.n_free, before.n_live)
@@ -285,7 +238,7 @@ class CacheMemory:
             return None
         started = time.perf_counter()
         if self.scoring.feeds and self.engine.max_drop:  # a sliding window moves on by that
-            self._furthest = max(self._furthest, before.position + self.policy.n_scratch)
+            self._ways.reach(before.position + self.policy.n_scratch)
         live = self.scoring.scores(self.tokens, n_scored, self.policy.n_scratch, self.on_progress)
         scored = time.perf_counter()
         bytes_before = self._bytes_of(before)
@@ -316,7 +269,7 @@ class CacheMemory:
         live: the scores of the live tokens before the tail, float16 (H, n); at_most: bytes that all cells may take.
         """
         first, room = layout.position - layout.n_live, self.room
-        pinned = _in(self.pins, layout.position)
+        pinned = within(self.pins, layout.position)
 
         def logarithms(layer: int) -> FloatArray:
             scores, origins = self._scores.rows(layer, live[layer], first)
@@ -333,7 +286,7 @@ class CacheMemory:
 
     @contextlib.contextmanager
     def _emptied_on_failure(self, before: CacheLayout) -> Iterator[None]:
-        """Rewrite cells here: what fails half-way leaves nobody's cells, and a Ctrl-C waits."""
+        """Rewrite cells in this block: a failure half-way empties the cache, and a Ctrl-C waits for the end."""
         with uninterrupted():
             try:
                 yield
@@ -345,9 +298,10 @@ class CacheMemory:
     def pin(self, start: int, stop: int) -> bool:
         """Keep the tokens at positions ``start`` to ``stop``, read or yet to be read, in all layers and heads.
 
-        Returns whether that holds from now on: composed tokens cannot be told apart any more, so False says that some
-        are among them, and that it holds once ``rewind(start)`` has made them be read again. Raises ContextFull, with
-        nothing changed, when a compaction could not keep all that is pinned, and InvalidInput where none ever runs.
+        Returns whether the pin holds from now on. Composed tokens cannot be told apart any more: False says that some
+        of the tokens are composed, and that the pin holds once ``rewind(start)`` has them read again. Raises
+        ContextFull, with nothing changed, when a compaction could not keep all pinned tokens, and InvalidInput where
+        none ever runs.
         """
         if not self.compose:
             raise InvalidInput("this chat runs at budget 1: nothing is ever dropped")
@@ -378,7 +332,7 @@ class CacheMemory:
     @property
     def n_pinned(self) -> int:
         """Tokens that are pinned."""
-        return _n_in(self.pins)
+        return n_within(self.pins)
 
     def state(self) -> MemoryState:
         """A copy of everything, for :meth:`restore`."""
@@ -386,7 +340,7 @@ class CacheMemory:
         return replace(view, scores=tuple(view.scores), origins=tuple(view.origins), cells=self.engine.snapshot())
 
     def view(self) -> MemoryState:
-        """The same, but what is large is copied when it is looked at, layer by layer: good until anything changes."""
+        """The same, but each layer is copied when it is looked at: the view is valid until anything changes."""
         scores, origins = self._scores.view()
         return MemoryState(
             tuple(self.tokens),
@@ -405,9 +359,7 @@ class CacheMemory:
         ContextFull where it does not fit. Where only the positions in the cells tell, the cache is empty afterwards.
         """
         cells = state.cells
-        n_vocab = self.engine.shape.n_vocab
-        if len(state.tokens) != cells.position or not all(0 <= token < n_vocab for token in state.tokens):
-            raise InvalidInput("the tokens are not those of these cells")
+        state.check(self.engine.shape.n_vocab, self.n_ctx)
         first_live = cells.position - cells.n_live
         scores = self._scores.restored(state.scores, state.origins, cells.composed, first_live)
         scoring = self.scoring
@@ -415,14 +367,9 @@ class CacheMemory:
             if state.scorer is not None and not self.engine.reads_rows:
                 raise InvalidInput("these cells were scored by the patched engine: `kvcompose-local build` makes it")
             scoring = Replayed(self.engine) if state.scorer is None else self._scored_by(state.scorer)
-        if any(not 0 <= start <= stop <= self.n_ctx for start, stop in state.pins):
-            raise InvalidInput("the pins are not those of these tokens")
-        places = [0, *(checkpoint.position for checkpoint in state.checkpoints), cells.position]
-        if state.checkpoints and any(one >= other for one, other in pairwise(places)):
-            raise InvalidInput("the checkpoints are not those of these tokens")
-        self._check_room(cells, self._policy.n_scratch if scoring.feeds else 0)
         if self.compose:
-            self._check_pinned(_n_in(state.pins))
+            state.check_room(self.engine, self.n_ctx, self._policy.n_scratch if scoring.feeds else 0)
+            self._check_pinned(n_within(state.pins))
         self.engine.restore(cells)
         layout = self.engine.layout()
         if (layout.composed, layout.n_live, layout.position) != (cells.composed, cells.n_live, cells.position):
@@ -430,38 +377,14 @@ class CacheMemory:
             raise InvalidInput("the positions are not those of these cells")
         self.tokens = [*state.tokens]
         self.pins = [*state.pins]
-        self._furthest = cells.position + (self.engine.max_drop if cells.state.size else 0)
+        self._ways.restore(cells.position, state.checkpoints)
         self._scores, self.scoring = scores, scoring
-        self.checkpoints = Checkpoints(state.checkpoints)
-
-    def _check_room(self, cells: CacheSnapshot, n_scratch: int) -> None:
-        """Raises ContextFull unless the cells fit beside enough of the scratch for the next compaction, or of the rest.
-
-        Where every position that is left has a cell, there will be no compaction.
-        """
-        engine = self.engine
-        if cells.position > self.n_ctx:
-            raise ContextFull(f"{cells.position} positions are more than --ctx {self.n_ctx}: raise --ctx")
-        if not self.compose:
-            return
-        n_live = cells.n_live + min(n_scratch // 2, self.n_ctx - cells.position)
-        if not any(cells.composed) and n_live <= engine.cache_bytes // engine.shape.row_bytes:
-            return  # uncompressed, the whole cache is there: nothing is lost to alignment
-        for device, arena_bytes in enumerate(engine.arena_bytes):
-            layers = zip(engine.shape.layers, cells.composed, strict=True)
-            needed = sum(layer.row_bytes * (k + n_live) for layer, k in layers if layer.device == device)
-            if needed > arena_bytes:
-                raise ContextFull(  # no layer has more cells than positions, so a budget of 1 holds them all
-                    f"the cells need {needed / 2**20:.1f} MiB of cache and there are {arena_bytes / 2**20:.1f} MiB: "
-                    "raise --budget"
-                )
 
     def rewind(self, position: int, progress: Progress | None = None) -> bool:
         """Forget the tokens from ``position`` on; the logits are gone.
 
-        Returns whether the cells that are older sufficed. Where they do not, everything is read again from the
-        transcript, which an interrupt may cut short: ``tokens`` is what has been read. Pins stay, for what is read
-        there next.
+        Returns whether the older cells sufficed. Where they do not, everything is read again from the transcript; an
+        interrupt may cut that short, and ``tokens`` tells what has been read. Pins stay: the positions are read again.
         """
         if not 0 <= position <= self.position:
             raise InvalidInput(f"cannot go back to position {position}: {self.position} tokens were seen")
@@ -481,51 +404,34 @@ class CacheMemory:
         return self._way_back(position) is not None
 
     def n_again(self, position: int) -> int:
-        """How many of the first ``position`` tokens going back to there reads again."""
+        """How many of the first ``position`` tokens are read again by going back to there."""
         way = self._way_back(position)
         return position if way is None else position - way.position
 
     def mark(self) -> None:
-        """Let :meth:`rewind` come back to the position of now, where that needs a checkpoint."""
-        position = self.position
-        if self.moves_on and position > max(self.checkpoints.positions, default=0):
-            self.checkpoints.add(Checkpoint(position, self.engine.checkpoint()))
+        """Let :meth:`rewind` come back to the present position, where that needs a checkpoint."""
+        self._ways.mark()
 
     @property
     def moves_on(self) -> bool:
         """Whether a part of the cache moves on: sliding windows, recurrent states."""
-        return self.engine.state_bytes > 0
+        return self._ways.moves_on
 
-    def _is_live(self, position: int) -> bool:
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """What :meth:`mark` kept."""
+        return self._ways.checkpoints
+
+    def _way_back(self, position: int) -> WayBack | None:
         layout = self.engine.layout()
-        # What has moved on by more than that lacks what stood before.
-        return layout.position - position <= layout.n_live and self._furthest - position <= self.engine.max_drop
 
-    def _way_back(self, position: int) -> _WayBack | None:
-        """How to go back to ``position``, or to where text is read on to it from; None where all must be read again.
+        def is_enough(start: int) -> bool:
+            pinned = within(self.pins, layout.position - layout.n_live)[:position]
+            return bool(min(rows.shape[1] for rows in self._scores.before(start)) > pinned.sum())
 
-        Behind composed cells that were dropped, text is read on from whole sentences, so that a tail is made anew, or
-        from a checkpoint. What went before was chosen beside what came after, and is less than reading again would
-        keep: a chat that goes back by half or more of what is composed reads again.
-        """
-        if self._is_live(position):
-            return _WayBack(position, None, True)
-        layout = self.engine.layout()
-        checkpoint, start = None, position - self.policy.n_tail
-        if self.moves_on:
-            checkpoint = self.checkpoints.before(position)
-            if checkpoint is None:
-                return None
-            start = checkpoint.position
-            if start >= layout.position - layout.n_live:
-                return _WayBack(start, checkpoint, True)
-        if 2 * position <= layout.position or start <= 0:
-            return None
-        pinned = _in(self.pins, layout.position - layout.n_live)[:position]
-        enough = min(rows.shape[1] for rows in self._scores.before(start)) > int(pinned.sum())
-        return _WayBack(start, checkpoint, False) if enough else None
+        return self._ways.find(position, self.policy.n_tail, is_enough)
 
-    def _go_back(self, way: _WayBack) -> None:
+    def _go_back(self, way: WayBack) -> None:
         """Forget the tokens from a position on, and composed ones among them where it is not live."""
         before = self.engine.layout()
         n_forgotten = before.position - way.position
@@ -538,9 +444,7 @@ class CacheMemory:
                 self.engine.rewrite(chosen, 0, n_forgotten, way.state)
                 self._scores.keep(chosen, none, 0)
             del self.tokens[way.position :]
-            self.checkpoints.forget(way.position)
-            if way.checkpoint is not None:  # which holds no more than what the next token needs
-                self._furthest = way.position + self.engine.max_drop
+            self._ways.take(way)
 
     def clear(self) -> None:
         """Forget everything."""
@@ -548,10 +452,9 @@ class CacheMemory:
         self.pins = []
 
     def _forget_cells(self) -> None:
-        """Be empty, so that whoever has the transcript reads it again; pins are of positions, and stay."""
+        """Empty the cache, so that the chat reads its transcript again; pins name positions, and stay."""
         with uninterrupted():
             self.engine.clear()
             self.tokens = []
-            self._furthest = 0
+            self._ways.forget()
             self._scores.clear()
-            self.checkpoints = Checkpoints()

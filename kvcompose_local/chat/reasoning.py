@@ -1,4 +1,4 @@
-"""What a model thinks and what it answers, told apart while it speaks.
+"""Tells a model's thinking from its answer, while it speaks.
 
 Models mark their thinking in a dozen ways. A :class:`Format` names the markers of one of them, :func:`format_of` finds
 the format that a chat template speaks, and :class:`Reader` splits the stream of an answer by it. The markers are facts
@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-#: How thinking is shown where the model's own markers are not: tags that scripts know how to cut out.
+#: Tags around thinking in place of the model's own markers; scripts know how to cut them out.
 OPEN, CLOSE = "<think>", "</think>"
-#: Stands in a marker for whatever its header says, such as a recipient or a content type.
+#: A placeholder in markers for what a header says, such as a recipient or a content type.
 _ANYTHING = "*"
 _LONGEST_HEADER = 64
 
@@ -71,7 +71,7 @@ class Format:
         return opened.replace(_ANYTHING, "") + reasoning + closed.replace(_ANYTHING, "") + answer
 
     def of(self, opened: str) -> Format:
-        """This format where only the marker ``opened`` and the one that ends such thinking are used."""
+        """This format reduced to the marker ``opened`` and the marker that ends such thinking."""
         i = self.opens.index(opened)
         return replace(self, opens=(opened,), answers=self.answers[i : i + 1])
 
@@ -95,7 +95,7 @@ def _beginning(marker: str) -> str:
     return first + "".join(f"(?:{part}" for part in rest) + ")?" * len(rest)
 
 
-#: The most particular first. The last is for templates that say nothing of thinking: a model may think all the same.
+#: The most particular first. The last is for templates without any thinking: their models may think all the same.
 FORMATS = (
     Format(
         "harmony",
@@ -161,7 +161,7 @@ def format_of(template: str) -> Format:
 
 
 class Reader:
-    """Splits an answer, as it comes, into thinking and what is said; markers are in neither.
+    """Splits an answer, as it comes, into thinking and speech; markers belong to neither.
 
     ``is_reasoning`` begins true where the prompt has opened the thinking. A marker counts at the beginning of the
     answer, and anywhere once the model has used one. In the middle of an answer that held no thinking it is text,
@@ -179,7 +179,7 @@ class Reader:
         self.has_answered = False  # whether a marker said that the answer begins
 
     def take(self, text: str) -> Iterator[Said]:
-        """What is known of the answer by now that was not known before ``text`` came."""
+        """The pieces that can be told apart now that ``text`` has come."""
         text, place = self._held + text, 0
         while found := self.form.markers.search(text, place):
             place = found.end()
@@ -201,7 +201,7 @@ class Reader:
         yield from self._say(text[:end])
 
     def finish(self) -> Iterator[Said]:
-        """What was held back."""
+        """The pieces that were held back."""
         held, self._held = self._held, ""
         yield from self._say(held)
 

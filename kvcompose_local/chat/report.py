@@ -1,4 +1,4 @@
-"""What one compaction did, in numbers and in a line."""
+"""The report of a compaction, in numbers and in a line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class CompactionReport:
         return self.score_seconds + self.select_seconds + self.rewrite_seconds
 
     def line(self, *earlier: CompactionReport) -> str:
-        """One line for people, which counts in ``earlier`` ones that were not told."""
+        """One line for people; it includes ``earlier`` compactions that nobody was told of."""
         low, high = min(self.composed), max(self.composed)
         cells = f"{low}" if low == high else f"{low}–{high}"
         seconds = sum(report.seconds for report in (*earlier, self))

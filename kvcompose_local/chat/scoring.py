@@ -1,6 +1,6 @@
-"""Where the scores of live cells come from: what stands in them, or a replay of their text.
+"""Scores live cells, by their content or by a replay of their text.
 
-A score is the logarithm of the attention that a token is expected to get, but for its age
+A score is the logarithm of the attention that a token is expected to get, without its age
 (:mod:`kvcompose_local.composing.scorer`).
 """
 
@@ -15,13 +15,13 @@ from kvcompose_local.composing.attention import AttentionMax
 from kvcompose_local.composing.fitting import Observed, fit
 from kvcompose_local.composing.scorer import BOUNDS, DTYPE, Scorer
 from kvcompose_local.errors import ContextFull
-from kvcompose_local.interfaces import Engine, HalfArray, Lazy, Progress, even_parts
+from kvcompose_local.interfaces import Engine, FloatArray, HalfArray, Lazy, Progress, even_parts
 
-#: Attention that any token has; less than any that counts.
+#: The least attention that a token is said to have; no attention that counts is below it.
 _LEAST = 1e-6
 #: Tokens before a replayed chunk that are replayed with it, so that its first ones find their place in the text.
 _N_LEAD_IN = 4
-#: Tokens that a scorer is fitted to at most while somebody waits, and how much it is held back: one text is little.
+#: A scorer is fitted to at most so many tokens while somebody waits, with a ridge, since one text is little evidence.
 _MOST_FITTED, _RIDGE = 2048, 0.01
 #: The first tokens of all, at which most heads look when they look at nothing.
 _N_SINKS = 4
@@ -32,7 +32,7 @@ class Scoring(Protocol):
 
     @property
     def scorer(self) -> Scorer | None:
-        """What tells scores from cells, and how they age; None where a replay does."""
+        """The scorer that predicts scores and ages them; None where a replay measures them."""
         ...
 
     @property
@@ -52,7 +52,7 @@ class Scoring(Protocol):
 
 
 class Scored:
-    """By a scorer, from the cells themselves."""
+    """A scorer predicts the scores from the cells themselves."""
 
     feeds = False
 
@@ -72,8 +72,8 @@ class Scored:
 
 
 class Replayed:
-    """By the most attention that a replay of the text pays, as KVCompose (arXiv 2509.05165) has it, in chunks as KVzip
-    (arXiv 2505.23416) has them.
+    """The score is the most attention that a replay of the text pays, as in KVCompose (arXiv 2509.05165); the text is
+    replayed in chunks, as in KVzip (arXiv 2505.23416).
     """
 
     feeds = True
@@ -107,9 +107,9 @@ class Replayed:
 
 
 class Learned:
-    """By a scorer that a replay of the first live text teaches, where the model has no profile.
+    """A scorer predicts the scores that a replay of the first live text taught: for models without a profile.
 
-    It scores that text, too, so that all scores are of one scale.
+    It scores that text, too, so that all scores have one scale.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -138,7 +138,7 @@ class Learned:
         looked = [np.exp(scores.astype(np.float32)) for scores in replayed]
         rows = self._engine.live_rows(n)
 
-        def of_cells(which: int) -> Lazy:
+        def of_cells(which: int) -> Lazy[FloatArray]:
             return Lazy(len(rows), lambda i: rows[i][which])
 
         return fit([Observed(of_cells(0), of_cells(1), looked, n)], ridge=_RIDGE)

@@ -101,8 +101,8 @@ def write(path: Path, manifest: str, sections: Mapping[str, Section]) -> int:
     digests = {name: hashlib.blake2b(digest_size=_DIGITS // 2) for name in sections}
 
     def header() -> bytes:
-        """As safetensors' README, "Format", has it. It is as long with the true checksums as with others."""
-        # Not the package's writer, which holds all cells in memory and tells a full disk as text only.
+        """The header after safetensors' README, "Format". Its length does not depend on the checksums."""
+        # The package's own writer holds all cells in memory, and tells a full disk as text only.
         table = {
             name: {"version": section.version, "required": section.required, "checksum": digests[name].hexdigest()}
             for name, section in sections.items()
@@ -143,11 +143,11 @@ def _checksum_of(head: bytes) -> str:
 def opened(
     path: Path, known: Mapping[str, int], check: Callable[[str], object] = lambda _manifest: None
 ) -> Iterator[tuple[str, Sections]]:
-    """The manifest and the sections of a file, nothing of which is believed before its checksums were looked at.
+    """The manifest and the sections of a file. Its checksums are checked before anything of it is believed.
 
-    known: the newest version that the caller reads of each section; check: gets the manifest before anything else is
-    looked at, so that a file of another format is told as one. Raises OSError, SessionError for a file that needs a
-    newer program, ValueError, KeyError, TypeError, RecursionError and SafetensorError for one that is damaged or none.
+    known: the newest version that the caller reads of each section; check: gets the manifest first of all, so that a
+    file of another format is reported as such. Raises OSError, SessionError for a file that needs a newer program, and
+    ValueError, KeyError, TypeError, RecursionError or SafetensorError for a file that is damaged or no container.
     """
     # A pipe would keep a plain open waiting.
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:

@@ -1,6 +1,6 @@
-"""Chats as files: all that a chat knows and all its cells, in a container that holds numbers and text and no code.
+"""Chats as files: all that a chat knows and all its cells. They hold numbers and text, and no code.
 
-The container is that of :mod:`kvcompose_local.chat.sections`. For layer ``l`` it holds::
+The container is described in :mod:`kvcompose_local.chat.sections`. For layer ``l`` it holds::
 
     text      json U8 (bytes,): JSON of system prompt, messages, draft, the text that was fed, steps and pins
     tokens    read I32 (position,), pending I32 (n,)
@@ -10,8 +10,8 @@ The container is that of :mod:`kvcompose_local.chat.sections`. For layer ``l`` i
     window    bytes U8 (bytes,): llama.cpp's own cells of sliding-window layers and state of recurrent ones, if any
     checkpoints  positions I32 (n,), state.i U8 (bytes,): what the window was there, for the last turn to be taken back
 
-A file takes its name only when it is whole, and nothing of it is believed, allocated or handed on before its sizes and
-its checksums were looked at.
+A file gets its name when it is whole. Nothing of it is believed, allocated or handed on before its sizes and its
+checksums were checked.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from safetensors import SafetensorError
 from kvcompose_local import __version__
 from kvcompose_local.chat import Chat, ChatState, Place, Step, sections
 from kvcompose_local.chat.checkpoints import LEAST, Checkpoint
-from kvcompose_local.chat.memory import CacheMemory, MemoryState
+from kvcompose_local.chat.memory import CacheMemory
 from kvcompose_local.chat.sections import Section, Sections
+from kvcompose_local.chat.state import MemoryState
 from kvcompose_local.composing.scorer import DTYPE as SCORER_DTYPE
 from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.errors import InvalidInput, KVComposeError, NoHome, SessionError
@@ -49,12 +50,12 @@ FORMAT = 5
 #: The newest version of each section that this program reads, and the one that it writes.
 VERSIONS = {"text": 1, "tokens": 1, "cells": 1, "scores": 1, "scorer": 1, "window": 1, "checkpoints": 1}
 SUFFIX = ".kvc"
-#: The session that the REPL leaves behind when it was given none.
+#: The session that the REPL saves a chat as when it was given none.
 LAST = "last"
-#: Bytes of a file name, almost everywhere.
+#: The most bytes of a file name, almost everywhere.
 _LONGEST_NAME = 255
 _NAME = re.compile(r"[\w-][\w -]*")
-#: Texts of a ChatState, and what is left out where it is empty, as in older files.
+#: Texts of a ChatState, and fields that are left out where they are empty, as in older files.
 _STRINGS = ("draft", "fed")
 _OPTIONAL: dict[str, type] = {"template": str, "began": float, "tools": str}
 
@@ -66,9 +67,9 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Setup:
-    """What a chat runs with, beside what its engine knows: the model's file, ``--cache-type`` and ``--budget``.
+    """What a chat runs with and its engine does not know: the model's file, ``--cache-type`` and ``--budget``.
 
-    files: the model's files as they were when it was loaded; what stands at its path may be another by now, or none.
+    files: the model's open files; by now another model may stand at its path, or none.
     """
 
     model: Path
@@ -100,7 +101,7 @@ class Manifest:
 
     @classmethod
     def parse(cls, text: str) -> Manifest:
-        """Raises SessionError for a manifest of another format, ValueError for what is none."""
+        """Raises SessionError for a manifest of another format, ValueError for any other text."""
         values = json.loads(text)
         if not isinstance(values, dict):
             raise ValueError("it is not an object")
@@ -131,9 +132,9 @@ def sessions_folder() -> Path:
 
 
 def path_of(name: str) -> Path:
-    """The file of a session: a plain name is one of the sessions folder, what has a slash or a suffix is a path.
+    """The file of a session: a plain name belongs to the sessions folder, a name with a slash or a suffix is a path.
 
-    Raises InvalidInput for a name that cannot be one, NoHome for a plain one where there is no such folder.
+    Raises InvalidInput for an impossible name, NoHome for a plain name where there is no such folder.
     """
     path = Path(os.path.expanduser(name))
     if os.sep in name or (os.altsep and os.altsep in name) or path.suffix:
@@ -167,9 +168,9 @@ def names() -> list[str]:
 
 
 def check_writable(path: Path) -> None:
-    """Raises SessionError where a session cannot be written for sure: better told before the chat than after it.
+    """Raises SessionError where a session certainly cannot be written: it is better to know before the chat than after.
 
-    Nor is a file replaced that is something else: ``-o notes.txt`` is soon typed for ``-o notes.kvc``.
+    A file that is no session is not replaced either: ``-o notes.txt`` is soon typed for ``-o notes.kvc``.
     """
     folder = path.resolve().parent
     if path.is_dir():
@@ -248,7 +249,7 @@ def _sections_of(state: ChatState) -> dict[str, Section]:
         "scores": planes(scores=memory.scores, origins=memory.origins),
         "cells": planes(keys=cells.keys, values=cells.values),
     }
-    if (scorer := memory.scorer) is not None and any(cells.composed):  # whatever is fitted later, they go on by this
+    if (scorer := memory.scorer) is not None and any(cells.composed):  # which these cells go on by
         made["scorer"] = planes(weights=scorer.weights, places=scorer.places)
         made["scorer"]["furthest"] = lambda: np.array([scorer.furthest], "<i4")
     if cells.state.size:
@@ -304,7 +305,7 @@ def check_model(manifest: Manifest, setup: Setup, progress: Progress | None = No
 
 
 def load(path: Path, chat: Chat, setup: Setup, progress: Progress | None = None) -> Manifest:
-    """Replace a chat's conversation by that of a file.
+    """Put the conversation of a file in the place of a chat's own.
 
     Raises SessionError, before the chat is touched, where the file is damaged, belongs to another model or cache type
     or does not fit.
@@ -368,9 +369,9 @@ def _opened(path: Path) -> Iterator[tuple[Manifest, Sections]]:
 
 
 def _state_of(manifest: Manifest, parts: Sections, shape: ModelShape) -> ChatState:
-    """The state that the sections hold, of which what is large is read when it is looked at.
+    """The state that the sections hold; cells and scores are read when they are looked at.
 
-    Raises ValueError unless there are just the tensors that belong there.
+    Raises ValueError unless the tensors are exactly the expected ones.
     """
     n_live, position = manifest.n_live, manifest.position
     if len(manifest.composed) != len(shape.layers) or max(manifest.composed) + n_live > position:
@@ -380,7 +381,7 @@ def _state_of(manifest: Manifest, parts: Sections, shape: ModelShape) -> ChatSta
         parts.shape(name, dtype, *sizes)
         return parts.array(name)
 
-    def planes(kind: str) -> Lazy:
+    def planes(kind: str) -> Lazy[Array]:
         return Lazy(len(shape.layers), lambda i: parts.array(f"{kind}.{i}"))
 
     for section, kinds in (("cells", ("keys", "values")), ("scores", ("scores", "origins"))):

@@ -4,7 +4,7 @@ Templates differ in what they take: some refuse a system prompt or put it before
 as a list of parts, some want the thinking of earlier answers and some drop it. :class:`ChatTemplate` finds out by
 rendering small conversations, gives each template what it takes, and renders no prompt that lacks what was said.
 
-llama-cpp-python has a renderer, too, in a module that imports all of its high-level classes; a start need not wait.
+llama-cpp-python has a renderer, too, in a module that imports all of its high-level classes, which delays the start.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from kvcompose_local.errors import ModelError
 
 #: A conversation's message: role, content, and what the model thought before an answer, if anything, as "reasoning".
 Message = dict[str, str]
-#: Renders messages as the template has it, with what begins an answer if that is asked for, at a time, with tools.
+#: Renders messages, with the beginning of an answer where that is wanted, for a date, with tools.
 Renderer = Callable[..., str]
 
 _ANOTHER = "--template NAME|FILE gives another"
@@ -39,29 +39,29 @@ _ANOTHER = "--template NAME|FILE gives another"
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 #: Numbers that a template may multiply, and characters that it may add to what was said.
 _LARGEST_FACTOR, _LARGEST_FRAME = 1 << 16, 4 << 20
-#: Methods of texts that make them as wide as one likes.
+#: Methods of strings whose results can be of any length.
 _WIDENERS = {"center", "expandtabs", "ljust", "rjust", "zfill"}
-#: What rendering may take: templates of models take milliseconds.
+#: Seconds that rendering may take; the templates of models take milliseconds.
 _LONGEST_SECONDS = 4
 _TOOL_NAMES = ("functions", "function_call", "tools", "tool_choice")
-#: What a template is asked to render, to see what it does with it.
+#: Contents of the conversations that a template renders to show what it takes.
 _SYSTEM, _USER, _ANSWER, _THOUGHT, _USER_2, _TOOL, _ARGUMENT = (
     "kvcprobe" + name for name in "system user answer thought again tool argument".split()
 )
-#: A list of parts that a template has printed as it is, in place of its text.
+#: A list of parts that a template printed as a Python list, in place of its text.
 _PRINTED_PART = re.compile(r"""['"]type['"]\s*:\s*['"](?:text|thinking)""")
 
 
 class _TooLong(jinja2.TemplateError):
-    """A template goes round for ever, or nearly."""
+    """A template does not end, or takes nearly for ever."""
 
 
 class _EndlessTemplate(ModelError):
-    """The same, for whoever tries what a template takes: one try is enough."""
+    """The same while a template is being tried: one try is enough."""
 
 
 class _Generation(ext.Extension):
-    """``{% generation %}…{% endgeneration %}`` marks what training looks at; rendered, it is what stands in it."""
+    """``{% generation %}…{% endgeneration %}`` marks the text that is trained on; it is rendered as that text."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja declares it so
 
@@ -71,7 +71,7 @@ class _Generation(ext.Extension):
 
 
 class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
-    """Jinja's own, which bounds ranges, with bounds of what is multiplied: a header's template must not eat memory."""
+    """Jinja's sandbox, which bounds ranges. This one bounds products, too: a template must not take all memory."""
 
     intercepted_binops = frozenset({"*", "**"})
 
@@ -120,7 +120,7 @@ def jinja_renderer(source: str, *, bos: str, eos: str) -> Renderer:
         known["range"] = bounded_range
         failure: Exception | None = None
         nothing: tuple[Any, ...] = (None, [], "")
-        for without in nothing:  # templates ask whether tools "is none"; those that want tools go over them
+        for without in nothing:  # templates ask whether tools "is none", or go over them
             try:
                 with _ended_in_time():
                     names = dict.fromkeys(_TOOL_NAMES, without) | ({"tools": tools} if tools else {})
@@ -139,7 +139,7 @@ def jinja_renderer(source: str, *, bos: str, eos: str) -> Renderer:
 
 @contextmanager
 def _ended_in_time() -> Iterator[None]:
-    """Raises TemplateError where the block takes too long: a template may go round for ever, and hears no Ctrl-C."""
+    """Raises TemplateError where the block takes too long: a template may never end, and notices no Ctrl-C."""
     until = time.monotonic() + _LONGEST_SECONDS
 
     def look(*_: object) -> None:
@@ -213,7 +213,7 @@ class ChatTemplate:
         now: datetime | None = None,
         tools: Sequence[Any] = (),
     ) -> str:
-        """The text of ``messages``, with what begins an answer if that is asked for; now: for templates that tell it.
+        """The text of ``messages``, with the beginning of an answer if wanted; now: the date, for use by templates.
 
         tools: functions that the model may call, as OpenAI's protocol has them.
 
@@ -246,7 +246,9 @@ class ChatTemplate:
     def _takes_several_calls(self) -> bool:
         """Whether the template shows all calls of a message: some refuse more than one, some leave them out."""
         calls = [{"id": f"kvcprobe{i}", "name": _TOOL, "arguments": {"of": f"{_ARGUMENT}{i}"}} for i in (1, 2)]
-        results = [{**_message("tool", _ANSWER), "tool_call_id": call["id"], "name": _TOOL} for call in calls]
+        results: list[Message] = [
+            {**_message("tool", _ANSWER), "tool_call_id": str(call["id"]), "name": _TOOL} for call in calls
+        ]
         calling = {**_message("assistant", ""), "tool_calls": json.dumps(calls)}
         takes = replace(self._takes, tools=self._takes_tools)
         try:
@@ -300,7 +302,7 @@ class ChatTemplate:
             if message["content"] not in renders(takes, *said) and message["content"] in renders(parts, *said):
                 takes = parts
         text, later = renders(takes, system, user), renders(takes, system, user, answer, again)
-        # One that stands before the last message would be another text at each turn, and is read again each time.
+        # A system prompt before the last message would move at each turn, and be read again each time.
         stays = not later or -1 < later.find(_SYSTEM) < later.find(_USER)
         takes = replace(takes, system=_SYSTEM in text and stays)
         thought = answer | {"reasoning": _THOUGHT}
@@ -371,7 +373,7 @@ def _end_of(said: str, text: str, start: int) -> int:
     for begin in (start, 0):
         if (found := text.find(said, begin)) >= 0:
             return found + len(said)
-    # Some escape it, some write it in capitals.
+    # Some templates escape it, some write it in capitals.
     forms = [text, html.unescape(text), text.replace(json.dumps(said, ensure_ascii=False)[1:-1], said)]
     wanted = "".join(said.split()).casefold()
     return start if any(wanted in "".join(form.split()).casefold() for form in forms) else -1

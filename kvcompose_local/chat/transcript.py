@@ -1,9 +1,9 @@
 """The transcript: what was said, and the text and the tokens that stand for it in the cache.
 
 A cache only grows, and templates rewrite the past: they trim answers, drop their thinking, add empty markers. So before
-anything is fed, :meth:`Transcript.follow` compares the text that was fed with what the template says now. Where the two
-agree but for white space and markers, it goes on from what was fed; where they do not, it goes back to the last place
-that both share, and feeds the rest as the template has it now.
+anything is fed, :meth:`Transcript.follow` compares the text that was fed with what the template says now. Differences
+in white space and markers do not count. Where there are no others, the transcript goes on from what was fed; otherwise
+it goes back to the last place that both share, and feeds the rest as the template has it now.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from kvcompose_local.errors import InvalidInput
 #: A message of the conversation: role, content, and as "reasoning" what the model thought before an answer.
 Message = dict[str, str]
 
-#: Stands for what the user has yet to type when a document is read ahead of the question.
+#: A placeholder for what the user has yet to type when a document is read ahead of the question.
 _REST_OF_MESSAGE = "\x00rest of the message\x00"
-#: Stands for the last answer where only what comes after it is wanted.
+#: A placeholder for the last answer where only the text after it is wanted.
 _THE_ANSWER = "\x00the answer\x00"
 #: What may be a marker of the template: the vocabulary tells whether it is.
 _MAYBE_MARKER = r"<[^<>\s]{1,60}>|\[[^\[\]\s]{1,20}\]"
@@ -34,7 +34,7 @@ _LONGEST_MARKER = 64
 
 
 class TextModel(Protocol):
-    """What a chat needs of a model beside its engine (:class:`kvcompose_local.llama_ffi.Model`)."""
+    """The part of a model that a chat needs beside the engine (:class:`kvcompose_local.llama_ffi.model.Model`)."""
 
     @property
     def adds_bos(self) -> bool: ...
@@ -90,9 +90,10 @@ UNPLACED = Place(2**31, 2**31)
 
 @dataclass(frozen=True)
 class Step:
-    """A message with its answer, or a document, and what it takes to take it back.
+    """A message with its answer, or a document, with all that is needed to take it back.
 
-    begin: where it begins; n_messages, draft: those before it; answer: where its answer begins, None for a document.
+    begin: where it begins; n_messages, draft: the messages and the draft before it; answer: where its answer begins,
+    None for a document.
     """
 
     begin: Place
@@ -102,10 +103,10 @@ class Step:
 
 
 class Reread(NamedTuple):
-    """What following the template costs, in tokens.
+    """The cost of following the template, in tokens.
 
-    n_again: what is read again; n_new: what is new; n_shared: what was read and stays, None for all of it; is_kept:
-    whether the template says something else of the past, and the cache cannot go back to it.
+    n_again: tokens that are read again; n_new: tokens that are new; n_shared: tokens that were read and stay, None for
+    all of them; is_kept: whether the template changes the past, and the cache cannot go back to change it.
     """
 
     n_again: int
@@ -115,7 +116,7 @@ class Reread(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a transcript was."""
+    """A transcript as it was at some time."""
 
     system: str | None
     draft: str
@@ -134,9 +135,9 @@ CanRewind = Callable[[int], bool]
 class Transcript:
     """The messages of a conversation, and the text and the tokens that the cache holds of them, or is yet to read.
 
-    fed: every character of prompts and answers; tokens: the same as tokens, but for those of markers that were typed,
-    which are text; draft: the part of the next user message that is fed already; tools: what the model may call, JSON
-    of a list as OpenAI's protocol has it, or empty.
+    fed: every character of prompts and answers; tokens: the same as tokens, where markers that a user typed are
+    tokenized as text; draft: the part of the next user message that is fed already; tools: what the model may call, as
+    JSON of a list in the form of OpenAI's protocol, or empty.
     """
 
     def __init__(self, model: TextModel, system: str | None, began: datetime | None = None) -> None:
@@ -169,7 +170,7 @@ class Transcript:
         return Saved(self.system, self.draft, self.fed, messages, tokens, steps, edges, self.tools)
 
     def put_back(self, before: Saved) -> None:
-        """Be as one was."""
+        """Go back to what was saved."""
         self.system, self.draft, self.fed, self.tools = before.system, before.draft, before.fed, before.tools
         self.messages, self.tokens = [*before.messages], [*before.tokens]
         self.steps, self._edges = [*before.steps], [*before.edges]
@@ -303,7 +304,7 @@ class Transcript:
         return self.end.n_tokens if want.startswith(self.fed) else self._last_shared(want)[0].n_tokens
 
     def _last_alone(self) -> str:
-        """The last message as if it were the first, for templates that do not tell where it begins."""
+        """The last message rendered alone, for templates that hide where it begins."""
         if self.messages and self.messages[-1]["role"] == "user":
             return self.render(self.messages[-1:])
         return self.render([{"role": "user", "content": self.draft + _REST_OF_MESSAGE}]).partition(_REST_OF_MESSAGE)[0]
@@ -324,7 +325,7 @@ class Transcript:
         return edge, _join(self.fed[: edge.n_chars], ours.place(n_before), want, theirs.place(n_before)), False
 
     def _kept(self, text: str, start: int) -> _Kept:
-        """What counts of a text from ``start`` on: all but white space, markers, and thinking that is empty."""
+        """The part of a text from ``start`` on that counts: no white space, no markers, no empty thinking."""
         return _Kept(text, start, self._skipped, self._is_marker)
 
     @property
@@ -337,14 +338,14 @@ class Transcript:
 
     def _is_marker(self, text: str) -> bool:
         if text not in self._markers:
-            form = self.model.reasoning_format  # whose markers say whether something is thought or said
+            form = self.model.reasoning_format  # its markers count: they tell thinking from speech
             self._markers[text] = text not in (*form.opens, *form.answers) and self.model.is_marker(text)
         return self._markers[text]
 
     def _rewrite(self, edge: Place, want: str, at: int, begin: int) -> int:
-        """Go on from an edge with what ``want`` says from ``at`` on; returns the tokens that it says from ``begin`` on.
+        """Go on from an edge with the text of ``want`` from ``at`` on; returns its tokens from ``begin`` on.
 
-        Later steps get the places that they have there.
+        Later steps get their places in the new text.
         """
         steps = self.steps
         inside = max((i for i, step in enumerate(steps) if step.begin <= edge), default=-1)
@@ -404,7 +405,7 @@ class Transcript:
     # -- text into tokens ---------------------------------------------------------------------------------------------
 
     def queue(self, text: str, start: int = 0, stop: int | None = None) -> int:
-        """Add a part of a text of the template's, with what was said in it; returns the number of its tokens."""
+        """Add a part of a rendered text, in which messages stand; returns the number of its tokens."""
         stop = len(text) if stop is None else stop
         if start == stop:  # not even what a transcript begins with
             return 0
@@ -421,15 +422,14 @@ class Transcript:
         return len(self.tokens) - before
 
     def mark_edge(self) -> None:
-        """What comes next is tokenized by itself."""
+        """Let the next piece be tokenized by itself."""
         if self._edges[-1] != self.end:
             self._edges.append(self.end)
 
     def _said_with_markers(self, text: str) -> Iterator[tuple[int, int]]:
-        """(begin, end) of what was said or read, not put there by the template, and holds markers like ``<|im_end|>``.
+        """(begin, end) of each message that holds markers like ``<|im_end|>``, in a text of the whole conversation.
 
-        They are text there: what is read must not be able to begin a turn of its own. text: from the conversation's
-        beginning.
+        Such markers are tokenized as text: a document must not be able to begin a turn of its own.
         """
         texts = [said for message in self.messages for said in (message.get("reasoning", ""), message["content"])]
         start = 0
@@ -452,7 +452,7 @@ class Transcript:
 
 
 class _Kept:
-    """A text without what does not count, and where its characters stand in the whole one."""
+    """The characters of a text that count, and where they stand in the whole text."""
 
     def __init__(self, text: str, start: int, skipped: re.Pattern[str], is_marker: Callable[[str], bool]) -> None:
         spans, place = [], start
@@ -470,14 +470,14 @@ class _Kept:
         self._start, self._end = start, len(text)
 
     def place(self, n: int) -> int:
-        """Where in the whole text ``n`` characters of the kept one end."""
+        """Where the first ``n`` kept characters end in the whole text."""
         if n == 0:
             return self._start
         i = bisect_left(self._sums, n) - 1
         return self._spans[i][0] + n - self._sums[i]
 
     def starts_at(self, n: int) -> int:
-        """Where in the whole text character ``n`` of the kept one is; its end behind the last."""
+        """Where kept character ``n`` stands in the whole text; the end of the text behind the last one."""
         if n >= len(self.text):
             return self._end
         i = bisect_right(self._sums, n) - 1
@@ -498,7 +498,7 @@ def _find(want: str, said: str, start: int) -> tuple[int, int]:
 
 
 def _join(fed: str, fed_at: int, want: str, at: int) -> int:
-    """Where to go on in ``want``: behind ``at``, and what of the white space and markers there ends ``fed`` already."""
+    """Where to go on in ``want``: behind ``at``, and behind white space and markers that end ``fed`` already."""
     tail = fed[fed_at:]
     n = next((n for n in range(min(len(tail), len(want) - at), 0, -1) if tail.endswith(want[at : at + n])), 0)
     return at + n

@@ -2,79 +2,31 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from itertools import pairwise
-from typing import Any
 
-from kvcompose_local.chat.memory import CacheMemory, MemoryState
+from kvcompose_local.chat.generation import PLAIN_STOP, generate
+from kvcompose_local.chat.memory import CacheMemory
 from kvcompose_local.chat.reasoning import CLOSE, OPEN, Format, Reader, Said
-from kvcompose_local.chat.transcript import Message, Place, Saved, Step, TextModel, Transcript, n_common
+from kvcompose_local.chat.state import ChatState, TurnStats
+from kvcompose_local.chat.transcript import Message, Place, Saved, TextModel, Transcript, n_common
 from kvcompose_local.errors import ContextFull, InvalidInput, KVComposeError
 from kvcompose_local.interfaces import Progress
 
-#: Models without a template answer as the assistant and then go on as the user.
-_PLAIN_STOP = "\nUser:"
-
-
-@dataclass
-class TurnStats:
-    """Counts and wall seconds of one turn; compaction seconds are not part of the other two.
-
-    reread_tokens: how many of the prompt's tokens were read before, since the template rewrites what was said; stopped:
-    ``end``, ``length``, ``context`` or ``interrupt``; stop: the stop text that ended the answer, if one did.
-    """
-
-    prompt_tokens: int = 0
-    reread_tokens: int = 0
-    generated_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    compactions: int = 0
-    compaction_seconds: float = 0.0
-    stopped: str = ""
-    stop: str = ""
-
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        return self.generated_tokens / self.decode_seconds if self.decode_seconds else 0.0
-
-
-@dataclass(frozen=True)
-class ChatState:
-    """All that a :class:`Chat` knows, to go on from later.
-
-    draft: what the next user message begins with already; fed: every character the cache was given; pending: tokens of
-    it that are still to be read; began: when the chat did, in seconds since 1970, for templates that tell the date;
-    template: what ``--template`` named, empty for the model's own; tools: of :class:`Transcript`.
-    """
-
-    system: str | None
-    messages: tuple[Message, ...]
-    draft: str
-    fed: str
-    pending: tuple[int, ...]
-    memory: MemoryState
-    steps: tuple[Step, ...] = ()
-    began: float = 0.0
-    template: str = ""
-    tools: str = ""
+#: What was said, and what of it is pinned.
+Conversation = tuple[Saved, tuple[tuple[int, int], ...]]
 
 
 class Chat:
     """A multi-turn chat over a :class:`CacheMemory`.
 
     should_stop is asked between micro-batches and tokens; True ends what runs, and nothing is lost: text that was not
-    read yet is read before the next message. on_rebuild is told how many tokens are about to be read again, where going
-    back needs cells that are compressed; on_note gets a line of what a user should know of the template.
+    read yet is read before the next message. on_rebuild gets the number of tokens that are about to be read again,
+    where going back needs more than live cells; on_note gets a line that the user should know about the template.
     """
 
     def __init__(
@@ -98,7 +50,7 @@ class Chat:
         self.answering = ""  # the answer so far, while one is being given
         self._is_answering = False
         self._noted: set[str] = set()
-        self.stops: tuple[str, ...] = () if model.has_template else (_PLAIN_STOP,)  # texts that end an answer
+        self.stops: tuple[str, ...] = () if model.has_template else (PLAIN_STOP,)  # texts that end an answer
         self.tells_tags = True  # whether thinking stands between tags
         self.shown: frozenset[str] = frozenset()  # control tokens that are part of what is said
         self.transcript = Transcript(model, system)
@@ -128,7 +80,7 @@ class Chat:
         return replace(self.view(), memory=self.memory.state())
 
     def view(self) -> ChatState:
-        """The same, but cells and scores are copied when they are looked at: good until anything changes."""
+        """The same, but cells and scores are copied when they are looked at: it is valid until anything changes."""
         said = self.transcript
         return ChatState(
             said.system,
@@ -315,14 +267,14 @@ class Chat:
             raise InvalidInput("an answer is still being given: take all of it, or close it, before anything else")
 
     def _note(self, line: str) -> None:
-        """Tell it once."""
+        """Tell a line that was not told before."""
         if line not in self._noted:
             self._noted.add(line)
             self.on_note(line)
 
     @property
-    def conversation(self) -> tuple[Any, ...]:
-        """All that was said and done so far, to be compared with what it was before."""
+    def conversation(self) -> Conversation:
+        """All that was said and done so far; two of them can be compared."""
         return self.transcript.saved(), tuple(self.memory.pins)
 
     def _put_back(self, before: Saved, pins: list[tuple[int, int]]) -> None:
@@ -340,9 +292,9 @@ class Chat:
             raise
 
     def _follow(self, want: str, stats: TurnStats | None = None, *, go_back: bool = False) -> None:
-        """Make the transcript say ``want``; where not to ``go_back``, only as far as the cache can without reading on.
+        """Make the transcript say ``want``. Without ``go_back``, the past changes only where the cache can go back.
 
-        What that costs is told where it is more than what is new.
+        The cost is told where more tokens are read again than are new.
         """
         said, spans = self.transcript, self.transcript.spans()
         begins = not said.fed
@@ -365,7 +317,7 @@ class Chat:
                 self.on_note(f"the chat template rewrites what was said: {reread.n_again} tokens are read again")
 
     def _move_pins(self, spans: list[tuple[int, int]], n_shared: int) -> None:
-        """Pin where they are now the messages that were pinned whole; spans: of the steps as they were."""
+        """Pin messages that were pinned as a whole at their new places; spans: the steps' old places."""
         pins = self.memory.pins
         moved = [(start, stop) for start, stop in pins if stop <= n_shared]
         for (begin, end), now in zip(spans, self.transcript.spans(), strict=False):
@@ -374,7 +326,7 @@ class Chat:
         self.memory.pins = moved
 
     def _pin_system(self) -> None:
-        """Instructions must outlast the text they are about (docs/trials.md), which begins with them."""
+        """Instructions must outlast the text they are about (docs/decisions.md), which begins with them."""
         said = self.transcript
         system = (said.system or "").strip()
         if self.memory.compose and system and system in said.fed:
@@ -387,10 +339,10 @@ class Chat:
     def _read(
         self, stats: TurnStats, *, n_kept: int | None = None, for_logits: bool = False, go_on: bool = True
     ) -> None:
-        """Let the cache hold the transcript: go back to where they part, then feed the rest, unless not to ``go_on``.
+        """Let the cache hold the transcript: go back to where they part, then, with ``go_on``, feed the rest.
 
-        n_kept: tokens that may be kept at most; for_logits: read at least the last token. An interrupt leaves the rest
-        to be read by the next call.
+        n_kept: tokens that may be kept at most; for_logits: read at least the last token. After an interrupt the next
+        call reads the rest.
         """
         memory, tokens = self.memory, self.transcript.tokens
         n_shared = min(n_common(memory.tokens, tokens), len(tokens) if n_kept is None else n_kept)
@@ -437,7 +389,9 @@ class Chat:
         """
         places = set()
         for step in self.transcript.steps[-1:] if self.memory.moves_on else ():
-            places |= {step.begin.n_tokens, (step.answer or step.begin).n_tokens - 1}
+            places.add(step.begin.n_tokens)
+            if step.answer is not None:
+                places.add(step.answer.n_tokens - 1)
         return sorted(place for place in places if position < place < len(self.transcript.tokens))
 
     def _compaction_seconds(self, since: int) -> float:
@@ -449,7 +403,19 @@ class Chat:
         try:
             if not stats.stopped:
                 is_open = False
-                for piece in self._generate(stats, max_tokens):
+                for piece in generate(
+                    self.model,
+                    self.memory,
+                    self.transcript,
+                    stats,
+                    max_tokens,
+                    form=self._format(),
+                    draw=self._draw,
+                    stops=self.stops,
+                    shown=self.shown,
+                    should_stop=self.should_stop,
+                    forget=lambda: self._read(TurnStats(), go_on=False),
+                ):
                     said.append(piece)
                     tag = OPEN * (piece.is_reasoning and not is_open) + CLOSE * (is_open and not piece.is_reasoning)
                     tag *= self.tells_tags
@@ -469,60 +435,6 @@ class Chat:
                 message |= {"content": answer.lstrip(), "reasoning": reasoning.strip()}
             self.messages.append(message)
 
-    def _generate(self, stats: TurnStats, max_tokens: int) -> Iterator[Said]:
-        # Tokens are bytes, not characters: one character may span several tokens.
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        said, form = self.transcript, self._format()
-        reader = Reader(form, is_reasoning=bool(form.opens_at_end(said.fed)))
-        started, reports = time.perf_counter(), len(self.memory.reports)
-        held, whole = "", said.end  # what may begin a stop text; where what was said and its tokens end alike
-        stats.stopped = "interrupt"  # unless the loop says otherwise: the consumer may close this generator
-        try:
-            while not self.should_stop():
-                if stats.generated_tokens == max_tokens:
-                    stats.stopped = "length"
-                    break
-                token = self._draw(reader)
-                if self.model.is_end(token):
-                    stats.stopped = "end"
-                    break
-                stats.generated_tokens += 1
-                control = self.model.control_text(token)
-                held += decoder.decode(self.model.token_bytes(token) if not control else b"")
-                if found := [(at, stop) for stop in self.stops if (at := held.find(stop)) >= 0]:
-                    end, stats.stop = min(found)
-                    said_before, held = held[:end], ""
-                    yield from reader.take(said_before)
-                    said.cut(whole)  # the next prompt may begin with the stop text itself
-                    self._read(TurnStats(), go_on=False)
-                    stats.stopped = "end"
-                    break
-                said.tokens.append(token)
-                keep = max((_beginning_at_end(stop, held) for stop in self.stops), default=0)
-                piece, held = held[: len(held) - keep], held[len(held) - keep :]
-                if piece or control:
-                    said.fed += piece + control
-                    # A marker that belongs to no format is fed, since the model said it, and shown to nobody.
-                    yield from reader.take(piece + control * (control in self.shown or form.is_part(control)))
-                if not held and not decoder.getstate()[0]:
-                    whole = said.end
-                self.memory.feed([token])
-        except ContextFull:
-            stats.stopped = "context"
-        except KeyboardInterrupt:
-            stats.stopped = "interrupt"
-        finally:
-            spent = self._compaction_seconds(reports)
-            stats.compactions += len(self.memory.reports) - reports
-            stats.compaction_seconds += spent
-            stats.decode_seconds += time.perf_counter() - started - spent
-        held += decoder.decode(b"", final=True)
-        said.fed += held
-        yield from reader.take(held)
-        yield from reader.finish()
-        if form.at_start and reader.opened:  # the template says nothing of it: this is how its model thinks
-            self.model.use_format(form.of(reader.opened))
-
     def _format(self) -> Format:
         """How the model marks its thinking, and what else its answers hold."""
         return self.model.reasoning_format
@@ -530,8 +442,3 @@ class Chat:
     def _draw(self, reader: Reader) -> int:
         """The next token of an answer that ``reader`` has read so far."""
         return self.memory.engine.sample()
-
-
-def _beginning_at_end(stop: str, text: str) -> int:
-    """How many characters at the end of ``text`` may be the beginning of ``stop``."""
-    return next((n for n in range(len(stop), 0, -1) if text.endswith(stop[:n])), 0)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import click
 
-from kvcompose_local.commands.options import threads_option
+from kvcompose_local.commands.opening import fetched
+from kvcompose_local.commands.options import model_argument, threads_option
 from kvcompose_local.terminal.status import Status
 
 
@@ -33,7 +34,7 @@ def _budgets(_context: click.Context, _parameter: click.Parameter, value: str) -
 
 
 @click.command("bench", short_help="Measure speed and memory against the uncompressed cache.")
-@click.argument("model", required=False)
+@model_argument
 @click.option(
     "--lengths", callback=_lengths, default="2048", show_default=True, help="Context lengths, comma-separated."
 )
@@ -66,13 +67,11 @@ def bench_command(
     from kvcompose_local.bench import measure
     from kvcompose_local.errors import InvalidInput
     from kvcompose_local.evaluation.tasks import prose
-    from kvcompose_local.install import models
-    from kvcompose_local.install.model_files import check_gguf, size_of
+    from kvcompose_local.install.model_files import size_of
     from kvcompose_local.llama_ffi.cells import library_is_patched
 
     status = Status(sys.stderr)
-    path = models.resolve(model, pull=True, progress=status.fetching)
-    check_gguf(path)
+    path = fetched(model, status)
     if not library_is_patched():
         raise InvalidInput("the benchmark needs the patched engine: run `kvcompose-local build`")
     bandwidth, matmul = measure.memory_bandwidth(), measure.matmul_rate()

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import TextIO
 
 import click
+from click.shell_completion import shell_complete
 
-from kvcompose_local import __version__
 from kvcompose_local.commands.bench import bench_command
 from kvcompose_local.commands.build import build_command
 from kvcompose_local.commands.compress import compress_command
@@ -25,14 +25,18 @@ from kvcompose_local.commands.profile import profile_command
 from kvcompose_local.commands.rpc_server import rpc_server_command
 from kvcompose_local.commands.run import run_command
 from kvcompose_local.commands.serve import serve_command
+from kvcompose_local.commands.version import version_option
 from kvcompose_local.errors import KVComposeError
 from kvcompose_local.terminal.shown import show_on_terminals
+
+#: Shells set this to ask for their completion script (``bash_source``, ``zsh_source``, ``fish_source``) or for words.
+COMPLETION = "_KVCOMPOSE_LOCAL_COMPLETE"
 
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, invoke_without_command=True
 )
-@click.version_option(__version__)
+@version_option
 @click.option("--debug", is_flag=True, help="Show the traceback of a failure.")
 @click.pass_context
 def cli(context: click.Context, debug: bool) -> None:
@@ -78,6 +82,8 @@ def _exit_code(arguments: Sequence[str]) -> int:
         show_on_terminals()
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # some locales would let any bytes through
+        if instruction := os.environ.get(COMPLETION):
+            return shell_complete(cli, {}, "kvcompose-local", COMPLETION, instruction)
         # Not cli.main: it ends without a word on a broken pipe, and prints an empty line for Ctrl-C.
         with cli.make_context("kvcompose-local", list(arguments)) as context:
             cli.invoke(context)
@@ -104,7 +110,7 @@ def _told(error: BaseException) -> int:
         message = "out of memory: lower --ctx or --budget"
     elif isinstance(error, BrokenPipeError):
         _give_up(sys.stdout)
-        return 128 + signal.SIGPIPE  # as programs end that say nothing of it
+        return 128 + signal.SIGPIPE  # the exit code of programs that the signal ends
     elif isinstance(error, OSError):
         message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
         _give_up(sys.stdout)
@@ -119,6 +125,6 @@ def _told(error: BaseException) -> int:
 
 
 def _give_up(stream: TextIO) -> None:
-    """Let what is left in a buffer vanish: Python's flush at exit would fail again, with a traceback."""
+    """Let the rest of a buffer vanish: Python's flush at exit would fail again, with a traceback."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

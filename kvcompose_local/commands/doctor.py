@@ -190,11 +190,28 @@ def _memory() -> Check:
 
 
 @click.command("doctor", short_help="Say what is installed and what to mend.")
-def doctor_command() -> None:
+@click.option("--models", is_flag=True, help="Try a tiny model of every architecture instead; takes a minute or two.")
+def doctor_command(models: bool) -> None:
     """Say what is installed, which engine will run, and what to do about the rest."""
+    if models:
+        _try_architectures()
+        return
     checks = report()
     for check in checks:
         remedy = f"\n        → {check.remedy}" if check.remedy else ""
         click.echo(f"{check.state:>5}  {check.name}: {check.text}{remedy}")
     if any(check.state == "fail" for check in checks):
         raise KVComposeError("something above needs mending before a chat can run")
+
+
+def _try_architectures() -> None:
+    """Try a tiny model of every architecture, and print the table. Raises KVComposeError where a trial failed."""
+    from kvcompose_local.architectures import table
+    from kvcompose_local.install.threads import default_threads
+    from kvcompose_local.terminal.status import Status
+
+    status = Status(sys.stderr)
+    found = table.rows(default_threads(), lambda done, n: status.progress("trying:", done, n, "architectures"))
+    click.echo(table.text(found))
+    if any(row.failed for row in found):
+        raise KVComposeError("trials failed: see above")

@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvcompose_local.commands.options import names, threads_option
+from kvcompose_local.commands.opening import fetched
+from kvcompose_local.commands.options import gathered, model_argument, names, threads_option
 from kvcompose_local.terminal.status import Status
 
 if TYPE_CHECKING:
     from kvcompose_local.engines.patched import PatchedEngine
+    from kvcompose_local.evaluation.harness import Evaluation
     from kvcompose_local.llama_ffi.model import Model
+    from kvcompose_local.profiles import Profile
 
 KEEPS = (0.75, 0.5, 0.25, 0.15, 0.1, 0.05)
-#: What the chat does under a budget, in the registry of methods, and how it stores cells.
+#: The method of chats under a budget, with the type of their cells.
 OURS = "kvcompose-local+q8_0/q4_0"
 QUICK_TASKS = ("niah_multikey_1", "needles_8", "qa")
 QUICK_BUDGETS = (0.5, 0.25, 0.1)
@@ -34,8 +39,64 @@ def _numbers(_context: click.Context, _parameter: click.Parameter, value: str) -
     return keeps
 
 
+@dataclass(frozen=True)
+class EvalRequest:
+    """The options of ``eval``."""
+
+    quick: bool
+    tasks: tuple[str, ...]
+    methods: tuple[str, ...]
+    keeps: tuple[float, ...]
+    length: int
+    items: int
+    first_seed: int
+    output: Path | None
+    profile: Path | None
+    left_out: Path | None
+    plot: Path | None
+    n_threads: int | None
+    as_json: bool
+
+    def checked(self) -> EvalRequest:
+        """The same with defaults filled in. Raises InvalidInput for unknown tasks and methods."""
+        from kvcompose_local.errors import InvalidInput
+        from kvcompose_local.evaluation.harness import check_method
+        from kvcompose_local.evaluation.methods import method_names
+        from kvcompose_local.evaluation.methods.kvcompose import LEFT_OUT
+        from kvcompose_local.evaluation.tasks import TASKS
+
+        if self.quick:
+            return replace(self, tasks=QUICK_TASKS, methods=(OURS,), items=2, length=1024)
+        tasks = self.tasks or tuple(TASKS)
+        if set(tasks) - set(TASKS):
+            raise InvalidInput(f"the tasks are {', '.join(TASKS)}")
+        every = [name for name in method_names() if name != LEFT_OUT or self.left_out is not None]
+        methods = tuple(name for part in self.methods for name in (every if part == "all" else [part]))
+        if not methods:
+            raise InvalidInput("name some --methods")
+        for name in methods:
+            check_method(name)
+        return replace(self, tasks=tasks, methods=methods)
+
+    def profiles_without(self) -> dict[str, Profile]:
+        """For each task the profile that was fitted without its kind, where a method goes by them."""
+        from kvcompose_local import profiles
+        from kvcompose_local.errors import InvalidInput
+        from kvcompose_local.evaluation.methods.kvcompose import LEFT_OUT
+
+        if all(name.partition("+")[0] != LEFT_OUT for name in self.methods):
+            return {}
+        if self.left_out is None:
+            raise InvalidInput(f"{LEFT_OUT} needs --left-out, a folder that `profile --left-out` wrote")
+        return {task: profiles.read(self.left_out / f"{task}{profiles.SUFFIX}") for task in self.tasks}
+
+    def plan(self) -> list[tuple[str, int]]:
+        """(task, seed) of every text."""
+        return [(task, seed) for seed in range(self.first_seed, self.first_seed + self.items) for task in self.tasks]
+
+
 @click.command("eval", short_help="Measure answer quality against budget.")
-@click.argument("model", required=False)
+@model_argument
 @click.option("--quick", is_flag=True, help="A few minutes: three tasks, our method, and a recommended budget.")
 @click.option("--tasks", callback=names, default="", help="Comma-separated; --tasks help lists them.  [default: all]")
 @click.option(
@@ -60,108 +121,127 @@ def _numbers(_context: click.Context, _parameter: click.Parameter, value: str) -
     help="JSON lines; a run goes on from it.  [default: MODEL.eval.jsonl]",
 )
 @click.option("--profile", type=click.Path(path_type=Path), help="Go by this profile.  [default: the model's]")
+@click.option(
+    "--left-out",
+    type=click.Path(path_type=Path),
+    help="What `profile --left-out` wrote: the method `left-out` goes by what was fitted without a task's kind.",
+)
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw figures into this folder.")
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print the results as one JSON object.")
-def eval_command(
-    model: str | None,
-    quick: bool,
-    tasks: tuple[str, ...],
-    methods: tuple[str, ...],
-    keeps: tuple[float, ...],
-    length: int,
-    items: int,
-    first_seed: int,
-    output: Path | None,
-    profile: Path | None,
-    plot: Path | None,
-    n_threads: int | None,
-    as_json: bool,
-) -> None:
+@gathered(request=EvalRequest)
+def eval_command(model: str | None, request: EvalRequest) -> None:
     """RULER-style tasks on MODEL: each text is compressed before its questions are known.
 
     Every figure is relative to the model's own answers from the full cache; tasks that it answers below 60% are left
     out. Results go to the output file as they come, Ctrl-C stops, and the same command goes on.
     """
     from kvcompose_local import profiles
-    from kvcompose_local.engines import has_whole_blocks
     from kvcompose_local.errors import InvalidInput
-    from kvcompose_local.evaluation import report
-    from kvcompose_local.evaluation.harness import FULL, Evaluation, cell_share, check_method, room_for
-    from kvcompose_local.evaluation.methods import method_names
-    from kvcompose_local.evaluation.tasks import TASKS, make_item
-    from kvcompose_local.install import models
-    from kvcompose_local.install.model_files import check_gguf, model_digest, size_of
+    from kvcompose_local.evaluation.harness import Evaluation, room_for
     from kvcompose_local.install.threads import default_threads
 
-    if quick:
-        tasks, methods, items, length = QUICK_TASKS, (OURS,), 2, 1024
-    tasks = tasks or tuple(TASKS)
-    if set(tasks) - set(TASKS):
-        raise InvalidInput(f"the tasks are {', '.join(TASKS)}")
-    methods = tuple(name for part in methods for name in (method_names() if part == "all" else [part]))
-    if not methods:
-        raise InvalidInput("name some --methods")
-    for name in methods:
-        check_method(name)
+    request = request.checked()
+    without = request.profiles_without()
     status = Status(sys.stderr)
-    path = models.resolve(model, pull=True, progress=status.fetching)
-    check_gguf(path)
-    output = output or Path(f"{path.stem}.eval.jsonl")
-    n_cells = room_for(length, whole_replay=any(name.startswith("published") for name in methods))
-    with open_uncompressed(path, length, n_cells, n_threads) as engine:
-        if quick:
-            caches = chat_caches(engine.model)
-            trials = [(FULL, 1.0), *caches]
-            ours = trials[-1][0]
-        else:
-            trials = [(FULL, 1.0)]
-            for name in methods:
-                trials += [(name, keep) for keep in ((1.0,) if name.startswith(FULL) else keeps)]
-            trials = list(dict.fromkeys(trials))
-            ours = next((name for name in (OURS, OURS.partition("+")[0]) if name in methods), methods[0])
-            caches = {(n, k): f"{k * cell_share(n):.2g} of its bytes" for n, k in trials if n == ours}
-        if not has_whole_blocks(engine.model) and any(cell_share(name) < 1 for name, _ in trials):
-            raise InvalidInput(f"heads of {path.name} are no whole blocks of a quantized type: choose other --methods")
-        own = None if profile is None else profiles.read(profile)
-        scorer = own.scorer if own else profiles.scorer_of(size_of(path), lambda: model_digest(path))
+    path = fetched(model, status)
+    output = request.output or Path(f"{path.stem}.eval.jsonl")
+    n_cells = room_for(request.length, whole_replay=any(name.startswith("published") for name in request.methods))
+    with open_uncompressed(path, request.length, n_cells, request.n_threads) as engine:
+        trials = Trials.of(request, engine.model)
         evaluation = Evaluation(
-            engine, output, {"file": path.name}, scorer=scorer, n_threads=n_threads or default_threads()
+            engine,
+            output,
+            {"file": path.name},
+            profile=profiles.of_file(path) if request.profile is None else profiles.read(request.profile),
+            left_out=without,
+            n_threads=request.n_threads or default_threads(),
         )
         if others := {r.get("file", path.name) for r in evaluation.records} - {path.name}:
             raise InvalidInput(f"{output} holds results of {', '.join(sorted(others))}: name another file with -o")
-        plan = [(task, seed) for seed in range(first_seed, first_seed + items) for task in tasks]
-        started, done = time.monotonic(), 0
         try:
-            for number, (task, seed) in enumerate(plan):
-                item = make_item(task, seed, length, lambda text: len(engine.model.tokenize(text)))
-                if not evaluation.missing(item, length, trials):
-                    continue
-                left = (time.monotonic() - started) / done * (len(plan) - number) if done else 0
-                eta = f", about {left / 60:.0f} min left" if done else ""
-                status.line(f"{number + 1}/{len(plan)} {task}, text {seed}{eta}")
-                evaluation.run(item, length, trials)
-                done += 1
+            go_through(evaluation, request, trials, status)
         except KeyboardInterrupt:
             status.line(f"stopped: what is done stands in {output}, and the same command goes on from it")
         finally:
             evaluation.close()
-        wanted = set(trials)
         records = [
             r
             for r in evaluation.records
-            if (r["task"], r["seed"]) in plan and r["n_tokens"] == length and (r["method"], r["keep"]) in wanted
+            if (r["task"], r["seed"]) in request.plan()
+            and r["n_tokens"] == request.length
+            and (r["method"], r["keep"]) in trials.wanted
         ]
-    if not records:
-        return
-    if as_json:
+    if records:
+        show(records, request, trials, status)
+
+
+@dataclass(frozen=True)
+class Trials:
+    """The trials of each text.
+
+    wanted: (method, keep ratio); ours: the method that a budget is recommended for; caches: the names of its trials.
+    """
+
+    wanted: tuple[tuple[str, float], ...]
+    ours: str
+    caches: dict[tuple[str, float], str]
+
+    @classmethod
+    def of(cls, request: EvalRequest, model: Model) -> Trials:
+        """Raises InvalidInput for cache types that the model's heads do not fill."""
+        from kvcompose_local.engines import has_whole_blocks
+        from kvcompose_local.errors import InvalidInput
+        from kvcompose_local.evaluation.harness import FULL, cell_share
+
+        full = (FULL, 1.0)
+        if request.quick:
+            caches = chat_caches(model)
+            found = cls((full, *caches), [*caches][-1][0], caches)
+        else:
+            methods = request.methods
+            pairs = [(m, keep) for m in methods for keep in ((1.0,) if m.startswith(FULL) else request.keeps)]
+            wanted = tuple(dict.fromkeys([full, *pairs]))
+            ours = next((name for name in (OURS, OURS.partition("+")[0]) if name in methods), methods[0])
+            caches = {(m, keep): f"{keep * cell_share(m):.2g} of its bytes" for m, keep in wanted if m == ours}
+            found = cls(wanted, ours, caches)
+        if not has_whole_blocks(model) and any(cell_share(name) < 1 for name, _ in found.wanted):
+            raise InvalidInput(
+                f"heads of {model.path.name} are no whole blocks of a quantized type: choose other --methods"
+            )
+        return found
+
+
+def go_through(evaluation: Evaluation, request: EvalRequest, trials: Trials, status: Status) -> None:
+    """Run what has no record yet, and tell how long the rest takes."""
+    from kvcompose_local.evaluation.tasks import make_item
+
+    plan, model = request.plan(), evaluation.engine.model
+    started, done = time.monotonic(), 0
+    for number, (task, seed) in enumerate(plan):
+        item = make_item(task, seed, request.length, lambda text: len(model.tokenize(text)))
+        if not evaluation.missing(item, request.length, trials.wanted):
+            continue
+        left = (time.monotonic() - started) / done * (len(plan) - number) if done else 0
+        eta = f", about {left / 60:.0f} min left" if done else ""
+        status.line(f"{number + 1}/{len(plan)} {task}, text {seed}{eta}")
+        evaluation.run(item, request.length, trials.wanted)
+        done += 1
+
+
+def show(records: Sequence[dict[str, Any]], request: EvalRequest, trials: Trials, status: Status) -> None:
+    """Print the results, and draw them where that is wanted."""
+    from kvcompose_local.evaluation import report
+
+    if request.as_json:
         found = [result.__dict__ for result in report.results(records)]
         click.echo(json.dumps({"tasks": report.tasks_that_count(records), "results": found}))
     else:
         click.echo(report.tables(records))
-        click.echo(f"\n{'' if quick else f'{ours}: '}{report.recommendation(records, caches)}")
-    if plot is not None:
-        for file in report.plot(records, plot, ours):
+        recommendation = report.recommendation(records, trials.caches)
+        click.echo(f"\n{'' if request.quick else f'{trials.ours}: '}{recommendation}")
+    if request.plot is not None:
+        for file in report.plot(records, request.plot, trials.ours):
             status.line(f"drew {file}")
 
 
@@ -184,13 +264,16 @@ def open_uncompressed(path: Path, length: int, n_cells: int, n_threads: int | No
 
 def chat_caches(model: Model) -> dict[tuple[str, float], str]:
     """The trials that keep what a chat does under a few budgets, and what to call them."""
+    from kvcompose_local import profiles
     from kvcompose_local.arena import DEFAULT_CTX, cells_for, default_cache_type
     from kvcompose_local.engines import has_whole_blocks, token_of
 
     method, caches = OURS.partition("+")[0], {}
     token, whole_blocks = token_of(model), has_whole_blocks(model)
+    profile = profiles.of_file(model.path)
+    kl = profile.kl if profile else None
     for budget in QUICK_BUDGETS:
-        kind = default_cache_type(budget, whole_blocks=whole_blocks, on_gpu=False, patched=True)
+        kind = default_cache_type(budget, whole_blocks=whole_blocks, one_type=model.one_type, patched=True, kl=kl)
         keep = round(min(cells_for(DEFAULT_CTX, budget, kind, token) / DEFAULT_CTX, 1), 4)
         caches[method if kind == "f16" else f"{method}+{kind}", keep] = f"--budget {budget:g}"
     return caches

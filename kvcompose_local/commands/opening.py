@@ -1,4 +1,4 @@
-"""From options to an open chat, whose progress is shown and whose conversation outlives an abort."""
+"""Opens a chat by its options. Its progress is shown, and its conversation outlives an abort."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def begin_loading(context: click.Context, model: str | None, gpu_layers: int | None) -> Loading | None:
-    """Let a model that is there be loaded by another thread; None where what is wrong had better be told in order."""
+    """Let another thread load a model that is there; None where something is wrong, which is told in its turn."""
     from kvcompose_local.install import models
     from kvcompose_local.install.model_files import check_gguf
 
@@ -71,7 +71,7 @@ def open_chat(
             on_loading=lambda done, total: status.progress("loading:", done, total, "%"),
             on_reading=status.reading,
             on_compacting=lambda done, total: status.progress("compacting:", done, total),
-            on_rebuild=lambda n: status.line(f"that part is compressed already: reading {n} tokens again"),
+            on_rebuild=lambda n: status.line(f"going back takes reading {n} tokens again"),
             on_note=status.line,
             should_stop=interrupts,
             load=load or Model,

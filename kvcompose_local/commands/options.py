@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from kvcompose_local.arena import CACHE_TYPES
 
@@ -26,6 +27,15 @@ class Real(click.FloatRange):
         return number
 
 
+def complete_model(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    """Names of models, and files, for the shell."""
+    from kvcompose_local.install import models
+
+    known = [CompletionItem(name) for name in models.load_catalogue() if name.startswith(begun)]
+    return [*known, CompletionItem(begun, type="file")]
+
+
+model_argument = click.argument("model", required=False, shell_complete=complete_model)
 #: More threads than the machine has wait for each other at every layer: a question takes minutes instead of a second.
 threads_option = click.option(
     "--threads", "n_threads", type=click.IntRange(1, os.cpu_count() or 1), help="CPU threads.  [default: fast cores]"
@@ -37,8 +47,10 @@ cache_type_option = click.option("--cache-type", type=click.Choice(CACHE_TYPES),
 
 
 def gathered(**kinds: type) -> Callable[[Command], Command]:
-    """Give a command dataclasses in place of options: ``gathered(chat=ChatOptions)`` fills those fields that options
-    are named after, and the command gets one argument, ``chat``. A dataclass may be a field of a later one.
+    """Give a command dataclasses in place of options.
+
+    With ``gathered(chat=ChatOptions)`` the command gets one argument, ``chat``, instead of the options that are named
+    like fields of :class:`ChatOptions`. A dataclass may be a field of a later one.
     """
 
     def wrap(command: Command) -> Command:
@@ -55,5 +67,5 @@ def gathered(**kinds: type) -> Callable[[Command], Command]:
 
 
 def names(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
-    """What stands between commas: a callback of options."""
+    """Split at commas: a callback of options."""
     return tuple(part for part in value.split(",") if part)

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import sys
-import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
 
 from kvcompose_local.commands.eval import open_uncompressed
-from kvcompose_local.commands.options import names, threads_option
+from kvcompose_local.commands.opening import fetched
+from kvcompose_local.commands.options import model_argument, names, threads_option
 from kvcompose_local.terminal.status import Status
 
 
 @click.command("profile", short_help="Measure a model once, so that its chats forget less.")
-@click.argument("model", required=False)
-@click.option("--texts", type=click.IntRange(1, 1000), default=38, show_default=True, help="Texts to measure on.")
+@model_argument
+@click.option("--texts", type=click.IntRange(1, 1000), default=40, show_default=True, help="Texts to measure on.")
 @click.option("--length", type=click.IntRange(512, 131072), default=2048, show_default=True, help="Tokens of a text.")
 @click.option("--tasks", callback=names, default="", help="Comma-separated kinds of text.  [default: many]")
 @click.option(
     "--text", "files", multiple=True, type=click.Path(path_type=Path), help="A text of your own to measure on first."
+)
+@click.option(
+    "--left-out",
+    type=click.Path(path_type=Path),
+    help="Also write into this folder, for each kind of text, a profile of all the others: `eval --left-out` tries it.",
 )
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="File to write.  [default: one in the cache folder]"
@@ -31,54 +37,73 @@ def profile_command(
     length: int,
     tasks: tuple[str, ...],
     files: tuple[Path, ...],
+    left_out: Path | None,
     output: Path | None,
     n_threads: int | None,
 ) -> None:
     """What questions about a text make MODEL look at, told from its cells alone.
 
     That is nearly the same for every text, so it is measured once, on texts made for it and `--text` of your own.
-    Afterwards `run MODEL` chooses the cells that stay by it, at once and better. The file is small, holds no text and
-    may be shared: it belongs to the GGUF file's sha256, and counts from the cache folder's `profiles`. Ctrl-C stops,
-    and the same command goes on.
+    Afterwards `run MODEL` chooses the cells that stay by it, at once and better, and stores them as the model bears it.
+    The file is small, holds no text and may be shared: it belongs to the GGUF file's sha256, and counts from the cache
+    folder's `profiles`. Ctrl-C stops, and the same command goes on.
     """
     from kvcompose_local import profiles
+    from kvcompose_local.arena import QUANTIZED, QUANTIZED_ALIKE, default_cache_type
     from kvcompose_local.chat import inputs
+    from kvcompose_local.engines import has_whole_blocks
     from kvcompose_local.errors import InvalidInput
-    from kvcompose_local.evaluation.harness import room_for
-    from kvcompose_local.evaluation.tasks import TASKS as ALL_TASKS
-    from kvcompose_local.install import models
+    from kvcompose_local.evaluation.harness import engine_beside, room_for
+    from kvcompose_local.evaluation.tasks import TASKS
     from kvcompose_local.install.files import own_folder, replacing
-    from kvcompose_local.install.model_files import check_gguf, model_digest
-    from kvcompose_local.profiling.measure import TASKS, measure_profile
+    from kvcompose_local.install.model_files import model_digest
+    from kvcompose_local.install.threads import default_threads
+    from kvcompose_local.profiling import measure
 
-    if set(tasks) - set(ALL_TASKS):
-        raise InvalidInput(f"the tasks are {', '.join(ALL_TASKS)}")
+    if set(tasks) - set(TASKS):
+        raise InvalidInput(f"the tasks are {', '.join(TASKS)}")
     own_texts = [text for _, text in inputs.read_all(files)[0]]
     status = Status(sys.stderr)
-    path = models.resolve(model, pull=True, progress=status.fetching)
-    check_gguf(path)
+    path = fetched(model, status)
     digest = model_digest(path, status.checking)
-    started = time.monotonic()
 
     def progress(done: int, total: int, what: str) -> None:
-        if what == "texts" and done == 1:
-            minutes = (time.monotonic() - started) * total / 60
-            status.line(f"{total} texts take about {minutes:.0f} minutes; Ctrl-C stops, the same command goes on")
         status.progress("measuring:", done, total, what)
 
-    with open_uncompressed(path, length, room_for(length), n_threads) as engine:
-        profile = measure_profile(
-            engine,
-            digest,
-            n_texts=texts,
-            n_tokens=length,
-            tasks=tasks or TASKS,
-            own_texts=own_texts,
-            progress=progress,
+    with ExitStack() as stack:
+        engine = stack.enter_context(open_uncompressed(path, length, room_for(length), n_threads))
+        measurement = measure.plan(
+            engine, digest, n_texts=texts, n_tokens=length, tasks=tasks or measure.PROFILED_TASKS, own_texts=own_texts
         )
+        left = measure.seconds_left(engine, measurement)
+        earlier = f", {measurement.n_done} of them are done" if measurement.n_done else ""
+        time = f"{left / 60:.0f} minutes" if left >= 90 else f"{left:.0f} seconds"
+        status.line(
+            f"{len(measurement.items)} texts{earlier}: about {time}; Ctrl-C stops, and the same command goes on"
+        )
+        whole_blocks, one_type = has_whole_blocks(engine.model), engine.model.one_type
+        types = (QUANTIZED_ALIKE,) if one_type else (QUANTIZED, QUANTIZED_ALIKE)
+        beside = {}
+        for kind in types if whole_blocks else ():
+            beside[kind] = engine_beside(engine, room_for(length), kind, n_threads=n_threads or default_threads())
+            stack.callback(beside[kind].close_context)
+        measure.watch(engine, measurement, beside=beside, progress=progress)
+    profile = measure.fitted(measurement, progress=progress)
     file = output or profiles.user_path(digest)
     if output is None:
         own_folder(file.parent)
-    with replacing(file) as stream:
-        stream.write(profile.dump())
-    status.line(f"wrote {file}")
+    others = {}
+    if left_out is not None:
+        left_out.mkdir(parents=True, exist_ok=True)
+        for number, kind in enumerate(measurement.kinds):
+            status.progress("leaving out:", number, len(measurement.kinds), "kinds")
+            others[left_out / f"{kind}{profiles.SUFFIX}"] = measure.fitted(measurement, without=kind)
+        status.progress("leaving out:", len(others), len(others), "kinds")
+    for target, found in {file: profile, **others}.items():
+        with replacing(target) as stream:
+            stream.write(found.dump())
+    measure.forget(measurement)
+    for kind, cost in profile.kl.items():
+        status.line(f"{kind} cells cost {cost:.4f} nats a token beside F16")
+    kind = default_cache_type(0.5, whole_blocks=whole_blocks, one_type=one_type, patched=True, kl=profile.kl)
+    status.line(f"wrote {file}: chats of this model keep their cells in {kind}")

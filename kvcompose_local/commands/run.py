@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import io
 import json
@@ -14,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TextIO
 
 import click
 from click.core import ParameterSource
@@ -24,7 +23,7 @@ from kvcompose_local.arena import CACHE_TYPES
 from kvcompose_local.chat import inputs
 from kvcompose_local.chat_options import SCORINGS, ChatOptions, Sampling
 from kvcompose_local.commands.opening import begin_loading, fetched, open_chat
-from kvcompose_local.commands.options import Real, gathered, gpu_layers_option, threads_option
+from kvcompose_local.commands.options import Real, gathered, gpu_layers_option, model_argument, threads_option
 from kvcompose_local.errors import KVComposeError
 from kvcompose_local.interrupts import Interrupts
 from kvcompose_local.terminal.status import Status
@@ -38,8 +37,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is wanted of a chat; the fields are options of ``run``."""
+class RunRequest:
+    """The options of ``run`` that say what to do with the chat."""
 
     prompt: str | None
     files: tuple[Path, ...]
@@ -78,7 +77,7 @@ def complete_session(_context: click.Context, _parameter: click.Parameter, begun
 
 
 @click.command("run", short_help="Chat with a model, or answer with -p or piped input.")
-@click.argument("model", required=False)
+@model_argument
 @click.option(
     "--budget", type=float, default=0.5, show_default=True, help="Share of the full cache's bytes to use, in (0, 1]."
 )
@@ -147,8 +146,8 @@ def complete_session(_context: click.Context, _parameter: click.Parameter, begun
 @click.option("--no-autosave", is_flag=True, help="Leave without saving.")
 @click.option("--json", "as_json", is_flag=True, help="With -p or piped input: one JSON object on stdout.")
 @click.pass_context
-@gathered(sampling=Sampling, options=ChatOptions, request=Request)
-def run_command(context: click.Context, model: str | None, options: ChatOptions, request: Request) -> None:
+@gathered(sampling=Sampling, options=ChatOptions, request=RunRequest)
+def run_command(context: click.Context, model: str | None, options: ChatOptions, request: RunRequest) -> None:
     """Chat with MODEL: a GGUF file, or a name of `kvcompose-local models list`.
 
     With -p, or with text piped in, each line is answered in turn and the program ends. Everything but the answers goes
@@ -189,8 +188,8 @@ def run_command(context: click.Context, model: str | None, options: ChatOptions,
             print_result(local.chat)
 
 
-def read_documents(request: Request, status: Status) -> list[tuple[str, str]]:
-    """(name, text) of what is to be read first, looked at before a model is opened. Raises InvalidInput."""
+def read_documents(request: RunRequest, status: Status) -> list[tuple[str, str]]:
+    """(name, text) of the files to read first, before a model is opened. Raises InvalidInput."""
     documents, empty = inputs.read_all(request.files)
     for name in empty:
         status.line(f"{name} holds no text: it is left out")
@@ -201,7 +200,7 @@ def read_documents(request: Request, status: Status) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Session:
-    """What ``--session`` names.
+    """The session that ``--session`` names.
 
     version: of the file when it was looked at first; manifest: None where there is no such file yet.
     """
@@ -223,7 +222,7 @@ class Session:
         return cls(name, path, version, sessions.read_manifest(path) if path.exists() else None)
 
     def over(self, context: click.Context, model: str | None, options: ChatOptions) -> tuple[str | None, ChatOptions]:
-        """The model and the options, with what the session was made with where the user chose nothing."""
+        """The model and the options; where the user chose nothing, the session's own."""
         from kvcompose_local.chat import sessions
 
         saved = self.manifest
@@ -248,8 +247,8 @@ class Session:
                 sessions.check_model(self.manifest, setup, status.checking)
 
 
-def can_autosave(request: Request, session: Session, status: Status) -> bool:
-    """Whether the chat can be saved at its end, where it is to be. Raises SessionError where that was asked for."""
+def can_autosave(request: RunRequest, session: Session, status: Status) -> bool:
+    """Whether the chat is to be saved at its end, and can be. Raises SessionError where a named session cannot be."""
     from kvcompose_local.chat import sessions
 
     if request.no_autosave:
@@ -266,9 +265,9 @@ def can_autosave(request: Request, session: Session, status: Status) -> bool:
 
 
 def autosaving(
-    local: LocalChat, request: Request, session: Session, autosaves: bool, interrupts: Interrupts, status: Status
+    local: LocalChat, request: RunRequest, session: Session, autosaves: bool, interrupts: Interrupts, status: Status
 ) -> Autosave:
-    """What saves and loads this chat. Raises KVComposeError where a session is wanted of what cannot be saved."""
+    """Save and load this chat by what is returned. Raises KVComposeError where a wanted session cannot be saved."""
     from kvcompose_local.terminal.autosave import Autosave
 
     why = local.memory.engine.cannot_snapshot
@@ -296,7 +295,7 @@ def resume(local: LocalChat, options: ChatOptions, autosave: Autosave, status: S
     status.line(loaded)
 
 
-def feed(local: LocalChat, documents: Sequence[tuple[str, str]], request: Request, status: Status) -> None:
+def feed(local: LocalChat, documents: Sequence[tuple[str, str]], request: RunRequest, status: Status) -> None:
     """Let the chat read the documents. Raises PositionsFull, before the first is read, where they do not all fit."""
     from kvcompose_local.terminal.answers import check_room
 
@@ -311,7 +310,7 @@ def feed(local: LocalChat, documents: Sequence[tuple[str, str]], request: Reques
             return
 
 
-def talk(local: LocalChat, request: Request, autosave: Autosave, interrupts: Interrupts, status: Status) -> None:
+def talk(local: LocalChat, request: RunRequest, autosave: Autosave, interrupts: Interrupts, status: Status) -> None:
     """The REPL, until the user or a signal ends it; the chat is saved then."""
     from kvcompose_local.chat import sessions
     from kvcompose_local.terminal.answers import Answers
@@ -337,7 +336,7 @@ def talk(local: LocalChat, request: Request, autosave: Autosave, interrupts: Int
         save=autosave.save,
         load=autosave.load,
         edit=edit,
-        at_temperature=partial(drawn_at, local.memory.engine, local.options.sampling),
+        at_temperature=local.at_temperature,
     )
     with interrupts.leaving_in_order():
         try:
@@ -347,7 +346,7 @@ def talk(local: LocalChat, request: Request, autosave: Autosave, interrupts: Int
 
 
 def greet(local: LocalChat, status: Status) -> None:
-    """Say what runs, and what would make it better."""
+    """Say which model runs, and how chats get better."""
     import psutil
 
     from kvcompose_local.chat.scoring import Learned
@@ -366,7 +365,7 @@ def greet(local: LocalChat, status: Status) -> None:
 
 
 def answer_lines(
-    local: LocalChat, request: Request, autosave: Autosave, interrupts: Interrupts, status: Status
+    local: LocalChat, request: RunRequest, autosave: Autosave, interrupts: Interrupts, status: Status
 ) -> None:
     """Answer -p, or each line of standard input. Raises KVComposeError at the first that fails; the chat is saved."""
     from kvcompose_local.terminal.answers import Answers
@@ -403,14 +402,14 @@ def answer(line: str, answers: Answers, interrupts: Interrupts) -> None:
 
 
 def print_result(chat: Chat) -> None:
-    """What ``--json`` prints."""
+    """Print the JSON object of ``--json``."""
     from kvcompose_local.terminal.figures import result
 
     click.echo(json.dumps(result(chat), ensure_ascii=False))
 
 
-def is_fed(stream: Any) -> bool:
-    """Whether something was piped into standard input by now; an empty pipe is what many programs start others with."""
+def is_fed(stream: TextIO) -> bool:
+    """Whether standard input holds something by now; many programs start others with an empty pipe."""
     try:
         import fcntl  # not on Windows
         import termios
@@ -430,13 +429,3 @@ def awaited(lines: Iterator[str], interrupts: Interrupts) -> str | None:
             return next(lines, None)
     except KeyboardInterrupt as error:
         raise KVComposeError("stopped") from error
-
-
-@contextlib.contextmanager
-def drawn_at(engine: Any, sampling: Sampling, temperature: float) -> Iterator[None]:
-    """Draw at another temperature in this block. Whatever ``--seed`` says, no random number is drawn twice."""
-    engine.set_sampling(replace(sampling, temperature=temperature, seed=None))
-    try:
-        yield
-    finally:
-        engine.set_sampling(replace(sampling, seed=None))

@@ -1,8 +1,7 @@
-"""The largest attention weight that each token ever got, kept up while the softmax tensors stream by.
+"""The largest attention weight that each token ever got, updated as softmax tensors stream by.
 
-Source: arXiv 2509.05165, steps 2 to 4 of the method. A maximum is associative, so it is taken one
-micro-batch at a time, and no tensor of queries × tokens is ever held. Axes: layer L, query head Q, KV head H, token
-(column) T.
+Source: arXiv 2509.05165, steps 2 to 4 of the method. A maximum is associative, so micro-batches are taken one by one,
+and no tensor of queries × tokens is ever held. Axes: layer L, query head Q, KV head H, token (column) T.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from kvcompose_local.interfaces import FloatArray, IntArray, LayerShape
 class AttentionMax:
     """Running maximum over queries of the softmax weight on each token, by layer and head.
 
-    ``n_heads`` is the number of heads that are told apart, one for all layers or one each. Where it is that of the KV
-    heads, the query heads that share one count with the mean of their maxima in a micro-batch: their score, but for
-    tokens that they need at different times, in a fraction of the memory. Memory is that of the result in ``dtype``,
-    float32 or float16, and one layer's weights while it is updated.
+    ``n_heads`` is the number of heads that have a row of their own: one number for all layers, or one each. Where it is
+    the number of KV heads, query heads that share a KV head add the mean of their maxima in a micro-batch. This is
+    their score, except for tokens that they need at different times, and takes a fraction of the memory. The object
+    holds the result in ``dtype``, float32 or float16, and during an update one layer's weights.
 
     >>> seen = AttentionMax(n_layers=24, n_heads=14)
     >>> seen.update(0, weights, slice(0, n_context))  # for every layer and micro-batch
@@ -60,8 +59,8 @@ class AttentionMax:
         """Take in the softmax weights of one micro-batch: float32 (Q, n_queries, n_kv).
 
         They may be a strided view of foreign memory; they are never copied whole, and not kept. ``columns``
-        (a slice, or int (T,)) says which of the n_kv columns to keep and in which order; column j of the result is the
-        j-th of them. An update that has more of them than any before appends the new ones.
+        (a slice, or int (T,)) says which of the n_kv columns to keep and in which order: column j of the result is the
+        j-th kept one. An update with more columns than any before appends the new ones.
 
         Raises InvalidInput for shapes, dtype or columns that do not fit, and for NaN or infinite weights (looked for in
         the maximum, which carries them). After an error the layer is as it was before.

@@ -1,9 +1,9 @@
 """How many composite tokens each layer keeps.
 
-Source: arXiv 2509.05165, steps 6 to 9 of the method. A *composite token* of rank ``r`` joins the ``r``-th
-best token of every head of a layer; its score is the mean of theirs. All layers' composite tokens compete in
-one ranking, so a layer gets as many as it has among the best. Of equal scores the lower rank wins, then the
-lower layer. :func:`allocate_composites` is what the program uses.
+Source: arXiv 2509.05165, steps 6 to 9 of the method. A *composite token* of rank ``r`` joins the ``r``-th best token
+of every head of a layer; its score is the mean of their scores. The composite tokens of all layers compete in one
+ranking, and a layer keeps as many as it has among the best. Of equal scores the lower rank wins, then the lower layer.
+The program uses :func:`allocate_composites`.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class _Limits:
 
 
 def _allocate(composites: list[FloatArray], limits: _Limits, min_per_layer: int) -> IntArray:
-    """Of composite scores, each layer's best first, as :func:`allocate_bytes`."""
+    """:func:`allocate_bytes` for composite scores, each layer's best first."""
     cost = limits.cost
     budgets = np.where(cost > 0, np.minimum(_n_tokens(composites), min_per_layer), 0)
     mean_cost = cost.sum() / max(np.count_nonzero(cost), 1)
@@ -139,11 +139,11 @@ def allocate_composites(
     byte_budget: int | Sequence[int] | NDArray[Any],
     device: Sequence[int] | NDArray[Any] | None = None,
 ) -> IntArray:
-    """As :func:`allocate_bytes`, by what composite tokens are worth: int64 (L,).
+    """:func:`allocate_bytes` for the worth of composite tokens: int64 (L,).
 
-    worths: of each layer float32 (T_l,), best first. :data:`SHARED_EVENLY` of each limit is shared out evenly before
-    layers compete: this project's own, as is the power mean that worths are (:mod:`composing.choice`); both halve the
-    KL divergence at a tenth of the cells (docs/trials.md).
+    worths: L float32 arrays (T_l,), best first. Layers share :data:`SHARED_EVENLY` of each limit evenly before they
+    compete. This project added that, and the power mean that makes worths (:mod:`composing.choice`): together they
+    halve the KL divergence at a tenth of the cells (docs/decisions.md).
     """
     limits = _Limits.checked(len(worths), row_bytes, byte_budget, device)
     floors = [
@@ -204,7 +204,7 @@ def _best_that_fit(
 ) -> list[int]:
     """How far ``layers`` get beyond ``taken``, best rank first, until one does not fit into ``left``.
 
-    Where that is is searched for: sorting the ranks of all layers would take several times the memory of their scores.
+    A binary search finds the place: sorting all layers' ranks would take several times the memory of their scores.
     """
 
     def fits(ends: list[int]) -> bool:
@@ -216,13 +216,13 @@ def _best_that_fit(
             ends[i] = bisect_right(priorities[i], -value, lo=taken[i], key=operator.neg)
         return ends
 
-    # All of the values that fit as a whole, ...
+    # First take every value of which all ranks fit, ...
     lowest = bisect_left(_FLOATS, True, key=lambda bits: fits(at_least(_as_float(bits))))
     ends = at_least(_as_float(_FLOATS[lowest])) if lowest < len(_FLOATS) else taken.copy()
     rest = [float(priorities[i][ends[i]]) for i in layers if ends[i] < priorities[i].size]
     if not rest:
         return ends
-    # ... of the next one whole ranks, and of one rank the first layers.
+    # ... then whole ranks of the next value, and of one more rank the first layers.
     tied = at_least(max(rest))
 
     def below(rank: int) -> list[int]:

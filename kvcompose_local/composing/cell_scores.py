@@ -1,8 +1,8 @@
-"""What is known of a cache's composed cells: their scores, and where their tokens stood.
+"""The scores of a cache's composed cells, and the positions that their tokens stood at.
 
-A token's score is made when it is composed for the first time, and stays: the logarithm of the attention that it is
-expected to get, but for its age. A composed cell's heads come from different tokens, so each head has a score and a
-position of its own. Axes: KV head H, row of a layer, its composed cells first.
+A token gets its score when it is composed for the first time, and keeps it: the logarithm of the attention that it is
+expected to get, without its age. The heads of a composed cell come from different tokens, so each head has its own
+score and position. Axes: KV head H, row of a layer, its composed cells first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kvcompose_local.interfaces import FloatArray, HalfArray, LayerShape, Lazy, 
 
 
 class CellScores:
-    """The scores of all layers; those of one are put together when they are asked for, which keeps them small."""
+    """The scores of all layers. A layer's arrays are joined only when somebody asks for them, which saves memory."""
 
     def __init__(self, layers: Sequence[LayerShape]) -> None:
         self._layers = layers
@@ -41,16 +41,16 @@ class CellScores:
         return scores, np.concatenate([self._origins[layer], new], axis=1)
 
     def keep(self, selection: Sequence[Selection], live: Sequence[HalfArray], first: int) -> None:
-        """Follow a rewrite: ``selection``, of what :meth:`rows` gives, is composed now."""
+        """Follow a rewrite: the rows of :meth:`rows` that ``selection`` names are composed now."""
         for i, chosen in enumerate(selection):  # one layer at a time: twice all scores would be memory for nothing
             scores, origins = self.rows(i, live[i], first)
             self._kept[i] = np.take_along_axis(scores, chosen, axis=1)
             self._origins[i] = np.take_along_axis(origins, chosen, axis=1)
 
     def before(self, position: int) -> Sequence[Selection]:
-        """Which composed cells stay where tokens from ``position`` on are forgotten: L int arrays (H, K).
+        """Which composed cells stay when tokens from ``position`` on are forgotten: L int arrays (H, K).
 
-        Of each head the best that are older, as many as the head with the fewest has.
+        Each head keeps its best older cells, as many as the head with the fewest older cells has.
         """
         chosen = []
         for origins in self._origins:
@@ -62,7 +62,7 @@ class CellScores:
     def view(self) -> tuple[Sequence[FloatArray], Sequence[Selection]]:
         """What :meth:`restored` takes: float32 (H, K_l) scores and int32 (H, K_l) origins of each layer.
 
-        Made when it is looked at, layer by layer: good until anything changes.
+        A layer is read when it is looked at, so this is valid until anything changes.
         """
         n = len(self._layers)
         return Lazy(n, lambda i: self._kept[i].astype(np.float32)), Lazy(n, lambda i: self._origins[i].astype(np.int32))
@@ -70,7 +70,7 @@ class CellScores:
     def restored(
         self, kept: Sequence[FloatArray], origins: Sequence[Selection], composed: Sequence[int], first_live: int
     ) -> CellScores:
-        """Those of another time. Raises InvalidInput where they cannot be of a cache laid out so."""
+        """The scores that :meth:`view` told earlier. Raises InvalidInput where they do not fit such a layout."""
         fits = len(kept) == len(origins) == len(composed) == len(self._layers)
         for layer, scores, places, k in zip(self._layers, kept, origins, composed, strict=False):
             fits = fits and scores.shape == places.shape == (layer.n_kv_heads, k)

@@ -1,8 +1,8 @@
-"""Which rows of each layer stay, by the logarithms of their scores: what a chat and an evaluation both do.
+"""The choice of cells, by the logarithms of their scores. Chats and evaluations both use it.
 
-Each head ranks its rows; the heads' r-th best make one composite token, worth the power mean of exponent 1/2 of their
-scores, and all layers compete for the bytes by that (:func:`~kvcompose_local.composing.budgets.allocate_composites`).
-Axes: layer L, KV head H, row T.
+Each head ranks its rows. The r-th best rows of all heads make one composite token, whose worth is the power mean of
+exponent 1/2 of their scores. By their worth the composite tokens of all layers compete for the bytes
+(:func:`~kvcompose_local.composing.budgets.allocate_composites`). Axes: layer L, KV head H, row T.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kvcompose_local.composing.budgets import allocate_composites
 from kvcompose_local.composing.scorer import BOUNDS, DTYPE, Scorer
 from kvcompose_local.interfaces import FloatArray, HalfArray, IntArray, Selection
 
-#: What a pinned token competes with: above any score.
+#: The logarithm of a pinned token, above any score.
 PINNED = 2 * BOUNDS[1]
 
 
@@ -46,10 +46,10 @@ def competing(
     n_seen: int,
     pinned: npt.NDArray[np.bool_],
 ) -> FloatArray:
-    """Logarithms by which the rows of a layer compete: float32 (H, T).
+    """Logarithms by which the rows of a layer compete: float32 (H, T). Pinned tokens get :data:`PINNED`.
 
-    scores: float (H, T), without age; origins: int (H, T) or (T,), the positions of their tokens, of ``n_seen``;
-    pinned: bool (n_seen,), which of all tokens are; scorer: None where age does not count.
+    scores: float (H, T), without age; origins: int (H, T) or (T,), positions of the tokens, below ``n_seen``; pinned:
+    bool (n_seen,); scorer: None where age does not count.
     """
     result = scores.astype(np.float32)
     if scorer is not None:
@@ -61,10 +61,10 @@ def competing(
 
 
 def ranked(layers: Iterable[FloatArray]) -> tuple[list[Selection], list[FloatArray]]:
-    """Of each layer its heads' rows, best first: int (H, T), and what each rank's composite token is worth: (T,).
+    """For each layer the rows of its heads, best first: int (H, T), and the worth of each rank: float32 (T,).
 
     layers: L float arrays (H, T) of logarithms, each looked at once. They are compared as float16, whose sixteen bits
-    are sorted in linear time; of equal ones the lower row is better. The worth is a float32 that never rises.
+    are sorted in linear time; of equal ones the lower row is better. The worth never rises from rank to rank.
     """
     orders, worths = [], []
     for logarithms in layers:
@@ -77,6 +77,6 @@ def ranked(layers: Iterable[FloatArray]) -> tuple[list[Selection], list[FloatArr
 
 
 def _falling(halves: HalfArray) -> npt.NDArray[np.uint16]:
-    """Integers of which the smallest is that of the largest number."""
+    """Integers in the opposite order: the largest number gets the smallest one."""
     bits = (halves + DTYPE(0)).view(np.uint16)  # the sum makes one zero of +0 and -0
     return np.asarray(np.where(bits & 0x8000, bits, 0x7FFF - bits), np.uint16)

@@ -1,4 +1,9 @@
-"""Fits a scorer to the attention that questions about some texts paid, by Poisson regression with a ridge."""
+"""Fits a scorer to the attention that questions about some texts paid, by Poisson regression with a ridge.
+
+What is expected is the mean of a *power* of the attention, and a score is its root. With a power of 1 a token of a text
+full of long names, each of which one question in forty looks at closely, is worth less than a word that every question
+glances at. But an answer bears the lack of what it glances at, and not of what it copies (docs/trials.md).
+"""
 
 from __future__ import annotations
 
@@ -11,19 +16,21 @@ import numpy.typing as npt
 from kvcompose_local.composing.scorer import BOUNDS, DTYPE, Scorer, features_of
 from kvcompose_local.interfaces import FloatArray, Progress
 
-#: Of the ridge, per unit of the features' variance, and Newton's steps.
+#: The ridge per unit of the features' variance, and the most of Newton's steps.
 RIDGE = 0.003
 _STEPS, _SMALL_STEP = 8, 0.01
+#: The power of a question's attention whose mean a scorer is fitted to.
+POWER = 1.5
 #: A float16 holds it, and no weight that counts is near it.
 _LARGEST = 6e4
 
 
 @dataclass(frozen=True)
 class Observed:
-    """Of one text: its cells, and what questions looked at.
+    """The cells of one text, and the attention that questions paid them.
 
-    keys, values: L float arrays (H, T, D), keys as they were before RoPE; looked: L float32 arrays (H, T); n_tokens: T
-    and the newest tokens that are left out.
+    keys, values: L float arrays (H, T, D), keys as they were before RoPE; looked: L float32 arrays (H, T), the mean of
+    a power of the attention; n_tokens: T and the newest tokens, which are left out.
     """
 
     keys: Sequence[FloatArray]
@@ -36,13 +43,14 @@ def fit(
     texts: Sequence[Observed],
     *,
     ridge: float = RIDGE,
+    power: float = 1.0,
     places: bool = True,
     progress: Progress = lambda _done, _total: None,
 ) -> Scorer:
-    """The scorer under which what questions looked at in these texts is most likely.
+    """The scorer that makes most likely what questions looked at in these texts.
 
-    places: whether age and position count; progress gets (layers done, in all). A head that no question looked at gets
-    the lowest score everywhere.
+    power: which power of the attention ``looked`` is the mean of; places: whether age and position count; progress gets
+    (layers done, in all). A head that no question looked at gets the lowest score everywhere.
     """
     n_layers = len(texts[0].keys)
     weights, of_places = [], []
@@ -51,7 +59,8 @@ def fit(
         features = np.concatenate([features_of(text.keys[layer], text.values[layer]) for text in texts], axis=1)
         place = np.concatenate([_places_of(text, layer) for text in texts]) * np.float32(places)
         looked = np.concatenate([text.looked[layer] for text in texts], axis=1)
-        found = np.stack([_fitted(*of_head, place, ridge) for of_head in zip(features, looked, strict=True)])
+        found = np.stack([_fitted(*of_head, place, ridge) for of_head in zip(features, looked, strict=True)]) / power
+        found[looked.sum(axis=1) <= 0, -1] = BOUNDS[0]
         weights.append(np.clip(found[:, :-3], -_LARGEST, _LARGEST).astype(DTYPE))
         of_places.append(found[:, -3:].astype(np.float32))
     progress(n_layers, n_layers)
@@ -65,7 +74,7 @@ def _places_of(text: Observed, layer: int) -> FloatArray:
 
 
 def _fitted(features: FloatArray, counts: FloatArray, place: FloatArray, ridge: float) -> npt.NDArray[np.float64]:
-    """Of a head the weights of its features, of age and position, and of 1: float64 (F + 3,)."""
+    """A head's weights of its features, of age and position, and of the constant 1: float64 (F + 3,)."""
     rows = np.concatenate([features, place, np.ones((len(place), 1), np.float32)], axis=1)
     mean, deviation = rows.mean(axis=0), rows.std(axis=0) + np.float32(1e-6)
     mean[-1], deviation[-1] = 0, 1

@@ -1,4 +1,4 @@
-"""How the bytes of a cache are divided between composed cells, the newest tokens and the room to read on."""
+"""Division of a cache's bytes between composed cells, the newest tokens and room to read on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from kvcompose_local.errors import ContextFull
 from kvcompose_local.interfaces import IntArray, LayerShape
 
-#: Tokens of the tail that stay where pinned ones need its room, or the user asks for a compaction.
+#: Tokens of the tail that stay even where pinned tokens need its room, or where the user asks for a compaction.
 LEAST_TAIL = 8
 
 
@@ -31,7 +31,7 @@ class Policy:
         """A sixteenth of the cells for headroom, one for scratch and a sixth for the tail, all of them bounded.
 
         The tail is for reading well, not for answering: a text whose last sentence is half gone is misread
-        (docs/trials.md).
+        (docs/decisions.md).
         """
         chunk = min(max(-(-n_cells // 16), 24), 256)
         return cls(
@@ -50,7 +50,7 @@ class Policy:
 class Room:
     """What the arenas of some layers can hold under a policy.
 
-    arena_bytes: of each device, on which the layers' ``device`` says that they are.
+    arena_bytes: one number a device; ``device`` of a layer says which arena holds it.
     """
 
     layers: Sequence[LayerShape]
@@ -89,9 +89,9 @@ class Room:
         return min(max(n_tail - n_missing, self.policy.least_tail), n_live)
 
     def composed_bytes_within(self, at_most: int | None, n_tail: int, n_pinned: int) -> IntArray:
-        """As :meth:`composed_bytes`, of which all cells take ``at_most`` bytes, unless pinned tokens need more.
+        """:meth:`composed_bytes`, reduced so that all cells take ``at_most`` bytes or what pinned tokens need.
 
-        Raises ContextFull where nothing is left.
+        Raises ContextFull where the tail leaves nothing.
         """
         room = self.composed_bytes(n_tail)
         if at_most is not None:

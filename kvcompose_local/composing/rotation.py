@@ -23,7 +23,7 @@ _NEIGHBOURS = 0
 
 @dataclass(frozen=True)
 class Rope:
-    """How a layer turns its keys; ``n_rotated`` = 0: not at all.
+    """How a layer turns its keys; with ``n_rotated`` 0 it turns none.
 
     n_rotated: numbers of a head that are turned, from ``offset`` on; mode: ggml's; n_ctx_original, extrapolation,
     beta_fast, beta_slow: of YaRN; magnitude: factor of the numbers that are turned, before YaRN's own; factors: what

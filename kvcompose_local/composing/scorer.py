@@ -1,10 +1,10 @@
-"""What a cell's own key and value, and its place, tell of the attention that questions will pay it.
+"""Predicts the attention that questions will pay a cell, from its key, its value and its place.
 
-For each KV head a linear function of its key and value, which stand in the cache anyway, gives the logarithm of that
-attention; those of the layer's other heads add nothing (docs/results.md). It is fitted once a model (:mod:`fitting`),
-to what questions about some texts looked at; after that no attention is needed, and a cell's score is made once, when
-it is composed for the first time. Only its age, which grows, is added when cells compete.
-This project's own; KVzap (arXiv 2601.07891) predicts another method's scores from the hidden state.
+Each KV head has a linear function of its own key and value, which stand in the cache anyway; it gives the logarithm of
+that attention. Keys and values of the layer's other heads add nothing (docs/decisions.md). The function is fitted once
+a model (:mod:`fitting`), to the attention of questions about some texts. From then on no attention is computed: a cell
+gets its score when it is composed for the first time, and only its age, which grows, is added when cells compete.
+This is the project's own method; KVzap (arXiv 2601.07891) predicts another method's scores from the hidden state.
 Axes: layer L, KV head H, token T, numbers of a head D, features F.
 """
 
@@ -29,7 +29,7 @@ DTYPE = np.float16
 
 
 def features_of(keys: FloatArray, values: FloatArray) -> FloatArray:
-    """What the heads of a layer go by: float32 (H, T, F).
+    """The features of a layer's cells: float32 (H, T, F).
 
     keys, values: float (H, T, D), keys as they were before RoPE.
     """
@@ -38,11 +38,11 @@ def features_of(keys: FloatArray, values: FloatArray) -> FloatArray:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Of one model.
+    """The linear functions of one model.
 
-    weights: of each layer float16 (H, F), by the features; places: of each layer float32 (H, 3), by the logarithms of
-    the token's age and of its position, both at least 1, and by one that is 1; furthest: the age and the position
-    beyond which neither counts more.
+    weights: L float16 arrays (H, F), of the features; places: L float32 arrays (H, 3), of the logarithm of the token's
+    age, of the logarithm of its position, both at least 1, and of the constant 1; furthest: older and later tokens
+    count as if they had this age and this position.
     """
 
     weights: tuple[HalfArray, ...]
@@ -87,7 +87,7 @@ class Scorer:
         return np.asarray(np.clip(scores, *BOUNDS), np.float32)
 
     def ages(self, layer: int, origins: npt.NDArray[np.integer[Any]], n_seen: int) -> FloatArray:
-        """What age adds to these: float32 (H, T); origins: int (H, T) or (T,), positions of tokens, of ``n_seen``."""
+        """What age adds: float32 (H, T); origins: int (H, T) or (T,), positions of the tokens, below ``n_seen``."""
         logarithms = self._logarithm(n_seen - np.arange(n_seen))  # a table: a logarithm costs more than a look
         return np.asarray(self.places[layer][:, :1] * logarithms[origins], np.float32)
 

@@ -25,8 +25,8 @@ def token_scores(attention_max: NDArray[Any], n_kv_heads: int, *, add_mean_acros
     """Score of every token for every KV head: float32 (L, H, T).
 
     ``attention_max`` is float (L, Q, T), the largest softmax weight each token got from each query head.
-    Query heads ``h*G … h*G + G-1`` share KV head ``h``, ``G = Q // H``; the score is their mean, plus, with
-    ``add_mean_across_heads``, the mean of that over the KV heads.
+    Query heads ``h*G … h*G + G-1`` share KV head ``h``, ``G = Q // H``; the score is their mean. With
+    ``add_mean_across_heads`` the mean over the KV heads is added.
 
     Raises InvalidInput for another shape or dtype, Q not a multiple of ``n_kv_heads``, or a value that is NaN
     or infinite. Source: arXiv 2509.05165, steps 4 and 5.
@@ -61,7 +61,7 @@ def as_layers(scores: Scores) -> list[FloatArray]:
 
 
 def each_layer(scores: Scores | Iterable[NDArray[Any]]) -> Iterator[FloatArray]:
-    """As :func:`as_layers`, one after another, so that scores which are made as they are asked for need little room."""
+    """:func:`as_layers`, one layer after another: scores that are made on demand then need little memory."""
     if isinstance(scores, np.ndarray) and scores.ndim != 3:
         raise InvalidInput(f"scores must have shape (layers, heads, tokens), not {scores.shape}")
     index = -1

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvcompose_local import profiles
 from kvcompose_local.arena import (
     BLOCK,
     CELL_PADDING,
@@ -60,7 +61,13 @@ def open_engine(
         patched = engine_name == "patched" or (engine_name is None and library_is_patched())
         if cache_type is None:
             whole_blocks, on_gpu = has_whole_blocks(model), gpu_layers > 0
-            cache_type = default_cache_type(budget, whole_blocks=whole_blocks, on_gpu=on_gpu, patched=patched)
+            profile = profiles.of_file(model.path) if budget < 1 else None
+            kl, one_type = profile.kl if profile else None, on_gpu or model.one_type
+            cache_type = default_cache_type(
+                budget, whole_blocks=whole_blocks, one_type=one_type, patched=patched, kl=kl
+            )
+        elif "/" in cache_type and model.one_type:
+            raise InvalidInput(f"{model.name} keeps keys and values in one row: --cache-type must be of one type")
         elif any(kind.is_quantized for kind in value_types(cache_type)) and not has_whole_blocks(model):  # quantized
             raise InvalidInput(
                 f"--cache-type {cache_type} takes blocks of {BLOCK} values, and the heads of {model.name} are of "
@@ -89,14 +96,15 @@ def has_whole_blocks(model: Model) -> bool:
 
 
 def token_of(model: Model) -> TokenShape:
-    """What a token of a model takes; a usual head's where it has none."""
+    """The shape of a model's token; a usual one where the model has no attention."""
     k_size, v_size = model.head_sizes("key_length", "value_length")
+    v_size = 0 if model.is_mla else v_size
     return TokenShape(k_size, v_size, sum(model.kv_heads)) if k_size + v_size else USUAL_TOKEN
 
 
 @dataclass(frozen=True)
 class _Cache:
-    """What both engines are opened with."""
+    """The arguments that both engines are opened with."""
 
     n_cells: int
     n_positions: int
@@ -109,8 +117,6 @@ class _Cache:
 def _patched(model: Model, cache: _Cache, n_outputs: int) -> LlamaEngine:
     """The patched engine; at budget 1 the stock one runs what cannot be composed."""
     try:
-        if cache.budget < 1 and model.cache_kind() == "rotation-free":
-            raise ModelError("its keys carry no rotation (RoPE)")
         return PatchedEngine(
             model,
             n_cells=cache.n_cells,

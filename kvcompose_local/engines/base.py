@@ -1,4 +1,4 @@
-"""What both engines share: decoding, sampling and replay on a llama.cpp context."""
+"""The part that both engines share: decoding, sampling and replay on a llama.cpp context."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from kvcompose_local.interrupts import uninterrupted
 from kvcompose_local.llama_ffi.context import Context, SoftmaxTap
 from kvcompose_local.llama_ffi.model import Model
 
-#: Rows that a CPU multiplies repacked weights by at a time; what is left over goes row by row.
+#: Rows that a CPU multiplies repacked weights by at a time; remaining rows are multiplied one by one.
 ROWS = 4
 #: Queries that a CPU's flash attention takes together; fewer go one by one, which is slower than the whole tile.
 TILE = 64
 
 
 def softmax_queries(n_cells: int, n_heads: int, wanted_bytes: int, *, largest: int = 512) -> int:
-    """Queries that keep a softmax, float32 (heads, queries, n_cells), within ``wanted_bytes`` and SOFTMAX_BYTES.
+    """The most queries whose softmax, float32 (heads, queries, n_cells), fits ``wanted_bytes`` and SOFTMAX_BYTES.
 
-    A multiple of 4, at least that.
+    A multiple of 4, and at least 4.
     """
     low, high = SOFTMAX_BYTES
     fitting = min(max(wanted_bytes, low), high) // (4 * n_cells * n_heads)
@@ -47,7 +47,7 @@ def softmax_queries(n_cells: int, n_heads: int, wanted_bytes: int, *, largest: i
 
 
 class LlamaEngine(ABC):
-    """:class:`kvcompose_local.interfaces.Engine` but for the cells; owns the model and the context."""
+    """:class:`kvcompose_local.interfaces.Engine` without the cells; it owns the model and the context."""
 
     name: str
     per_layer: bool
@@ -165,18 +165,19 @@ class LlamaEngine(ABC):
 
     @abstractmethod
     def softmax_micro_batch(self, n_tokens: int) -> int:
-        """Most queries of one explicit softmax while ``n_tokens`` are decoded: what is then taken at a time."""
+        """The most queries of one explicit softmax while ``n_tokens`` are decoded."""
 
     @contextmanager
     def _visible_softmax(self) -> Iterator[None]:
-        """While this is open the tap sees every softmax."""
+        """In this block the tap sees every softmax."""
         yield
 
     @contextmanager
     def watching(self, tap: SoftmaxTap) -> Iterator[None]:
-        """While this is open :meth:`decode` shows every softmax: ``tap(l, weights)``, l the place in ``shape.layers``.
+        """In this block :meth:`decode` shows every softmax: ``tap(l, weights)``, l the place in ``shape.layers``.
 
-        weights: float32 (Q, queries of a micro-batch, n_kv), native memory that dies with the call.
+        Layers that read another's cells show theirs as that one's. weights: float32 (Q, queries of a micro-batch,
+        n_kv), native memory that dies with the call.
         """
 
         def composable(layer: int, weights: FloatArray) -> None:
@@ -237,7 +238,7 @@ class LlamaEngine(ABC):
         return self._context.all_logits(len(tokens))
 
     def set_sampling(self, sampling: Sampling) -> None:
-        """How :meth:`sample` draws from now on."""
+        """Let :meth:`sample` draw like this from now on."""
         self._context.set_sampling(sampling)
 
     def set_grammar(self, gbnf: str) -> None:
@@ -269,8 +270,8 @@ class LlamaEngine(ABC):
         """Forget the cells from ``position`` on: what moves on first, which then finds nothing more to drop."""
         with uninterrupted():
             self._context.has_logits = False
-            if checkpoint is not None:
+            if checkpoint is not None and checkpoint.size:
                 self._context.set_partial_state(checkpoint)
             self._context.remove(position)
-            if checkpoint is not None and self._context.next_position != position:
-                raise EngineError(f"the checkpoint is of position {self._context.next_position}, not {position}")
+            if self._context.next_position != position:
+                raise EngineError(f"the cache went back to position {self._context.next_position}, not {position}")

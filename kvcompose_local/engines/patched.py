@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcompose_local.arena import CELL_PADDING, SOFTMAX_SHARE
-from kvcompose_local.composing.rotation import unjoined
 from kvcompose_local.engines.base import TILE, LlamaEngine, softmax_queries
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput
 from kvcompose_local.interfaces import (
@@ -33,6 +32,7 @@ from kvcompose_local.interfaces import (
 from kvcompose_local.llama_ffi.cells import PerLayerCells, Turn
 from kvcompose_local.llama_ffi.context import Context
 from kvcompose_local.llama_ffi.library import give_small_blocks_back
+from kvcompose_local.llama_ffi.memory import memory_of
 from kvcompose_local.llama_ffi.model import Model
 
 #: Tokens of the largest prefill micro-batch, of which most have a tile less: 512 read no faster on the processors
@@ -100,6 +100,8 @@ class PatchedEngine(LlamaEngine):
             context.rope_factors,
         )
         super().__init__(model, context, shape, sampling)
+        owners = {il: self._cells.owner(il) for il in range(model.n_layers)}
+        self._ordinal = {il: i for il, i in owners.items() if i is not None}  # of layers that read another's cells, too
         info = self._cells.info()
         self._has_window = bool(info.has_window)
         self.moves_on = self._has_window or model.is_recurrent
@@ -110,6 +112,8 @@ class PatchedEngine(LlamaEngine):
         ]
         sizes = [int(self._cells.arena(i).size) for i in range(info.n_arenas)]
         self.cache_bytes = sum(sizes)
+        memory = memory_of(context)
+        self._state_bytes = memory.window_bytes + memory.recurrent_bytes
         # A window cache overwrites what a replay of more than one micro-batch would have to give back. A recurrent
         # state gives nothing back: a replay restores it.
         self.max_replay = self._fitting_queries(n_cells) if self._has_window else n_cells
@@ -119,13 +123,21 @@ class PatchedEngine(LlamaEngine):
         self._turns: list[Turn] = []
 
     @property
+    def state_bytes(self) -> int:
+        """As allocated."""
+        return self._state_bytes
+
+    @property
     def compute_bytes(self) -> int:
         """They grow with the largest graph so far."""
         return self._cells.compute_bytes()
 
     def layout(self) -> CacheLayout:
         info = self._cells.info()
-        return CacheLayout(self._composed, info.n_live, info.n_live_cap - info.n_live, info.pos_next)
+        n_free = info.n_live_cap - info.n_live
+        if not self.model.is_rotated:  # positions that were never learned are beyond the model's table of them
+            n_free = min(n_free, max(self.shape.n_ctx_train - info.pos_next, 0))
+        return CacheLayout(self._composed, info.n_live, n_free, info.pos_next)
 
     def _live_cells(self) -> IntArray:
         """int64 (n_live,): where the live cells stand, oldest first."""
@@ -183,7 +195,7 @@ class PatchedEngine(LlamaEngine):
             keys, values = (self._cells.numbers(layer, values=v, first=start, stop=stop) for v in (False, True))
             if not in_order:
                 keys, values = keys[:, cells - start], values[:, cells - start]
-            return turn.rope.undone(unjoined(keys, turn.hadamard_k), first), unjoined(values, turn.hadamard_v)
+            return turn.keys(keys, first), turn.values(values)
 
         return Lazy(len(self.shape.layers), rows)
 
@@ -216,7 +228,7 @@ class PatchedEngine(LlamaEngine):
         give_small_blocks_back()  # what the choice of cells took
 
     def _go_back(self, n_forgotten: int, checkpoint: ByteArray) -> None:
-        """Restore what moves on: the position of now is that of the checkpoint then."""
+        """Restore the moving part from a checkpoint, whose position is the cache's from now on."""
         position = self.layout().position - n_forgotten
         self._context.set_partial_state(checkpoint)
         if self.layout().position != position:

@@ -1,6 +1,6 @@
 """llama.cpp's serialized sequence state as arrays, and the gather that makes composite tokens of it.
 
-The format is that of ``llama_state_seq_get_data`` of the pinned version (llama-context.cpp, llama-kv-cache.cpp):
+``llama_state_seq_get_data`` of the pinned version writes this (llama-context.cpp, llama-kv-cache.cpp):
 
 ======================  ==================================================================================
 u32, i32                magic 0xaf143cd8, sequence id
@@ -111,10 +111,10 @@ class CellBlock:
     def gather(self, selection: Sequence[Selection], n_tail: int, n_forgotten: int = 0) -> CellBlock:
         """Composite tokens, then the last ``n_tail`` cells.
 
-        selection: one int (H, K) array a layer, K equal in all; n_forgotten: without a tail, positions
-        to go back by. Composed cells take the positions before the first
-        kept one (a position only feeds the causal mask; keys keep the rotation of their own token), so that the next
-        token goes on at the true position. Raises StateFormatError for unequal or out-of-range selections.
+        selection: one int (H, K) array a layer, K equal in all; n_forgotten: without a tail, positions to go back by.
+        Composed cells take the positions just before the first kept one, so that the next token goes on at the true
+        position: a position only feeds the causal mask, and keys keep the rotation of their own token. Raises
+        StateFormatError for unequal or out-of-range selections.
         """
         widths = {s.shape[1] for s in selection}
         if len(selection) != len(self.keys) or len(widths) != 1:

@@ -48,6 +48,14 @@ def uniform_shape(model: Model, cache_type: str, *, scoring: bool) -> ModelShape
     return ModelShape(model.name, arch, model.n_ctx_train, model.n_vocab, layers, cache_type, f16_row_bytes)
 
 
+def why_not_stock(model: Model) -> str:
+    """Why this engine cannot compose a model's cells, empty where it can; :func:`uniform_shape` looks at heads."""
+    kind = model.cache_kind()
+    if kind == "attention":
+        return ""
+    return f"{model.architecture} has a {kind} cache, which the stock engine cannot compose"
+
+
 class StockEngine(LlamaEngine):
     """:class:`kvcompose_local.interfaces.Engine` with equal budgets.
 
@@ -71,11 +79,8 @@ class StockEngine(LlamaEngine):
         sampling: Sampling | None = None,
     ) -> None:
         kind = model.cache_kind()
-        if scoring and kind != "attention":
-            raise ModelError(
-                f"{model.architecture} has a {kind} cache, which the stock engine cannot compose: "
-                "use --budget 1, or build the patched engine with `kvcompose-local build`"
-            )
+        if scoring and (obstacle := why_not_stock(model)):
+            raise ModelError(f"{obstacle}: use --budget 1, or build the patched engine with `kvcompose-local build`")
         if scoring and cache_type != "f16":
             raise InvalidInput("the stock engine composes an F16 cache only; `kvcompose-local build` lifts that")
         shape = uniform_shape(model, cache_type, scoring=scoring)
@@ -119,7 +124,7 @@ class StockEngine(LlamaEngine):
         self._first_live = 0
 
     def layout(self) -> CacheLayout:
-        # Live cells hold consecutive positions and composed ones those just before: counting needs no look inside.
+        # Live cells hold consecutive positions, and composed cells the positions just before: counting is enough.
         position = self._context.next_position
         n_live = position - self._first_live
         free = self._n_cells - self._n_composed - n_live

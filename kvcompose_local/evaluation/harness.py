@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ import numpy.typing as npt
 from kvcompose_local import __version__
 from kvcompose_local.arena import CELL_PADDING, VALUE_TYPES, padded, share_of_f16
 from kvcompose_local.chat.memory import CacheMemory
-from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.engines.patched import PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.errors import InvalidInput, KVComposeError
 from kvcompose_local.evaluation.methods import find_method
@@ -28,6 +27,8 @@ from kvcompose_local.evaluation.quantized import quantized
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import Item, Question
 from kvcompose_local.interfaces import CacheSnapshot, ModelShape, Selection
+from kvcompose_local.llama_ffi.model import Model
+from kvcompose_local.profiles import Profile
 
 #: The name of the uncompressed cache among the methods.
 FULL = "full"
@@ -36,17 +37,32 @@ STREAMING = "streaming"
 _N_TURNS = 16
 #: Tokens of the longest answer that is measured at once.
 MOST_OUTPUTS = 192
-#: What a method's name may end in, as "+q8_0" or, K and V, "+q8_0/q4_0": its cells are of these types, so that they
+#: Types that a method's name may end in, as "+q8_0" or, for K and V, "+q8_0/q4_0": its cells are stored in them, and
 #: take fewer bytes than the keep ratio says.
 QUANTIZED_TYPES = {name for name, kind in VALUE_TYPES.items() if kind.is_quantized}
 _GAP = "\x00"
-#: Of every record, as far as an interrupted run wrote it.
+#: The beginning of every record, by which a line that an interrupted run did not finish is known.
 _BEGINNING = b'{"model": '
+
+
+def engine_beside(
+    engine: PatchedEngine, n_cells: int, cache_type: str, *, n_threads: int, n_ubatch: int = PREFILL_MICRO_BATCH
+) -> PatchedEngine:
+    """Another cache of the same model; ``close_context`` frees it."""
+    return PatchedEngine(
+        engine.model,
+        n_cells=padded(n_cells),
+        n_positions=engine.n_positions,
+        n_threads=n_threads,
+        cache_type=cache_type,
+        n_ubatch=n_ubatch,
+        n_outputs=min(n_ubatch, MOST_OUTPUTS),
+    )
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the full cache answers: its tokens, and float32 (n, n_vocab) log-probabilities before each of them."""
+    """An answer of the full cache: its tokens, and float32 (n, n_vocab) log-probabilities before each of them."""
 
     tokens: tuple[int, ...]
     log_probs: npt.NDArray[np.float32]
@@ -54,7 +70,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class _Start:
-    """What a trial's questions start from: these cells of an engine, rewritten if there is a selection.
+    """The start of a trial's questions: these cells of an engine, rewritten if there is a selection.
 
     kept: share of the full F16 cache's bytes; seconds: what the choice took.
     """
@@ -67,7 +83,7 @@ class _Start:
 
 
 def check_method(name: str) -> None:
-    """Raises InvalidInput, naming those there are, where no method has the name, with or without a cache type."""
+    """Raises InvalidInput, which lists all methods, where none has the name, with or without a cache type."""
     base, _ = _without_type(name)
     if base not in (FULL, STREAMING):
         find_method(base)
@@ -81,21 +97,33 @@ def _without_type(name: str) -> tuple[str, str]:
 
 
 def cell_share(name: str) -> float:
-    """What a method's cells take of the bytes of as many F16 ones."""
+    """The share of bytes that a method's cells take of as many F16 cells."""
     _, kind = _without_type(name)
     return float(share_of_f16(kind or "f16"))
 
 
 def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Along the last axis."""
+    """The logarithm of the softmax along the last axis."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)), np.float32)
+
+
+def kl_divergence(reference: npt.NDArray[np.float32], rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """KL divergence of log-probabilities (n, n_vocab) from a reference, in nats: float32 (n,)."""
+    return np.asarray((np.exp(reference) * (reference - rows)).sum(axis=1))
 
 
 def room_for(n_tokens: int, *, whole_replay: bool = False) -> int:
     """Cells that an item of ``n_tokens`` needs, with its questions and a replay."""
     cells = int(n_tokens * (2.2 if whole_replay else 1.15)) + 768
     return -(-cells // 256) * 256
+
+
+def around_a_message(model: Model) -> tuple[str, str]:
+    """The chat template's text before a message and after it, up to where the answer begins."""
+    rendered = model.render_chat([{"role": "user", "content": _GAP}], add_generation_prompt=True)
+    head, _, tail = rendered.partition(_GAP)
+    return head, tail
 
 
 class Evaluation:
@@ -110,23 +138,24 @@ class Evaluation:
         output: Path,
         facts: dict[str, Any] | None = None,
         *,
-        scorer: Scorer | None = None,
+        profile: Profile | None = None,
+        left_out: Mapping[str, Profile] | None = None,
         n_threads: int = 1,
     ) -> None:
-        """scorer: the model's, None where it has no profile; n_threads: of the engines that quantized and streaming
-        trials need beside this one.
+        """profile: the model's, None where it has none; left_out: by tasks, profiles that were fitted to none of their
+        texts, for the method ``left-out``; n_threads: of the engines that quantized and streaming trials need beside
+        this one.
         """
         self.engine = engine
-        self._scorer = scorer
+        self._scorer = profile.scorer if profile else None
+        self._kinds = set(profile.kinds.split(",")) if profile else set()
+        self._left_out = left_out or {}
         self.n_threads = n_threads
         self.output = output
         self.facts = {"model": engine.model.name, "version": __version__, "engine": engine.name, **(facts or {})}
         self.records = read_records(output)
         self._done = {_key(record) for record in self.records}
-        head, _, self._tail = engine.model.render_chat(
-            [{"role": "user", "content": _GAP}], add_generation_prompt=True
-        ).partition(_GAP)
-        self._head = head
+        self._head, self._tail = around_a_message(engine.model)
         self._others: dict[str, PatchedEngine] = {}
         layout = engine.layout()
         self._n_cells = layout.n_live + layout.n_free
@@ -175,6 +204,7 @@ class Evaluation:
                 record = {
                     **self.facts,
                     "task": item.task,
+                    "fitted": item.task in self._kinds,
                     "seed": item.seed,
                     "n_tokens": n_tokens,
                     "question": number,
@@ -191,12 +221,13 @@ class Evaluation:
     def _starts(
         self, item: Item, trials: Sequence[tuple[str, float]], progress: Callable[[str], None]
     ) -> dict[tuple[str, float], _Start]:
-        """Where each trial's questions start, and those of the full cache."""
+        """The starts of each trial's questions, and of the full cache's."""
         engine, model = self.engine, self.engine.model
         engine.clear()
         progress("reading")
         tokens = model.tokenize(self._head + item.context + "\n\n", add_bos=model.adds_bos)
-        stats = Statistics(engine, tokens, self._scorer)
+        left_out = self._left_out.get(item.task)
+        stats = Statistics(engine, tokens, self._scorer, left_out.scorer if left_out else None)
         n_full = len(tokens) * len(engine.shape.layers)
         full = {"": (engine, engine.snapshot())}
         starts = {}
@@ -224,7 +255,7 @@ class Evaluation:
         return self._engine_of(kind), quantized(cells, self.engine.shape, kind)
 
     def _engine_of(self, kind: str) -> PatchedEngine:
-        """One as large as this evaluation's, of another cache type."""
+        """An engine as large as this evaluation's, of another cache type."""
         if not kind:
             return self.engine
         if kind not in self._others:
@@ -248,15 +279,7 @@ class Evaluation:
             small.close_context()
 
     def _new_engine(self, n_cells: int, cache_type: str = "f16", n_ubatch: int = PREFILL_MICRO_BATCH) -> PatchedEngine:
-        return PatchedEngine(
-            self.engine.model,
-            n_cells=padded(n_cells),
-            n_positions=self.engine.n_positions,
-            n_threads=self.n_threads,
-            cache_type=cache_type,
-            n_ubatch=n_ubatch,
-            n_outputs=min(n_ubatch, MOST_OUTPUTS),
-        )
+        return engine_beside(self.engine, n_cells, cache_type, n_threads=self.n_threads, n_ubatch=n_ubatch)
 
     def close(self) -> None:
         """Free what was opened beside the engine."""
@@ -283,14 +306,19 @@ class Evaluation:
         expected = reference.tokens
         if len(asked) > 1:
             engine.decode(asked[:-1])
+        before = engine.checkpoint()
         rows = log_softmax(engine.decode_all([asked[-1], *expected[:-1]]))
-        kl = (np.exp(reference.log_probs) * (reference.log_probs - rows)).sum(axis=1)
+        kl = kl_divergence(reference.log_probs, rows)
         likelihood = rows[np.arange(len(expected)), expected].mean()
         best = rows.argmax(axis=1)
         n_same = int(np.cumprod(best == expected).sum())
         tokens = list(expected[:n_same])
         if n_same < len(expected):  # the answer parts here: go on from what it says instead
-            engine.drop_tail(len(expected) - 1 - n_same)
+            if engine.moves_on:
+                engine.drop_tail(len(expected), before)
+                engine.decode([asked[-1], *tokens])
+            else:
+                engine.drop_tail(len(expected) - 1 - n_same)
             token = int(best[n_same])
             while not engine.model.is_end(token):
                 tokens.append(token)

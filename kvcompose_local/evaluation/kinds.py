@@ -1,7 +1,7 @@
 """Texts of the kinds that people ask chats about: source, records, logs, tables, dialogue, languages, lists, steps.
 
 Each function draws a text of about as many tokens as are wanted, and questions about it: (question, how its answer
-begins, what must be in it). Everything is generated, but for the source, which is that of Python's own library.
+begins, what must be in it). Everything is generated, except source, which comes from Python's own library.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import ast
 import itertools
 import json
 import random
+import string
 import sysconfig
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -21,7 +23,7 @@ Count = Callable[[str], int]
 
 
 class Asked(NamedTuple):
-    """A question, how its answer begins, what must be in that, and the most tokens of it."""
+    """A question, the beginning of its answer, what the answer must contain, and its most tokens."""
 
     question: str
     prefix: str
@@ -31,7 +33,7 @@ class Asked(NamedTuple):
 
 Made = tuple[str, list[Asked]]
 _N_ASKED = 4
-#: Characters of source that stand or fall together: a text is to be of about the length that is wanted.
+#: Characters of source that are taken or left together, so that a text gets about the length that is wanted.
 _LONGEST_BLOCK = 2500
 _FIRST = "Clara Edwin Nora Felix Ruth Oscar Ida Hugo Vera Bruno Alma Leo Petra Anton Greta Milan".split()
 _LAST = "Hartmann Okafor Lindqvist Moreau Castell Whitby Novak Ferrer Tanaka Brandt Osei Kowalski".split()
@@ -101,20 +103,20 @@ def source(rng: random.Random, n_tokens: int, count: Count) -> Made:
     """Functions of one module after another: defaults of their parameters."""
     paths = list(_sources())
     rng.shuffle(paths)
-    text, asked = "", []
+    text = ""
     for path in paths:
         code = path.read_text(encoding="utf-8", errors="replace")
-        if not _defaults(code):
-            continue
         blocks = [ast.get_source_segment(code, node) or "" for node in ast.parse(code).body]
         blocks = [block for block in blocks if 0 < len(block) < _LONGEST_BLOCK]
-        start = rng.randrange(max(len(blocks) // 2, 1))
+        tell = [i for i, block in enumerate(blocks) if _defaults(block)]
+        if not tell:
+            continue
+        start = max(rng.choice(tell) - rng.randrange(3), 0)
         kept = _until(n_tokens - count(text), count, iter(blocks[start:]), "\n\n")
         text = "\n\n".join([text, f"# {path.name}", *kept]).strip()
         if count(text) >= n_tokens:
             break
-    asked = _defaults(text)
-    return "Read this source.\n" + text, _asked(rng, asked)
+    return "Read this source.\n" + text, _asked(rng, _defaults(text))
 
 
 def _person(rng: random.Random) -> str:
@@ -380,6 +382,29 @@ def instructions(rng: random.Random, n_tokens: int, count: Count) -> Made:
     return "How to start the plant.\n" + "\n".join(_until(n_tokens, count, steps())), _asked(rng, asked)
 
 
+def keys(rng: random.Random, n_tokens: int, count: Count) -> Made:
+    """Long random names, of which each character counts: checksums of files, identifiers, tokens."""
+    asked: list[Asked] = []
+    stems = _names(rng, "backup report image index table photo model draft".split(), _GOODS, joint="-")
+    endings = "tar.gz,csv,png,json,pdf,iso".split(",")
+
+    def lines() -> Iterator[str]:
+        for stem in stems:
+            name = f"{stem.replace(' ', '-')}.{rng.choice(endings)}"
+            draws = (
+                lambda: f"{rng.getrandbits(128):032x}",
+                lambda: str(uuid.UUID(int=rng.getrandbits(128), version=4)),
+                lambda: "".join(rng.choices(string.ascii_letters + string.digits, k=rng.randrange(16, 28))),
+            )
+            key = draws[style]()
+            asked.append(Asked(f"What is the {what} of {name}?", f"The {what} of {name} is", key, 40))
+            yield f"{key}  {name}" if rng.random() < 0.3 else f"{name}: {key}"
+
+    style = rng.randrange(3)
+    what = ("checksum", "identifier", "access token")[style]
+    return f"This is the {what} of each file.\n" + "\n".join(_until(n_tokens, count, lines())), _asked(rng, asked)
+
+
 KINDS: dict[str, Callable[[random.Random, int, Count], Made]] = {
     "source": source,
     "records": records,
@@ -389,4 +414,5 @@ KINDS: dict[str, Callable[[random.Random, int, Count], Made]] = {
     **{name: _in_language(language) for name, language in _LANGUAGES.items()},
     "listing": listing,
     "instructions": instructions,
+    "keys": keys,
 }

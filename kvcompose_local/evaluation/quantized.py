@@ -12,15 +12,15 @@ from gguf.quants import quantize
 from kvcompose_local.composing.rotation import unjoined
 from kvcompose_local.interfaces import ByteArray, CacheSnapshot, ModelShape
 
-#: What llama.cpp rotates by at least, and what V is always rotated by.
+#: The smallest rotation of llama.cpp, and the only one of V.
 _ROTATED = 64
 
 
 def quantized(snapshot: CacheSnapshot, shape: ModelShape, kind: str) -> CacheSnapshot:
     """The cells of an F16 cache as ``kind``, "q8_0" or "q8_0/q4_0": rotated as llama.cpp does, then rounded.
 
-    While a text is read into a quantized cache, each of its layers sees the errors of those below. Here all methods
-    start from the same keys and values, which favours the quantized ones; `streaming` reads as a chat does.
+    While a text is read into a quantized cache, each layer sees the errors of the layers below it. Here all methods
+    start from the same keys and values, which favours quantized caches; `streaming` reads as a chat does.
     """
     k_kind, _, v_kind = kind.partition("/")
     heads = [layer.n_kv_heads for layer in shape.layers]

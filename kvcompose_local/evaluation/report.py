@@ -70,7 +70,7 @@ def results(records: Sequence[Record], *, seed: int = 0) -> list[Result]:
             items[r["task"]][r["seed"]].append((r["score"], full[_question(r)]))
         tables = [np.array([np.mean(pairs, axis=0) for pairs in seeds.values()]) for seeds in items.values()]
         score, whole = np.mean([table.mean(axis=0) for table in tables], axis=0)
-        if whole == 0:  # nothing of which the score could be a share
+        if whole == 0:  # the score cannot be a share of nothing
             continue
         drawn = np.mean([_resample(table, rng) for table in tables], axis=0)  # (resamples, 2)
         low, high = np.quantile(drawn[:, 0] / np.maximum(drawn[:, 1], 1e-9), [0.025, 0.975])
@@ -161,7 +161,13 @@ def tables(records: Sequence[Record]) -> str:
         fewest, most = min(r.n for r in by_keep.values()), max(r.n for r in by_keep.values())
         asked = f"{most}" if fewest == most else f"{fewest}–{most}"
         lines.append(f"| {method} | {asked} | " + " | ".join(cells + ends) + " |")
-    lines += ["", "Score of each task:", "", "| task | method | " + " | ".join(heads) + " |"]
+    fitted = {r["task"]: ", fitted to" if r["fitted"] else ", not fitted to" for r in records if "fitted" in r}
+    lines += [
+        "",
+        "Score of each task (the full cache's; whether the profile was fitted to its kind):",
+        "",
+        "| task | method | " + " | ".join(heads) + " |",
+    ]
     lines += ["|---" * (len(heads) + 2) + "|"]
     for task, full in counted.items():
         for method in best_first:
@@ -169,19 +175,19 @@ def tables(records: Sequence[Record]) -> str:
             for keep in keeps:
                 scores = [r["score"] for r in records if (r["task"], r["method"], r["keep"]) == (task, method, keep)]
                 shown.append(f"{np.mean(scores):.2f}" if scores else "")
-            lines.append(f"| {task} ({full:.2f}) | {method} | " + " | ".join(shown) + " |")
+            lines.append(f"| {task} ({full:.2f}{fitted.get(task, '')}) | {method} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
 def _bytes(result: Result) -> str:
-    """What to add where a method's bytes are not those that the keep ratio says."""
+    """A note on a method's bytes, where they differ from the keep ratio."""
     return "" if 0.95 * result.keep < result.kept <= result.keep + 1e-3 else f" at {result.kept:.0%} of the bytes"
 
 
 def recommendation(records: Sequence[Record], caches: Mapping[tuple[str, float], str], within: float = 0.05) -> str:
-    """One line: the smallest cache whose score, and that of larger ones, stays within ``within`` of the full one's.
+    """One line: the smallest cache that stays, as do all larger ones, within ``within`` of the full cache's score.
 
-    caches: what to call each, by method and keep ratio.
+    caches: the name of each, by method and keep ratio.
     """
     found = [r for r in results(records) if (r.method, r.keep) in caches]
     good = list(itertools.takewhile(lambda r: r.share >= 1 - within, sorted(found, key=lambda r: -r.kept)))

@@ -1,4 +1,4 @@
-"""What the methods know of a context: collected once an item, shared by all methods and keep ratios."""
+"""The facts about a context that methods go by: collected once an item, shared by all methods and keep ratios."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from kvcompose_local.composing.attention import AttentionMax
 from kvcompose_local.composing.policy import Policy
 from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.engines.base import LlamaEngine
+from kvcompose_local.errors import InvalidInput
 from kvcompose_local.interfaces import FloatArray, HalfArray
 
 #: Queries of a recent-query method (SnapKV, arXiv 2404.14469, uses 32 with short contexts).
@@ -20,16 +21,26 @@ N_RECENT = 32
 
 
 class Statistics:
-    """Of one context, which the engine's cache holds, uncompressed, when the attributes are first asked for.
+    """Statistics of one context. The engine's cache holds it, uncompressed, while attributes are computed.
 
     All are lists of L arrays over the T tokens.
     """
 
-    def __init__(self, engine: LlamaEngine, tokens: Sequence[int], scorer: Scorer | None = None) -> None:
-        """Reads ``tokens`` into the empty cache of ``engine``; scorer: the model's, None where it has no profile."""
+    def __init__(
+        self,
+        engine: LlamaEngine,
+        tokens: Sequence[int],
+        scorer: Scorer | None = None,
+        left_out: Scorer | None = None,
+    ) -> None:
+        """Reads ``tokens`` into the empty cache of ``engine``.
+
+        scorer: the model's, None where it has no profile; left_out: one that was fitted to no text of this kind.
+        """
         self.engine = engine
         self.tokens = list(tokens)
         self._model_scorer = scorer
+        self._left_out = left_out
         self._n_scratch = Policy.for_cells(len(self.tokens)).n_scratch
         engine.decode(self.tokens)
 
@@ -40,8 +51,17 @@ class Statistics:
     @cached_property
     def cells(self) -> tuple[Scorer, list[HalfArray]]:
         """The scorer that a chat goes by, and its scores without age: float16 (H, T)."""
-        known = self._model_scorer
-        by: Scoring = Learned(self.engine) if known is None else Scored(self.engine, known)
+        return self._scored(self._model_scorer)
+
+    @cached_property
+    def unseen(self) -> tuple[Scorer, list[HalfArray]]:
+        """:attr:`cells` of a scorer that was not fitted to this kind of text. Raises InvalidInput without one."""
+        if self._left_out is None:
+            raise InvalidInput("no profile was fitted without this kind of text")
+        return self._scored(self._left_out)
+
+    def _scored(self, scorer: Scorer | None) -> tuple[Scorer, list[HalfArray]]:
+        by: Scoring = Learned(self.engine) if scorer is None else Scored(self.engine, scorer)
         scores = self._by(by)
         if by.scorer is None:
             raise AssertionError("what has scored has a scorer")
@@ -70,7 +90,11 @@ class Statistics:
         def tap(layer: int, weights: FloatArray) -> None:
             sums[layer] += weights[:, :, : self.n_tokens].sum(axis=1) / N_RECENT
 
-        self.engine.drop_tail(N_RECENT)
+        if self.engine.moves_on:  # and does not come back
+            self.engine.clear()
+            self.engine.decode(self.tokens[:-N_RECENT])
+        else:
+            self.engine.drop_tail(N_RECENT)
         with self.engine.watching(tap):
             self.engine.decode(self.tokens[-N_RECENT:])
         return sums

@@ -39,7 +39,7 @@ SYLLABLES = "ba ce di fo gu ha ji ko lu me na pi ro su ta ve wo xi yu zo".split(
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked after the context, how the answer begins, and what must be in it."""
+    """A question about the context, the beginning of its answer, and what the answer must contain."""
 
     text: str
     prefix: str
@@ -69,7 +69,7 @@ def prose() -> tuple[str, ...]:
 
 
 class _Writer:
-    """Draws what an item is made of, and fills a haystack up to a number of tokens."""
+    """Draws the parts of an item, and fills a haystack up to a number of tokens."""
 
     def __init__(self, seed: str, count_tokens: Callable[[str], int], n_tokens: int) -> None:
         self.random = random.Random(seed)

@@ -1,1 +1,1 @@
-"""What lies on the disk: model files, and files that are written whole or not at all."""
+"""The disk: models, llama.cpp's build, and files that are written whole or not at all. Standard library only."""

@@ -32,6 +32,7 @@ from pathlib import Path, PurePosixPath
 from typing import TextIO
 
 from kvcompose_local.errors import BuildError, DownloadError, KVComposeError
+from kvcompose_local.install.files import cache_errors, sha256_at
 from kvcompose_local.install.pin import (
     SANITIZERS,
     Pin,
@@ -44,14 +45,14 @@ from kvcompose_local.install.pin import (
     patch_series,
     read_pin,
 )
-from kvcompose_local.install.resources import cache_folder, data_file, sha256_of
+from kvcompose_local.install.resources import cache_folder, data_file
 from kvcompose_local.install.threads import cpu_quota
 
 #: Gets (what is going on, steps done, steps in all); ``(text, 0, 0)`` where steps cannot be counted. May raise to stop.
 Progress = Callable[[str, int, int], None]
 
 _LLAMA_CPP = "vendor/llama.cpp"
-#: Two thirds of the source tree by size, nothing in them is compiled; `.git` points to a repository that is not there.
+#: Folders that are left out: two thirds of the source tree, of which nothing is compiled, and a dangling `.git`.
 _NOT_NEEDED = frozenset({".git", "benches", "docs", "media", "models"})
 _APPLIED = ".kvcompose-applied"
 _FREE_BYTES_NEEDED = 400 * 10**6
@@ -89,7 +90,7 @@ def runs_under_rosetta() -> bool:
 def find_compiler() -> str:
     """The C++ compiler that CMake will take. Raises BuildError, with the command that installs one."""
     if sys.platform == "darwin" and not output_of(["xcode-select", "-p"]):
-        compiler = None  # /usr/bin/c++ is there all the same, and only asks for the command line tools
+        compiler = None  # /usr/bin/c++ exists even so, and only asks for the command line tools
     else:
         wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
         compiler = next((path for name in wanted if (path := shutil.which(shlex.split(name)[0]))), None)
@@ -110,23 +111,6 @@ def find_tool(name: str) -> str:
 # -- source -----------------------------------------------------------------------------------------------------------
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return sha256_of(file)
-
-
-@contextmanager
-def _cache_errors(folder: Path) -> Iterator[None]:
-    """An OSError of the cache folder (read-only, full, a file in its place) becomes one line."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise BuildError(
-            f"cannot write the cache folder {folder} ({reason}): free it or set KVCOMPOSE_CACHE to another"
-        ) from error
-
-
 def fetch_archive(pin: Pin, progress: Progress | None = None) -> Path:
     """The pinned source archive in the cache folder, verified; pip fetches it when it is not there.
 
@@ -136,14 +120,14 @@ def fetch_archive(pin: Pin, progress: Progress | None = None) -> Path:
     report = progress or _silent
     folder = cache_folder() / "archives"
     archive = folder / pin.archive_name
-    with _cache_errors(cache_folder()):
-        if archive.is_file() and _sha256(archive) == pin.sha256:
+    with cache_errors(cache_folder(), BuildError):
+        if archive.is_file() and sha256_at(archive) == pin.sha256:
             return archive
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary:
             report(f"fetching the source of {pin} (77 MB)", 0, 0)
             fetched = _pip_download(pin, Path(temporary), archive)
-            if (actual := _sha256(fetched)) != pin.sha256:
+            if (actual := sha256_at(fetched)) != pin.sha256:
                 raise DownloadError(
                     f"{pin.archive_name} is not the pinned file (sha256 {actual[:12]}…, "
                     f"{pin.sha256[:12]}… expected): check the package index that pip uses, then try again"
@@ -299,7 +283,7 @@ def build(
     find_compiler()
     find_tool("cmake")
     find_tool("ninja")
-    with _cache_errors(cache_folder()):
+    with cache_errors(cache_folder(), BuildError):
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target.with_suffix(".lock"), report):
             if library_dir(patched, sanitize=sanitize, patches_dir=patches) is not None:
@@ -458,7 +442,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _write_source(target: Path, report: Progress, *, patched: bool) -> None:
     patches = data_file("patches")
-    with _cache_errors(target):
+    with cache_errors(target, BuildError):
         if not (target / "CMakeLists.txt").is_file():
             extract_llama_cpp(fetch_archive(read_pin(patches), report), target)
         applied = apply_series(target, patches) if patched else []

@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from kvcompose_local.errors import DownloadError
-from kvcompose_local.install.resources import ByteProgress, clear_disk_errors
+from kvcompose_local.install.files import ByteProgress, cache_errors
 
 _CHUNK = 1 << 18
 _TRIES = 3
@@ -36,7 +36,7 @@ def fetch(url: str, target: Path, *, progress: ByteProgress | None = None, cafil
     """
     part = target.with_name(target.name + ".part")
     name = unquote(urlsplit(url).path).rpartition("/")[2] or target.name
-    with clear_disk_errors(part):
+    with cache_errors(part):
         target.parent.mkdir(parents=True, exist_ok=True)
     tries = 0
     while True:
@@ -51,11 +51,11 @@ def fetch(url: str, target: Path, *, progress: ByteProgress | None = None, cafil
             if code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and before:
                 if error.headers.get("Content-Range") == f"bytes */{before}":
                     break  # the last try was stopped between the last byte and the new name
-                with clear_disk_errors(part):  # longer than the source: of something else
+                with cache_errors(part):  # longer than the source: of something else
                     part.unlink()
             elif code < HTTPStatus.INTERNAL_SERVER_ERROR and code not in _WORTH_ANOTHER_TRY:
                 raise DownloadError(f"the server answers {reason} for {name}") from error
-        except (http.client.HTTPException, OSError) as error:  # of the network: those of the disk are told already
+        except (http.client.HTTPException, OSError) as error:  # of the network: the disk's errors are told already
             cause = error.reason if isinstance(error, urllib.error.URLError) else error
             reason = " ".join(str(cause).split()) or type(cause).__name__
             if isinstance(cause, _PERMANENT):
@@ -64,7 +64,7 @@ def fetch(url: str, target: Path, *, progress: ByteProgress | None = None, cafil
         if tries >= _TRIES:
             raise DownloadError(f"cannot download {name} ({reason}): check the network and try again; it will resume")
         time.sleep(tries)
-    with clear_disk_errors(target):
+    with cache_errors(target):
         os.replace(part, target)
 
 
@@ -91,17 +91,17 @@ def _fetch_rest(url: str, part: Path, progress: ByteProgress | None, cafile: str
             raise ConnectionError("the server sent another part of the file than it was asked for")
         length = str(response.headers.get("Content-Length"))
         total = have + int(length) if length.isdecimal() else 0
-        with clear_disk_errors(part):
+        with cache_errors(part):
             file = open(part, "ab" if have else "wb")  # noqa: SIM115 - only what the disk does may be told as its error
         with file:
             while chunk := response.read(_CHUNK):
-                with clear_disk_errors(part):
+                with cache_errors(part):
                     file.write(chunk)
                     file.flush()
                 have += len(chunk)
                 if progress is not None:
                     progress(have, total)
-            with clear_disk_errors(part):
+            with cache_errors(part):
                 os.fsync(file.fileno())
     if total and have != total:
         raise ConnectionError(f"the connection ended after {have} of {total} bytes")
@@ -176,7 +176,7 @@ def find_wheel(package: str, version: str) -> Wheel:
                 f"pip finds no wheel of {package} {version}: check the network, and the index that pip is set to"
             )
         return Wheel(**found)
-    # A pip whose inside is not as we know it: take the longer way through its command line.
+    # pip's internals have changed: take the longer way through its command line.
     command = ("install", "--quiet", "--dry-run", "--ignore-installed", "--ignore-requires-python", "--report", "-")
     asked = _run_python("-m", "pip", *command, *_PIP_OPTIONS, f"{package}=={version}")
     if asked.returncode != 0:

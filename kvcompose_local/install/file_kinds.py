@@ -1,4 +1,4 @@
-"""What a file is that was named as a model and is none that can chat: one line, told before native code sees it."""
+"""Recognizes files that cannot chat, before native code sees them, and says in one line what they are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _TAKE_GGUF = "take the model's GGUF file, or one of `kvcompose-local models list
 _UNPACK = "unpack it, and name the GGUF file in it"
 _CONVERT = "convert it with llama.cpp's convert_hf_to_gguf.py, or take one of `kvcompose-local models list`"
 
-#: Begin of a file, what such a file is, and what to do. The first that fits counts.
+#: The first bytes of a file, what such a file is, and what to do. The first match counts.
 _SIGNATURES = (
     (rb"version https://git-lfs\.github\.com", "is a Git LFS pointer, not the file itself", "run `git lfs pull`"),
     (rb"lmgg|fmgg|tjgg", "is of the GGML format that GGUF replaced in 2023, or of whisper.cpp", _TAKE_GGUF),
@@ -61,9 +61,10 @@ _NO_POOLING, _RANK = 0, 4
 
 
 def complaint(path: Path) -> str | None:
-    """Why a file cannot be a model that chats, to follow its name, with what to do; None where nothing speaks against.
+    """Why a file cannot be a model that chats, and what to do; None where nothing speaks against it.
 
-    Reads the header, milliseconds. Raises OSError.
+    The text continues a sentence that begins with the file's name. Reading the header takes milliseconds. Raises
+    OSError.
     """
     if path.is_dir():
         return f"is a folder, not a GGUF file: {_in_folder(path)}"
@@ -102,7 +103,7 @@ def _other_format(head: bytes) -> str:
 
 
 def _in_folder(path: Path) -> str:
-    """What to do where a folder was named."""
+    """The advice where a folder was named."""
     for file in sorted(path.glob("*.gguf")):
         return f"name a file in it, such as {file.name}"
     if any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin")):
@@ -111,7 +112,7 @@ def _in_folder(path: Path) -> str:
 
 
 def _other_kind(header: Header) -> str | None:
-    """What a GGUF file is by its header, where that is no language model."""
+    """The kind of a GGUF file by its header; None for a language model."""
     values, arch = header.values, header.architecture
     kind = values.get("general.type")
     if kind == "adapter" or "adapter.type" in values:

@@ -1,16 +1,22 @@
-"""Files that appear whole or not at all."""
+"""Files that are written whole or not at all, their digests, and a disk's errors in one line."""
 
 from __future__ import annotations
 
+import errno
 import glob
+import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from kvcompose_local.errors import SessionError
-from kvcompose_local.install.resources import DISK_FULL
+from kvcompose_local.errors import DownloadError, KVComposeError, SessionError
+from kvcompose_local.install.resources import CACHE_VARIABLE
+
+#: Called with (bytes done, bytes in all, 0 where unknown). May raise to stop; what was fetched stays.
+ByteProgress = Callable[[int, int], None]
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -19,7 +25,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     Raises SessionError, with ``path`` as it was, where the disk refuses.
     """
-    try:
+    with disk_errors(path, SessionError, then="save again"):
         path = path.resolve()  # a link stays a link
         _remove_leftovers(path)
         part = part_of(path)
@@ -33,28 +39,65 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             part.unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)
+
+
+@contextmanager
+def disk_errors(path: Path, kind: type[KVComposeError], *, then: str, remedy: str = "") -> Iterator[None]:
+    """Turn errors of the file system about ``path`` into an error of ``kind``, in one line that says what to do.
+
+    then: what to do once a full disk has room; remedy: the end of the line for all other reasons.
+    """
+    try:
+        yield
     except OSError as error:
-        if error.errno in DISK_FULL:
-            raise SessionError(f"the disk is full: make room in {path.parent}, then save again") from error
-        raise SessionError(f"cannot write {path}: {error.strerror or error}") from error
+        if error.errno in _DISK_FULL:
+            raise kind(f"the disk is full: make room in {path.parent}, then {then}") from error
+        raise kind(f"cannot write {path} ({error.strerror or error}){remedy}") from error
+
+
+def cache_errors(path: Path, kind: type[KVComposeError] = DownloadError) -> AbstractContextManager[None]:
+    """The same for a file in the cache folder."""
+    remedy = f": make the folder writable, or set {CACHE_VARIABLE} to another"
+    return disk_errors(path, kind, then="try again", remedy=remedy)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a file could not be written because the disk is full."""
+    return isinstance(error, OSError) and error.errno in _DISK_FULL
+
+
+def sha256_of(*files: BinaryIO, progress: ByteProgress = lambda _done, _total: None) -> str:
+    """The sha256 of whole files, one after another, in hexadecimal. Raises OSError."""
+    total, done, digest = sum(os.fstat(file.fileno()).st_size for file in files), 0, hashlib.sha256()
+    for file in files:
+        file.seek(0)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+            done += len(chunk)
+            progress(done, total)
+    return digest.hexdigest()
+
+
+def sha256_at(path: Path) -> str:
+    """The sha256 of the file at a path. Raises OSError."""
+    with path.open("rb") as file:
+        return sha256_of(file)
 
 
 def part_of(path: Path) -> Path:
-    """What a file is written to before it is whole."""
+    """The file that is written to until it is whole."""
     return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 def own_folder(path: Path) -> Path:
     """Make a folder that only its user may read, unless it is there. Raises SessionError."""
-    try:
+    with disk_errors(path, SessionError, then="try again"):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise SessionError(f"cannot make {path}: {error.strerror or error}") from error
     return path
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Delete what processes left that were killed while they wrote."""
+    """Delete part files of processes that were killed while they wrote."""
     import psutil  # late: most who look at model files write none
 
     for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
@@ -64,7 +107,7 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the new name last through a power cut, where the file system lets us: the file is there all the same."""
+    """Make the new name survive a power cut, where the file system allows that."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,7 +1,7 @@
-"""The header of a GGUF file, read by nothing but the standard library, so that no file reaches native code unseen.
+"""Reads headers of GGUF files with the standard library alone, so that no file reaches native code unseen.
 
-The format is that of GGUF 2 and 3 (ggml's docs/gguf.md). Nothing is allocated by a number that a file tells before it
-was held against the bytes that the file has.
+The format is GGUF 2 and 3 (ggml's docs/gguf.md). A number in a file is compared with the file's size before anything is
+allocated by it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _STRING, _ARRAY = 8, 9
 _UINT32, _LENGTH = struct.Struct("<I"), struct.Struct("<Q")
 #: No real header comes near these: bounds of key-value pairs, of tensors, of a key in bytes, and of a tensor's axes.
 _MOST, _LONGEST_KEY, _MOST_AXES = 1 << 20, 1 << 16, 8
-#: Values that are larger, in bytes or elements, are passed over: all but long texts are arrays of a vocabulary.
+#: Larger texts, in bytes, and larger arrays, in elements, are passed over; most of them are parts of a vocabulary.
 _LARGEST_TEXT, _LARGEST_ARRAY = 16 << 20, 4096
-#: Bytes at least of a pair (a key of one letter, type, value) and of a tensor's entry (name, axes, type, offset).
+#: The fewest bytes of a pair (a key of one letter, type, value) and of a tensor's entry (name, axes, type, offset).
 _PAIR_BYTES, _TENSOR_BYTES = 8 + 1 + 4 + 1, 8 + 4 + 4 + 8
 _CHUNK = 1 << 20
-#: What architectures are called.
+#: Possible names of architectures.
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-#: What almost every file tells before its vocabulary.
+#: Keys that almost every file has before its vocabulary.
 _FIRST = ("{arch}.context_length", "{arch}.block_count")
 
 
@@ -37,7 +37,7 @@ class BadHeader(ValueError):
 
 @dataclass
 class Header:
-    """What a GGUF file tells of itself.
+    """The header of a GGUF file.
 
     values: by key, arrays as lists; arrays of more than 4,096 elements, and texts above 16 MiB, are None. kinds: their
     GGUF types. tensors: their names. Where the reading stopped early, some values and all names are missing.
@@ -50,7 +50,7 @@ class Header:
 
     @property
     def architecture(self) -> str:
-        """Empty where the file tells none that could be one."""
+        """The architecture's name; empty where the file has none, or an impossible one."""
         found = self.values.get("general.architecture")
         return found if isinstance(found, str) and _NAME.fullmatch(found) else ""
 
@@ -60,7 +60,7 @@ class Header:
         return value if type(value) is int else None
 
     def array(self, key: str, kind: type) -> list[Any]:
-        """The array of ``key``, empty where there is none of this Python type alone; booleans count as ``int``."""
+        """The array of ``key``, empty where it is none of this Python type; booleans are integers."""
         value = self.values.get(key)
         return value if isinstance(value, list) and all(isinstance(element, kind) for element in value) else []
 
@@ -68,8 +68,8 @@ class Header:
 def read_header(file: BinaryIO, *, whole: bool = False) -> Header:
     """The header of an open file of GGUF 2 or 3.
 
-    Reading stops at the vocabulary, some ten thousand strings that take longer than all the rest, unless ``whole``, or
-    where the numbers that every architecture has were not told yet. Raises BadHeader and OSError.
+    Unless ``whole``, reading stops at the vocabulary, which takes longer than all the rest, once the numbers of
+    :data:`_FIRST` are known. Raises BadHeader and OSError.
     """
     size = os.fstat(file.fileno()).st_size
     reader = _Reader(file, size)

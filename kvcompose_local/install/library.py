@@ -1,6 +1,6 @@
-"""Where llama.cpp is loaded from, and why it cannot be: what ``run`` fails with is what ``doctor`` finds.
+"""Finds the libraries of llama.cpp, or why they cannot be loaded: ``run`` fails with the problem that ``doctor`` finds.
 
-Looks at files only; what just loading it tells is explained by :func:`why_not_loaded`.
+This looks at files only; :func:`why_not_loaded` explains what goes wrong in loading.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvcompose_local.errors import EngineError, KVComposeError
+from kvcompose_local.errors import KVComposeError
 from kvcompose_local.install.pin import cpu_features, library_dir, read_pin
 from kvcompose_local.install.resources import CACHE_VARIABLE, cache_folder, data_file
 
@@ -40,8 +40,8 @@ class Problem:
 class Library:
     """The folder with libllama, None where there is none.
 
-    problem: keeps it from being loaded. is_named: by the user, in :data:`VARIABLE`. why_not_built: what keeps our own
-    build from being taken, where this is not it.
+    problem: why it cannot be loaded; is_named: the user named it, in :data:`VARIABLE`; why_not_built: why it is not our
+    own build.
     """
 
     folder: Path | None
@@ -118,7 +118,7 @@ def _again(folder: Path) -> str:
 
 
 def why_not_loaded(error: BaseException, library: Library) -> Problem:
-    """What the failure to load or bind a library means."""
+    """The meaning of a failure to load or bind a library."""
     told = " ".join(str(error).split())
     if library.folder is None:
         return Problem(f"no usable llama.cpp library ({told})", BUILD)
@@ -135,7 +135,7 @@ def why_not_loaded(error: BaseException, library: Library) -> Problem:
 
 
 def build_facts(folder: Path) -> dict[str, str]:
-    """What ``build.json`` says of a build, empty where it is none of ours."""
+    """The content of a build's ``build.json``, empty for a build that is not ours."""
     try:
         facts = json.loads((folder / "build.json").read_text(encoding="utf-8"))
         return {"cpu": "", **{name: str(value) for name, value in facts.items()}} if "key" in facts else {}
@@ -144,7 +144,7 @@ def build_facts(folder: Path) -> dict[str, str]:
 
 
 def _why_not_built() -> Problem:
-    """Where the build that is wanted is not in the cache: what the newest of the others there was made for."""
+    """Why our build is not in the cache; where there are others, what the newest of them was made for."""
     builds = sorted((cache_folder() / "llama").glob("*/build.json"), key=lambda path: path.stat().st_mtime)
     facts = next((facts for path in reversed(builds) if (facts := build_facts(path.parent))), {})
     text = "llama.cpp is not built"
@@ -156,7 +156,7 @@ def _why_not_built() -> Problem:
 
 
 def bindings_problem() -> Problem | None:
-    """What is wrong with the installed llama-cpp-python, whose functions must be those of the pinned llama.cpp."""
+    """The fault of the installed llama-cpp-python, which must be the pinned one to fit llama.cpp's functions."""
     try:
         pin = read_pin(data_file("patches"))
     except KVComposeError as error:
@@ -174,9 +174,3 @@ def bindings_problem() -> Problem | None:
     except metadata.PackageNotFoundError:
         return Problem(f"{pin.name} is not installed", remedy)
     return None if version == pin.version else Problem(f"{pin.name} {version}, but {pin.version} is needed", remedy)
-
-
-def check_bindings() -> None:
-    """Raises EngineError for what :func:`bindings_problem` finds."""
-    if problem := bindings_problem():
-        raise EngineError(str(problem))

@@ -1,4 +1,4 @@
-"""The files that a model is made of, their bytes, and what tells one model from another."""
+"""The files that a model is made of, their sizes, and their digest."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from typing import BinaryIO
 
 from kvcompose_local.errors import KVComposeError, ModelError, SessionError
 from kvcompose_local.install.file_kinds import complaint
-from kvcompose_local.install.files import own_folder, replacing
+from kvcompose_local.install.files import ByteProgress, own_folder, replacing, sha256_of
 from kvcompose_local.install.gguf_header import MAGIC, BadHeader, Header, read_header
-from kvcompose_local.install.resources import ByteProgress, cache_folder, sha256_of
+from kvcompose_local.install.resources import cache_folder
 
 #: How llama.cpp names the files of a model that is split.
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
-#: What of a file is looked at to see that its content is another: its begin, and places spread over it.
+#: Samples of a file that show a change of its content: bytes at its begin, and bytes at places spread over it.
 _SAMPLED_BEGIN, _SAMPLED_PLACE, _N_PLACES = 64 << 10, 4 << 10, 16
 _UINT16 = 2
-#: Links to links that are followed, as Linux does it.
+#: The most links to links that are followed, as in Linux.
 _MOST_LINKS = 40
 
 
@@ -44,9 +44,9 @@ def _check(path: Path) -> None:
 
 
 def first_of(path: Path) -> Path:
-    """The file by which llama.cpp loads a model: of one that is split the first, whichever was named.
+    """The file by which llama.cpp loads a model. If the model is split, this is its first file, whichever was named.
 
-    Raises ModelError where that is missing.
+    Raises ModelError where the first file is missing.
     """
     path = _shard_behind(path)
     name = _SHARD.fullmatch(path.name)
@@ -59,7 +59,7 @@ def first_of(path: Path) -> Path:
 
 
 def _shard_behind(path: Path) -> Path:
-    """Where a link leads that has no shard's name and was made to a file that has one; else the same path."""
+    """The target of a link to a shard, where the link itself has no shard's name; otherwise the same path."""
     target = path
     for _ in range(_MOST_LINKS):
         if _SHARD.fullmatch(target.name):
@@ -71,10 +71,10 @@ def _shard_behind(path: Path) -> Path:
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
-    """All files of a model, of which one is named.
+    """All files of a model, of which ``path`` is one.
 
-    They are found by name beside it. A hub's cache has links there, whose targets are named otherwise: they are not
-    followed. Raises ModelError that names the file that is missing or belongs to another model.
+    They are found by their names beside it. In a hub's cache these are links, whose targets have other names: links are
+    not followed. Raises ModelError that names a file which is missing or belongs to another model.
     """
     first = first_of(path)
     name = _SHARD.fullmatch(first.name)
@@ -135,8 +135,8 @@ def _version_of(status: os.stat_result) -> tuple[int, ...]:
 def model_digest(path: Path, progress: ByteProgress | None = None, files: Sequence[BinaryIO] = ()) -> str:
     """The sha256 of a model's files, one after another, in hexadecimal.
 
-    It is kept in the cache folder for the files' identities and samples of their content, so that another model is seen
-    that took the place, the size and the time of one, at the cost of milliseconds.
+    The cache folder keeps it under the files' identities and samples of their content. So another model is noticed even
+    if it has the same place, size and time, and a cached digest costs milliseconds.
 
     progress gets (MiB read, MiB in all); files: the model's open files, in place of what stands at the path. Raises
     ModelError when they cannot be read.

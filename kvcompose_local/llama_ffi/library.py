@@ -17,9 +17,9 @@ from kvcompose_local.errors import EngineError
 from kvcompose_local.install.library import VARIABLE, Library, bindings_problem, find_library, why_not_loaded
 
 _LOG_LEVEL_ERROR = 4
-#: How often libgomp's threads look whether the others are done before they sleep: for some tens of microseconds, which
-#: is what a sleep costs. Its default is 300,000: two chats on two cores then keep the other's threads from running.
-#: scripts/side-by-side measures it.
+#: How often a thread of libgomp checks whether the others are done before it sleeps: some tens of microseconds, as long
+#: as a sleep costs. With libgomp's default of 300,000, two chats on two cores keep each other's threads from running
+#: (scripts/side-by-side measures it).
 _SPINS = "1000"
 
 #: glibc's parameter number, and the bytes from which a block gets memory of its own.
@@ -34,23 +34,23 @@ def _libc(name: str) -> Any:
 def _give_big_blocks_back() -> None:
     """Let glibc return big blocks when they are freed.
 
-    By itself it stops doing so for anything under 32 MiB, and work buffers and attention of ever larger sizes pile up.
+    Otherwise it keeps blocks below 32 MiB, and work buffers and attention of ever larger sizes pile up.
     """
     if mallopt := _libc("mallopt"):
         mallopt(_M_MMAP_THRESHOLD, _BIG_BLOCK)
 
 
 def give_small_blocks_back() -> None:
-    """Return what freed small blocks left behind, which glibc keeps; takes milliseconds."""
+    """Return the memory of freed small blocks, which glibc keeps; takes milliseconds."""
     if malloc_trim := _libc("malloc_trim"):
         malloc_trim(0)
 
 
 @contextmanager
 def without_high_level() -> Iterator[None]:
-    """Import modules of llama_cpp without what its ``__init__`` imports, several times the bindings.
+    """Import modules of llama_cpp without its ``__init__``, which imports several times as much.
 
-    Whoever imports the package later gets all of it, on the same library.
+    A later import of the package gets all of it, on the same library.
     """
     found = None if "llama_cpp" in sys.modules else importlib.util.find_spec("llama_cpp")
     if found is None:
@@ -119,7 +119,7 @@ def clear_log() -> None:
     _log_lines.clear()
 
 
-#: Told, with llama.cpp's message, before an abort ends the process: the place to save what must not be lost.
+#: Called with llama.cpp's message before an abort ends the process, to save what must not be lost.
 on_abort: list[Callable[[str], None]] = []
 
 
@@ -142,7 +142,7 @@ lib.llama_backend_init()
 
 
 def last_log() -> str:
-    """What llama.cpp complained of first since the last call, in brackets, or nothing: later lines only repeat it."""
+    """llama.cpp's first complaint since the last call, in brackets, or nothing; later lines only repeat it."""
     return f" ({_log_lines[0].partition(': ')[2] or _log_lines[0]})" if _log_lines else ""
 
 

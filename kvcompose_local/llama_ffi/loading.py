@@ -15,9 +15,9 @@ _USUAL_SWITCH, _SHORT_SWITCH = sys.getswitchinterval(), 1e-4
 
 
 class Loading:
-    """A model that is loaded by a thread of its own, so that its user can get ready meanwhile.
+    """A model that a thread of its own loads, so that its user can get ready meanwhile.
 
-    Call it once, as one would call :class:`Model`; close it, which stops the loading, where that is not to be.
+    Call it once, like :class:`Model`, to take the model. If nobody takes it, close it, which stops the loading.
     """
 
     def __init__(self, path: Path, *, gpu_layers: int = 0) -> None:
@@ -46,7 +46,7 @@ class Loading:
             raise KeyboardInterrupt
 
     def __call__(self, path: Path, *, gpu_layers: int = 0, progress: Callable[[int, int], None] | None = None) -> Model:
-        """The model, which is the caller's from now on; raises what Model does, and KeyboardInterrupt of progress."""
+        """The model, which belongs to the caller from now on; raises what Model and ``progress`` raise."""
         if self._wanted != (path, gpu_layers):
             self.close()
             return Model(path, gpu_layers=gpu_layers, progress=progress)

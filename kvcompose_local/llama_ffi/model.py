@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
 import re
 import weakref
@@ -30,25 +31,25 @@ if TYPE_CHECKING:
     from kvcompose_local.chat.template import ChatTemplate
     from kvcompose_local.chat.transcript import Message
 
-#: For models that bring none. Roles on lines of their own are what base models have seen most.
+#: The template of models that bring none. Base models have mostly seen roles on lines of their own.
 PLAIN_TEMPLATE = (
     "{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
-#: What to do about what llama.cpp complains of.
+#: Advice about llama.cpp's complaints.
 _ADVICE = (
     ("file bounds|failed to read|incomplete", ": the file is cut off or damaged, fetch it again"),
     ("unknown (model architecture|pre-tokenizer|tokenizer)", ": a newer kvcompose-local may know it"),
     ("(invalid|illegal) split", ": it is one of several files, name it as it was: NAME-00001-of-00003.gguf or such"),
 )
-#: Texts of tokens that end an answer, among the ones that vocabularies have at llama.cpp's default of EOS.
+#: Texts of tokens that do end an answer, among the tokens that llama.cpp takes for EOS by default.
 _ENDS = frozenset(
     """</s> <eos> <EOS> [EOS] <|eos|> <|plamo:eos|> <|endoftext|> <|end_of_text|> <|im_end|> <|eot_id|> <|eom_id|>
     <|end|> <|return|> <end_of_turn> <turn|> <EOT> [EOT] <｜end▁of▁sentence｜> <end_of_utterance>""".split()
 )
-#: Architectures whose header has the same heads for all layers, of which only every so manyth has attention where it
-#: does not tell which.
+#: Architectures whose header gives all layers the same heads, though only every so manyth has attention; the header may
+#: tell another interval.
 _ATTENTION_INTERVALS = {"qwen3next": 4, "qwen35": 4, "qwen35moe": 4, "minimax-01": 8}
 
 
@@ -56,7 +57,8 @@ class Model:
     """A loaded GGUF model and its vocabulary.
 
     Raises ModelError when llama.cpp cannot load the file. ``progress`` gets (percent, 100) and may raise.
-    ``header_only`` reads the metadata and the vocabulary: no context can be made of it.
+    ``header_only`` reads the metadata and the vocabulary: no context can be made of it. ``dry`` reads no weights: a
+    context can be made, which takes no memory and computes nothing.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Model:
         gpu_layers: int = 0,
         progress: Callable[[int, int], None] | None = None,
         header_only: bool = False,
+        dry: bool = False,
     ) -> None:
         self.path = path
         self.gpu_layers = gpu_layers
@@ -74,6 +77,8 @@ class Model:
         params = lib.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         params.vocab_only = header_only
+        if dry:
+            params.no_alloc, params.load_mode = True, lib.LLAMA_LOAD_MODE_NONE
         stopped: list[BaseException] = []
 
         @lib.llama_progress_callback  # type: ignore[untyped-decorator]
@@ -103,6 +108,19 @@ class Model:
             told = last_log()
             advice = next((advice for words, advice in _ADVICE if re.search(words, told)), "")
             raise ModelError(f"llama.cpp cannot load {path.name}{told}{advice}")
+        try:
+            self._check_sections()
+        except ModelError:
+            self.close()
+            raise
+
+    def _check_sections(self) -> None:
+        """Raises ModelError for sections of M-RoPE at which ggml would abort."""
+        sections = self.numbers(f"{self.architecture}.rope.dimension_sections")
+        if lib.llama_model_rope_type(self._model) in (-1, 0, 2):  # none, normal, NeoX
+            return
+        if not (sections and min(sections) >= 0 < sum(sections) <= self.head_sizes("key_length")[0]):
+            raise ModelError(f"{self.path.name} says that M-RoPE turns {sections} pairs of a head: it is damaged")
 
     def _load(self, params: Any) -> Any:
         """llama.cpp's pointer to the model, None where it refuses; tests make models that are no files."""
@@ -137,7 +155,7 @@ class Model:
             size = n + 1
 
     def numbers(self, key: str) -> list[int]:
-        """The GGUF's array of integers of that name; a number alone is an array of one. Empty where there is none."""
+        """The GGUF's array of integers of ``key``; a single number is an array of one. Empty where there is none."""
         value = self.metadata(key)
         if value is not None:
             return [int(value)] if value.lstrip("-").isdigit() else []
@@ -145,7 +163,7 @@ class Model:
 
     @property
     def _header(self) -> Header:
-        """What llama.cpp does not tell of the file: arrays, and tensors' names."""
+        """The file's header, for facts that llama.cpp does not tell: arrays, and tensors' names."""
         return whole_header(self.path) or Header(0)
 
     def _by_layer(self, name: str) -> list[int]:
@@ -185,14 +203,13 @@ class Model:
         if not recurrent and (interval := _ATTENTION_INTERVALS.get(self.architecture)):
             interval = sum(self.numbers(f"{self.architecture}.full_attention_interval")) or interval
             recurrent = [int((i + 1) % interval != 0) for i in range(self.n_layers)]
-        return tuple(
-            0 if is_recurrent else n for n, is_recurrent in zip(heads, recurrent or [0] * len(heads), strict=False)
-        )
+        pairs = itertools.zip_longest(heads, recurrent[: len(heads)], fillvalue=0)
+        return tuple(0 if is_recurrent else n for n, is_recurrent in pairs)
 
     def head_sizes(self, *names: str) -> list[int]:
         """Numbers of a head, by the keys of the GGUF header that tell them, ``key_length`` and such.
 
-        Those of sliding-window layers, ``key_length_swa``, are the others' where the header does not tell.
+        Sliding-window layers (``key_length_swa``) have the same sizes as others where the header does not tell.
         """
         head = self.n_embd // max(self.heads[0], 1)  # llama.cpp, too, goes by the first layer
 
@@ -230,23 +247,37 @@ class Model:
     def cache_kind(self) -> str:
         """``attention``, ``sliding-window``, ``recurrent``, ``hybrid``, ``mla``, ``m-rope`` or ``rotation-free``.
 
-        Of the last kind are models without RoPE: learned positions end with the trained length, beyond which a replay
-        would go (ggml aborts), and a bias by distance wants the true positions of composed cells.
+        By the header alone, for an unpatched llama.cpp: :mod:`kvcompose_local.llama_ffi.memory` asks a patched one.
         """
-        arch = self.architecture
         if lib.llama_model_is_recurrent(self._model):
             return "recurrent"
+        if self.is_mla:
+            return "mla"
         if lib.llama_model_is_hybrid(self._model):
             return "hybrid"
-        if self.metadata(f"{arch}.attention.kv_lora_rank") is not None:
-            return "mla"
-        if lib.llama_model_rope_type(self._model) == -1 or arch == "starcoder":  # which llama.cpp says to be rotated
+        if not self.is_rotated:
             return "rotation-free"
         if lib.llama_model_rope_type(self._model) not in (0, 2):  # normal, NeoX; the rest has 2D positions
             return "m-rope"
         if lib.llama_model_n_swa(self._model) > 0:
             return "sliding-window"
         return "attention"
+
+    @property
+    def is_mla(self) -> bool:
+        """Whether a cell is one latent row, of which the value is a part."""
+        return self.metadata(f"{self.architecture}.attention.key_length_mla") is not None
+
+    @property
+    def one_type(self) -> bool:
+        """Whether K and V must be stored alike."""
+        return self.is_mla or self.architecture == "deepseek4"  # as llama_init_from_model has it
+
+    @property
+    def is_rotated(self) -> bool:
+        """Whether RoPE tells positions. Where they are learned they end with the trained length: ggml aborts beyond."""
+        # llama.cpp says of StarCoder that it is.
+        return lib.llama_model_rope_type(self._model) != -1 and self.architecture != "starcoder"
 
     def rope_factors(self, n_positions: int) -> str:
         """``short`` or ``long``: the RoPE factors of a text of so many positions; empty where there is no choice."""
@@ -272,7 +303,7 @@ class Model:
 
     @property
     def template_name(self) -> str:
-        """What :meth:`use_template` was given."""
+        """The argument of :meth:`use_template`, empty for the GGUF's own template."""
         return self._template_name
 
     def use_template(self, template: str) -> None:
@@ -281,7 +312,7 @@ class Model:
             self._template_name, self._template = template, None
 
     def template_names(self) -> list[str]:
-        """Templates that have names: ``plain``, those that llama.cpp knows, and what else the GGUF has."""
+        """The names of templates: ``plain``, the GGUF's own, and llama.cpp's."""
         return ["plain", *self._own_templates(), *builtin_templates()]
 
     def _own_templates(self) -> list[str]:
@@ -294,7 +325,7 @@ class Model:
 
     @property
     def template(self) -> ChatTemplate:
-        """What renders this model's chats. Raises ModelError where the template is none."""
+        """The template of this model's chats. Raises ModelError where it is not valid."""
         if self._template is None:
             # Late: loading a model need not wait for Jinja.
             from kvcompose_local.chat.template import ChatTemplate
@@ -311,7 +342,7 @@ class Model:
         return self._template
 
     def check_template(self) -> None:
-        """Raises ModelError where the template is none: better told before anything is read."""
+        """Raises ModelError where the template is not valid: this is better known before anything is read."""
         _ = self.template
 
     @property
@@ -325,7 +356,7 @@ class Model:
         return self.template.format
 
     def use_format(self, form: Format) -> None:
-        """What was found out of how this model marks its thinking."""
+        """Take over a format of thinking that was found out from an answer."""
         self.template.format = form
 
     def render_chat(
@@ -389,7 +420,7 @@ class Model:
 
     @cached_property
     def _default_end(self) -> int | None:
-        """The token that llama.cpp takes for EOS by the vocabulary's type alone, None where there is more reason."""
+        """The token that llama.cpp takes for EOS for no other reason than the vocabulary's type; None without one."""
         token = int(lib.llama_vocab_eos(self._vocab))
         if token < 0 or self.special_token("eos") is not None or self._text_of(token) in _ENDS:
             return None
@@ -398,14 +429,14 @@ class Model:
 
     @cached_property
     def _further_ends(self) -> frozenset[int]:
-        """Ends that Ollama's converter lists, which llama.cpp does not read."""
+        """More ends of an answer, which Ollama's converter lists and llama.cpp does not read."""
         return frozenset(self.numbers("tokenizer.ggml.eos_token_ids"))
 
     def tokenize(self, text: str, *, add_bos: bool = False, special: bool = True) -> list[int]:
         """Token ids of ``text``; ``special`` reads ``<|…|>`` markers as the tokens they name.
 
-        ``add_bos`` puts the header's BOS before them. llama.cpp's own way to do that may append EOS as well, and a
-        prompt that ends with EOS gets nonsense for an answer.
+        ``add_bos`` puts the header's BOS before them. llama.cpp's own option may append EOS as well, and models answer
+        a prompt that ends with EOS with nonsense.
         """
         bos = self.special_token("bos") if add_bos else None
         kind = lib.llama_vocab_type(self._vocab)
@@ -421,7 +452,7 @@ class Model:
         return tokens if bos is None else [bos, *tokens]
 
     def _tokens_behind(self, part: str, special: bool) -> list[int]:
-        """Tokens of a part that goes on a text: without the space that SentencePiece vocabularies begin a text with."""
+        """Tokens of a part that continues a text, without the space that SentencePiece puts at a text's beginning."""
         if self.metadata("tokenizer.ggml.add_space_prefix") == "false":
             return self._tokens_of(part, special)
         if part.startswith(" ") and part != " ":

@@ -1,8 +1,8 @@
-"""Cuts a text into parts that llama.cpp can tokenize one by one, at places where that changes no token.
+"""Cuts a text into parts that llama.cpp can tokenize one by one, at places where a cut changes no token.
 
-llama.cpp splits a text into words by ``std::regex`` for a third of its pre-tokenizers, and libstdc++ recurses once for
-each character of a match: 256 to 512 bytes of stack each. Where an expression runs over a long stretch (one word, one
-line of spaces, for EXAONE a whole line of words), the process dies of it. No match is longer than the part it is in.
+A third of llama.cpp's pre-tokenizers split text into words by ``std::regex``, and libstdc++ recurses once for each
+character of a match, with 256 to 512 bytes of stack each. A match over a long stretch (one word, one line of spaces,
+for EXAONE a whole line of words) overflows the stack. In a part, no match can be longer than the part.
 """
 
 from __future__ import annotations
@@ -78,6 +78,6 @@ def _cut(text: str, first: int, last: int, places: Sequence[re.Pattern[str]]) ->
 
 
 def _continues(text: str, place: int) -> bool:
-    """Whether what stands at a place belongs to the character before: a combining mark, a joined emoji, an LF."""
+    """Whether the character at a place continues the one before: a combining mark, a joined emoji, an LF."""
     before, after = text[place - 1], text[place]
     return unicodedata.category(after) in ("Mn", "Me", "Mc", "Cf") or before == "\u200d" or before + after == "\r\n"

@@ -1,15 +1,17 @@
-"""What was measured once of a model: the scorer that tells from its cells what questions will look at.
+"""Profiles of models: the scorer that predicts from cells what questions will look at, measured once a model.
 
 A *profile* belongs to the sha256 of the GGUF file. It is a safetensors file: tensors ``weights.l`` (F16) and
-``places.l`` (F32) of each layer, and as metadata what it was fitted to. Some come with the program, beside this module.
-The ones that a user measures (``kvcompose-local profile``) stand in the cache folder and count first.
+``places.l`` (F32) of each layer, and as metadata what it was fitted to and what cache types cost. Some come with the
+program, beside this module. The ones that a user measures (``kvcompose-local profile``) stand in the cache folder and
+count first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.errors import InvalidInput, NoHome
+from kvcompose_local.install.model_files import model_digest, size_of
 from kvcompose_local.install.resources import cache_folder
 
 FORMAT = 2
@@ -27,10 +30,10 @@ _TEXT, _NUMBERS = ("model", "model_sha256", "kinds"), ("model_bytes", "n_texts",
 
 @dataclass(frozen=True)
 class Profile:
-    """A scorer and what it was fitted to.
+    """A scorer, and the model and texts that it was fitted to.
 
     model: name, for people; model_sha256, model_bytes: of the GGUF file; n_texts, n_tokens: texts, and tokens of all of
-    them; kinds: of text, comma-separated.
+    them; kinds: of text, comma-separated; kl: what cache types cost, in nats a token from F16, where it was measured.
     """
 
     model: str
@@ -40,6 +43,7 @@ class Profile:
     n_tokens: int
     kinds: str
     scorer: Scorer
+    kl: Mapping[str, float] = field(default_factory=dict)
 
     def dump(self) -> bytes:
         """As a file's bytes."""
@@ -49,21 +53,23 @@ class Profile:
         tensors: dict[str, npt.NDArray[Any]] = {f"weights.{i}": self.scorer.weights[i] for i in layers}
         tensors |= {f"places.{i}": self.scorer.places[i] for i in layers}
         facts = {name: str(getattr(self, name)) for name in (*_TEXT, *_NUMBERS[:-1])}
-        return save(tensors, {"format": str(FORMAT), "furthest": str(self.scorer.furthest), **facts})
+        facts |= {"format": str(FORMAT), "furthest": str(self.scorer.furthest), "kl": json.dumps(dict(self.kl))}
+        return save(tensors, facts)
 
 
 def read(path: Path) -> Profile:
-    """A profile from its file. Raises InvalidInput for anything that is none."""
+    """Read a profile. Raises InvalidInput for a file that is none."""
     try:
         with safe_open(path, "numpy") as file:
             facts = _facts_of(file.metadata())
+            kl = {str(name): float(cost) for name, cost in json.loads(file.metadata().get("kl", "{}")).items()}
             n_layers = len(file.keys()) // 2
             weights, places = (
                 tuple(file.get_tensor(f"{kind}.{i}") for i in range(n_layers)) for kind in ("weights", "places")
             )
             scorer = Scorer(weights, places, int(facts.pop("furthest")))
-            return Profile(**facts, scorer=scorer)  # type: ignore[arg-type]
-    except (SafetensorError, InvalidInput, OSError, KeyError, ValueError, TypeError) as error:
+            return Profile(**facts, scorer=scorer, kl=kl)  # type: ignore[arg-type]
+    except (SafetensorError, InvalidInput, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise InvalidInput(
             f"{path} is no profile of this version ({str(error)[:80]}): remove it, or measure it again with "
             "`kvcompose-local profile`"
@@ -71,7 +77,7 @@ def read(path: Path) -> Profile:
 
 
 def _facts_of(metadata: dict[str, str] | None) -> dict[str, str | int]:
-    """What a file tells beside its tensors. Raises ValueError, or KeyError, where it is of another format."""
+    """The facts in a file beside its tensors. Raises ValueError, or KeyError, for a file of another format."""
     metadata = metadata or {}
     if metadata.get("format") != str(FORMAT):
         raise ValueError("it has another format")
@@ -79,12 +85,12 @@ def _facts_of(metadata: dict[str, str] | None) -> dict[str, str | int]:
 
 
 def user_path(model_sha256: str) -> Path:
-    """Where the profile that a user measures belongs. Raises NoHome."""
+    """The file for the profile that a user measures. Raises NoHome."""
     return cache_folder() / "profiles" / f"{model_sha256}{SUFFIX}"
 
 
-def scorer_of(n_bytes: int, digest: Callable[[], str]) -> Scorer | None:
-    """The scorer of a model file of ``n_bytes``, the user's own first; None where it has no profile.
+def find(n_bytes: int, digest: Callable[[], str]) -> Profile | None:
+    """The profile of a model file of ``n_bytes``, the user's own first; None where it has no profile.
 
     digest: gives the file's sha256, asked only where some profile is of a file as large, since it may take seconds.
     """
@@ -94,8 +100,13 @@ def scorer_of(n_bytes: int, digest: Callable[[], str]) -> Scorer | None:
         with suppress(InvalidInput):
             profile = read(path)
             if profile.model_sha256 == model_sha256:
-                return profile.scorer
+                return profile
     return None
+
+
+def of_file(path: Path) -> Profile | None:
+    """The profile of a GGUF file, as :func:`find`. Raises what :func:`model_digest` raises."""
+    return find(size_of(path), lambda: model_digest(path))
 
 
 def _files() -> Iterator[Path]:

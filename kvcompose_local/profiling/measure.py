@@ -2,75 +2,173 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from kvcompose_local.composing.fitting import fit
+import numpy as np
+
+from kvcompose_local.composing.fitting import POWER, fit
 from kvcompose_local.engines.patched import PatchedEngine
 from kvcompose_local.evaluation.tasks import Item, make_item
 from kvcompose_local.install.files import own_folder
 from kvcompose_local.install.model_files import size_of
 from kvcompose_local.profiles import Profile, user_path
-from kvcompose_local.profiling.observing import observe, observed
+from kvcompose_local.profiling.observing import N_ASKED, TYPICAL_ANSWER, Chatter, observe, observed
 
 #: Kinds of text that differ, the ones that most is known of first.
-TASKS = (
+PROFILED_TASKS = (
     *("needles_8", "source", "qa", "records", "recall", "logs", "vt", "table", "niah_multikey_3", "dialogue"),
     *("niah_multivalue", "german", "niah_single_3", "french", "niah_multiquery", "spanish", "chinese", "listing"),
-    "instructions",
+    *("instructions", "keys"),
 )
 #: Texts are of these shares of the length that is asked for: what age costs must not be learnt from one length alone.
 LENGTHS = (1.0, 0.25, 1.0, 0.5)
 #: Seeds of the evaluation start at 0: a profile must not have seen its texts.
 FIRST_SEED = 1_000_000
-#: What stands in place of a chat's message.
-_GAP = "\x00"
+#: A user's own text, among kinds.
+OWN = "own"
+#: Texts of which other cache types are compared: each type reads them again.
+_N_COMPARED, _N_TYPES = 8, 2
+#: Fewest tokens of a text.
+_SHORTEST = 256
+#: Tokens of the short read that tells how long all will take, read at once, one by one, and watched.
+_TIMED_READ, _TIMED_DECODE, _TIMED_WATCH = 192, 4, 24
 
 Progress = Callable[[int, int, str], None]
 
 
-def measure_profile(
+@dataclass(frozen=True)
+class Measurement:
+    """What is to be measured: items, what is asked about, and files, one an item, for what was seen of each."""
+
+    model: str
+    model_sha256: str
+    model_bytes: int
+    items: tuple[Item, ...]
+    files: tuple[Path, ...]
+
+    @property
+    def n_done(self) -> int:
+        """Texts that an earlier call has measured."""
+        return sum(file.exists() for file in self.files)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of the texts, each once."""
+        return tuple(dict.fromkeys(item.task for item in self.items))
+
+
+def plan(
     engine: PatchedEngine,
     model_sha256: str,
     *,
-    n_texts: int = 2 * len(TASKS),
+    n_texts: int = 2 * len(PROFILED_TASKS),
     n_tokens: int = 2048,
-    tasks: Sequence[str] = TASKS,
+    tasks: Sequence[str] = PROFILED_TASKS,
     own_texts: Sequence[str] = (),
+) -> Measurement:
+    """A measurement on ``n_texts`` texts of up to about ``n_tokens`` tokens, ``own_texts`` cut into such first.
+
+    Files stand in the cache folder until all is done, so that another call goes on from them.
+    """
+
+    def count(text: str) -> int:
+        return len(engine.model.tokenize(text))
+
+    items = [*_own_items(own_texts, n_tokens, count)][:n_texts]
+    for number in range(n_texts - len(items)):
+        length = max(int(n_tokens * LENGTHS[number % len(LENGTHS)]), _SHORTEST)
+        items.append(make_item(tasks[number % len(tasks)], FIRST_SEED + number, length, count))
+    folder = user_path(model_sha256).with_suffix(".texts")
+    files = [folder / f"{item.task}-{_digest(item.context)}.safetensors" for item in items]
+    path = engine.model.path
+    return Measurement(engine.model.name, model_sha256, size_of(path), tuple(items), tuple(files))
+
+
+def seconds_left(engine: PatchedEngine, measurement: Measurement) -> float:
+    """About how long :func:`watch` will take, told by a short read in the engine's empty cache."""
+    texts = [
+        engine.model.tokenize(item.context)
+        for item, file in zip(measurement.items, measurement.files, strict=True)
+        if not file.exists()
+    ]
+    if not texts:
+        return 0.0
+    tokens = max(texts, key=len)[:_TIMED_READ]
+    engine.clear()
+    engine.decode(tokens)  # memory is mapped, threads start
+    engine.clear()
+    started = time.perf_counter()
+    engine.decode(tokens)
+    read = time.perf_counter()
+    for token in tokens[:_TIMED_DECODE]:
+        engine.decode([token])
+        engine.logits()
+    decoded = time.perf_counter()
+    with engine.watching(lambda _layer, _weights: None):
+        engine.decode(tokens[:_TIMED_WATCH])
+    watched = time.perf_counter()
+    engine.clear()
+    a_question = TYPICAL_ANSWER * (decoded - read) / _TIMED_DECODE + 2 * (watched - decoded)
+    a_token = (read - started) / len(tokens)
+    again = _N_TYPES * len(measurement.items[:_N_COMPARED]) / len(measurement.items)
+    return sum(len(text) * a_token * (1 + again) + N_ASKED * a_question for text in texts)
+
+
+def watch(
+    engine: PatchedEngine,
+    measurement: Measurement,
+    *,
+    beside: Mapping[str, PatchedEngine] | None = None,
+    progress: Progress = lambda _done, _total, _what: None,
+) -> None:
+    """See what is missing of a measurement.
+
+    engine: uncompressed F16 and empty, with room for a text and its questions; beside: the same of other cache types,
+    by their names, which are compared with it; progress gets (done, in all, of what).
+    """
+    own_folder(measurement.files[0].parent)
+    total = len(measurement.files)
+    for number, (item, file) in enumerate(zip(measurement.items, measurement.files, strict=True)):
+        progress(number, total, "texts")
+        if not file.exists():
+            part = file.with_suffix(".part")
+            observe(Chatter(engine, (beside or {}) if number < _N_COMPARED else {}), item, part)
+            part.replace(file)
+    progress(total, total, "texts")
+
+
+def fitted(
+    measurement: Measurement,
+    *,
+    without: str = "",
     progress: Progress = lambda _done, _total, _what: None,
 ) -> Profile:
-    """The profile that ``n_texts`` texts of up to about ``n_tokens`` tokens give, ``own_texts`` cut into such first.
+    """The profile of what was seen, of the texts ``without`` one kind where it is named."""
+    chosen = [f for item, f in zip(measurement.items, measurement.files, strict=True) if item.task != without]
+    texts = [observed(file) for file in chosen]
+    scorer = fit(texts, power=POWER, progress=lambda done, total: progress(done, total, "layers"))
+    costs = {name: float(np.mean([t.kl[name] for t in texts if name in t.kl])) for t in texts for name in t.kl}
+    return Profile(
+        model=measurement.model,
+        model_sha256=measurement.model_sha256,
+        model_bytes=measurement.model_bytes,
+        n_texts=len(texts),
+        n_tokens=sum(text.n_tokens for text in texts),
+        kinds=",".join(kind for kind in measurement.kinds if kind != without),
+        scorer=scorer,
+        kl={name: round(kl, 5) for name, kl in costs.items()},
+    )
 
-    engine: uncompressed F16 and empty, with room for a text and its questions; progress gets (done, in all, of what).
-    What was seen of a text stands in the cache folder until all of them are done, so that another call goes on there.
-    """
-    model = engine.model
-    head, _, tail = model.render_chat([{"role": "user", "content": _GAP}], add_generation_prompt=True).partition(_GAP)
-    items = [*_own_items(own_texts, n_tokens, lambda text: len(model.tokenize(text)))][:n_texts]
-    for number in range(n_texts - len(items)):
-        length = max(int(n_tokens * LENGTHS[number % len(LENGTHS)]), 256)
-        task = tasks[number % len(tasks)]
-        items.append(make_item(task, FIRST_SEED + number, length, lambda text: len(model.tokenize(text))))
-    folder = user_path(model_sha256).with_suffix(f".{n_tokens}.texts")
-    own_folder(folder)
-    files = []
-    for number, item in enumerate(items):
-        progress(number, n_texts, "texts")
-        files.append(folder / f"{item.task}-{item.seed}.safetensors")
-        if not files[-1].exists():
-            engine.clear()
-            part = files[-1].with_suffix(".part")
-            observe(engine, item, head, tail, part)
-            part.replace(files[-1])
-    progress(n_texts, n_texts, "texts")
-    texts = [observed(file) for file in files]
-    scorer = fit(texts, progress=lambda done, total: progress(done, total, "layers"))
-    seen = sum(text.n_tokens for text in texts)
-    kinds = ",".join(dict.fromkeys(item.task for item in items))
-    profile = Profile(model.name, model_sha256, size_of(model.path), len(texts), seen, kinds, scorer)
-    shutil.rmtree(folder)
-    return profile
+
+def forget(measurement: Measurement) -> None:
+    """Remove what was seen: it is large, and the profile holds what counts."""
+    shutil.rmtree(measurement.files[0].parent)
 
 
 def _own_items(texts: Sequence[str], n_tokens: int, count: Callable[[str], int]) -> Iterator[Item]:
@@ -81,7 +179,11 @@ def _own_items(texts: Sequence[str], n_tokens: int, count: Callable[[str], int])
             part += sentence
             left -= count(sentence)
             if left <= 0:
-                yield Item("own", number, part, ())
+                yield Item(OWN, number, part, ())
                 part, left, number = "", n_tokens, number + 1
-        if count(part) >= 256:
-            yield Item("own", number, part, ())
+        if count(part) >= _SHORTEST:
+            yield Item(OWN, number, part, ())
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -7,9 +7,12 @@ its answer look at.
 
 from __future__ import annotations
 
+import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,78 +22,130 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from kvcompose_local.composing.attention import AttentionMax
-from kvcompose_local.composing.fitting import Observed
+from kvcompose_local.composing.fitting import POWER, Observed
 from kvcompose_local.composing.policy import LEAST_TAIL
-from kvcompose_local.engines.base import LlamaEngine
+from kvcompose_local.engines.patched import PatchedEngine
+from kvcompose_local.evaluation.harness import around_a_message, kl_divergence, log_softmax
 from kvcompose_local.evaluation.tasks import Item
 from kvcompose_local.interfaces import FloatArray, Lazy
 
 #: Of each kind of question, how many at most, and what all of them together count.
 _N_OWN, _N_SENTENCES = 4, 3
 _OWN, _MADE_UP, _SENTENCES, _SUMMARY = 1.0, 0.5, 0.5, 0.5
-_LONGEST_ANSWER = 48
+#: Questions about a text, and tokens of an answer: the most, and a usual one's.
+N_ASKED, LONGEST_ANSWER, TYPICAL_ANSWER = _N_OWN + 1 + _N_SENTENCES + 1, 48, 24
 #: Sentences that are completed, in characters, and how much of their words is given.
 _SENTENCE = range(60, 400)
 _GIVEN = 1 / 3
 _MAKE_UP = "Ask one short question that only this text answers. Write the question alone."
+_SUMMARIZE = "Summarize the text in a few sentences."
 
 
-def observe(engine: LlamaEngine, item: Item, head: str, tail: str, file: Path) -> None:
+@dataclass(frozen=True)
+class Chatter:
+    """Who is asked: an engine with an uncompressed F16 cache, and the same of other cache types, by their names."""
+
+    engine: PatchedEngine
+    beside: Mapping[str, PatchedEngine] = field(default_factory=dict)
+
+    @cached_property
+    def around(self) -> tuple[str, str]:
+        """The chat template's text before a message and after it."""
+        return around_a_message(self.engine.model)
+
+
+@dataclass(frozen=True)
+class Seen(Observed):
+    """What was seen of one text; kl: of cache types, in nats a token from F16 along its answers."""
+
+    kl: Mapping[str, float] = field(default_factory=dict)
+
+
+def observe(chatter: Chatter, item: Item, file: Path) -> None:
     """Ask about an item's text, and write what is seen to ``file`` for :func:`observed`.
 
-    engine: with an empty, uncompressed F16 cache; head, tail: the chat template's, before a text and after a question.
     The newest tokens, which a compaction leaves alone, are left out.
     """
+    engine, (head, tail) = chatter.engine, chatter.around
     model, layers = engine.model, engine.shape.layers
     tokens = model.tokenize(head + item.context + "\n\n", add_bos=model.adds_bos)
+    engine.clear()
     engine.decode(tokens)
     n = len(tokens) - LEAST_TAIL
-    tensors: dict[str, npt.NDArray[Any]] = {}
-    rows = engine.live_rows(n)
+    rows, tensors = engine.live_rows(n), {}
     for i in range(len(layers)):
-        keys, values = rows[i]
-        tensors |= {
-            f"{name}.{i}": np.ascontiguousarray(x, np.float16)
-            for name, x in zip(("keys", "values"), (keys, values), strict=True)
-        }
+        for name, numbers in zip(("keys", "values"), rows[i], strict=True):
+            tensors[f"{name}.{i}"] = np.ascontiguousarray(numbers, np.float16)
     cells = engine.snapshot()
-    looked = [np.zeros((layer.n_kv_heads, len(tokens)), np.float32) for layer in layers]
     written = _answer(engine, model.tokenize(_MAKE_UP + tail))
     made_up = b"".join(map(model.token_bytes, written)).decode("utf-8", "replace").strip()
-    sentences = [(f"Complete this sentence from the text: {given}{tail}", whole) for given, whole in _sentences(item)]
+    seen, weights, asked_about = [], [], []
     for weight, questions in (
         (_OWN, [(question.text + tail + question.prefix, "") for question in item.questions[:_N_OWN]]),
         (_MADE_UP, [(made_up + tail, "")]),
-        (_SENTENCES, sentences),
-        (_SUMMARY, [("Summarize the text in a few sentences." + tail, "")]),
+        (_SENTENCES, [(f"Complete this sentence from the text: {given}{tail}", all_) for given, all_ in _parts(item)]),
+        (_SUMMARY, [(_SUMMARIZE + tail, "")]),
     ):
         for question, answer in questions:
             asked = model.tokenize(question)
             engine.restore(cells)
-            answered = model.tokenize(answer)[:_LONGEST_ANSWER] if answer else _answer(engine, asked)
+            answered = model.tokenize(answer)[:LONGEST_ANSWER] if answer else _answer(engine, asked)
             engine.restore(cells)
-            for sums, most in zip(looked, _attention(engine, [*asked, *answered[:-1]], len(tokens)), strict=True):
-                sums += weight / len(questions) * most
-    tensors |= {f"looked.{i}": np.ascontiguousarray(sums[:, :n]) for i, sums in enumerate(looked)}
-    save_file(tensors, file, {"n_tokens": str(len(tokens))})
+            seen.append(_attention(engine, [*asked, *answered[:-1]], n))
+            weights.append(weight / len(questions))
+            asked_about.append((asked, answered))
+    for i in range(len(layers)):
+        tensors[f"seen.{i}"] = np.stack([by_layer[i] for by_layer in seen]).astype(np.float16)
+    facts = {"n_tokens": len(tokens), "weights": weights, "kl": {}}
+    if chatter.beside:
+        engine.restore(cells)
+        facts["kl"] = _kl_of_types(chatter, tokens, asked_about[0], asked_about[-1])
+    save_file(tensors, file, {"facts": json.dumps(facts)})
 
 
-def observed(file: Path) -> Observed:
+def observed(file: Path) -> Seen:
     """What :func:`observe` wrote, each layer read when it is looked at."""
     with safe_open(file, "numpy") as tensors:
-        n_layers, n_tokens = len(tensors.keys()) // 3, int(tensors.metadata()["n_tokens"])
+        n_layers, facts = len(tensors.keys()) // 3, json.loads(tensors.metadata()["facts"])
 
-    def kind(name: str) -> Lazy:
-        def layer(i: int) -> FloatArray:
-            with safe_open(file, "numpy") as tensors:
-                return np.asarray(tensors.get_tensor(f"{name}.{i}"))
+    def of_layer(name: str, i: int) -> npt.NDArray[Any]:
+        with safe_open(file, "numpy") as tensors:
+            return np.asarray(tensors.get_tensor(f"{name}.{i}"))
 
-        return Lazy(n_layers, layer)
+    def looked(i: int) -> FloatArray:
+        return np.tensordot(np.array(facts["weights"], np.float32), of_layer("seen", i).astype(np.float32) ** POWER, 1)
 
-    return Observed(kind("keys"), kind("values"), kind("looked"), n_tokens)
+    keys, values = (Lazy(n_layers, partial(of_layer, name)) for name in ("keys", "values"))
+    return Seen(keys, values, Lazy(n_layers, looked), facts["n_tokens"], facts["kl"])
 
 
-def _sentences(item: Item) -> list[tuple[str, str]]:
+def _kl_of_types(
+    chatter: Chatter, tokens: Sequence[int], *asked: tuple[Sequence[int], Sequence[int]]
+) -> dict[str, float]:
+    """What other cache types make of the answers to questions: nats a token, by type.
+
+    The text is read into each cache: its later layers see the errors of the earlier ones, as in a chat.
+    """
+    wanted = [_log_probs(chatter.engine, len(tokens), *question) for question in asked]
+    found = {}
+    for name, other in chatter.beside.items():
+        other.clear()
+        other.decode(tokens)
+        rows = [_log_probs(other, len(tokens), *question) for question in asked]
+        found[name] = float(np.mean([kl_divergence(a, b).mean() for a, b in zip(wanted, rows, strict=True)]))
+        other.clear()
+    return found
+
+
+def _log_probs(engine: PatchedEngine, n: int, asked: Sequence[int], answered: Sequence[int]) -> FloatArray:
+    """Before each token of an answer, float32 (tokens, n_vocab), after the first ``n`` tokens of the cache."""
+    if excess := engine.layout().position - n:
+        engine.drop_tail(excess)
+    engine.decode(asked[:-1])
+    return log_softmax(engine.decode_all([asked[-1], *answered[:-1]]))
+
+
+def _parts(item: Item) -> list[tuple[str, str]]:
     """Some of a text's, each its beginning and the whole, the same whenever they are asked for."""
     found = [s for s in re.split(r"(?<=[.!?])\s+", item.context) if len(s) in _SENTENCE and "\n" not in s]
     chosen = random.Random(f"{item.task}/{item.seed}").sample(found, min(_N_SENTENCES, len(found)))
@@ -102,11 +157,11 @@ def _sentences(item: Item) -> list[tuple[str, str]]:
     return parts
 
 
-def _answer(engine: LlamaEngine, asked: Sequence[int]) -> list[int]:
+def _answer(engine: PatchedEngine, asked: Sequence[int]) -> list[int]:
     """What the model says, greedily."""
     engine.decode(asked)
     tokens: list[int] = []
-    while len(tokens) < _LONGEST_ANSWER:
+    while len(tokens) < LONGEST_ANSWER:
         tokens.append(int(engine.logits().argmax()))
         if engine.model.is_end(tokens[-1]):
             break
@@ -114,7 +169,7 @@ def _answer(engine: LlamaEngine, asked: Sequence[int]) -> list[int]:
     return tokens
 
 
-def _attention(engine: LlamaEngine, tokens: Sequence[int], n: int) -> list[FloatArray]:
+def _attention(engine: PatchedEngine, tokens: Sequence[int], n: int) -> list[FloatArray]:
     """The most that any of the tokens, which come next, looks at the ``n`` of the cache: L arrays float32 (H, n)."""
     most = AttentionMax.over(engine.shape.layers, dtype=np.float32)
     with engine.watching(lambda layer, weights: most.update(layer, weights, slice(0, n))):

@@ -1,4 +1,4 @@
-"""Answers as they are printed, and what is said of how they ended."""
+"""Prints answers as they come, and says why they ended."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_room(chat: Chat, documents: Sequence[tuple[str, str]]) -> None:
     while end < len(whole) and position + n_tokens <= memory.n_ctx:
         n_tokens += len(chat.model.tokenize(whole[end : end + _MANY_CHARACTERS]))
         end += _MANY_CHARACTERS
-    if end < len(whole):  # the rest is taken to be like it
+    if end < len(whole):  # the rest is assumed to have as many tokens a character
         n_tokens = n_tokens * len(whole) // end
     memory.check_positions(position, n_tokens)
 
@@ -79,7 +79,7 @@ class Printed:
 class Answers:
     """Asks a chat and prints its answers to ``out``, everything else to ``status``.
 
-    takes_commands: whether the user has the REPL's commands, which messages then name.
+    takes_commands: whether the user has the REPL's commands, so that messages may name them.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Answers:
         self.max_tokens = max_tokens
         self.hides_thinking = hides_thinking
         self.takes_commands = takes_commands
-        self._warned = 0  # which of the warnings that positions run out was given
+        self._warned = 0  # the last warning about positions that was given
 
     def answer(self, message: str) -> TurnStats:
         """Ask and stream; returns the turn's statistics."""

@@ -1,4 +1,4 @@
-"""When and where the command line saves a chat, so that none is lost unasked and none is overwritten by another."""
+"""Saves the chats of the command line, so that none is lost unasked and none is overwritten by another."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import shlex
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvcompose_local.chat import sessions
 from kvcompose_local.errors import InvalidInput, KVComposeError, NoHome
@@ -15,6 +15,7 @@ from kvcompose_local.terminal.figures import MIB
 
 if TYPE_CHECKING:
     from kvcompose_local.chat import Chat
+    from kvcompose_local.chat.turns import Conversation
     from kvcompose_local.interrupts import Interrupts
     from kvcompose_local.terminal.status import Status
 
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
 class Autosave:
     """Saves and loads one chat: on ``/save`` and ``/load``, and unasked at its end.
 
-    session: what ``--session`` named; None saves the chat as :data:`sessions.LAST` in the end, in place of the chat
-    before, where no failure is one of the program. version: of that file when it was looked at first; is_on: False
-    saves nothing unasked.
+    session: what ``--session`` named. None saves the chat as :data:`sessions.LAST` in the end, in place of an earlier
+    chat, and a failure to do so does not fail the program. version: of the session's file when it was looked at first;
+    is_on: False saves nothing unasked.
     """
 
     def __init__(
@@ -51,13 +52,13 @@ class Autosave:
         self._wrote = False  # that file, since the chat was begun or loaded
         self._begun = self._kept = self._now()  # as it was loaded; as it was saved last
 
-    def _now(self) -> tuple[Any, ...]:
+    def _now(self) -> tuple[Conversation, int]:
         """All that is worth a file, ``/compress`` included."""
         return self.chat.conversation, self.chat.memory.n_asked
 
     @property
     def is_unsaved(self) -> bool:
-        """Whether there may be something to save at the end; a session that was emptied is."""
+        """Whether there may be something to save at the end; a session that was emptied counts."""
         is_worth_a_file = self.chat.memory.position > 0 or self._name == self._session
         return self.is_on and is_worth_a_file and (self._wrote or self._now() != self._begun)
 
@@ -68,7 +69,7 @@ class Autosave:
         return self._save(name)
 
     def load(self, name: str) -> str:
-        """Put a saved chat in place of this one, which is saved before; returns what to say of it.
+        """Save this chat, and put a saved one in its place; returns what to say of it.
 
         Raises InvalidInput where that would overwrite what is to be loaded, and SessionError.
         """
@@ -79,7 +80,7 @@ class Autosave:
                 raise InvalidInput(f"this chat would be lost: /save it under another name than {name} first")
             self.status.line(self._save(self._own_name()))
         told = self._load(name)
-        # Over no session that a chat of this program began as or was saved to.
+        # The loaded chat must not overwrite a session that another chat of this program belongs to.
         self._name = _beside(sessions.LAST) if self._holds_last else sessions.LAST
         self._version = _version_of(self._name)
         return told
@@ -89,9 +90,9 @@ class Autosave:
         return self._load(self._name)
 
     def at_the_end(self) -> None:
-        """Save what is unsaved, where it cannot be elsewhere.
+        """Save what is unsaved, at another place where its own fails.
 
-        Raises SessionError where it is not what the user asked for by ``--session``.
+        Raises SessionError where the session of ``--session`` could not be saved.
         """
         if not self.is_unsaved:
             return
@@ -108,7 +109,7 @@ class Autosave:
         self.status.line(told)
 
     def _saved_elsewhere(self) -> str:
-        """Save what has no place where it belongs beside the last chat, or among temporary files; says where."""
+        """Save the chat beside the last one or among temporary files, and say where; empty where that fails, too."""
         with contextlib.suppress(KVComposeError, KeyboardInterrupt):
             return self._save(_beside(sessions.LAST))
         with contextlib.suppress(KVComposeError, KeyboardInterrupt):

@@ -12,6 +12,7 @@ from kvcompose_local.chat import inputs
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.interrupts import Interrupts
 from kvcompose_local.terminal.answers import Answers, check_room
+from kvcompose_local.terminal.figures import beside
 from kvcompose_local.terminal.memory_chart import ASCII_MARKS, UNICODE_MARKS, can_show, draw
 
 #: What begins and ends a message of several lines.
@@ -49,7 +50,7 @@ def command(
 
 
 class ChatCommands:
-    """What commands work on.
+    """The commands, and what they work on.
 
     describe: the text of /stats; save, load: take the name of a session and return what to say of it; edit: shows a
     text to be edited and returns it, None or an interrupt for no change; at_temperature: entered while an answer is
@@ -155,7 +156,7 @@ class ChatCommands:
             width=shutil.get_terminal_size().columns,
             marks=UNICODE_MARKS if fancy else ASCII_MARKS,
         )
-        self.status.line(chart)
+        self.status.line("\n".join(filter(None, [chart, beside(memory)])))
 
     @command("/compress [R]", "compress the cache now, keeping at most the share R of the bytes in use (default 0.5)")
     def _compress(self, argument: str) -> None:

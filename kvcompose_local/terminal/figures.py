@@ -1,4 +1,4 @@
-"""What a chat tells of itself: figures for programs (``--json``) and for people (``/stats``, the greeting)."""
+"""The figures of a chat, for programs (``--json``) and for people (``/stats``, the greeting)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import resource
 import sys
 from typing import TYPE_CHECKING, Any
 
+from kvcompose_local.chat.checkpoints import most_of
 from kvcompose_local.chat.reasoning import shown
 
 if TYPE_CHECKING:
     from kvcompose_local.chat import Chat
+    from kvcompose_local.chat.memory import CacheMemory
 
 MIB = 2**20
 
@@ -43,6 +45,8 @@ def result(chat: Chat) -> dict[str, Any]:
         "positions": layout.position,
         "kv_bytes": engine.cache_bytes,
         "kv_bytes_used": memory.used_bytes,
+        "state_bytes": engine.state_bytes,
+        "checkpoint_bytes": memory.checkpoints.n_bytes,
         "kv_bytes_full": memory.n_ctx * engine.shape.uncompressed_row_bytes,
         "compute_bytes": engine.compute_bytes,
         "layer_cells": [composed + layout.n_live for composed in layout.composed],
@@ -56,6 +60,18 @@ def result(chat: Chat) -> dict[str, Any]:
     }
 
 
+def beside(memory: CacheMemory) -> str:
+    """The memory that a cache takes beside its cells and beside any budget; empty where there is none."""
+    n_bytes, kept = memory.engine.state_bytes, memory.checkpoints
+    if not n_bytes:
+        return ""
+    return (
+        f"beside the budget: {n_bytes / MIB:.1f} MiB of recurrent states or sliding windows, "
+        f"{kept.n_bytes / MIB:.1f} MiB of copies of them to go back to "
+        f"({len(kept.positions)} of at most {most_of(n_bytes)})"
+    )
+
+
 def greeting(chat: Chat, hint: str = "") -> str:
     """What the REPL says first; hint: one more line, of the model."""
     memory = chat.memory
@@ -63,6 +79,7 @@ def greeting(chat: Chat, hint: str = "") -> str:
     lines = [
         f"{engine.shape.name}: {memory.n_ctx} positions in {engine.cache_bytes / MIB:.1f} MiB of cache "
         f"(uncompressed: {memory.n_ctx * engine.shape.uncompressed_row_bytes / MIB:.1f} MiB), {engine.name} engine",
+        beside(memory),
         hint,
         "/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.",
     ]
@@ -81,6 +98,7 @@ def describe(chat: Chat) -> str:
         f"positions: {layout.position} of {memory.n_ctx} used",
         f"cache: {memory.used_bytes / MIB:.1f} MiB in use of {engine.cache_bytes / MIB:.1f} MiB; "
         f"uncompressed it would take {full / MIB:.1f} MiB",
+        *filter(None, [beside(memory)]),
     ]
     if layout.position:
         low, high = min(layout.composed), max(layout.composed)

@@ -1,4 +1,4 @@
-"""The cache as a bar chart in plain text: what each layer holds, against what all of them may take."""
+"""The cache as a bar chart in plain text: the cells of each layer, and the memory of all of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def can_show(text: str, encoding: str | None) -> bool:
 def draw(layout: CacheLayout, shape: ModelShape, *, cap_bytes: int, width: int, marks: str = ASCII_MARKS) -> str:
     """One line a layer, all bars to the same scale, and the total; no line is wider than ``width`` columns.
 
-    cap_bytes: what the cells of all layers may take; marks: those of a composed and of a live cell.
+    cap_bytes: bytes that the cells of all layers may take; marks: one for composed cells and one for live cells.
     """
     n_live = layout.n_live
     most = max([k + n_live for k in layout.composed], default=0)

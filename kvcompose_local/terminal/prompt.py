@@ -42,7 +42,7 @@ class CommandCompleter(Completer):
 
 
 class _History(FileHistory):
-    """A chat goes on where its history cannot be written."""
+    """A history whose failure to be written does not end the chat."""
 
     def store_string(self, string: str) -> None:
         with suppress(OSError):
@@ -60,7 +60,7 @@ def _history() -> History:
 
 
 def _output() -> Output | None:
-    """Where to draw: None is standard output, otherwise standard error or the terminal that the program runs in."""
+    """The place to draw at: None is standard output, otherwise standard error or the program's terminal."""
     if sys.stdout.isatty():
         return None
     stream: TextIO = sys.stderr
@@ -73,7 +73,7 @@ def _output() -> Output | None:
 
 
 def _no_mouse() -> KeyBindings:
-    """Takes what looks like the mouse's doing for nothing: a colour that was typed, ``ESC [ 31 m``, is read as such."""
+    """Ignore mouse events: a colour that was typed, ``ESC [ 31 m``, would be read as one."""
     bindings = KeyBindings()
     bindings.add(Keys.Vt100MouseEvent, eager=True)(lambda event: None)
     return bindings

@@ -77,5 +77,5 @@ class Repl:
         return _Fenced(text.rstrip()[: -len(FENCE)].strip("\n"))
 
     def _is_command(self, message: str) -> bool:
-        """What begins with a slash is one, but for pasted lines that begin with no name of one (a path, a comment)."""
+        """Whether a message is a command: one line with a slash, or pasted lines that begin with a command's name."""
         return message.startswith("/") and ("\n" not in message or message.split()[0] in COMMANDS)

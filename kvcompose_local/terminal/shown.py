@@ -1,4 +1,4 @@
-"""What models, files and names say is shown on a terminal, never obeyed by it.
+"""Text of models, files and names is shown on a terminal, and never obeyed by it.
 
 An escape sequence in an answer could write the clipboard, the title or the screen; a reversed line hides what it says.
 The program's own sequences go through :meth:`Shown.control`. Pipes and files get everything as it is.
@@ -18,8 +18,8 @@ _SIGNS = {
 
 
 def shown(text: str) -> str:
-    """``text`` with signs in place of what a terminal would obey: C0 (but not tab and newline), DEL, C1, and what
-    overrides the direction of writing.
+    """``text`` with visible signs in place of characters that a terminal obeys: C0 except tab and newline, DEL, C1, and
+    characters that change the direction of writing.
     """
     return text.translate(_SIGNS)
 
@@ -45,12 +45,12 @@ class Shown(io.TextIOWrapper):
         return len(text)
 
     def control(self, sequence: str) -> None:
-        """Write what is meant for the terminal itself."""
+        """Write a sequence that the terminal is to obey."""
         super().write(sequence)
 
 
 def control(stream: TextIO, sequence: str) -> None:
-    """Write a sequence that a terminal is to obey, on whatever stream stands for it."""
+    """Write a sequence that a terminal is to obey, on any stream."""
     if isinstance(stream, Shown):
         stream.control(sequence)
     else:

@@ -1,4 +1,4 @@
-"""What a terminal is told beside answers: progress, compactions, and lines of any kind."""
+"""Messages beside the answers: progress, compactions, and lines of any kind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MANY = 256
 
 
 def _bar(done: int, total: int, n_before: int) -> str:
-    """How far something is as a bar behind ``n_before`` characters, where the terminal has room for it."""
+    """A progress bar behind ``n_before`` characters, where the terminal has room for it."""
     if not total or shutil.get_terminal_size().columns <= n_before + _BAR_WIDTH + 3:
         return ""
     full = _BAR_WIDTH * min(done, total) // total
@@ -28,7 +28,7 @@ def _bar(done: int, total: int, n_before: int) -> str:
 
 
 def _fitting(line: str) -> str:
-    """As much of a line as stays on one of the terminal's: what wraps cannot be redrawn."""
+    """The part of a line that fits the terminal's width: a wrapped line cannot be redrawn."""
     return line[: max(shutil.get_terminal_size().columns - 1, 1)]
 
 
@@ -40,7 +40,7 @@ class Status:
         self.should_stop = should_stop
         self._terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
         self._shown = False
-        self.inside_a_line = False  # an answer on the same terminal has not ended its line: what is told gets its own
+        self.inside_a_line = False  # an answer on the same terminal has not ended its line, so messages begin a new one
         self._reading = False
         self._untold: list[CompactionReport] = []  # of the text that is being read
         self._works: dict[str, tuple[float, int]] = {}  # when each began, and how far it is: one may stop another
@@ -85,13 +85,13 @@ class Status:
             self.settle()
 
     def compacted(self, report: CompactionReport) -> None:
-        """Tell of a compaction: at once, or all those of a text in one line when it is read."""
+        """Tell of a compaction: at once, or, while a text is being read, in one line for all when it has been read."""
         self._untold.append(report)
         if not self._reading:
             self.settle()
 
     def settle(self) -> None:
-        """Tell what is untold: nothing is being read any more."""
+        """Tell of compactions that were not told yet: reading has ended."""
         self._reading = False
         self._tell()
 
@@ -121,7 +121,7 @@ class Status:
             self._shown = False
 
     def _write(self, text: str, *, over: bool = False) -> None:
-        """``over`` what stands on the line already."""
+        """Write text; with ``over``, in place of what the line holds already."""
         with contextlib.suppress(OSError):  # a window that is gone must not end what is done in its name
             if self.inside_a_line:
                 self.inside_a_line = False

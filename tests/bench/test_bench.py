@@ -28,7 +28,7 @@ def test_a_run_and_its_json(tiny_model: Callable[..., Path], tmp_path: Path) -> 
     found = json.loads(done.stdout.splitlines()[-1])
     assert [r["n_tokens"] for r in found["lengths"]] == [600, 1100]
     unpatched = library_dir(patched=False)
-    names = [measure.FULL, f"{measure.FULL}, q8_0/q4_0", "budget 0.4", "budget 0.25"]
+    names = [measure.UNCOMPRESSED, f"{measure.UNCOMPRESSED}, q8_0/q4_0", "budget 0.4", "budget 0.25"]
     names += [measure.UNPATCHED, measure.TWIN] if unpatched and unpatched != library_path().parent else []
     for result in found["lengths"]:
         assert [mode["name"] for mode in result["modes"]] == names
@@ -50,10 +50,10 @@ def test_a_run_and_its_json(tiny_model: Callable[..., Path], tmp_path: Path) -> 
     speed, bandwidth = found["multiply_adds_per_second"], found["memory_bandwidth_bytes_per_second"]
     longer = found["lengths"][1]
     uncompressed = longer["modes"][0]
-    shown = next(row for row in decoding if row[:2] == ["| 1100", measure.FULL])
+    shown = next(row for row in decoding if row[:2] == ["| 1100", measure.UNCOMPRESSED])
     floor = max((found["model_bytes"] + full) / bandwidth, longer["question_multiply_adds"] / speed)
     assert shown[11] == f"{floor / statistics.median(uncompressed['question_seconds']):.0%} |"
-    shown = next(row for row in reading if row[:2] == ["| 1100", measure.FULL])
+    shown = next(row for row in reading if row[:2] == ["| 1100", measure.UNCOMPRESSED])
     assert shown[5] == f"{longer['multiply_adds'] / speed / uncompressed['read_seconds']:.0%}"
     assert rewriting[3][3] == f"{full / 2 / bandwidth / longer['rewrite_seconds']:.0%}"
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
@@ -66,7 +66,7 @@ def test_heads_that_are_no_whole_blocks_are_measured_in_f16(tiny_model: Callable
     )
     assert done.exit_code == 0, done.output
     modes = json.loads(done.stdout.splitlines()[-1])["lengths"][0]["modes"]
-    assert [mode["name"] for mode in modes][:2] == [measure.FULL, "budget 0.5"]
+    assert [mode["name"] for mode in modes][:2] == [measure.UNCOMPRESSED, "budget 0.5"]
     assert modes[1]["kv_bytes"] == modes[0]["kv_bytes"] * 256 / 600
 
 

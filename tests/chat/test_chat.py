@@ -54,7 +54,7 @@ def test_an_answer_cut_short_is_closed_by_the_next_turn() -> None:
     chat, engine = make(["abcdef", "x"])
     assert "".join(chat.ask("Hi", max_tokens=3)) == "abc"
     assert chat.turns[-1].stopped == "length"
-    engine._answer = []
+    engine.answer_left = []
     list(chat.ask("Go", max_tokens=9))
     assert engine.fed == b"[u]Hi[/][a]abc[/][u]Go[/][a]x"
 
@@ -65,7 +65,7 @@ def test_a_consumer_that_leaves_loses_nothing() -> None:
     assert [next(answer), next(answer)] == ["a", "b"]
     answer.close()  # type: ignore[attr-defined]
     assert chat.turns[-1].stopped == "interrupt"
-    engine._answer = []
+    engine.answer_left = []
     list(chat.ask("Go", max_tokens=9))
     assert engine.fed == b"[u]Hi[/][a]ab[/][u]Go[/][a]x"
 
@@ -138,7 +138,7 @@ def test_the_system_prompt_outlasts_compactions_and_is_no_pinned_message() -> No
 def test_a_model_without_a_template_stops_at_the_next_speaker() -> None:
     chat, engine = make([" Blue.\nUser: and", " Red\nUs"], template=False)
     assert "".join(chat.ask("Colour?", max_tokens=99)) == " Blue."
-    engine._answer = []
+    engine.answer_left = []
     assert "".join(chat.ask("Other?", max_tokens=99)) == " Red\nUs"
     assert b" Blue.[/]" in stands(chat), "of the stop text nothing stays"
     chat, engine = make([" Blue.\nUser: and"], template=False)
@@ -333,7 +333,7 @@ def test_thinking_that_the_prompt_opened_is_dropped_with_its_opening(monkeypatch
     list(chat.ask("More", max_tokens=7))
     assert engine.fed == b"one[/][u]More[/][a]<think>cut sho", "what both share is not read again"
     assert stands(chat) == b"[u]Hi[/][a]one[/][u]More[/][a]<think>cut sho"
-    engine._answer = []
+    engine.answer_left = []
     assert chat.forget_thinking() == len("cut sho")
     assert stands(chat) == b"[u]Hi[/][a]one[/][u]More[/][a]"
     assert "".join(chat.ask_again(max_tokens=9)) == "<think>x</think>", "the prompt opens the thinking again"

@@ -1,4 +1,4 @@
-"""Chats with models of which a part moves on: a chat that was disturbed in every way goes on as if it never had been."""
+"""Chats with models of which a part moves on: a chat that was disturbed goes on as if it never had been."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hybrid_shapes import SMALL
-from random_models import RandomModel, Shape
+from hybrid_shapes import SMALL, WINDOWS
+from random_models import RandomModel
 
 from kvcompose_local.chat import Chat
 from kvcompose_local.chat.checkpoints import LEAST
@@ -25,19 +25,6 @@ pytestmark = pytest.mark.skipif(not library_is_patched(), reason="the library of
 
 N_TURNS = 20
 POLICY = Policy(n_tail=32, n_headroom=190, n_scratch=32)
-WINDOWS = {
-    "gemma3": Shape("gemma3", "gemma3", 6, 4, 2, 32, {"attention.sliding_window": 64}),
-    "gpt-oss": Shape(
-        "gpt-oss",
-        "gpt-oss",
-        4,
-        4,
-        2,
-        32,
-        {"attention.sliding_window": 64, "expert_count": 4, "expert_used_count": 4, "expert_feed_forward_length": 32},
-        q_scale=0.25,
-    ),
-}
 SHAPES = SMALL | WINDOWS
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tracemalloc
 from collections.abc import Sequence
 
@@ -9,9 +10,10 @@ import numpy as np
 
 from kvcompose_local.arena import UPKEEP_BYTES
 from kvcompose_local.chat.memory import CacheMemory
+from kvcompose_local.chat.state import MemoryState
 from kvcompose_local.composing.policy import Policy
 from kvcompose_local.composing.scorer import DTYPE, Scorer
-from kvcompose_local.interfaces import CacheLayout, FloatArray, LayerShape, Lazy, ModelShape, Selection
+from kvcompose_local.interfaces import CacheLayout, CacheSnapshot, FloatArray, LayerShape, Lazy, ModelShape, Selection
 
 N_LAYERS, N_QUERY_HEADS, N_KV_HEADS, HEAD, N_CELLS = 24, 14, 2, 64, 8192
 ROW_BYTES = 4 * N_KV_HEADS * HEAD
@@ -45,6 +47,9 @@ class FullEngine:
 
         return Lazy(N_LAYERS, rows)
 
+    def restore(self, snapshot: CacheSnapshot) -> None:
+        assert (snapshot.composed, snapshot.n_live) == (self.composed, self.n_live)
+
     def rewrite(self, selection: Sequence[Selection], n_tail: int, n_forgotten: int = 0, *_: object) -> None:
         self.composed, self.n_live = tuple(rows.shape[1] for rows in selection), n_tail  # read as it is by llama.cpp
 
@@ -54,16 +59,20 @@ def test_a_compaction_needs_little_beside_the_cells() -> None:
     rng = engine.rng
     weights = tuple(rng.standard_normal((N_KV_HEADS, 2 * HEAD)).astype(DTYPE) for _ in range(N_LAYERS))
     places = (np.full((N_KV_HEADS, 3), -0.2, np.float32),) * N_LAYERS
-    memory = CacheMemory(engine, 10**6, policy=POLICY, scorer=Scorer(weights, places, 2048))  # type: ignore[arg-type]
-    memory.tokens = list(range(24_000))
+    scorer = Scorer(weights, places, 2048)
+    memory = CacheMemory(engine, 10**6, policy=POLICY, scorer=scorer)  # type: ignore[arg-type]
+    position, composed = engine.layout().position, engine.composed
     tracemalloc.start()
     try:
-        memory._scores._kept = [rng.normal(-8, 2, (N_KV_HEADS, k)).astype(DTYPE) for k in engine.composed]
-        memory._scores._origins = [rng.integers(0, 20_000, (N_KV_HEADS, k)).astype(np.uint16) for k in engine.composed]
+        scores = [rng.normal(-8, 2, (N_KV_HEADS, k)).astype(np.float32) for k in composed]
+        origins = [rng.integers(0, 20_000, (N_KV_HEADS, k)).astype(np.int32) for k in composed]
+        cells = CacheSnapshot(composed, engine.n_live, position, (), (), np.zeros(0, np.uint8))
+        memory.restore(MemoryState((0,) * position, scores, origins, cells, scorer=scorer))
+        del scores, origins
         tracemalloc.reset_peak()
         rows = engine.arena_bytes[0] // ROW_BYTES
         memory.compact()
-        lasting, peak = tracemalloc.get_traced_memory()
+        lasting, peak = (n - sys.getsizeof(memory.tokens) for n in tracemalloc.get_traced_memory())
     finally:
         tracemalloc.stop()
     at_rest = np.dtype(DTYPE).itemsize + np.dtype(np.uint16).itemsize

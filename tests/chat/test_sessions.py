@@ -14,7 +14,6 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,17 +25,16 @@ from fake_engine import FakeEngine, FakeModel
 from programs import PROSE, endless, program, refused
 from safetensors import safe_open
 from safetensors.numpy import load_file
+from session_chats import fake_chat, fake_engine, next_tokens, real_chat, same_state, talked
 
-from kvcompose_local.api import LocalChat, memory_of
-from kvcompose_local.chat import Chat, ChatState, sessions
+from kvcompose_local.api import LocalChat
+from kvcompose_local.chat import Chat, sessions
 from kvcompose_local.chat.memory import CacheMemory
 from kvcompose_local.chat.sessions import Setup
 from kvcompose_local.composing.scorer import Scorer
-from kvcompose_local.engines import open_engine
-from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.errors import EngineError, InvalidInput, ModelError, SessionError
 from kvcompose_local.install import model_files
-from kvcompose_local.interfaces import CacheSnapshot, FloatArray, Sampling
+from kvcompose_local.interfaces import CacheSnapshot
 from kvcompose_local.llama_ffi.cells import library_is_patched
 from kvcompose_local.llama_ffi.library import library_path
 
@@ -59,78 +57,6 @@ def setup(tmp_path: Path) -> Setup:
     model = tmp_path / "fake.gguf"
     model.write_bytes(b"GGUF of nothing")
     return Setup(model, "f16", 0.5)
-
-
-def fake_chat(answers: list[str] | None = None, *, n_cells: int = 200, n_ctx: int = 400, **options: Any) -> Chat:
-    engine = FakeEngine(n_cells, answers or [], per_layer=True)
-    return Chat(FakeModel(), CacheMemory(engine, n_ctx, compose=n_cells < n_ctx), **options)
-
-
-def talked() -> Chat:
-    """A fake chat with composed and live cells and a draft."""
-    chat = fake_chat(["hello", "again"], system="Be kind.")
-    list(chat.ask("x" * 200, max_tokens=9))
-    chat.read("a document", pin=True)
-    assert chat.memory.reports
-    assert chat.memory.pins
-    assert chat.state().steps
-    return chat
-
-
-def fake_engine(chat: Chat) -> FakeEngine:
-    engine = chat.memory.engine
-    assert isinstance(engine, FakeEngine)
-    return engine
-
-
-@contextmanager
-def real_chat(
-    path: Path, *, n_ctx: int = 1024, budget: float = 0.25, cache: str | None = "f16", **options: Any
-) -> Iterator[Chat]:
-    greedy = Sampling(temperature=0)
-    engine, positions = open_engine(
-        path, n_ctx=n_ctx, budget=budget, n_threads=1, cache_type=cache, sampling=greedy, **options
-    )
-    with engine:
-        yield Chat(engine.model, memory_of(engine, positions, compose=budget < 1))
-
-
-def next_tokens(chat: Chat, n: int, *, walk: int = 0) -> tuple[list[int], list[FloatArray]]:
-    """The greedy tokens after a fixed text, end tokens included, so that there are always ``n``; and all their logits.
-
-    A random model may say one word over and over; ``walk`` puts others in their places.
-    """
-    memory = chat.memory
-    engine = memory.engine
-    assert isinstance(engine, LlamaEngine)
-    memory.feed(list(range(10, 30)))
-    tokens: list[int] = []
-    logits: list[FloatArray] = []
-    for i in range(n):
-        tokens.append(engine.sample())
-        logits.append(engine.logits().copy())
-        memory.feed([(tokens[-1] + i * walk) % engine.shape.n_vocab])
-    return tokens, logits
-
-
-def same_cells(a: CacheSnapshot, b: CacheSnapshot) -> bool:
-    planes = zip([*a.keys, *a.values, a.state], [*b.keys, *b.values, b.state], strict=True)
-    return replace(a, keys=(), values=(), state=b.state) == replace(b, keys=(), values=()) and all(
-        np.array_equal(x, y) for x, y in planes
-    )
-
-
-def same_state(a: ChatState, b: ChatState) -> bool:
-    one, two = a.memory, b.memory
-    arrays = zip([*one.scores, *one.origins], [*two.scores, *two.origins], strict=True)
-    scorers = [state.scorer and state.scorer.digest for state in (one, two) if any(state.cells.composed)]
-    return (
-        replace(a, memory=two, began=b.began) == b  # when a chat began is no part of what was said
-        and (one.tokens, one.pins) == (two.tokens, two.pins)
-        and len({*scorers}) <= 1
-        and all(np.array_equal(x, y) for x, y in arrays)
-        and same_cells(one.cells, two.cells)
-    )
 
 
 # -- going on ---------------------------------------------------------------------------------------------------------
@@ -516,6 +442,23 @@ def _load_damaged(path: Path, chat: Chat, setup: Setup) -> None:
     path.write_bytes(whole)
 
 
+def forged_checkpoints(position: int) -> Iterator[dict[str, Any]]:
+    """Sections of checkpoints that are none."""
+    state = {"checkpoints/state.0": np.zeros(12, np.uint8)}
+    for wrong in ([0], [-1], [position], [2**31 - 1]):
+        yield state | {"checkpoints/positions": np.array(wrong, np.int32)}
+    yield state
+    yield {"checkpoints/positions": np.array([5], np.int32)}
+    yield state | {"checkpoints/positions": np.array([5, 6], np.int32)}
+    yield state | {"checkpoints/positions": np.array([[5]], np.int32)}
+    yield state | {"checkpoints/positions": np.array([5.0], np.float32)}
+    yield {"checkpoints/positions": np.array([5], np.int32), "checkpoints/state.0": np.zeros(3, np.float32)}
+    many = {f"checkpoints/state.{i}": np.zeros(12, np.uint8) for i in range(9)}
+    yield many | {"checkpoints/positions": np.arange(1, 10, dtype=np.int32)}
+    two = {f"checkpoints/state.{i}": np.zeros(12, np.uint8) for i in range(2)}
+    yield two | {"checkpoints/positions": np.array([6, 5], np.int32)}
+
+
 def test_forged_files_of_the_right_checksum(tmp_path: Path, setup: Setup) -> None:
     """What contradicts itself or the model is refused before the chat is touched."""
     path = tmp_path / "s.kvc"
@@ -558,6 +501,7 @@ def test_forged_files_of_the_right_checksum(tmp_path: Path, setup: Setup) -> Non
         (manifest, arrays | {"cells/keys.0": arrays["cells/keys.0"][:, 1:]}),
         (manifest, arrays | {"cells/values.0": np.zeros((len(arrays["cells/keys.0"]), 3), np.uint8)}),
         (manifest, arrays | {"window/bytes": np.zeros((1, 1), np.uint8)}),
+        *((manifest, arrays | checkpoints) for checkpoints in forged_checkpoints(manifest["position"])),
         (manifest, told(messages="x")),
         (manifest, told(messages=[1])),
         (manifest, told(messages=[{"role": "user", "content": 3}])),
@@ -663,7 +607,10 @@ def test_an_engine_that_fails_on_the_way_leaves_an_empty_chat(tmp_path: Path, se
 SAVER = """
 import sys
 from pathlib import Path
-from test_sessions import Setup, fake_chat, model_files, sessions
+from session_chats import fake_chat
+from kvcompose_local.chat import sessions
+from kvcompose_local.chat.sessions import Setup
+from kvcompose_local.install import model_files
 path, setup = Path(sys.argv[1]), Setup(Path(sys.argv[2]), "f16", 0.5)
 model_files.cache_folder = lambda: Path(sys.argv[2]).parent
 chat = fake_chat(n_ctx=10**6)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 from programs import FAST, RUN, endless, program, refused
 
+from kvcompose_local import __version__
 from kvcompose_local.commands.cli import cli
 from kvcompose_local.commands.run import is_fed
 from kvcompose_local.install import models
@@ -601,7 +604,46 @@ def test_a_failure_nobody_foresaw_is_one_line(tmp_path: Path) -> None:
 def test_version() -> None:
     done = program("--version")
     assert done.returncode == 0
-    assert done.stdout.startswith("kvcompose-local, version ")
+    version, pin, series, engine = done.stdout.splitlines()
+    assert version == f"kvcompose-local, version {__version__}"
+    assert pin == "pin: llama-cpp-python 0.3.36"
+    assert re.fullmatch(r"series: \d+ patches, [0-9a-f]{12}", series)
+    assert engine.startswith("engine: patched, /")
+    unbuilt = program("--version", env={"KVCOMPOSE_CACHE": "/nowhere", "LLAMA_CPP_LIB_PATH": ""}).stdout
+    assert unbuilt.endswith("\nengine: none, llama.cpp is not built: run `kvcompose-local build`\n")
+
+
+@pytest.mark.parametrize(
+    ("begun", "words"),
+    [
+        ("ru", {"run"}),
+        ("run --bud", {"--budget"}),
+        ("run smol", {"smollm2-135m"}),
+        ("run --cache-type q8", {"q8_0", "q8_0/q4_0"}),
+        ("run --session la", {"last"}),
+        ("models p", {"path", "pull"}),
+    ],
+)
+def test_a_shell_completes(begun: str, words: set[str], tmp_path: Path) -> None:
+    folder = tmp_path / "state" / "kvcompose-local" / "sessions"
+    folder.mkdir(parents=True)
+    (folder / "last.kvc").touch()
+    line = f"kvcompose-local {begun}"
+    env = {"_KVCOMPOSE_LOCAL_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+    done = program(env=env | {"XDG_STATE_HOME": str(tmp_path / "state"), "HOME": str(tmp_path)})
+    kinds_and_words = [found.split(",", 1) for found in done.stdout.splitlines()]
+    assert {word for kind, word in kinds_and_words if kind == "plain"} >= words
+    assert all(word.startswith(begun.split()[-1]) for _, word in kinds_and_words)
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_gets_its_script(shell: str) -> None:
+    script = program(env={"_KVCOMPOSE_LOCAL_COMPLETE": f"{shell}_source"}).stdout
+    assert "_KVCOMPOSE_LOCAL_COMPLETE" in script
+    assert "kvcompose-local" in script
+    if which := shutil.which(shell):
+        subprocess.run([which, "-n"], input=script, text=True, check=True, timeout=60)  # it parses
 
 
 def test_a_model_without_attention_runs_uncompressed(tiny_model: TinyModel, tmp_path: Path) -> None:

@@ -16,14 +16,17 @@ from hypothesis import strategies as st
 from random_models import RandomModel
 from real_shapes import SHAPES
 
+from kvcompose_local.architectures.fixtures import metadata, tiny, weights
 from kvcompose_local.composing.rotation import Rope, unjoined
 from kvcompose_local.engines.patched import PatchedEngine
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.interfaces import FloatArray
 from kvcompose_local.llama_ffi import context as context_module
+from kvcompose_local.llama_ffi import random_models
 from kvcompose_local.llama_ffi.cells import library_is_patched
 from kvcompose_local.llama_ffi.library import lib
 from kvcompose_local.llama_ffi.model import Model
+from kvcompose_local.llama_ffi.random_models import Value
 
 TOKENS = np.random.default_rng(1).integers(3, 60, 60).tolist()
 ROPES = [
@@ -166,3 +169,54 @@ def test_rows_of_real_shapes(name: str, cache_type: str) -> None:
             assert not any(turned), "its layers with full attention have no RoPE"
         else:
             assert all(turned)
+
+
+#: Tiny models of architectures that turn rows in ways that none of those shapes has, what is theirs alone, and how many
+#: pairs text does not turn.
+OTHERS: tuple[tuple[str, dict[str, Value], int], ...] = (
+    ("qwen2vl", {}, 0),
+    ("qwen2vl", {"rope.dimension_sections": [8, 8, 8, 40]}, 40),
+    ("qwen3vl", {}, 9),  # every third pair follows a section, until that has no more
+    ("qwen3vl", {"rope.dimension_sections": [24, 10, 10, 20]}, 22),
+    ("glm4", {"rope.dimension_sections": [16, 24, 24, 0]}, 0),
+    ("paddleocr", {}, 0),
+    ("gemma3n", {}, 0),
+    ("gemma4", {}, 0),
+    ("cohere2", {}, 0),
+)
+
+
+@needs_patches
+@pytest.mark.parametrize("cache_type", ["f16", "q8_0"])
+@pytest.mark.parametrize(("arch", "own", "n_fixed"), OTHERS)
+def test_rows_of_other_architectures(arch: str, own: dict[str, Value], n_fixed: int, cache_type: str) -> None:
+    keys = metadata(arch) | {f"{arch}.{key}": value for key, value in own.items()}
+    model = random_models.RandomModel(keys, weights=weights(arch))
+    with PatchedEngine(model, n_cells=256, n_threads=1, cache_type=cache_type, n_ubatch=64) as engine:
+        turned = check_rows(engine, 3e-3 if cache_type == "f16" else 4e-2)
+        if arch == "cohere2":
+            assert not any(turned), "its layers with full attention have no RoPE"
+        else:
+            assert all(turned)
+        assert sum(np.isinf(engine._turns[0].rope.factors)) == n_fixed
+
+
+@needs_patches
+@pytest.mark.parametrize(("arch", "offset"), [("mistral4", 512), ("minicpm3", 64), ("deepseek2", 512)])
+def test_a_turned_part_is_the_last_of_a_row(arch: str, offset: int) -> None:
+    """The rope part of a latent row, and of a head that is made of two; exact_trials.py has what comes of it."""
+    with PatchedEngine(tiny(arch), n_cells=256, n_threads=1, n_ubatch=64) as engine:
+        engine.decode(TOKENS)
+        for keys, values in engine.live_rows(len(TOKENS)):
+            assert keys.shape[2] == engine._cells.layer(0).head_dim_k
+            assert (values.shape[2] == 0) == engine.model.is_mla
+        assert {turn.rope.offset for turn in engine._turns} == {offset}
+
+
+@needs_patches
+@pytest.mark.parametrize("arch", ["hunyuan-dense", "maincoder"])
+def test_a_norm_after_rope_is_told(arch: str) -> None:
+    with PatchedEngine(tiny(arch), n_cells=256, n_threads=1, n_ubatch=64) as engine:
+        engine.decode(TOKENS)
+        engine.live_rows(1)
+        assert all(len(turn.gain) == engine._cells.layer(0).head_dim_k for turn in engine._turns)

@@ -55,7 +55,7 @@ def test_layers_without_attention_run_uncompressed(
     tiny_model: Callable[..., Path], arch: str, heads: tuple[int, ...], kv_heads: tuple[int, ...]
 ) -> None:
     path = model_of(tiny_model, arch, heads, kv_heads)
-    assert inspect(path).text().endswith("Only --budget 1: some of its layers have no attention.")
+    assert inspect(path).text().endswith("Only --budget 1: layer 1 has no attention.")
     engine, _ = open_engine(path, n_ctx=512, budget=1, n_threads=1)
     with engine:
         engine.decode(TOKENS[:100])

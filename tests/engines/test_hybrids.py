@@ -178,7 +178,7 @@ def test_checkpoints_of_another_place_or_model_are_refused(engine: PatchedEngine
         assert np.isfinite(engine.logits()).all()
     engine.clear()
     engine.decode(TOKENS[:60])
-    with pytest.raises(EngineError, match="of position 50, not 55"):
+    with pytest.raises(EngineError, match="position 50, not 55"):
         engine.drop_tail(5, checkpoint)
     with pytest.raises(InvalidInput):
         engine.drop_tail(1000, checkpoint)

@@ -13,9 +13,7 @@ from click.testing import CliRunner
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
-from kvcompose_local import profiles
 from kvcompose_local.arena import TokenShape, cells_for, share_of_f16
-from kvcompose_local.chat.scoring import Scored
 from kvcompose_local.commands.cli import cli
 from kvcompose_local.composing.policy import LEAST_TAIL
 from kvcompose_local.engines import open_engine
@@ -29,7 +27,6 @@ from kvcompose_local.evaluation.quantized import quantized
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.evaluation.tasks import TASKS, Question, make_item
 from kvcompose_local.llama_ffi.cells import library_is_patched
-from kvcompose_local.profiling.measure import measure_profile
 
 needs_patch = pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
 
@@ -287,7 +284,9 @@ def test_methods_keep_what_they_say(tiny_model: Callable[..., Path]) -> None:
     engine, _ = open_engine(tiny_model("llama"), n_ctx=1024, budget=1.0, n_threads=1)
     with engine:
         tokens = np.random.default_rng(0).integers(3, 259, 120).tolist()
-        stats = Statistics(engine, tokens)
+        scorer = Statistics(engine, tokens).cells[0]
+        engine.clear()
+        stats = Statistics(engine, tokens, left_out=scorer)
         layers = engine.shape.layers
         n_cells = 120 * len(layers) // 4
         for name in method_names():
@@ -395,39 +394,3 @@ def test_a_kind_of_text_holds_what_is_asked(kind: str) -> None:
         (reference,) = question.references
         assert reference in item.context
         assert reference not in question.text + question.prefix
-
-
-@needs_patch
-def test_a_profile_is_measured_and_goes_on_where_it_was_stopped(
-    tiny_model: Callable[..., Path], tmp_path: Path, private_cache: Path
-) -> None:
-    model, file, own = tiny_model("llama", n_ctx=8192), tmp_path / "p.safetensors", tmp_path / "own.txt"
-    own.write_text("A text of my own. " * 20)
-    engine, _ = open_engine(model, n_ctx=room_for(512), budget=1.0, n_threads=1)
-    stopped: list[tuple[int, int, str]] = []
-
-    def progress(*what: Any) -> None:
-        stopped.append(what)
-        if len(stopped) == 3:
-            raise KeyboardInterrupt
-
-    def measure(**options: Any) -> Any:
-        return measure_profile(engine, "ab", n_texts=3, n_tokens=512, tasks=("logs",), **options)
-
-    with engine:
-        with pytest.raises(KeyboardInterrupt):
-            measure(own_texts=[own.read_text()], progress=progress)
-        kept = {path: path.stat().st_mtime_ns for path in private_cache.rglob("*-*.safetensors")}
-        assert len(kept) == 2
-        profile = measure(own_texts=[own.read_text()])
-    assert (profile.n_texts, profile.kinds) == (3, "own,logs")
-    assert not [*private_cache.rglob("*-*.safetensors")], "nothing of the texts is left"
-    file.write_bytes(profile.dump())
-    assert profiles.read(file).scorer.digest == profile.scorer.digest
-    with engine_again(model) as engine:
-        engine.decode([5, 6, 7, 8])
-        assert Scored(engine, profile.scorer).scores([5, 6, 7, 8], 4, 0)[0].shape == (2, 4)
-
-
-def engine_again(model: Path) -> Any:
-    return open_engine(model, n_ctx=256, budget=1.0, n_threads=1)[0]

@@ -60,7 +60,7 @@ class FakeEngine:
         self.live: list[int] = []
         self.position = 0
         self.state = 0  # of all tokens, in their order, like that of a recurrent layer
-        self._answer: list[int] = []
+        self.answer_left: list[int] = []  # of what is being said
 
     def layout(self) -> CacheLayout:
         composed = tuple(c.shape[1] for c in self.composed)
@@ -80,9 +80,9 @@ class FakeEngine:
                 progress(n, len(tokens))
 
     def sample(self) -> int:
-        if not self._answer:
-            self._answer = [*self.answers.pop(0).encode(), END]
-        return self._answer.pop(0)
+        if not self.answer_left:
+            self.answer_left = [*self.answers.pop(0).encode(), END]
+        return self.answer_left.pop(0)
 
     def replay(self, tokens: Sequence[int], seen: AttentionSink) -> None:
         if len(tokens) > self.layout().n_free:

@@ -23,6 +23,7 @@ _DELTA = {
 _SHARED = {"expert_shared_feed_forward_length": 32, "expert_shared_count": 1}
 #: The sections that IMROPE turns by time, height and width: alike in text.
 _SECTIONS = {"rope.dimension_sections": (11, 11, 10, 0)}
+_SMALL_SECTIONS = {"rope.dimension_sections": (6, 5, 5, 0)}
 
 
 def _mamba(n_embd: int = N_EMBD, *, groups: int | None = 1) -> dict[str, Value]:
@@ -116,9 +117,6 @@ HYBRIDS = (
         n_rot=64,
         note="attention in 1 layer, in the model in 10 of 80",
     ),
-)
-#: Positions of these have several sections.
-QWEN35 = (
     _qwen("Qwen3.5 0.8B", "qwen35", 24, 8, 2, 256),
     _qwen("Qwen3.5 4B, 9B", "qwen35", 32, 16, 4, 256),
     _qwen("Qwen3.6 27B", "qwen35", 64, 24, 4, 256),
@@ -136,6 +134,8 @@ def _small(arch: str, more: Mapping[str, Value], *, n_layers: int = 7) -> Shape:
 SMALL = {
     shape.arch: shape
     for shape in (
+        _small("qwen35", _DELTA | _SMALL_SECTIONS | {"full_attention_interval": 2}, n_layers=6),
+        _small("qwen35moe", _DELTA | _EXPERTS | _SHARED | _SMALL_SECTIONS | {"full_attention_interval": 2}, n_layers=6),
         _small("qwen3next", _DELTA | _EXPERTS | _SHARED | {"full_attention_interval": 2}, n_layers=6),
         _small("lfm2", _LFM2_CACHE),
         _small("lfm2moe", _LFM2_CACHE | _LFM2_EXPERTS),
@@ -148,4 +148,18 @@ SMALL = {
         _small("plamo2", _mamba(128, groups=0)),
         _small("minimax-01", _EXPERTS | {"full_attention_interval": 2, "residual_scale": 3.5}, n_layers=6),
     )
+}
+#: The same of sliding windows.
+WINDOWS = {
+    "gemma3": Shape("gemma3", "gemma3", 6, 4, 2, 32, {"attention.sliding_window": 64}),
+    "gpt-oss": Shape(
+        "gpt-oss",
+        "gpt-oss",
+        4,
+        4,
+        2,
+        32,
+        {"attention.sliding_window": 64, "expert_count": 4, "expert_used_count": 4, "expert_feed_forward_length": 32},
+        q_scale=0.25,
+    ),
 }

@@ -12,22 +12,18 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 from hybrid_shapes import HYBRIDS
 from random_models import N_VOCAB, RandomModel, Shape
 
-from kvcompose_local.chat.memory import CacheMemory, MemoryState
-from kvcompose_local.engines import open_engine
-from kvcompose_local.engines.base import LlamaEngine
-from kvcompose_local.interfaces import ByteArray, FloatArray, Sampling
+from kvcompose_local.architectures.trial import BUDGET, Length, chat
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "models.md"
-#: Positions, and the share of their F16 bytes: the least arena that llama.cpp has, so that little text compacts often.
-N_CTX, BUDGET = 512, 0.25
-N_TOKENS = 320
+_KINDS = {"q8_0/q4_0": "q8_0 keys, q4_0 values"}
+LENGTH = Length(n_ctx=512, n_tokens=320, n_compactions=2)
 #: Seconds that one shape may take.
 TIME_LIMIT = 300
 
@@ -116,62 +112,9 @@ SHAPES = (
 
 
 def run(shape: Shape, gpu_layers: int = 0) -> str:
-    """Read under a budget, answer, go back, save and restore; says what was done. Raises AssertionError, and more."""
-    tokens = np.random.default_rng(1).integers(0, N_VOCAB, N_TOKENS + 8).tolist()
-    engine, positions = open_engine(
-        Path(shape.name),
-        n_ctx=N_CTX,
-        budget=BUDGET,
-        n_threads=1,
-        gpu_layers=gpu_layers,
-        sampling=Sampling(temperature=0),
-        load=lambda _path, **loading: RandomModel(shape, **loading),
-    )
-    with engine:
-        memory = CacheMemory(engine, positions)
-        memory.feed(tokens[: N_TOKENS // 2])
-        memory.feed(tokens[N_TOKENS // 2 : N_TOKENS - 4])
-        memory.mark()
-        memory.feed(tokens[N_TOKENS - 4 : N_TOKENS])
-        assert engine.cache_bytes <= BUDGET * N_CTX * engine.shape.uncompressed_row_bytes, "more than the budget"
-        assert len(memory.reports) >= 2, f"{len(memory.reports)} compactions"
-        assert memory.used_bytes < engine.shape.row_bytes * memory.position, "nothing was dropped"
-
-        question, answers = tokens[N_TOKENS - 4 : N_TOKENS], []
-        for _ in range(2):
-            assert memory.rewind(N_TOKENS - 4), "all was read again"
-            assert memory.position == N_TOKENS - 4
-            memory.feed(question)
-            answers.append([_logits(engine, memory, [engine.sample()]) for _ in range(3)])
-        _assert_close(*map(np.array, answers), "after going back")
-
-        state = memory.state()
-        before = _logits(engine, memory, tokens[N_TOKENS:])
-        memory.clear()
-        memory.restore(state)
-        for one, two in zip(_planes(state), _planes(memory.view()), strict=True):
-            assert np.array_equal(one, two), "other cells from a saved state"
-        after = _logits(engine, memory, tokens[N_TOKENS:])
-        _assert_close(before, after, "from a saved state")
-        kinds = {"q8_0/q4_0": "q8_0 keys, q4_0 values"}
-        return f"{kinds.get(engine.shape.cache_type, engine.shape.cache_type)}; compacted, undone, saved and restored"
-
-
-def _assert_close(one: FloatArray, two: FloatArray, when: str) -> None:
-    """Equal but for the order of float sums, which follows the order of the cells."""
-    assert np.isfinite(one).all(), "logits are not finite"
-    assert one.std() > 0, "all logits are equal"
-    off = float(np.abs(one - two).max() / one.std())
-    assert off < 0.05, f"logits differ by {off:.3f} of their deviation {when}"
-
-
-def _planes(state: MemoryState) -> list[ByteArray]:
-    return [*state.cells.keys, *state.cells.values, state.cells.state]
-
-
-def _logits(engine: LlamaEngine, memory: CacheMemory, tokens: Sequence[int]) -> FloatArray:
-    memory.feed(tokens)
-    return engine.logits()
+    """Read under a budget, answer, go back, save and restore; says what was done. Raises EngineError, and more."""
+    cells, _ = chat(partial(RandomModel, shape), N_VOCAB, LENGTH, gpu_layers)
+    return f"{_KINDS.get(cells, cells)}; compacted, undone, saved and restored"
 
 
 def try_shape(shape: Shape, gpu_layers: int = 0) -> str:
@@ -195,7 +138,8 @@ def page(outcomes: Sequence[str]) -> str:
         "# Models whose shapes are tried",
         "",
         "A random model in memory has the layers, query heads, KV heads and head size of each of these, and a tiny",
-        f"vocabulary and embedding. It reads {N_TOKENS} tokens under `--ctx {N_CTX} --budget {BUDGET}`, which takes",
+        f"vocabulary and embedding. It reads {LENGTH.n_tokens} tokens under "
+        f"`--ctx {LENGTH.n_ctx} --budget {BUDGET}`, which takes",
         "several compactions, answers, goes back and answers the same, and goes on the same from a saved state.",
         "Windows are of 128 tokens. This tells that a model runs; [results.md](results.md) tells how well one answers.",
         "`scripts/shapes` tries all, and makes this page; the tests try them, too (`tests/engines/test_shapes.py`).",

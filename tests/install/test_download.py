@@ -21,7 +21,7 @@ from local_server import Serving, Site
 from kvcompose_local.errors import DownloadError
 from kvcompose_local.install import download
 from kvcompose_local.install.download import fetch, find_wheel
-from kvcompose_local.install.resources import clear_disk_errors
+from kvcompose_local.install.files import cache_errors
 
 CONTENT = random.Random(7).randbytes(1_500_000)
 
@@ -265,7 +265,7 @@ def test_a_device_without_room() -> None:
         pytest.skip("there is no /dev/full on this system")
     with (
         pytest.raises(DownloadError, match="the disk is full: make room in /dev"),
-        clear_disk_errors(Path("/dev/full")),
+        cache_errors(Path("/dev/full")),
         open("/dev/full", "wb", buffering=0) as file,
     ):
         file.write(b"x")
@@ -287,7 +287,7 @@ def test_a_folder_in_the_place_of_the_file(site: Site, target: Path) -> None:
 def test_other_disk_errors_name_the_path_and_the_reason(tmp_path: Path) -> None:
     with (
         pytest.raises(DownloadError, match=rf"cannot write {tmp_path}/x \({os.strerror(errno.EROFS)}\)"),
-        clear_disk_errors(tmp_path / "x"),
+        cache_errors(tmp_path / "x"),
     ):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 

@@ -65,7 +65,7 @@ def test_what_is_only_kept_is_not_kept(homeless: None, tmp_path: Path) -> None:
     assert not find("smollm2-135m").is_present
     assert system_prompt(tmp_path / "some.gguf") is None
     shipped = profiles.read(next(profiles._files()))  # what came with the program needs no home
-    assert profiles.scorer_of(shipped.model_bytes, lambda: shipped.model_sha256) is not None
+    assert profiles.find(shipped.model_bytes, lambda: shipped.model_sha256) is not None
     model = tmp_path / "some.gguf"
     model.write_bytes(b"GGUF of nothing")
     assert len(model_digest(model)) == 64

@@ -18,7 +18,7 @@ SCORER = Scorer(
     (np.zeros((2, 3), np.float32), np.full((1, 3), -0.5, np.float32)),
     2048,
 )
-TWO = Profile("Two layers", "ab", 10, 3, 6000, "logs,qa", SCORER)
+TWO = Profile("Two layers", "ab", 10, 3, 6000, "logs,qa", SCORER, {"q8_0": 0.001})
 
 
 def test_a_file_gives_the_same_profile(tmp_path: Path) -> None:
@@ -37,19 +37,19 @@ def untouched() -> str:
 def test_a_users_own_profile_comes_first(private_cache: Path) -> None:
     shipped = [profiles.read(path) for path in Path(profiles.__file__).parent.glob("*.safetensors")]
     assert shipped
-    assert profiles.scorer_of(10, untouched) is None
-    found = profiles.scorer_of(shipped[0].model_bytes, lambda: shipped[0].model_sha256)
+    assert profiles.find(10, untouched) is None
+    found = profiles.find(shipped[0].model_bytes, lambda: shipped[0].model_sha256)
     assert found is not None
-    assert found.digest == shipped[0].scorer.digest
-    assert profiles.scorer_of(shipped[0].model_bytes, lambda: "another file of that size") is None
+    assert found.scorer.digest == shipped[0].scorer.digest
+    assert profiles.find(shipped[0].model_bytes, lambda: "another file of that size") is None
     own = profiles.user_path(shipped[0].model_sha256)
     own.parent.mkdir(parents=True)
     own.write_bytes(replace(shipped[0], scorer=SCORER).dump())
     (own.parent / "damaged.safetensors").write_bytes(b"{")
     (own.parent / "ab.json").write_text("{}")  # of an earlier version
-    mine = profiles.scorer_of(shipped[0].model_bytes, lambda: shipped[0].model_sha256)
+    mine = profiles.find(shipped[0].model_bytes, lambda: shipped[0].model_sha256)
     assert mine is not None
-    assert mine.digest == SCORER.digest
+    assert mine.scorer.digest == SCORER.digest
 
 
 def test_shipped_profiles_are_small() -> None:

@@ -283,7 +283,7 @@ def test_ctrl_c_stops_the_answer_and_the_chat_goes_on() -> None:
         def write(self, text: str) -> int:
             if text == "c":
                 signal.raise_signal(signal.SIGINT)
-                engine._answer = []
+                engine.answer_left = []
             return out.write(text)
 
     status = Status(err, should_stop=interrupts)

@@ -10,12 +10,16 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hybrid_shapes import SMALL, WINDOWS
+from model_files import write_model
 from programs import endless
 
+from kvcompose_local.llama_ffi.cells import library_is_patched
 from kvcompose_local.llama_ffi.library import library_path
 from kvcompose_local.terminal.chat_commands import COMMANDS
 
@@ -114,6 +118,29 @@ def test_the_default_model_says_that_it_is_a_toy(
     assert " is a toy" not in plain(terminal().before)
 
 
+@pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
+@pytest.mark.parametrize("arch", ["falcon-h1", "gemma3"])
+def test_turns_are_taken_back_where_a_part_of_the_cache_only_moves_on(
+    terminal: Terminal, tmp_path: Path, arch: str
+) -> None:
+    shape = replace((SMALL | WINDOWS)[arch], speaks=True)
+    child = terminal(model=write_model(shape, tmp_path / "model.gguf"))
+    said = [say(child, f"Tell me what key number {number} is for, keeper of the light.") for number in (1, 2, 3)]
+    where = re.search(r"positions: \d+ of", say(child, "/stats"))
+    assert where is not None
+    assert say(child, "/regen").startswith(said[2])
+    say(child, "And one that is long enough to leave a window behind. " * 3)
+    assert re.fullmatch(r"taken back: your message and its answer.*", say(child, "/undo"), re.DOTALL)
+    assert where[0] in say(child, "/stats")
+    told = re.search(
+        r"beside the budget: (\d+\.\d) MiB .* (\d+\.\d) MiB of copies of them .*\((\d) of at most 8\)",
+        say(child, "/memory").replace("\n", " "),
+    )
+    assert told is not None
+    assert 3 <= int(told[3]) <= 8
+    leave(child)
+
+
 def test_a_chat_with_every_command(terminal: Terminal, tmp_path: Path) -> None:
     note = tmp_path / "note.txt"
     note.write_text("Some facts. " * 10)
@@ -133,7 +160,7 @@ def test_a_chat_with_every_command(terminal: Terminal, tmp_path: Path) -> None:
     assert int(read[1]) > len(note.read_text())
     assert say(child, "/system") == "there is no system prompt; /system TEXT sets one"
     told = say(child, "/system Be brief.").splitlines()
-    assert re.fullmatch(r"that part is compressed already: reading \d+ tokens again", told[0])
+    assert re.fullmatch(r"going back takes reading \d+ tokens again", told[0])
     assert told[1:] == ["the system prompt is set"]
     assert say(child, "/system") == "Be brief."
     assert say(child, "/clear") == "forgotten: the conversation is empty"
@@ -196,7 +223,7 @@ def test_turns_in_a_terminal(terminal: Terminal) -> None:
     assert "27 tokens pinned" in say(child, "/stats")
     say(child, "/compress 0.5")
     taken_back = say(child, "/undo").splitlines()
-    assert re.fullmatch(r"that part is compressed already: reading \d+ tokens again", taken_back[0])
+    assert re.fullmatch(r"going back takes reading \d+ tokens again", taken_back[0])
     assert taken_back[1:] == ["taken back: your message and its answer"]
     assert say(child, "/undo") == "taken back: your message and its answer"
     assert say(child, "/undo") == "error: there is nothing to take back"

@@ -30,7 +30,7 @@ def method(name: str) -> Callable[[Method], Method]:
 
 
 def find_method(name: str) -> Method:
-    """The method of a name. Raises InvalidInput, naming those there are."""
+    """The method of a name. Raises InvalidInput, which lists all names."""
     if name not in _METHODS:
         raise InvalidInput(f"there is no method {name}: {', '.join(method_names())}")
     return _METHODS[name]

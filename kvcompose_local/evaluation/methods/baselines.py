@@ -1,4 +1,4 @@
-"""What other tools keep, at equal bytes: equally many cells in every layer."""
+"""The choices of other tools, at equal bytes: equally many cells in every layer."""
 
 from __future__ import annotations
 

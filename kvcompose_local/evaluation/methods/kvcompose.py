@@ -1,4 +1,4 @@
-"""KVCompose: as published (arXiv 2509.05165), as the program does it, and parts of that."""
+"""KVCompose as published (arXiv 2509.05165), as the program has it, and variants of that."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from kvcompose_local.evaluation.methods import method
 from kvcompose_local.evaluation.statistics import Statistics
 from kvcompose_local.interfaces import FloatArray, HalfArray, Selection
 
+#: The program by a profile that does not know the kind of text.
+LEFT_OUT = "left-out"
+
 
 def as_the_program(stats: Statistics, scorer: Scorer | None, scores: Sequence[HalfArray]) -> list[FloatArray]:
-    """Logarithms by which cells compete in a chat, the newest tokens kept as its tail is: L arrays float32 (H, T)."""
+    """Logarithms by which cells compete in a chat: L float32 arrays (H, T). The newest tokens stay, like a tail."""
     positions = np.arange(stats.n_tokens)
     newest = positions >= stats.n_tokens - LEAST_TAIL
     return [competing(scorer, i, rows, positions, stats.n_tokens, newest) for i, rows in enumerate(scores)]
@@ -42,17 +45,23 @@ def published(stats: Statistics, n_cells: int) -> list[Selection]:
 
 @method("replay")
 def replay(stats: Statistics, n_cells: int) -> list[Selection]:
-    """What the program does with ``--scoring replay``."""
+    """The program with ``--scoring replay``."""
     return chosen(stats, as_the_program(stats, None, stats.replay), n_cells)
 
 
 @method("kvcompose-local")
 def ours(stats: Statistics, n_cells: int) -> list[Selection]:
-    """What the program does."""
+    """The program."""
     return chosen(stats, as_the_program(stats, *stats.cells), n_cells)
+
+
+@method(LEFT_OUT)
+def left_out(stats: Statistics, n_cells: int) -> list[Selection]:
+    """The program with a profile that was fitted to no text of this kind."""
+    return chosen(stats, as_the_program(stats, *stats.unseen), n_cells)
 
 
 @method("uniform")
 def uniform(stats: Statistics, n_cells: int) -> list[Selection]:
-    """The same, equally many cells in every layer."""
+    """The program, with equally many cells in every layer."""
     return chosen(stats, as_the_program(stats, *stats.cells), n_cells, per_layer=False)
