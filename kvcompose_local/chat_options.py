@@ -13,13 +13,19 @@ SCORINGS = ("cells", "replay")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn; temperature 0 is greedy. Fields are llama.cpp's samplers, applied in this order."""
+    """How the next token is drawn; temperature 0 is greedy. Fields are llama.cpp's samplers, applied in this order.
+
+    repeat_penalty, frequency_penalty, presence_penalty: of what was drawn since they were set, off at 1, 0 and 0.
+    """
 
     top_k: int = 40
     top_p: float = 0.95
     min_p: float = 0.05
     temperature: float = 0.7
     seed: int | None = None
+    repeat_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
 
 
 @dataclass(frozen=True)

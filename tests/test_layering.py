@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parent.parent / "kvcompose_local"
 #: From what knows nothing to what knows everything.
 ROOMS = (
     "errors arena chat_options interfaces interrupts install composing scores budgets selection profiles chat "
-    "llama_ffi engines architectures evaluation profiling bench api __init__ terminal commands __main__"
+    "llama_ffi engines architectures evaluation profiling bench api __init__ server terminal commands __main__"
 ).split()
 #: Beyond these, a module or a function is two things.
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 500, 80

@@ -277,7 +277,9 @@ def measure(
         profile = profiles.of_file(path)
         if cache_type is None:
             whole_blocks, kl = has_whole_blocks(model), profile.kl if profile else None
-            cache_type = default_cache_type(0.5, whole_blocks=whole_blocks, one_type=model.is_mla, patched=True, kl=kl)
+            cache_type = default_cache_type(
+                0.5, whole_blocks=whole_blocks, one_type=model.one_type, patched=True, kl=kl
+            )
         token = token_of(model)
         cells = {f"budget {budget:g}": cells_for(n_tokens, budget, cache_type, token) for budget in budgets}
         tokens = text_tokens(model, sentences, n_tokens)

@@ -35,6 +35,7 @@ from kvcompose_local.interfaces import (
     Engine,
     FloatArray,
     HalfArray,
+    IntArray,
     Progress,
     Selection,
 )
@@ -65,7 +66,8 @@ class CacheMemory:
         self.engine = engine
         self.n_ctx = n_ctx
         self.compose = compose
-        self._policy = policy or Policy.for_cells(sum(engine.arena_bytes) // max(engine.shape.row_bytes, 1))
+        n_cells = sum(engine.arena_bytes) // max(engine.shape.row_bytes, 1)
+        self._policy = policy or Policy.for_cells(n_cells, on_device=max(engine.row_steps) > 1)
         self.scoring: Scoring
         if not engine.reads_rows or replay:
             self.scoring = Replayed(engine)
@@ -206,6 +208,26 @@ class CacheMemory:
             if len(self.tokens) + len(again) == before.position:  # unless a failure left nothing
                 self.feed(again)
 
+    def would_keep(self, n_bytes: int) -> tuple[list[IntArray], int]:
+        """What a compaction to so many bytes would keep now: nothing is changed but the logits, which are gone.
+
+        Returns of each layer the positions of the tokens in its composed cells, int64 (H, K_l), and how many of the
+        newest tokens would stay live. Raises as :meth:`compact`.
+        """
+        if not self.compose:
+            raise InvalidInput("this chat runs at budget 1: start it with --budget below 1 to compress")
+        with self._scratch_made():
+            layout = self.engine.layout()
+            n_tail = min(self.policy.least_tail, layout.n_live)
+            n_scored, first = layout.n_live - n_tail, layout.position - layout.n_live
+            live = self.scoring.scores(self.tokens, n_scored, self.policy.n_scratch, self.on_progress)
+            selection = self._chosen(layout, live, n_tail, n_bytes)
+            kept = []
+            for layer, rows in enumerate(selection):
+                _, origins = self._scores.rows(layer, live[layer], first)
+                kept.append(np.take_along_axis(origins, rows, axis=1).astype(np.int64))
+        return kept, n_tail
+
     def _compacted(self, keep: float | None) -> CompactionReport | None:
         """Score the live tokens, choose among all of them, and let the engine rewrite its cells."""
         before = self.engine.layout()
@@ -261,6 +283,9 @@ class CacheMemory:
             room.composed_bytes_within(at_most, n_tail, n_pinned),
             room.device,
             per_layer=self.engine.per_layer,
+            steps=self.engine.row_steps,
+            n_beside=room.n_beside(n_tail),
+            at_least=n_pinned,
         )
 
     @contextlib.contextmanager
@@ -312,6 +337,12 @@ class CacheMemory:
     def n_pinned(self) -> int:
         """Tokens that are pinned."""
         return n_within(self.pins)
+
+    def kept(self) -> FloatArray:
+        """The share of heads, the mean over layers, that still have each token that was seen: float32 (tokens,)."""
+        layout = self.engine.layout()
+        first_live = layout.position - layout.n_live
+        return np.concatenate([self._scores.kept(first_live), np.ones(layout.n_live, np.float32)])
 
     def state(self) -> MemoryState:
         """A copy of everything, for :meth:`restore`."""

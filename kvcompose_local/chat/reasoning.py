@@ -36,7 +36,8 @@ class Format:
     """How one family of models marks its thinking.
 
     keys: what a template of the family holds; opens, answers: markers behind which the thinking or the answer begins;
-    hidden: markers that belong to neither; at_start: whether thinking can begin at the start of an answer only.
+    hidden: markers that belong to neither; at_start: whether thinking can begin at the start of an answer only; calls:
+    markers of tool calls, which are part of what is said, where there are tools.
     """
 
     name: str
@@ -45,23 +46,24 @@ class Format:
     answers: tuple[str, ...]
     hidden: tuple[str, ...] = ()
     at_start: bool = False
+    calls: tuple[str, ...] = ()
 
     @cached_property
     def markers(self) -> re.Pattern[str]:
         """Finds any whole marker; its kind is the name of the group that matched."""
-        kinds = {"opens": self.opens, "answers": self.answers, "hidden": self.hidden}
+        kinds = {"calls": self.calls, "opens": self.opens, "answers": self.answers, "hidden": self.hidden}
         groups = (f"(?P<{kind}>{'|'.join(map(_pattern, texts))})" for kind, texts in kinds.items() if texts)
         return re.compile("|".join(groups))
 
     @cached_property
     def begun(self) -> re.Pattern[str]:
         """Finds what stands at the end of a text and may be the beginning of a marker."""
-        texts = (*self.opens, *self.answers, *self.hidden)
+        texts = (*self.calls, *self.opens, *self.answers, *self.hidden)
         return re.compile(rf"(?:{'|'.join(_beginning(text) for text in texts)})\Z")
 
     def is_part(self, text: str) -> bool:
         """Whether a control token of this text is part of a marker."""
-        return any(text in marker for marker in (*self.opens, *self.answers, *self.hidden))
+        return any(text in marker for marker in (*self.calls, *self.opens, *self.answers, *self.hidden))
 
     def marked(self, reasoning: str, answer: str) -> str:
         """An answer as the model says it, its thinking between its own markers."""
@@ -174,6 +176,7 @@ class Reader:
         self._has_thought = is_reasoning
         self._at_start = True
         self.opened = ""  # the marker that the model began to think with
+        self.has_answered = False  # whether a marker said that the answer begins
 
     def take(self, text: str) -> Iterator[Said]:
         """The pieces that can be told apart now that ``text`` has come."""
@@ -184,8 +187,12 @@ class Reader:
                 continue
             yield from self._say(text[: found.start()])
             text, place = text[found.end() :], 0
-            if found.lastgroup != "hidden":
+            if found.lastgroup == "calls":
+                self.is_reasoning, self.has_answered = False, True
+                yield from self._say(found.group())
+            elif found.lastgroup != "hidden":
                 self.is_reasoning = found.lastgroup == "opens"
+                self.has_answered = self.has_answered or not self.is_reasoning
                 self._has_thought = self._has_thought or self.is_reasoning
                 self.opened = self.opened or found.group("opens") or ""
         begun = self.form.begun.search(text, place)

@@ -22,7 +22,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,6 +34,7 @@ from safetensors import SafetensorError
 from kvcompose_local import __version__
 from kvcompose_local.chat import Chat, ChatState, Place, Step, sections
 from kvcompose_local.chat.checkpoints import LEAST, Checkpoint
+from kvcompose_local.chat.memory import CacheMemory
 from kvcompose_local.chat.sections import Section, Sections
 from kvcompose_local.chat.state import MemoryState
 from kvcompose_local.composing.scorer import DTYPE as SCORER_DTYPE
@@ -56,7 +57,10 @@ _LONGEST_NAME = 255
 _NAME = re.compile(r"[\w-][\w -]*")
 #: Texts of a ChatState, and fields that are left out where they are empty, as in older files.
 _STRINGS = ("draft", "fed")
-_OPTIONAL: dict[str, type] = {"template": str, "began": float}
+_OPTIONAL: dict[str, type] = {"template": str, "began": float, "tools": str}
+
+#: What messages hold where the model calls tools (:mod:`kvcompose_local.chat.tools`).
+_TOOL_KEYS = ("tool_calls", "tool_call_id", "name")
 
 Array = npt.NDArray[Any]
 
@@ -196,19 +200,25 @@ def save(path: Path, chat: Chat, setup: Setup, progress: Progress | None = None)
     Raises SessionError, with nothing left behind, where it cannot be written.
     """
     check_writable(path)
+    return save_state(path, chat.view(), chat.memory, setup, progress)  # all cells must not be in memory a second time
+
+
+def save_state(
+    path: Path, state: ChatState, memory: CacheMemory, setup: Setup, progress: Progress | None = None
+) -> int:
+    """Write the state of a chat with a model; memory: any of the same engine. Otherwise as :func:`save`."""
     digest = model_digest(setup.model, progress, setup.files)
-    state = chat.view()  # all cells must not be in memory a second time
     cells = state.memory.cells
     manifest = Manifest(
         format=FORMAT,
         program=__version__,
         llama_cpp=_pin(),
-        engine=chat.memory.engine.name,
+        engine=memory.engine.name,
         cache_type=setup.cache_type,
-        rope_factors=chat.memory.engine.shape.rope_factors,
+        rope_factors=memory.engine.shape.rope_factors,
         model_path=os.path.abspath(setup.model),  # not where links lead: shards are found by the names of links
         model_sha256=digest,
-        n_ctx=chat.memory.n_ctx,
+        n_ctx=memory.n_ctx,
         budget=float(setup.budget),
         composed=list(cells.composed),
         n_live=cells.n_live,
@@ -302,20 +312,7 @@ def load(path: Path, chat: Chat, setup: Setup, progress: Progress | None = None)
     """
     with _opened(path) as (manifest, parts):
         check_model(manifest, setup, progress)
-        shape = chat.memory.engine.shape
-        if manifest.position > chat.memory.n_ctx:  # before anything of that size is read
-            raise SessionError(f"the session spans {manifest.position} positions: raise --ctx to that at least")
-        if manifest.rope_factors != shape.rope_factors:  # the next keys would be turned by other factors than its own
-            raise SessionError(
-                f"the session was made with the model's {manifest.rope_factors or 'only'} RoPE factors, and this chat "
-                f"has its {shape.rope_factors or 'only'} ones: start with --ctx {manifest.n_ctx}"
-            )
-        state = _state_of(manifest, parts, shape)
-        if state.memory.cells.state.size and manifest.llama_cpp != _pin():
-            raise SessionError(
-                f"the session's sliding windows or recurrent states are those of {manifest.llama_cpp}, "
-                f"and this is {_pin()}"
-            )
+        state = _fitting_state(manifest, parts, chat.memory)
         before = chat.memory.position
         try:
             chat.restore(state)
@@ -323,6 +320,34 @@ def load(path: Path, chat: Chat, setup: Setup, progress: Progress | None = None)
             lost = "; the chat that was here is lost" if chat.memory.position < before else ""
             raise SessionError(f"it cannot be loaded: {error}{lost}") from error
     return manifest
+
+
+def read_state(path: Path, memory: CacheMemory, setup: Setup) -> ChatState:
+    """The state in a file, for a chat with this memory's engine. Raises SessionError as :func:`load`."""
+    with _opened(path) as (manifest, parts):
+        check_model(manifest, setup)
+        state = _fitting_state(manifest, parts, memory)
+        held, cells = state.memory, state.memory.cells
+        cells = replace(cells, keys=tuple(cells.keys), values=tuple(cells.values))
+        return replace(state, memory=replace(held, scores=tuple(held.scores), origins=tuple(held.origins), cells=cells))
+
+
+def _fitting_state(manifest: Manifest, parts: Sections, memory: CacheMemory) -> ChatState:
+    """The state that the sections hold. Raises SessionError where a chat with this memory cannot have it."""
+    shape = memory.engine.shape
+    if manifest.position > memory.n_ctx:  # before anything of that size is read
+        raise SessionError(f"the session spans {manifest.position} positions: raise --ctx to that at least")
+    if manifest.rope_factors != shape.rope_factors:  # its keys were turned by others than the next ones will be
+        raise SessionError(
+            f"the session was made with the model's {manifest.rope_factors or 'only'} RoPE factors, and this chat "
+            f"has its {shape.rope_factors or 'only'} ones: start with --ctx {manifest.n_ctx}"
+        )
+    state = _state_of(manifest, parts, shape)
+    if state.memory.cells.state.size and manifest.llama_cpp != _pin():
+        raise SessionError(
+            f"the session's sliding windows or recurrent states are those of {manifest.llama_cpp}, and this is {_pin()}"
+        )
+    return state
 
 
 @contextmanager
@@ -447,9 +472,9 @@ def _message(message: Any) -> dict[str, str]:
     """The same message. Raises ValueError for what is none."""
     if (
         not isinstance(message, dict)
-        or not {"role", "content"} <= message.keys() <= {"role", "content", "reasoning"}
+        or not {"role", "content"} <= message.keys() <= {"role", "content", "reasoning", *_TOOL_KEYS}
         or not all(isinstance(value, str) for value in message.values())
-        or message["role"] not in ("system", "user", "assistant")
+        or message["role"] not in ("system", "user", "assistant", "tool")
     ):
         raise ValueError("its messages are not those of a chat")
     return message

@@ -66,7 +66,8 @@ class MemoryState:
 class TurnStats:
     """Counts and wall seconds of one turn; compaction seconds are not part of the other two.
 
-    reread_tokens: tokens of the prompt that had been read before, and are read again since the template rewrites them.
+    reread_tokens: tokens of the prompt that had been read before, and are read again since the template rewrites them;
+    stopped: ``end``, ``length``, ``context`` or ``interrupt``; stop: the stop text that ended the answer, if one did.
     """
 
     prompt_tokens: int = 0
@@ -77,6 +78,7 @@ class TurnStats:
     compactions: int = 0
     compaction_seconds: float = 0.0
     stopped: str = ""
+    stop: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class ChatState:
 
     draft: the beginning of the next user message, which was fed already; fed: every character the cache was given;
     pending: tokens of it that are still to be read; began: seconds since 1970, for templates that tell the date;
-    template: what ``--template`` named, empty for the model's own.
+    template: what ``--template`` named, empty for the model's own; tools: as in a Transcript.
     """
 
     system: str | None
@@ -97,3 +99,4 @@ class ChatState:
     steps: tuple[Step, ...] = ()
     began: float = 0.0
     template: str = ""
+    tools: str = ""

@@ -25,12 +25,14 @@ import jinja2
 from jinja2 import ext, nodes, parser, runtime, sandbox
 
 from kvcompose_local.chat.reasoning import format_of
+from kvcompose_local.chat.tools import called, is_readable, one_call_each, plain
+from kvcompose_local.chat.tools import format_of as tool_format_of
 from kvcompose_local.errors import ModelError
 
 #: A conversation's message: role, content, and what the model thought before an answer, if anything, as "reasoning".
 Message = dict[str, str]
-#: Renders messages, with the beginning of an answer where that is wanted, for a date.
-Renderer = Callable[[list[dict[str, Any]], bool, datetime], str]
+#: Renders messages, with the beginning of an answer where that is wanted, for a date, with tools.
+Renderer = Callable[..., str]
 
 _ANOTHER = "--template NAME|FILE gives another"
 #: Names under which templates look for the thinking of an earlier answer.
@@ -43,7 +45,9 @@ _WIDENERS = {"center", "expandtabs", "ljust", "rjust", "zfill"}
 _LONGEST_SECONDS = 4
 _TOOL_NAMES = ("functions", "function_call", "tools", "tool_choice")
 #: Contents of the conversations that a template renders to show what it takes.
-_SYSTEM, _USER, _ANSWER, _THOUGHT, _USER_2 = ("kvcprobe" + name for name in "system user answer thought again".split())
+_SYSTEM, _USER, _ANSWER, _THOUGHT, _USER_2, _TOOL, _ARGUMENT = (
+    "kvcprobe" + name for name in "system user answer thought again tool argument".split()
+)
 #: A list of parts that a template printed as a Python list, in place of its text.
 _PRINTED_PART = re.compile(r"""['"]type['"]\s*:\s*['"](?:text|thinking)""")
 
@@ -100,7 +104,9 @@ def jinja_renderer(source: str, *, bos: str, eos: str) -> Renderer:
     except (jinja2.TemplateError, RecursionError) as error:
         raise _failed(error) from error
 
-    def render(messages: list[dict[str, Any]], add_generation_prompt: bool, now: datetime) -> str:
+    def render(
+        messages: list[dict[str, Any]], add_generation_prompt: bool, now: datetime, tools: Sequence[Any] = ()
+    ) -> str:
         left = _LARGEST_FRAME
 
         def bounded_range(*bounds: int) -> range:
@@ -117,8 +123,9 @@ def jinja_renderer(source: str, *, bos: str, eos: str) -> Renderer:
         for without in nothing:  # templates ask whether tools "is none", or go over them
             try:
                 with _ended_in_time():
-                    pieces = template.generate(**known, **dict.fromkeys(_TOOL_NAMES, without))
-                    return _bounded(pieces, sum(len(str(message)) for message in messages))
+                    names = dict.fromkeys(_TOOL_NAMES, without) | ({"tools": tools} if tools else {})
+                    pieces = template.generate(**known, **names)
+                    return _bounded(pieces, sum(len(str(told)) for told in (*messages, *tools)))
             except TypeError as error:
                 failure = failure or error
             except _TooLong as error:
@@ -169,12 +176,14 @@ class _Takes:
 
     parts: the roles whose content is a list of parts; system: a system prompt as a message of its own; reasoning: the
     thinking of earlier answers under names of its own ("keys"), as a part of the content ("part"), between the model's
-    markers in the text of the answer ("marked"), or not at all ("").
+    markers in the text of the answer ("marked"), or not at all (""); tools: with a call's arguments as an "object" or a
+    "text", or not at all (""), which is found out when there are some.
     """
 
     parts: frozenset[str] = frozenset()
     system: bool = True
     reasoning: str = ""
+    tools: str = ""
 
 
 class ChatTemplate:
@@ -189,19 +198,35 @@ class ChatTemplate:
         self._render = renderer or jinja_renderer(source, bos=bos, eos=eos)
         self._reasoning_keys = [key for key in _REASONING_KEYS if re.search(rf"""[.'"]{key}\b(?!\s\w)""", source)]
         self.format = format_of(source)
+        self.tool_format = tool_format_of(source)
 
     @property
     def folds_system(self) -> bool:
         """Whether a system prompt is put before the first message, since the template has no place for it."""
         return not self._takes.system
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, now: datetime | None = None) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        now: datetime | None = None,
+        tools: Sequence[Any] = (),
+    ) -> str:
         """The text of ``messages``, with the beginning of an answer if wanted; now: the date, for use by templates.
+
+        tools: functions that the model may call, as OpenAI's protocol has them.
 
         Raises ModelError also where the text does not hold what the user said, or the system prompt.
         """
-        text = self._adapted(messages, self._takes, add_generation_prompt, now or datetime.now())
-        place = 0
+        now, takes, place = now or datetime.now(), self._takes, 0
+        has_tools = bool(tools) or any(m["role"] == "tool" or "tool_calls" in m for m in messages)
+        if not has_tools:
+            text = self._adapted(messages, takes, add_generation_prompt, now)
+        elif not (kind := self._takes_tools):
+            text = self._adapted(plain(messages, tools), takes, add_generation_prompt, now)
+        else:
+            text = self._with_tools(messages, replace(takes, tools=kind), add_generation_prompt, now, tools)
         for message in messages:
             if message["role"] in ("system", "user"):
                 place = _end_of(message["content"], text, place)
@@ -209,6 +234,54 @@ class ChatTemplate:
                     what = "the system prompt" if message["role"] == "system" else "your message"
                     raise ModelError(f"the model's chat template leaves out {what}, or a part of it: {_ANOTHER}")
         return text
+
+    def _with_tools(
+        self, messages: Sequence[Message], takes: _Takes, prompt: bool, now: datetime, tools: Sequence[Any]
+    ) -> str:
+        if not self._takes_several_calls:
+            messages = one_call_each(messages)
+        return self._adapted(messages, takes, prompt, now, tools)
+
+    @cached_property
+    def _takes_several_calls(self) -> bool:
+        """Whether the template shows all calls of a message: some refuse more than one, some leave them out."""
+        calls = [{"id": f"kvcprobe{i}", "name": _TOOL, "arguments": {"of": f"{_ARGUMENT}{i}"}} for i in (1, 2)]
+        results: list[Message] = [
+            {**_message("tool", _ANSWER), "tool_call_id": str(call["id"]), "name": _TOOL} for call in calls
+        ]
+        calling = {**_message("assistant", ""), "tool_calls": json.dumps(calls)}
+        takes = replace(self._takes, tools=self._takes_tools)
+        try:
+            text = self._adapted([_message("user", _USER), calling, *results], takes, True, datetime.now(), [])
+        except _EndlessTemplate:
+            raise
+        except ModelError:
+            return False
+        return all(f"{_ARGUMENT}{i}" in text for i in (1, 2))
+
+    @cached_property
+    def _takes_tools(self) -> str:
+        """How the template takes tools, calls and what came of them.
+
+        Empty where it leaves out any of these, or writes calls as nobody here can read them.
+        """
+        tool = {"name": _TOOL, "description": _TOOL, "parameters": {"type": "object", "properties": {}}}
+        call = json.dumps([{"id": "kvcprobe1", "name": _TOOL, "arguments": {"of": _ARGUMENT}}])
+        calling, came = {**_message("assistant", ""), "tool_calls": call}, _message("tool", _ANSWER)
+        came |= {"tool_call_id": "kvcprobe1", "name": _TOOL}
+        asked = _message("user", _USER)
+        for kind in ("object", "text"):
+            takes = replace(self._takes, tools=kind)
+            try:
+                first = self._adapted([asked], takes, True, datetime.now(), [{"type": "function", "function": tool}])
+                text = self._adapted([asked, calling, came], takes, True, datetime.now(), [])
+            except _EndlessTemplate:
+                raise
+            except ModelError:
+                continue
+            if _TOOL in first and _ANSWER in text and is_readable(text.partition(_USER)[2], self.tool_format, _TOOL):
+                return kind
+        return ""
 
     @cached_property
     def _takes(self) -> _Takes:
@@ -242,7 +315,15 @@ class ChatTemplate:
         marked = replace(takes, reasoning="marked")
         return marked if _ANSWER in renders(marked, user, thought, again) else takes
 
-    def _adapted(self, messages: Sequence[Message], takes: _Takes, add_generation_prompt: bool, now: datetime) -> str:
+    def _adapted(
+        self,
+        messages: Sequence[Message],
+        takes: _Takes,
+        add_generation_prompt: bool,
+        now: datetime,
+        tools: Sequence[Any] = (),
+    ) -> str:
+        options = (tools,) if tools else ()
         said = [self._given(message, takes) for message in messages]
         if not takes.system and len(said) > 1 and said[0]["role"] == "system":
             first = next((i for i, message in enumerate(said) if message["role"] == "user"), 0)
@@ -251,14 +332,16 @@ class ChatTemplate:
             )
             del said[0]
         try:
-            return self._render(said, add_generation_prompt, now)
+            return self._render(said, add_generation_prompt, now, *options)
         except _EndlessTemplate:
             raise
         except ModelError:
             mute = [message | {"content": "…"} if message["content"] == "" else message for message in said]
             if mute == said:
                 raise
-            return self._render(mute, add_generation_prompt, now)  # some refuse an answer that was stopped at once
+            return self._render(
+                mute, add_generation_prompt, now, *options
+            )  # some refuse an answer that was stopped at once
 
     def _given(self, message: Message, takes: _Takes) -> dict[str, Any]:
         """A message as this template looks at it."""
@@ -266,6 +349,8 @@ class ChatTemplate:
         given: dict[str, Any] = {"role": message["role"], "content": content}
         if message["role"] in takes.parts:
             given["content"] = [{"type": "text", "text": content}]
+        if takes.tools:
+            given |= called(message, as_text=takes.tools == "text")
         if not (reasoning and takes.reasoning):
             return given
         if takes.reasoning == "keys":

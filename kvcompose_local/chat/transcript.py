@@ -8,13 +8,14 @@ it goes back to the last place that both share, and feeds the rest as the templa
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from kvcompose_local.chat.reasoning import Format
 from kvcompose_local.errors import InvalidInput
@@ -55,7 +56,12 @@ class TextModel(Protocol):
     def use_format(self, form: Format) -> None: ...
 
     def render_chat(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool, now: datetime | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        now: datetime | None = None,
+        tools: Sequence[Any] = (),
     ) -> str: ...
 
     def special_text(self, which: str) -> str: ...
@@ -76,6 +82,10 @@ class Place(NamedTuple):
 
     n_tokens: int
     n_chars: int
+
+
+#: Where a step begins that is told but not queued yet.
+UNPLACED = Place(2**31, 2**31)
 
 
 @dataclass(frozen=True)
@@ -115,6 +125,7 @@ class Saved(NamedTuple):
     tokens: tuple[int, ...]
     steps: tuple[Step, ...]
     edges: tuple[Place, ...]
+    tools: str = ""
 
 
 #: Whether the cache can go back to a position without reading everything again.
@@ -125,7 +136,8 @@ class Transcript:
     """The messages of a conversation, and the text and the tokens that the cache holds of them, or is yet to read.
 
     fed: every character of prompts and answers; tokens: the same as tokens, where markers that a user typed are
-    tokenized as text; draft: the part of the next user message that is fed already.
+    tokenized as text; draft: the part of the next user message that is fed already; tools: what the model may call, as
+    JSON of a list in the form of OpenAI's protocol, or empty.
     """
 
     def __init__(self, model: TextModel, system: str | None, began: datetime | None = None) -> None:
@@ -135,6 +147,7 @@ class Transcript:
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
         self.draft = ""
         self.fed = ""
+        self.tools = ""
         self.tokens: list[int] = []
         self.steps: list[Step] = []
         self._edges = [Place(0, 0)]  # where pieces that were tokenized by themselves meet
@@ -153,11 +166,12 @@ class Transcript:
     def saved(self) -> Saved:
         """All that changes, for :meth:`put_back`."""
         messages, tokens = tuple(self.messages), tuple(self.tokens)
-        return Saved(self.system, self.draft, self.fed, messages, tokens, tuple(self.steps), tuple(self._edges))
+        steps, edges = tuple(self.steps), tuple(self._edges)
+        return Saved(self.system, self.draft, self.fed, messages, tokens, steps, edges, self.tools)
 
     def put_back(self, before: Saved) -> None:
         """Go back to what was saved."""
-        self.system, self.draft, self.fed = before.system, before.draft, before.fed
+        self.system, self.draft, self.fed, self.tools = before.system, before.draft, before.fed, before.tools
         self.messages, self.tokens = [*before.messages], [*before.tokens]
         self.steps, self._edges = [*before.steps], [*before.edges]
 
@@ -218,7 +232,8 @@ class Transcript:
     # -- what the template says ---------------------------------------------------------------------------------------
 
     def render(self, messages: Sequence[Message], *, prompt: bool = True) -> str:
-        return self.model.render_chat(messages, add_generation_prompt=prompt, now=self.began)
+        options = {"tools": json.loads(self.tools)} if self.tools else {}
+        return self.model.render_chat(messages, add_generation_prompt=prompt, now=self.began, **options)
 
     def prompt(self) -> str:
         """The whole conversation and what begins an answer."""
@@ -260,10 +275,10 @@ class Transcript:
         answer is added.
         """
         if want.startswith(self.fed):
-            return Reread(0, self.queue(want, len(self.fed)))
+            return Reread(0, self._go_on(want, len(self.fed)))
         edge, at, agrees = self._last_shared(want)
         if agrees:
-            return Reread(0, self.queue(want, at))
+            return Reread(0, self._go_on(want, at))
         begin = self.after_last_answer(want)
         before = self.tokens, self._edges, self.fed, self.steps
         self.tokens, self._edges, self.steps = [*self.tokens], [*self._edges], [*self.steps]
@@ -272,7 +287,21 @@ class Transcript:
         if n_shared >= n_held or can_rewind(n_shared):
             return Reread(max(len(self.tokens) - n_shared - n_new, 0), n_new, n_shared)
         self.tokens, self._edges, self.fed, self.steps = before
+        self.steps = [replace(step, begin=min(step.begin, self.end)) for step in self.steps]
         return Reread(0, self.queue(want, begin) if begin else self.queue(self._last_alone()), is_kept=True)
+
+    def follow_text(self, text: str) -> None:
+        """Say this text, which is no conversation: what was fed of it stays."""
+        self.system, self.tools, self.draft, self.messages, self.steps = None, "", "", [], []
+        n_shared = n_common(self.fed, text)
+        edge = max(edge for edge in self._edges if edge.n_chars <= n_shared)
+        self.cut(edge)
+        self.queue(text, edge.n_chars)
+        self.steps = [Step(Place(0, 0), 0, "", self.end)]
+
+    def shared(self, want: str) -> int:
+        """Tokens of the transcript that stay where the template says ``want`` now."""
+        return self.end.n_tokens if want.startswith(self.fed) else self._last_shared(want)[0].n_tokens
 
     def _last_alone(self) -> str:
         """The last message rendered alone, for templates that hide where it begins."""
@@ -319,7 +348,7 @@ class Transcript:
         Later steps get their places in the new text.
         """
         steps = self.steps
-        inside = max((i for i, step in enumerate(steps) if step.begin <= edge), default=len(steps))
+        inside = max((i for i, step in enumerate(steps) if step.begin <= edge), default=-1)
         self.cut(edge)
         self.steps = steps[: inside + 1]
 
@@ -333,7 +362,7 @@ class Transcript:
                     n_new += n_queued * (at >= begin)
                     at = end
 
-        for i, step in enumerate(steps[inside:], inside):
+        for i, step in enumerate(steps[max(inside, 0) :], max(inside, 0)):
             if i > inside:
                 self.steps.append(replace(step, begin=self.end))
             after = steps[i + 1] if i + 1 < len(steps) else None
@@ -350,6 +379,28 @@ class Transcript:
                 queue_to(_find(want, said[1]["content"], at)[1])
         queue_to(len(want))
         return n_new
+
+    def _go_on(self, want: str, at: int) -> int:
+        """Queue ``want`` from ``at`` on; steps that are told and not placed yet get their places.
+
+        Returns the number of tokens.
+        """
+        before = len(self.tokens)
+        for i, step in enumerate(self.steps):
+            if step.begin != UNPLACED:
+                continue
+            begin, answer = self.end, None
+            after = self.steps[i + 1].n_messages if i + 1 < len(self.steps) else None
+            for message in self.messages[step.n_messages : after]:
+                start, end = _find(want, message["content"], at)
+                if message["role"] == "assistant" and answer is None:
+                    self.queue(want, at, max(start, at))
+                    at, answer = max(start, at), self.end
+                self.queue(want, at, max(end, at))
+                at = max(end, at)
+            self.steps[i] = replace(step, begin=begin, answer=answer)
+        self.queue(want, at)
+        return len(self.tokens) - before
 
     # -- text into tokens ---------------------------------------------------------------------------------------------
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 from datetime import datetime
 from itertools import pairwise
 
-from kvcompose_local.chat.generation import generate
+from kvcompose_local.chat.generation import PLAIN_STOP, generate
 from kvcompose_local.chat.memory import CacheMemory
-from kvcompose_local.chat.reasoning import CLOSE, OPEN, Said
+from kvcompose_local.chat.reasoning import CLOSE, OPEN, Format, Reader, Said
 from kvcompose_local.chat.state import ChatState, TurnStats
 from kvcompose_local.chat.transcript import Message, Place, Saved, TextModel, Transcript, n_common
 from kvcompose_local.errors import ContextFull, InvalidInput, KVComposeError
@@ -50,6 +50,9 @@ class Chat:
         self.answering = ""  # the answer so far, while one is being given
         self._is_answering = False
         self._noted: set[str] = set()
+        self.stops: tuple[str, ...] = () if model.has_template else (PLAIN_STOP,)  # texts that end an answer
+        self.tells_tags = True  # whether thinking stands between tags
+        self.shown: frozenset[str] = frozenset()  # control tokens that are part of what is said
         self.transcript = Transcript(model, system)
 
     @property
@@ -89,6 +92,7 @@ class Chat:
             tuple(said.steps),
             said.began.timestamp(),
             self.model.template_name,
+            said.tools,
         )
 
     def restore(self, state: ChatState) -> None:
@@ -117,7 +121,7 @@ class Chat:
             raise
         tokens = (*state.memory.tokens, *state.pending)
         messages = tuple(dict(message) for message in state.messages)
-        saved = Saved(state.system, state.draft, state.fed, messages, tokens, state.steps, ())
+        saved = Saved(state.system, state.draft, state.fed, messages, tokens, state.steps, (), state.tools)
         began = datetime.fromtimestamp(state.began) if state.began else None
         self.transcript = Transcript.of(self.model, saved, began)
         if not self.memory.pins and not any(state.memory.cells.composed):  # as where it was saved at budget 1
@@ -405,16 +409,21 @@ class Chat:
                     self.transcript,
                     stats,
                     max_tokens,
+                    form=self._format(),
+                    draw=self._draw,
+                    stops=self.stops,
+                    shown=self.shown,
                     should_stop=self.should_stop,
                     forget=lambda: self._read(TurnStats(), go_on=False),
                 ):
                     said.append(piece)
                     tag = OPEN * (piece.is_reasoning and not is_open) + CLOSE * (is_open and not piece.is_reasoning)
+                    tag *= self.tells_tags
                     is_open = piece.is_reasoning
                     for shown in filter(None, (Said(tag, True), piece)):
                         self.answering += shown
                         yield shown
-                if is_open:
+                if is_open and self.tells_tags:
                     yield Said(CLOSE, True)
         finally:
             self.answering, self._is_answering = "", False
@@ -425,3 +434,11 @@ class Chat:
             if reasoning.strip():
                 message |= {"content": answer.lstrip(), "reasoning": reasoning.strip()}
             self.messages.append(message)
+
+    def _format(self) -> Format:
+        """How the model marks its thinking, and what else its answers hold."""
+        return self.model.reasoning_format
+
+    def _draw(self, reader: Reader) -> int:
+        """The next token of an answer that ``reader`` has read so far."""
+        return self.memory.engine.sample()

@@ -24,6 +24,7 @@ from kvcompose_local.commands.models import models_command
 from kvcompose_local.commands.profile import profile_command
 from kvcompose_local.commands.rpc_server import rpc_server_command
 from kvcompose_local.commands.run import run_command
+from kvcompose_local.commands.serve import serve_command
 from kvcompose_local.commands.version import version_option
 from kvcompose_local.errors import KVComposeError
 from kvcompose_local.terminal.shown import show_on_terminals
@@ -52,6 +53,7 @@ def cli(context: click.Context, debug: bool) -> None:
 
 for command in (
     run_command,
+    serve_command,
     compress_command,
     models_command,
     inspect_command,

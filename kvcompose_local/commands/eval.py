@@ -273,7 +273,7 @@ def chat_caches(model: Model) -> dict[tuple[str, float], str]:
     profile = profiles.of_file(model.path)
     kl = profile.kl if profile else None
     for budget in QUICK_BUDGETS:
-        kind = default_cache_type(budget, whole_blocks=whole_blocks, one_type=model.is_mla, patched=True, kl=kl)
+        kind = default_cache_type(budget, whole_blocks=whole_blocks, one_type=model.one_type, patched=True, kl=kl)
         keep = round(min(cells_for(DEFAULT_CTX, budget, kind, token) / DEFAULT_CTX, 1), 4)
         caches[method if kind == "f16" else f"{method}+{kind}", keep] = f"--budget {budget:g}"
     return caches

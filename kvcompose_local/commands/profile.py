@@ -81,7 +81,7 @@ def profile_command(
         status.line(
             f"{len(measurement.items)} texts{earlier}: about {time}; Ctrl-C stops, and the same command goes on"
         )
-        whole_blocks, one_type = has_whole_blocks(engine.model), engine.model.is_mla
+        whole_blocks, one_type = has_whole_blocks(engine.model), engine.model.one_type
         types = (QUANTIZED_ALIKE,) if one_type else (QUANTIZED, QUANTIZED_ALIKE)
         beside = {}
         for kind in types if whole_blocks else ():

@@ -59,6 +59,13 @@ class CellScores:
             chosen.append(np.argsort(~older, axis=1, kind="stable")[:, :n])
         return chosen
 
+    def kept(self, n: int) -> FloatArray:
+        """The share of heads, the mean over layers, that still have each of the first ``n`` tokens: float32 (n,)."""
+        found = np.zeros(n)
+        for origins in self._origins:
+            found += np.bincount(origins.ravel(), minlength=n)[:n] / max(len(origins) * len(self._origins), 1)
+        return found.astype(np.float32)
+
     def view(self) -> tuple[Sequence[FloatArray], Sequence[Selection]]:
         """What :meth:`restored` takes: float32 (H, K_l) scores and int32 (H, K_l) origins of each layer.
 

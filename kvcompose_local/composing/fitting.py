@@ -19,7 +19,7 @@ from kvcompose_local.interfaces import FloatArray, Progress
 #: The ridge per unit of the features' variance, and the most of Newton's steps.
 RIDGE = 0.003
 _STEPS, _SMALL_STEP = 8, 0.01
-#: Of the attention that questions pay.
+#: The power of a question's attention whose mean a scorer is fitted to.
 POWER = 1.5
 #: A float16 holds it, and no weight that counts is near it.
 _LARGEST = 6e4

@@ -25,7 +25,7 @@ def builtin_templates() -> list[str]:
 def builtin_renderer(name: str) -> Renderer:
     """llama.cpp's own renderer of a template that has a name."""
 
-    def render(messages: list[dict[str, Any]], add_generation_prompt: bool, _now: datetime) -> str:
+    def render(messages: list[dict[str, Any]], add_generation_prompt: bool, _now: datetime, _tools: Any = ()) -> str:
         said = [(str(message["role"]).encode(), str(message["content"]).encode()) for message in messages]
         array = (lib.llama_chat_message * len(said))(*(lib.llama_chat_message(*pair) for pair in said))
         size = 2 * sum(map(len, (text for pair in said for text in pair))) + 1024

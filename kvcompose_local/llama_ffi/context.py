@@ -14,10 +14,13 @@ from kvcompose_local.arena import value_types
 from kvcompose_local.errors import EngineError, InvalidInput
 from kvcompose_local.interfaces import ByteArray, FloatArray, Sampling
 from kvcompose_local.interrupts import uninterrupted
+from kvcompose_local.llama_ffi.grammar import Grammar
 from kvcompose_local.llama_ffi.library import bind, clear_log, last_log, lib
 from kvcompose_local.llama_ffi.model import Model
 
 _SOFTMAX_PREFIX = b"kq_soft_max-"
+#: Tokens drawn before that penalties look at.
+_PENALIZED = 4096
 _PARTIAL_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 
 #: Receives (model layer, float32 (Q, n_queries, n_kv) softmax weights of one micro-batch); the array is native memory
@@ -110,6 +113,7 @@ class Context:
         if not self._pointer:
             raise EngineError(f"llama_init_from_model failed: too little memory for {n_ctx} cells?{last_log()}")
         self._sampler: Any = None
+        self._grammar: Grammar | None = None
         try:
             self.rope_factors, self.wanted_rope_factors = self._choose_rope_factors(n_positions or n_ctx)
         except BaseException:
@@ -144,6 +148,8 @@ class Context:
 
     def close(self) -> None:
         """Free the context; further use is an error."""
+        if getattr(self, "_grammar", None):
+            self.set_grammar("")
         if getattr(self, "_sampler", None):
             lib.llama_sampler_free(self._sampler)
             self._sampler = None
@@ -248,7 +254,12 @@ class Context:
         """Replace the sampler chain."""
         if self._sampler:
             lib.llama_sampler_free(self._sampler)
+            self._sampler = None
         chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        penalties = sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty
+        if penalties != (1, 0, 0):
+            penalizing = lib.llama_sampler_init_penalties(self.model.n_vocab, _PENALIZED, *penalties)
+            lib.llama_sampler_chain_add(chain, penalizing)
         if sampling.temperature <= 0:
             lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_greedy())
         else:
@@ -263,12 +274,21 @@ class Context:
                 lib.llama_sampler_chain_add(chain, sampler)
         self._sampler = chain
 
+    def set_grammar(self, gbnf: str) -> None:
+        """Draw what this grammar allows from now on, anything where it is empty. Raises InvalidInput for no grammar."""
+        grammar = Grammar(self.model, gbnf) if gbnf else None
+        if self._grammar is not None:
+            self._grammar.close()
+        self._grammar = grammar
+
     def sample(self) -> int:
         """Draw a token from the last logits."""
         if not self.has_logits:
             raise EngineError("there are no logits: decode a token first")
         if self._sampler is None:
             self.set_sampling(Sampling())
+        if self._grammar is not None:
+            return self._grammar.sample(self._sampler, self.logits())
         return int(lib.llama_sampler_sample(self._sampler, self._ctx, -1))
 
     @property

@@ -14,9 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from kvcompose_local.errors import EngineError, ModelError
 from kvcompose_local.install.gguf_header import Header
 from kvcompose_local.install.model_files import files_of, whole_header
+from kvcompose_local.interfaces import IntArray
 from kvcompose_local.llama_ffi.builtin_templates import builtin_renderer, builtin_templates
 from kvcompose_local.llama_ffi.library import clear_log, last_log, lib
 from kvcompose_local.llama_ffi.text_parts import parts_of, sentencepiece_parts_of
@@ -262,8 +265,13 @@ class Model:
 
     @property
     def is_mla(self) -> bool:
-        """Whether a cell is one latent row, of which the value is a part; llama.cpp then wants K and V of one type."""
+        """Whether a cell is one latent row, of which the value is a part."""
         return self.metadata(f"{self.architecture}.attention.key_length_mla") is not None
+
+    @property
+    def one_type(self) -> bool:
+        """Whether K and V must be stored alike."""
+        return self.is_mla or self.architecture == "deepseek4"  # as llama_init_from_model has it
 
     @property
     def is_rotated(self) -> bool:
@@ -300,7 +308,8 @@ class Model:
 
     def use_template(self, template: str) -> None:
         """Render by another template: one of :meth:`template_names`, Jinja source, or, empty, the GGUF's own again."""
-        self._template_name, self._template = template, None
+        if template != self._template_name:
+            self._template_name, self._template = template, None
 
     def template_names(self) -> list[str]:
         """The names of templates: ``plain``, the GGUF's own, and llama.cpp's."""
@@ -351,18 +360,31 @@ class Model:
         self.template.format = form
 
     def render_chat(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool, now: datetime | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        now: datetime | None = None,
+        tools: Sequence[Any] = (),
     ) -> str:
         """``messages`` through the chat template, in a sandbox; now: for templates that tell the date.
+
+        tools: functions that the model may call, as OpenAI's protocol has them.
 
         A model without a template (a base model) gets :data:`PLAIN_TEMPLATE`. Raises ModelError when the template
         fails, refuses the messages or leaves some out.
         """
-        return self.template.render(messages, add_generation_prompt=add_generation_prompt, now=now)
+        return self.template.render(messages, add_generation_prompt=add_generation_prompt, now=now, tools=tools)
 
     def control_text(self, token: int) -> str:
         """The text of a control token, such as ``<|channel|>``; empty for all others."""
         return self._text_of(token) if lib.llama_vocab_is_control(self._vocab, token) else ""
+
+    @cached_property
+    def control_tokens(self) -> IntArray:
+        """All control tokens that end no answer: int64."""
+        controls = (t for t in range(self.n_vocab) if lib.llama_vocab_is_control(self._vocab, t))
+        return np.array([t for t in controls if not lib.llama_vocab_is_eog(self._vocab, t)], np.int64)
 
     def is_marker(self, text: str) -> bool:
         """Whether ``text`` is one token of the vocabulary that no other text becomes."""

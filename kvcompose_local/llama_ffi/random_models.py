@@ -65,7 +65,7 @@ def _gguf(metadata: Mapping[str, Value]) -> int:
             texts = [str(text).encode() for text in value]
             _set_strings(gguf, name, (ctypes.c_char_p * len(texts))(*texts), len(texts))
         else:
-            narrow = np.float32 if isinstance(value[0], float) else np.uint32
+            narrow = np.float32 if isinstance(value[0], float) else np.int32
             numbers = value if isinstance(value, np.ndarray) else np.array(value, narrow)
             _set_numbers(gguf, name, _ARRAY_TYPES[numbers.dtype.name], numbers.ctypes.data, numbers.size)
     return int(gguf)
@@ -112,7 +112,7 @@ class RandomModel(Model):
         progress: Progress | None = None,
         header_only: bool = False,
     ) -> None:
-        self._metadata, self._weights = metadata, weights
+        self.keys, self._weights = metadata, weights
         self._header_file = tempfile.NamedTemporaryFile(suffix=".gguf")  # noqa: SIM115 -- as long as the model
         gguf = _gguf(metadata)
         written = _write(gguf, self._header_file.name.encode(), True)
@@ -125,7 +125,7 @@ class RandomModel(Model):
     def _load(self, params: Any) -> Any:
         if params.vocab_only:
             return super()._load(params)
-        gguf = _gguf(self._metadata)
+        gguf = _gguf(self.keys)
 
         @_SET_TENSOR  # type: ignore[untyped-decorator]
         def fill(tensor: int, _user_data: object) -> None:

@@ -25,7 +25,7 @@ _NUMBERS: dict[str, Value] = {
     "tokenizer.ggml.tokens": [f"tok_{i}" for i in range(N_VOCAB)],
 }
 _SPECIALS = ["<unk>", "<s>", "<pad>", "<end>"]
-_BYTES: dict[str, Value] = {
+BYTES: dict[str, Value] = {
     "tokenizer.ggml.model": "llama",
     "tokenizer.ggml.tokens": [*_SPECIALS, *(f"<0x{i:02X}>" for i in range(256))],
     "tokenizer.ggml.scores": [0.0] * N_VOCAB,
@@ -80,7 +80,7 @@ class Shape:
             "general.architecture": self.arch,
             "general.name": self.name,
             **{f"{self.arch}.{key}": value for key, value in own.items()},
-            **(_BYTES if self.speaks else _NUMBERS),
+            **(BYTES if self.speaks else _NUMBERS),
         }
 
 

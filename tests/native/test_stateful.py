@@ -11,7 +11,8 @@ from pathlib import Path
 import cell_walk
 import pytest
 from hybrid_shapes import SMALL
-from model_files import write_model
+from model_files import write_architecture, write_model
+from tiny_models import ARCHITECTURES
 
 from kvcompose_local.llama_ffi.cells import library_is_patched
 
@@ -29,6 +30,12 @@ RUNS = [
     ("lfm2", "f16"),
     ("qwen3next", "q8_0/q4_0"),
     ("jamba", "f32"),
+    ("mistral4", "q8_0"),
+    ("deepseek2", "f16"),
+    ("qwen2vl", "q8_0/q4_0"),
+    ("gemma4", "f16"),
+    ("grok", "q4_0"),
+    ("kimi-linear", "q8_0"),
 ]
 
 
@@ -39,6 +46,8 @@ def test_no_operation_aborts(
 ) -> None:
     if arch in SMALL:
         model = write_model(replace(SMALL[arch], speaks=True), tmp_path / "model.gguf")
+    elif arch not in ARCHITECTURES:
+        model = write_architecture(arch, tmp_path / "model.gguf")
     else:
         model = tiny_model(arch, n_layers=7 if arch == "gemma3" else 4)
     command = [sys.executable, cell_walk.__file__, str(model), cache_type, str(seed), str(STEPS)]

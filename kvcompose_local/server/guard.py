@@ -1,0 +1,179 @@
+"""Who may ask, from where, and how much: checked before anything is read."""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import ipaddress
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kvcompose_local.server.requests import Refused
+
+#: Bytes of a body: 20 times the longest conversation that models know.
+LARGEST_BODY = 32 << 20
+#: Paths that need no key: the page asks for it, and who watches the server has none.
+_OPEN = re.compile(r"/|/page/.*|/health|/favicon\.ico")
+_LOCAL = ("localhost", "127.0.0.1", "::1")
+#: What the page may do: nothing that is not the server's own.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+    "font-src 'self'; worker-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'; "
+    "require-trusted-types-for 'script'; trusted-types dompurify"
+)
+
+
+@dataclass(frozen=True)
+class Access:
+    """hosts: names by which the server may be called, empty for any; key: empty for none; origins: other pages' that
+    may ask.
+    """
+
+    hosts: tuple[str, ...] = _LOCAL
+    key: str = ""
+    origins: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, host: str, key: str, origins: Sequence[str], more_hosts: Sequence[str] = ()) -> Access:
+        """What a server that listens on ``host`` lets in: by its own name, by loopback's, and by numbers.
+
+        A page on the internet can have its own name mean this machine's number (DNS rebinding), not a number.
+        """
+        return cls((*_LOCAL, host.lower(), *map(str.lower, more_hosts)), key, tuple(origins))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach it."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class Guard:
+    """ASGI middleware that refuses what it must, and adds headers that keep browsers in order."""
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app, self._access = app, access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        origin = headers.get("origin", "")
+
+        n_read = 0
+
+        async def guarded_send(message: Message) -> None:
+            if n_read > LARGEST_BODY:  # whatever the application makes of a body that was cut off
+                return
+            if message["type"] == "http.response.start":
+                out = MutableHeaders(scope=message)
+                out["X-Content-Type-Options"] = "nosniff"
+                out["Referrer-Policy"] = "no-referrer"
+                out["Content-Security-Policy"] = POLICY
+                out["Cross-Origin-Resource-Policy"] = (
+                    "same-origin" if origin not in self._access.origins else "cross-origin"
+                )
+                out.setdefault("Cache-Control", "no-store")
+                if origin in self._access.origins:
+                    out["Access-Control-Allow-Origin"] = origin
+                    out["Access-Control-Expose-Headers"] = "X-KVCompose-Chat, X-KVCompose-Cached, Retry-After"
+                    out.add_vary_header("Origin")
+            await send(message)
+
+        try:
+            self._check(scope["path"], scope["method"], headers, origin)
+        except Refused as error:
+            await _answer(guarded_send, error.status, refusal(scope["path"], error))
+            return
+        if scope["method"] == "OPTIONS" and origin in self._access.origins:
+            await _preflight(guarded_send)
+            return
+
+        async def bounded_receive() -> Message:
+            nonlocal n_read
+            message = await receive()
+            if message["type"] == "http.request":
+                n_read += len(message.get("body", b""))
+                if n_read > LARGEST_BODY:
+                    raise too_large
+            return message
+
+        too_large = Refused(413, f"the body is larger than {LARGEST_BODY} bytes")
+        with contextlib.suppress(Refused):
+            await self._app(scope, bounded_receive, guarded_send)
+        if n_read > LARGEST_BODY:
+            await _answer(send, 413, refusal(scope["path"], too_large))
+
+    def _check(self, path: str, method: str, headers: Headers, origin: str) -> None:
+        host = _name(headers.get("host", ""))
+        if self._access.hosts and host not in self._access.hosts and not _is_number(host):
+            raise Refused(403, f"this server is not called {host[:100]!r}: --allow-host lets it be")
+        if origin and origin != "null" and origin not in self._access.origins:
+            if urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
+                raise Refused(403, "pages of other origins may not ask: --cors ORIGIN lets one")
+        elif origin == "null":
+            raise Refused(403, "pages without an origin may not ask")
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > LARGEST_BODY:
+            raise Refused(413, f"the body is larger than {LARGEST_BODY} bytes")
+        if self._access.key and not _OPEN.fullmatch(path) and method != "OPTIONS":
+            kind, _, told = headers.get("authorization", "").partition(" ")
+            given = told if kind.lower() == "bearer" else headers.get("x-api-key", "")
+            if not hmac.compare_digest(given.strip().encode(), self._access.key.encode()):
+                raise Refused(401, "this server wants an API key", code="invalid_api_key")
+
+
+def refusal(path: str, error: Refused) -> dict[str, object]:
+    """What a client of the path's protocol expects to be told."""
+    kinds = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error"}
+    kinds |= {404: "not_found_error", 413: "request_too_large", 503: "overloaded_error"}
+    kind = kinds.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
+    if path.startswith("/v1/messages"):
+        return {"type": "error", "error": {"type": kind, "message": str(error)}}
+    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
+
+
+def _name(host: str) -> str:
+    """A Host header without its port."""
+    host = host.strip().lower()
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0].rstrip(".")
+
+
+def _is_number(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+async def _answer(send: Send, status: int, body: dict[str, object]) -> None:
+    raw = json.dumps(body).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(raw)).encode())]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": raw})
+
+
+async def _preflight(send: Send) -> None:
+    allowed = b"authorization, content-type, x-api-key, anthropic-version, anthropic-beta, x-kvcompose-client"
+    headers = [
+        (b"access-control-allow-methods", b"GET, POST, DELETE"),
+        (b"access-control-allow-headers", allowed),
+        (b"access-control-max-age", b"600"),
+        (b"content-length", b"0"),
+    ]
+    await send({"type": "http.response.start", "status": 204, "headers": headers})
+    await send({"type": "http.response.body", "body": b""})

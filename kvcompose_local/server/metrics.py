@@ -1,0 +1,79 @@
+"""Figures for Prometheus, and for whoever wants to know what is not read twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+
+from kvcompose_local.server.requests import Begun, Done, Event, Failed
+
+if TYPE_CHECKING:
+    from kvcompose_local.server.service import Service
+
+
+class Metrics:
+    """Counters of what was asked and read, and gauges of the ceiling, in a registry of their own."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"kvcompose_{name}", text, labels, registry=self.registry)
+
+        self.answers = counter("answers", "Answers, by how they ended.", "finish")
+        self.refused = counter("refused", "Requests refused since too many waited.")
+        self.failed = counter("failed", "Requests that failed, by status.", "status")
+        self.prompt = counter("prompt_tokens", "Tokens of prompts.")
+        self.cached = counter("cached_tokens", "Tokens of prompts that were held.")
+        self.reread = counter("reread_tokens", "Tokens of prompts that were read before and read again.")
+        self.generated = counter("generated_tokens", "Tokens of answers.")
+        self.read_seconds = Histogram(
+            "kvcompose_read_seconds", "Seconds that prompts took to be read.", registry=self.registry
+        )
+        self.registry.register(_Gauges(service))
+
+    def count(self, event: Event, begun: Begun | None = None) -> None:
+        """Count what has happened."""
+        if isinstance(event, Begun):
+            self.prompt.inc(event.prompt_tokens)
+            self.cached.inc(event.cached)
+            self.reread.inc(event.reread)
+        elif isinstance(event, Done):
+            self.answers.labels(event.finish).inc()
+            self.generated.inc(event.generated)
+            self.read_seconds.observe(event.prefill_seconds)
+        elif isinstance(event, Failed):
+            self.failed.labels(str(event.error.status)).inc()
+
+    def text(self) -> bytes:
+        """All of them as Prometheus reads them."""
+        return generate_latest(self.registry)
+
+
+class _Gauges:
+    """What is so now."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def collect(self) -> Iterator[Metric]:
+        props = self._service.props()
+        ceiling, queue = props["ceiling"], props["queue"]
+        for name, text, value in (
+            ("cells_bytes", "Bytes allocated for cells.", ceiling["cells"]["bytes"]),
+            ("cells_used_bytes", "Bytes of cells in use.", ceiling["cells"]["used"]),
+            ("kept_bytes", "Bytes of kept chats in memory.", ceiling["kept"]["bytes"]),
+            ("kept_bound_bytes", "Most bytes of kept chats in memory.", ceiling["kept"]["bound"]),
+            ("kept_chats", "Chats that are kept, in memory or on disk.", ceiling["kept"]["chats"]),
+            ("compute_bytes", "Bytes of work buffers.", ceiling["compute"]["bytes"]),
+            ("disk_bytes", "Bytes of kept chats on disk.", ceiling["disk"]["bytes"]),
+            ("rss_bytes", "Resident bytes of the process, the model's weights among them.", ceiling["rss"]),
+            ("ceiling_bytes", "Most bytes of cells, kept chats and work buffers.", ceiling["total_bound"]),
+            ("queue_waiting", "Requests that wait.", queue["waiting"]),
+            ("queue_running", "Requests that are answered now.", queue["running"]),
+        ):
+            yield GaugeMetricFamily(f"kvcompose_{name}", text, value=value)

@@ -1,0 +1,82 @@
+"""What a chat still remembers: of each token the share of layers and heads that hold its cell."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from kvcompose_local.chat import ChatState, Message
+from kvcompose_local.interfaces import FloatArray, ModelShape, Selection
+from kvcompose_local.server.conversation import Conversation
+
+
+def shares(n_tokens: int, n_live: int, origins: Sequence[Selection]) -> FloatArray:
+    """float32 (n_tokens,): 1 for the newest ``n_live``, else the share of heads of all layers with a cell of it.
+
+    origins: of each layer the positions of the tokens in its composed cells, (H, K_l).
+    """
+    counts = np.zeros(n_tokens, np.int64)
+    for places in origins:
+        counts += np.bincount(places.ravel().astype(np.int64), minlength=n_tokens)[:n_tokens]
+    result = (counts / max(sum(len(places) for places in origins), 1)).astype(np.float32)
+    result[n_tokens - n_live :] = 1
+    return result
+
+
+def texts_of(conversation: Conversation, tokens: Sequence[int]) -> list[str]:
+    """The text of each token; a character of several tokens is that of its last one."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    model, texts = conversation.model, []
+    for token in tokens:
+        control = model.control_text(token)
+        texts.append(control or decoder.decode(model.token_bytes(token)))
+    return texts
+
+
+def spans_of(texts: Sequence[str], messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Where messages stand: of each the first token and the one behind its last; thinking has a span of its own."""
+    whole = "".join(texts)
+    ends = np.cumsum([len(text) for text in texts])
+    spans, place = [], 0
+    for i, message in enumerate(messages):
+        for part in ("reasoning", "content"):
+            said = message.get(part, "").strip()
+            if not said or (found := whole.find(said, place)) < 0:
+                continue
+            place = found + len(said)
+            start, stop = np.searchsorted(ends, [found, place - 1], side="right")
+            role = "reasoning" if part == "reasoning" else message["role"]
+            spans.append({"message": i, "role": role, "start": int(start), "stop": int(stop) + 1})
+    return spans
+
+
+def remembered(
+    conversation: Conversation, state: ChatState, *, kept: tuple[Sequence[Selection], int] | None = None
+) -> dict[str, Any]:
+    """What a page shows of a chat's memory; kept: what another budget would keep, as :meth:`CacheMemory.would_keep`.
+
+    The engine need not hold the chat.
+    """
+    memory, cells = state.memory, state.memory.cells
+    tokens = [*memory.tokens, *state.pending]
+    origins, n_live = (memory.origins, cells.n_live) if kept is None else kept
+    origins = [origins[i] for i in range(len(origins))]
+    shape: ModelShape = conversation.memory.engine.shape
+    read = shares(len(memory.tokens), n_live, origins)
+    texts = texts_of(conversation, tokens)
+    layers = zip(shape.layers, origins, strict=True)
+    return {
+        "n_tokens": len(tokens),
+        "n_layers": len(shape.layers),
+        "n_heads": sum(layer.n_kv_heads for layer in shape.layers),
+        "texts": texts,
+        "shares": [round(float(share), 3) for share in read] + [0.0] * len(state.pending),
+        "spans": spans_of(texts, state.messages),
+        "pins": [[*pin] for pin in memory.pins],
+        "n_live": n_live,
+        "bytes": sum(layer.row_bytes * (places.shape[1] + n_live) for layer, places in layers),
+        "f16_bytes": len(tokens) * shape.uncompressed_row_bytes,
+    }

@@ -1,0 +1,192 @@
+"""What protocols ask of the engine's thread, and what they are told: nothing here knows HTTP or llama.cpp."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvcompose_local.chat import Message
+from kvcompose_local.chat_options import Sampling
+
+
+@dataclass(frozen=True)
+class Request:
+    """A conversation to answer.
+
+    messages, tools: of :class:`kvcompose_local.chat.Transcript`; prompt: a text to go on with instead of a
+    conversation; max_tokens: None for as many as there are positions; grammar: in llama.cpp's notation; tool_choice:
+    ``auto``, ``none``, ``required`` or a function's name; parallel_calls: whether there may be several; n_logprobs: of
+    how many likeliest tokens they are told, None for none; chat_id: the kept chat to go on with; client: whose turn it
+    takes.
+    """
+
+    model: str
+    messages: tuple[Message, ...] = ()
+    tools: str = ""
+    prompt: str | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    max_tokens: int | None = None
+    stops: tuple[str, ...] = ()
+    grammar: str = ""
+    tool_choice: str = "auto"
+    parallel_calls: bool = True
+    n_logprobs: int | None = None
+    chat_id: str | None = None
+    client: str = ""
+
+
+class Refused(Exception):
+    """A request that cannot be served: an HTTP status, one line, and what protocols call it.
+
+    retry_after: seconds until it may be, with 503.
+    """
+
+    def __init__(
+        self, status: int, message: str, *, code: str | None = None, param: str | None = None, retry_after: int = 0
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param, self.retry_after = status, code, param, retry_after
+
+
+# -- events, in the order in which they come --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Tokens of the prompt that are read by now, of those that have to be."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The chat that was chosen; tokens of the prompt: in all, held, and read again though they were read before."""
+
+    chat: str
+    prompt_tokens: int
+    cached: int
+    reread: int
+
+
+@dataclass(frozen=True)
+class TokenChance:
+    """A token that was drawn: its text as bytes, the logarithm of its probability, and the likeliest with theirs."""
+
+    raw: bytes
+    logprob: float
+    likeliest: tuple[tuple[bytes, float], ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of the answer, of whole characters."""
+
+    text: str
+    is_reasoning: bool = False
+    chances: tuple[TokenChance, ...] = ()
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call of a tool: arguments are JSON of an object."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """The end of an answer: ``stop``, ``length`` or ``tool_calls``; stop: the stop text that ended it, if one did."""
+
+    finish: str
+    stop: str
+    read: int
+    generated: int
+    reasoning: int
+    prefill_seconds: float
+    decode_seconds: float
+    compactions: int
+    compaction_seconds: float
+
+    def timings(self) -> dict[str, float]:
+        """As llama.cpp's server tells them."""
+        return {
+            "prompt_n": self.read,
+            "prompt_ms": 1000 * self.prefill_seconds,
+            "prompt_per_second": self.read / self.prefill_seconds if self.prefill_seconds else 0.0,
+            "predicted_n": self.generated,
+            "predicted_ms": 1000 * self.decode_seconds,
+            "predicted_per_second": self.generated / self.decode_seconds if self.decode_seconds else 0.0,
+            "compactions": self.compactions,
+            "compaction_ms": 1000 * self.compaction_seconds,
+        }
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a job that is no answer was for."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Why there is no answer, or no more of it."""
+
+    error: Refused
+
+
+Event = Reading | Begun | Piece | ToolCall | Done | Result | Failed
+
+
+class Job:
+    """A request on its way: the engine's thread emits events, a coroutine takes them.
+
+    ``cancel`` may be called from anywhere; the engine's thread looks at ``is_cancelled`` at each token.
+    """
+
+    def __init__(self, client: str) -> None:
+        self.client = client
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._cancelled = threading.Event()
+        self.is_over = False
+
+    def cancel(self) -> None:
+        """Nobody waits for the answer any more."""
+        self._cancelled.set()
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+    def emit(self, event: Event) -> None:
+        """Tell it; for the engine's thread."""
+        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    async def events(self, every: float) -> AsyncIterator[Event | None]:
+        """What happens, to its end; None where nothing has happened for ``every`` seconds. Leaving it cancels."""
+        try:
+            while True:
+                try:
+                    event = await asyncio.wait_for(self._events.get(), every)
+                except asyncio.TimeoutError:
+                    yield None
+                    continue
+                yield event
+                if isinstance(event, (Done, Result, Failed)):
+                    self.is_over = True
+                    return
+        finally:
+            self.cancel()
+
+
+def one_line(value: Any) -> str:
+    """JSON in one line, as events and templates want it."""
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,44 @@
+"""The server as a process: it ends in order, within a second."""
+
+from __future__ import annotations
+
+import socket
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from kvcompose_local.server.service import Service
+
+#: Connections at a time; more get 503 from uvicorn.
+_CONNECTIONS = 256
+
+
+def run(app: ASGIApp, service: Service, listener: socket.socket) -> None:
+    """Serve until a signal says to end. Raises KVComposeError where the first model cannot be loaded."""
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            service.worker.stop()  # what is said by now is kept
+            super().handle_exit(sig, frame)
+
+    server = Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            date_header=False,
+            timeout_graceful_shutdown=1,
+            timeout_keep_alive=30,
+            limit_concurrency=_CONNECTIONS,
+        )
+    )
+
+    def on_failure(_error: BaseException) -> None:
+        server.should_exit = True
+
+    service.on_failure = on_failure
+    server.run(sockets=[listener])
+    if service.failure is not None:
+        raise service.failure
