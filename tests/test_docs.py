@@ -149,7 +149,7 @@ def test_files_that_are_named_exist(page: Path) -> None:
         "NAME.jsonl",
         "speed.png",
         "llama_cpp.py",
-        "docs/decisions.md",
+        "docs/trials.md",
         "NNNN-what-it-does.patch",
     }
     missing = []
