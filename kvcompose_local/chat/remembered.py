@@ -25,7 +25,7 @@ class Remembered:
 
 
 def remembered(chat: Chat, n_shown: int = 60) -> list[Remembered]:
-    """The parts of a conversation in their order, without the empty ones; ``n_shown``: characters of each part's text."""
+    """The parts of a conversation in order, without empty ones; n_shown: characters that are shown of each part."""
     said, kept = chat.transcript, chat.memory.kept()
     n_read, steps = len(kept), said.steps
     starts = [*(step.begin.n_tokens for step in steps), n_read]
