@@ -41,7 +41,7 @@ class Service:
         self.default = next(iter(self.models))
         self.defaults = defaults
         self.idle_unload = idle_unload
-        self.metrics = Metrics(self)
+        self.metrics = Metrics(self.props)
         self.worker = Worker(self._at_start, self._at_rest, self._at_the_end)
         self.failure: BaseException | None = None  # why the first model cannot be loaded
         self.on_failure: Callable[[BaseException], None] = lambda _error: None
