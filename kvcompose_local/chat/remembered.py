@@ -1,4 +1,4 @@
-"""What of a conversation its cache still holds, part by part: composed cells know where their tokens stood."""
+"""The memory of a chat, part by part, for ``/stats``: the share of heads that hold a cell of its tokens."""
 
 from __future__ import annotations
 
