@@ -1,4 +1,4 @@
-"""Figures for Prometheus, and for whoever wants to know what is not read twice."""
+"""Figures for Prometheus."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Props = Callable[[], Mapping[str, Any]]
 
 
 class Metrics:
-    """Counters of what was asked and read, and gauges of the ceiling, in a registry of their own."""
+    """Counters of requests and tokens, and gauges of memory, in a registry of their own."""
 
     def __init__(self, props: Props) -> None:
         self.registry = CollectorRegistry()
@@ -49,12 +49,12 @@ class Metrics:
             self.failed.labels(str(event.error.status)).inc()
 
     def text(self) -> bytes:
-        """All of them as Prometheus reads them."""
+        """All figures in Prometheus' format."""
         return generate_latest(self.registry)
 
 
 class _Gauges:
-    """What is so now."""
+    """The present values."""
 
     def __init__(self, props: Props) -> None:
         self._props = props
