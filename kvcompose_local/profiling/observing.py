@@ -138,7 +138,7 @@ def _kl_of_types(
 
 
 def _log_probs(engine: PatchedEngine, n: int, asked: Sequence[int], answered: Sequence[int]) -> FloatArray:
-    """Log-probabilities before each token of an answer, float32 (tokens, n_vocab), after the cache's first ``n`` tokens."""
+    """Log-probabilities before each token of an answer behind the cache's first ``n``: float32 (tokens, n_vocab)."""
     if excess := engine.layout().position - n:
         engine.drop_tail(excess)
     engine.decode(asked[:-1])
