@@ -1,4 +1,4 @@
-"""What of a conversation its cache still holds, part by part: composed cells know where their tokens stood."""
+"""The memory of a chat, part by part, for ``/stats``: the share of heads that hold a cell of its tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Remembered:
 
 
 def remembered(chat: Chat, n_shown: int = 60) -> list[Remembered]:
-    """The parts of a conversation in their order, without empty ones; n_shown: characters of each's text."""
+    """The parts of a conversation in order, without empty ones; n_shown: characters that are shown of each part."""
     said, kept = chat.transcript, chat.memory.kept()
     n_read, steps = len(kept), said.steps
     starts = [*(step.begin.n_tokens for step in steps), n_read]
