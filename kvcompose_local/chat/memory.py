@@ -25,7 +25,7 @@ from kvcompose_local.chat.report import CompactionReport
 from kvcompose_local.chat.scoring import Learned, Replayed, Scored, Scoring
 from kvcompose_local.chat.spans import n_within, within
 from kvcompose_local.chat.state import MemoryState
-from kvcompose_local.composing.cell_scores import CellScores
+from kvcompose_local.composing.cell_scores import CellScores, kept_shares
 from kvcompose_local.composing.choice import choose, competing
 from kvcompose_local.composing.policy import Policy, Room
 from kvcompose_local.composing.scorer import Scorer
@@ -339,10 +339,9 @@ class CacheMemory:
         return n_within(self.pins)
 
     def kept(self) -> FloatArray:
-        """The share of heads, the mean over layers, that still have each token that was seen: float32 (tokens,)."""
+        """The share of all layers' heads that still hold each token that was seen: float32 (tokens,)."""
         layout = self.engine.layout()
-        first_live = layout.position - layout.n_live
-        return np.concatenate([self._scores.kept(first_live), np.ones(layout.n_live, np.float32)])
+        return kept_shares(self._scores.origins, layout.position, layout.n_live)
 
     def state(self) -> MemoryState:
         """A copy of everything, for :meth:`restore`."""

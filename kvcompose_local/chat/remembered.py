@@ -1,4 +1,4 @@
-"""What of a conversation its cache still holds, part by part: composed cells know where their tokens stood."""
+"""The memory of a chat, part by part, for ``/stats``: the share of heads that hold a cell of its tokens."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 class Remembered:
     """A part of a conversation.
 
-    kind: "document", "message", each with what the template puts around it, or "answer"; "system" where that was read
-    by itself; text: how it begins; n_tokens: its tokens; kept: the share of them that a head still has, the mean over heads and layers.
+    kind: "document" or "message", with the template's text around it, or "answer", or "system" where the system prompt
+    was read alone; text: its beginning; n_tokens: its tokens; kept: the share of them that a head still has, the mean
+    over heads and layers.
     """
 
     kind: str
@@ -24,16 +25,13 @@ class Remembered:
 
 
 def remembered(chat: Chat, n_shown: int = 60) -> list[Remembered]:
-    """Its parts in their order, those of no tokens left out; ``n_shown``: characters of each part's text."""
+    """The parts of a conversation in order, without empty ones; n_shown: characters that are shown of each part."""
     said, kept = chat.transcript, chat.memory.kept()
     n_read, steps = len(kept), said.steps
     starts = [*(step.begin.n_tokens for step in steps), n_read]
     parts = [("system", said.system or "", 0, starts[0])]
     for i, (step, end) in enumerate(zip(steps, starts[1:], strict=True)):
-        if step.n_messages < len(said.messages):
-            drafted = said.messages[step.n_messages]["content"]
-        else:
-            drafted = said.draft
+        drafted = said.messages[step.n_messages]["content"] if step.n_messages < len(said.messages) else said.draft
         if i + 1 < len(steps) and steps[i + 1].n_messages == step.n_messages:  # a document, and more behind it
             drafted = steps[i + 1].draft
         kind = "document" if step.answer is None else "message"

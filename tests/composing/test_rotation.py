@@ -157,6 +157,7 @@ TRIED = (
     "Phi 4 mini, 2 layers",
     "Gemma 3 1B",
     "gpt-oss-20b",
+    "EXAONE 4 1.2B",
     "EXAONE 4 32B",
     "GLM 4 9B",
     "Granite 3 2B",

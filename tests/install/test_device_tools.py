@@ -49,7 +49,7 @@ def vulkan(folder: Path, patch: int) -> None:
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="there is no CUDA there")
 def test_nvcc_is_where_the_user_says_on_path_or_where_cuda_is(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BuildError, match="no CUDA compiler .nvcc. found: install"):
+    with pytest.raises(BuildError, match=r"no CUDA compiler .nvcc. found: install"):
         device_environment("cuda")
     installed = program(bare / "cuda" / "bin", "nvcc")
     assert find_nvcc() == str(installed)
