@@ -115,7 +115,7 @@ def page(found: Sequence[Row]) -> str:
         "This table has every architecture that the pinned llama.cpp knows. A tiny random model is made of each, and",
         "llama.cpp is asked what memory the model has. Where that can be composed, a chat is tried under a budget: it",
         "reads, goes back, and goes on from a saved state. The tests (`tests/architectures`) also compare the bytes of",
-        "rewritten cells with a gather, and the logits under uneven budgets with a whole cache whose attention is masked.",
+        "rewritten cells with a gather, and logits under uneven budgets with a whole cache whose attention is masked.",
         "`kvcompose-local doctor --models` tries them with the library of a machine; `scripts/shapes architectures`",
         "makes this part of the page.",
         "",
