@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, NamedTuple, Protocol
 
-from kvcompose_local.chat.alike import KeptText, find_said, join_at, n_common
+from kvcompose_local.chat.comparing import Kept, find, join, n_common
 from kvcompose_local.chat.reasoning import Format
 from kvcompose_local.errors import InvalidInput
 
@@ -315,17 +315,17 @@ class Transcript:
         ours, theirs = self._kept(self.fed, start), self._kept(want, start)
         n_same = n_common(ours.text, theirs.text)
         if n_same == len(ours.text):  # all that was fed
-            return self.end, join_at(self.fed, ours.place(n_same), want, theirs.place(n_same)), True
+            return self.end, join(self.fed, ours.place(n_same), want, theirs.place(n_same)), True
         differs = ours.starts_at(n_same)
         edge = max(edge for edge in self._edges if edge.n_chars <= differs)
         if edge.n_chars <= start:
             return edge, edge.n_chars, False
         n_before = ours.n_before(edge.n_chars)
-        return edge, join_at(self.fed[: edge.n_chars], ours.place(n_before), want, theirs.place(n_before)), False
+        return edge, join(self.fed[: edge.n_chars], ours.place(n_before), want, theirs.place(n_before)), False
 
-    def _kept(self, text: str, start: int) -> KeptText:
+    def _kept(self, text: str, start: int) -> Kept:
         """The part of a text from ``start`` on that counts: no white space, no markers, no empty thinking."""
-        return KeptText(text, start, self._skipped, self._is_marker)
+        return Kept(text, start, self._skipped, self._is_marker)
 
     @property
     def _skipped(self) -> re.Pattern[str]:
@@ -367,15 +367,15 @@ class Transcript:
             after = steps[i + 1] if i + 1 < len(steps) else None
             said = self.messages[step.n_messages : after.n_messages if after else None]
             if not said:  # a document
-                queue_to(find_said(want, (after.draft if after else self.draft)[len(step.draft) :], at)[1])
+                queue_to(find(want, (after.draft if after else self.draft)[len(step.draft) :], at)[1])
                 continue
             if step.answer is None or step.answer > edge:
-                queue_to(find_said(want, said[0]["content"][len(step.draft) :], at)[1])
+                queue_to(find(want, said[0]["content"][len(step.draft) :], at)[1])
                 if len(said) > 1:
-                    queue_to(find_said(want, said[1]["content"], at)[0])
+                    queue_to(find(want, said[1]["content"], at)[0])
                 self.steps[-1] = replace(self.steps[-1], answer=self.end)
             if len(said) > 1:
-                queue_to(find_said(want, said[1]["content"], at)[1])
+                queue_to(find(want, said[1]["content"], at)[1])
         queue_to(len(want))
         return n_new
 
@@ -391,7 +391,7 @@ class Transcript:
             begin, answer = self.end, None
             after = self.steps[i + 1].n_messages if i + 1 < len(self.steps) else None
             for message in self.messages[step.n_messages : after]:
-                start, end = find_said(want, message["content"], at)
+                start, end = find(want, message["content"], at)
                 if message["role"] == "assistant" and answer is None:
                     self.queue(want, at, max(start, at))
                     at, answer = max(start, at), self.end

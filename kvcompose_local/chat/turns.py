@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import datetime
 from itertools import pairwise
 
-from kvcompose_local.chat.alike import n_common
+from kvcompose_local.chat.comparing import n_common
 from kvcompose_local.chat.generation import PLAIN_STOP, generate
 from kvcompose_local.chat.memory import CacheMemory
 from kvcompose_local.chat.reasoning import CLOSE, OPEN, Format, Reader, Said

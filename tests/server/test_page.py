@@ -15,6 +15,8 @@ from scripted_model import write_scripted_model
 pytest.importorskip("fastapi")
 pytest.importorskip("pypdf")
 api = pytest.importorskip("playwright.sync_api")
+from page_tab import Tab  # noqa: E402
+
 expect = api.expect
 
 ANSWER = (
@@ -23,6 +25,7 @@ ANSWER = (
 )  # fmt: skip
 CONTRAST = Path(__file__).with_name("contrast.js")
 SAYS = "A ring buffer keeps the last items."
+THOUGHTS = ("<think>", "They want", " *brevity*.", "</think>", "\n\nYes", ", in short.")
 #: What a page must show and never obey: each would set window.hacked, fetch something or change the page.
 HOSTILE = (
     "<script>window", ".hacked = 1</script>",
@@ -45,8 +48,9 @@ def address(tmp_path_factory: pytest.TempPathFactory, real_model: Callable[[str]
     folder = tmp_path_factory.mktemp("page")
     plain = write_scripted_model(folder / "plain.gguf", ANSWER)
     hostile = write_scripted_model(folder / "hostile.gguf", HOSTILE)
+    thinker = write_scripted_model(folder / "thinker.gguf", THOUGHTS)
     real_model("smollm2-135m")
-    models = (plain, hostile, "smollm2-135m")
+    models = (plain, hostile, thinker, "smollm2-135m")
     with served(*models, "--ctx", 2048, "--temp", 0, state=folder / "state") as found:
         yield found
 
@@ -58,73 +62,6 @@ def chromium() -> Iterator[api.Browser]:
             yield found
     except LookupError as error:
         pytest.skip(str(error))
-
-
-class Tab:
-    """A tab of the page, by what people see of it."""
-
-    def __init__(self, page: api.Page, address: str, at: str = "") -> None:
-        self.page, self.address = page, address
-        self.faults: list[str] = []
-        page.on("pageerror", lambda error: self.faults.append(str(error)))
-        page.on("console", lambda line: line.type == "error" and self.faults.append(line.text))
-        page.on("request", lambda asked: asked.url.startswith((address, "blob:")) or self.faults.append(asked.url))
-        page.goto(at or address)
-        expect(page.locator("#status")).to_contain_text("plain")  # the server's answer is there
-
-    def button(self, name: str) -> api.Locator:
-        return self.page.get_by_role("button", name=name, exact=True)
-
-    @property
-    def questions(self) -> api.Locator:
-        return self.page.get_by_role("article", name="You")
-
-    @property
-    def answers(self) -> api.Locator:
-        return self.page.get_by_role("article", name="Answer")
-
-    @property
-    def box(self) -> api.Locator:
-        return self.page.get_by_role("textbox", name="Message")
-
-    def send(self, text: str) -> None:
-        self.box.fill(text)
-        self.box.press("Enter")
-
-    def ask(self, text: str) -> None:
-        """Send, and wait for the end of the answer."""
-        n = self.answers.count()
-        self.send(text)
-        self.awaits_answer(n + 1)
-
-    def awaits_answer(self, n: int) -> None:
-        expect(self.answers).to_have_count(n)
-        expect(self.button("Send")).to_be_visible(timeout=60_000)
-
-    def takes_model(self, name: str) -> None:
-        self.button("Settings of this chat").click()
-        self.page.get_by_label("Model", exact=True).select_option(name)
-        self.button("Keep").click()
-        expect(self.page.locator("#status")).to_contain_text(name)
-
-    def is_busy(self) -> bool:
-        """Whether the server still generates, half a second from now."""
-        self.page.wait_for_timeout(500)
-        return bool(self.page.request.get(f"{self.address}/props").json()["queue"]["running"])
-
-    def drop(self, *files: tuple[str, bytes]) -> None:
-        """Drop files anywhere on the page, as a file manager does."""
-        given = [{"name": name, "bytes": list(raw)} for name, raw in files]
-        self.page.evaluate(
-            """files => {
-                const data = new DataTransfer();
-                for (const { name, bytes } of files) data.items.add(new File([new Uint8Array(bytes)], name));
-                const options = { dataTransfer: data, bubbles: true, cancelable: true };
-                for (const kind of ["dragenter", "dragover", "drop"])
-                    document.body.dispatchEvent(new DragEvent(kind, options));
-            }""",
-            given,
-        )
 
 
 @pytest.fixture
@@ -291,6 +228,21 @@ def test_a_hostile_answer_is_text(tab: Tab) -> None:
     assert tab.page.evaluate("window.hacked") is None
     title = tab.page.get_by_role("navigation", name="Chats").get_by_role("listitem")
     expect(title).to_contain_text("<img src=x onerror='window.hacked = 9'>")
+
+
+def test_thoughts_are_folded(tab: Tab) -> None:
+    tab.takes_model("thinker")
+    tab.ask("Well?")
+    answer = tab.answers.last
+    expect(answer.locator(".markdown").last).to_have_text("Yes, in short.")
+    thoughts = answer.get_by_text("They want brevity.")
+    expect(thoughts).not_to_be_visible()
+    answer.locator("summary").click()
+    expect(thoughts).to_be_visible()
+    expect(answer.locator("em")).to_have_text("brevity")
+    with tab.page.expect_request("**/v1/chat/completions") as asked:
+        tab.ask("And?")
+    assert asked.value.post_data_json["messages"][1]["reasoning_content"].strip() == "They want *brevity*."
 
 
 def test_the_policy_forbids_what_the_page_does_not_need(context: api.BrowserContext, address: str) -> None:
@@ -477,6 +429,13 @@ def test_an_answer_that_fails_can_be_asked_for_again(context: api.BrowserContext
     expect(tab.answers.last.get_by_role("group")).to_have_count(0)  # the failure left no branch
     tab.ask("x" * 3000)
     expect(tab.answers.last.get_by_role("alert")).to_contain_text("2048")
+
+
+def test_what_the_browser_does_not_save_is_told(context: api.BrowserContext, address: str) -> None:
+    tab = Tab(context.new_page(), address)
+    tab.page.evaluate("IDBObjectStore.prototype.put = () => { throw new Error('The disk is full.'); }; 0")
+    tab.send("Hello")
+    expect(tab.page.get_by_role("alert")).to_have_text("The disk is full.")
 
 
 def test_a_chat_that_another_program_began(tab: Tab) -> None:

@@ -16,7 +16,7 @@ export function onKeyWanted(ask) {
   askForKey = ask;
 }
 
-async function fetched(path, options, key = localStorage.getItem("key")) {
+async function fetched(path, { mayAsk = true, ...options }, key = localStorage.getItem("key")) {
   let response;
   try {
     const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
@@ -25,7 +25,7 @@ async function fetched(path, options, key = localStorage.getItem("key")) {
     if (error.name === "AbortError") throw error;
     throw new Refusal("The server does not answer. Is it still running?");
   }
-  if (response.status === 401) {
+  if (response.status === 401 && mayAsk) {
     const current = localStorage.getItem("key");
     if (current !== key && current) return fetched(path, options, current); // another request asked meanwhile
     asking ??= askForKey(Boolean(key)).finally(() => (asking = null));
@@ -59,7 +59,8 @@ const post = (path, body, options = {}) =>
   });
 const chat = (id) => `/kvc/chats/${encodeURIComponent(id)}`;
 
-export const props = () => get("/props");
+/** mayAsk: whether the user is asked for a key. */
+export const props = (mayAsk) => get("/props", { mayAsk });
 export const keptChats = async () => (await get("/kvc/chats")).chats;
 export const keptChat = (id) => get(chat(id));
 export const forget = (id) => fetched(chat(id), { method: "DELETE" });

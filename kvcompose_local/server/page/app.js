@@ -8,7 +8,7 @@ import "./kept.js";
 import { toggleMemory } from "./memory.js";
 import { runOf, stop } from "./runs.js";
 import { refreshProps, toggleSidebar } from "./sidebar.js";
-import { newChat, openChat, state } from "./state.js";
+import { newChat, openChat, state, tell } from "./state.js";
 import { answerLast, editLast, stepBranch } from "./transcript.js";
 
 const THEMES = ["system", "light", "dark"];
@@ -60,6 +60,7 @@ addEventListener(
   () => location.hash.slice(1) !== (state.chat?.id ?? "") && openChat(location.hash.slice(1)),
 );
 onKeyWanted(askForKey);
+addEventListener("unhandledrejection", (event) => tell("problem", event.reason?.message ?? String(event.reason)));
 nameTheme();
 
 try {
@@ -71,5 +72,5 @@ try {
     action: "Close",
   });
 }
-refreshProps();
+refreshProps(true);
 if (!matchMedia("(pointer: coarse)").matches) $("input").focus();

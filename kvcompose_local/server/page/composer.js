@@ -74,7 +74,12 @@ function render() {
       ),
     ),
   );
-  $("status").replaceChildren(...(problem ? [h("span", { class: "error", role: "alert" }, problem)] : [told()]));
+  renderStatus();
+}
+
+function renderStatus() {
+  const shown = problem ? h("span", { class: "error", role: "alert" }, problem) : told();
+  if (shown.textContent !== $("status").textContent) $("status").replaceChildren(shown); // or it is heard again
 }
 
 /** Which model, and how much of its context the chat takes. */
@@ -84,7 +89,9 @@ function told() {
   return h(
     "span",
     {},
-    [found?.id, found && total && `${count(Math.min(total, found.n_ctx))} of ${count(found.n_ctx)} tokens`].filter(Boolean).join(" · "),
+    [found?.id, found && total && `${count(Math.min(total, found.n_ctx))} of ${count(found.n_ctx)} tokens`]
+      .filter(Boolean)
+      .join(" · "),
   );
 }
 
@@ -141,6 +148,11 @@ addEventListener("drop", (event) => {
   input.focus();
 });
 
-on("shown props ended", render);
+on("shown ended", render);
+on("props", renderStatus);
+on("problem", (text) => {
+  problem = text;
+  renderStatus();
+});
 input.value = sessionStorage.getItem("draft") ?? "";
 fit();

@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import { announce } from "./dom.js";
-import { begunChat, noteMessage, showLeaf, state, tell } from "./state.js";
+import { begunChat, model, noteMessage, showLeaf, state, tell } from "./state.js";
 import * as store from "./store.js";
 import { request, titleOf } from "./tree.js";
 
@@ -35,8 +35,8 @@ export async function ask(parent, content, files) {
 /** Have a question answered, once more where it was already. */
 export async function answer(question, { chat, messages, settings } = state) {
   if (running.has(chat.id)) return;
-  const { system, model, ...options } = settings;
-  const used = model ?? state.props?.default_model;
+  const { system, model: _wanted, ...options } = settings;
+  const used = model(settings)?.id;
   const message = {
     id: store.newId(),
     chat: chat.id,

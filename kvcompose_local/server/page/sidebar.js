@@ -81,6 +81,7 @@ async function remove(chat) {
   const kept = await store.deleteChat(chat.id);
   if (state.chat?.id === chat.id) newChat();
   tell("chats");
+  $("new").focus();
   await Promise.allSettled(kept.map(api.forget)); // the server's text and cells of it
 }
 
@@ -110,9 +111,9 @@ async function importChats(file) {
 
 // -- the meter --------------------------------------------------------------------------------------------------------
 
-export async function refreshProps() {
+export async function refreshProps(mayAsk = false) {
   try {
-    state.props = await api.props();
+    state.props = await api.props(mayAsk);
   } catch (error) {
     $("ceiling-text").textContent = error.message;
     return;
@@ -164,6 +165,6 @@ $("import-input").addEventListener("change", (event) => {
 });
 narrow.addEventListener("change", () => toggleSidebar(!narrow.matches && !localStorage.getItem(CLOSED)));
 on("shown chats", render);
-on("ended", refreshProps);
+on("ended", () => refreshProps());
 setInterval(() => document.hidden || refreshProps(), 15_000);
 toggleSidebar(!narrow.matches && !localStorage.getItem(CLOSED));

@@ -8,7 +8,10 @@ export const state = { chat: null, messages: new Map(), leaf: null, settings: {}
 
 const listeners = {};
 
-/** Names: "shown" (another chat, branch or message), "message" (one grew or ended), "chats" (the list), "props". */
+/**
+ * Names: "shown" (another chat, branch or message), "message" (one grew), "ended" (an answer did), "chats" (the list),
+ * "props" (of the server, or settings), "problem" (a text).
+ */
 export function on(names, listener) {
   for (const name of names.split(" ")) (listeners[name] ??= []).push(listener);
 }
@@ -22,8 +25,9 @@ export const shownPath = () => path(state.messages, state.leaf);
 /** The last answer of what is shown that the server keeps. */
 export const keptAnswer = () => shownPath().findLast((message) => message.kept) ?? null;
 
-export const model = () => {
-  const { props, settings } = state;
+/** The model that a chat with these settings is for, as the server tells of it: one that is not served any more is not. */
+export const model = (settings = state.settings) => {
+  const { props } = state;
   return (
     props?.models.find((found) => found.id === settings.model) ??
     props?.models.find((found) => found.id === props.default_model) ??
@@ -107,7 +111,7 @@ export async function changeSettings(settings) {
 
 // Another tab wrote. What is here is only added to: a question of this tab may be on its way to the disk.
 store.subscribe(async ({ chat, message, deleted }) => {
-  tell("chats");
+  if (!message) tell("chats");
   if (chat !== state.chat?.id) return;
   if (message) return noteMessage(message);
   if (deleted) {

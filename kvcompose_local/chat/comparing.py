@@ -1,4 +1,4 @@
-"""Texts that are alike: what both begin with, and what of them counts."""
+"""Compares texts, leaving out what does not count, and finds places of one in the other."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 
-class KeptText:
+class Kept:
     """The characters of a text that count, and where they stand in the whole text."""
 
     def __init__(self, text: str, start: int, skipped: re.Pattern[str], is_marker: Callable[[str], bool]) -> None:
@@ -46,7 +46,7 @@ class KeptText:
         return self._sums[i] + min(place, self._spans[i][1]) - self._spans[i][0] if i >= 0 else 0
 
 
-def find_said(want: str, said: str, start: int) -> tuple[int, int]:
+def find(want: str, said: str, start: int) -> tuple[int, int]:
     """Where ``said`` begins and ends in ``want`` from ``start`` on; ``start`` twice where it is not there."""
     for text in (said, said.strip()):  # templates trim
         if (begin := want.find(text, start)) >= 0:
@@ -54,7 +54,7 @@ def find_said(want: str, said: str, start: int) -> tuple[int, int]:
     return start, start
 
 
-def join_at(fed: str, fed_at: int, want: str, at: int) -> int:
+def join(fed: str, fed_at: int, want: str, at: int) -> int:
     """Where to go on in ``want``: behind ``at``, and behind white space and markers that end ``fed`` already."""
     tail = fed[fed_at:]
     n = next((n for n in range(min(len(tail), len(want) - at), 0, -1) if tail.endswith(want[at : at + n])), 0)
