@@ -127,6 +127,8 @@ def test_24_chats_within_the_bytes_of_4(tiny_model: TinyModel) -> None:
         for messages, before in zip(chats, answers, strict=True):
             told = server.chat(messages)
             assert texts(told) == before
-            assert told["kvc"]["cached"] > 0.9 * n_tokens
+            assert told["kvc"]["cached"] > 0.7 * n_tokens  # another answer: what stood before it is read on to
+            messages += [{"role": "assistant", "content": before}, {"role": "user", "content": "And?"}]
+            assert server.chat(messages)["timings"]["prompt_n"] < 60  # going on: nothing but what is new
             assert keeping.n_bytes <= keep
         assert len(server.chats()) == 24
