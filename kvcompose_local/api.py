@@ -31,7 +31,7 @@ from kvcompose_local.errors import InvalidInput
 from kvcompose_local.install import models
 from kvcompose_local.install.model_files import check_gguf
 from kvcompose_local.interfaces import CacheLayout, Progress
-from kvcompose_local.llama_ffi.library import layers_to_offload
+from kvcompose_local.llama_ffi.devices import layers_to_offload
 from kvcompose_local.llama_ffi.model import Model
 from kvcompose_local.llama_ffi.rpc import add_workers
 
@@ -112,7 +112,9 @@ class LocalChat:
             n_ctx=options.n_ctx,
             budget=options.budget,
             n_threads=options.n_threads,
-            gpu_layers=layers_to_offload(options.gpu_layers, options.workers),
+            gpu_layers=layers_to_offload(
+                path, options.gpu_layers, n_ctx=options.n_ctx, budget=options.budget, workers=options.workers
+            ),
             cache_type=options.cache_type,
             sampling=options.sampling,
             progress=on_loading,

@@ -154,6 +154,8 @@ class Engine(Protocol):
     max_replay: int
     #: Why there is no ``snapshot`` of this cache, empty where there is.
     cannot_snapshot: str
+    #: Of each device, what it wants the number of a layer's rows to be a multiple of: its fast kernels need that.
+    row_steps: tuple[int, ...]
     #: Whether there are :meth:`live_rows`.
     reads_rows: bool
     #: How far ``drop_tail`` may go back without a checkpoint, in tokens from the furthest one that was decoded. Where a
@@ -197,6 +199,13 @@ class Engine(Protocol):
         """Keys and values of each layer's first ``n`` live cells: float32 (H, n, D) each, read when looked at.
 
         They are as the model made them, before a position or a quantized type turned them.
+        """
+        ...
+
+    def live_products(self, weights: Sequence[FloatArray | HalfArray], n: int) -> Sequence[FloatArray]:
+        """Of each layer what its weights, float (H, numbers of key and value), make of these rows: float32 (H, n).
+
+        The sums of each head's key and value times their weights, computed where the cells are.
         """
         ...
 

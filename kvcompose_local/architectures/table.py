@@ -1,6 +1,6 @@
-"""The architectures of the loaded llama.cpp: what memory each has, whether it is composed, and what was tried of it.
+"""A table of the loaded llama.cpp's architectures: their memory, whether it is composed, and how a trial went.
 
-Trials run in processes of their own, so that one that llama.cpp ends takes no other with it.
+Trials run in processes of their own: llama.cpp may abort one without ending the others.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TIME_LIMIT = 600
 _AT_A_TIME = 8
 
 
-#: Of their part of docs/models.md.
+#: Marks of the table's part of docs/models.md.
 HEADING = "# Architectures"
 
 
@@ -45,7 +45,7 @@ class Row:
         return self.why.startswith("FAILED")
 
 
-#: What tries architectures that are named, and prints what it found.
+#: The command that tries the architectures that it is given, and prints its findings.
 _TRIAL = (sys.executable, "-m", "kvcompose_local.architectures.trial")
 
 
@@ -88,7 +88,7 @@ def rows(n_workers: int, progress: Progress, command: Sequence[str] = _TRIAL) ->
 
 
 def text(found: Sequence[Row]) -> str:
-    """For people: a line each, and how many are composed of each class."""
+    """The table for people: a line each, and the numbers of composed ones by class."""
     width = max(len(row.architecture) for row in found) + 2
     memory = max(len(row.memory) for row in found) + 2
     lines = [f"{'architecture':<{width}}{'memory':<{memory}}below budget 1"]
@@ -101,14 +101,14 @@ def _verdict(row: Row) -> str:
 
 
 def summary(found: Sequence[Row]) -> str:
-    """How many are composed, and of which classes the others are."""
+    """The number of composed architectures, and the classes of the others."""
     others = Counter(row.memory or "no model made" for row in found if row.why)
     told = ", ".join(f"{n} {memory}" for memory, n in others.most_common())
     return f"{sum(not row.why for row in found)} of {len(found)} architectures are composed; not: {told}"
 
 
 def page(found: Sequence[Row]) -> str:
-    """The same as a part of docs/models.md."""
+    """The table as a part of docs/models.md."""
     lines = [
         HEADING,
         "",

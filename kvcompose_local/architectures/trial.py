@@ -31,13 +31,13 @@ from kvcompose_local.llama_ffi.model import Model
 #: The share of the bytes of F16 cells: with few positions it buys the least arena that llama.cpp has, so that little
 #: text compacts often.
 BUDGET = 0.25
-#: Of the logits' deviation: sums of floats in another order, and cells of 4 bits that are made anew.
+#: Tolerances, as shares of the logits' deviation: for sums in another order, and for 4-bit cells that are made anew.
 ALLOWED = 0.05
 
 
 @dataclass(frozen=True)
 class Length:
-    """Of a trial: positions, tokens that are read, and the least that these compact where a replay teaches a scorer."""
+    """The length of a trial: positions, tokens to read, and the fewest compactions where a replay teaches a scorer."""
 
     n_ctx: int = 576
     n_tokens: int = 480
@@ -51,10 +51,12 @@ def chat(load: Callable[..., Model], n_vocab: int, length: Length, gpu_layers: i
     """
     n = length.n_tokens
     tokens = np.random.default_rng(1).integers(0, n_vocab, n + 8).tolist()
+    budget = 2 * BUDGET if gpu_layers else BUDGET  # cells of a GPU are larger, and so few positions buy no 256
     engine, positions = open_engine(
         Path("trial"),
         n_ctx=length.n_ctx,
-        budget=BUDGET,
+        budget=budget,
+        cache_type="f16" if gpu_layers else None,
         n_threads=1,
         gpu_layers=gpu_layers,
         sampling=Sampling(temperature=0),
@@ -67,7 +69,7 @@ def chat(load: Callable[..., Model], n_vocab: int, length: Length, gpu_layers: i
         memory.mark()
         memory.feed(tokens[n - 4 : n])
         whole = length.n_ctx * engine.shape.uncompressed_row_bytes
-        _check(engine.cache_bytes <= BUDGET * whole, "more than the budget")
+        _check(engine.cache_bytes <= budget * whole, "more than the budget")
         n_compactions = len(memory.reports)
         _check(n_compactions >= length.n_compactions, f"{n_compactions} compactions")
         _check(memory.used_bytes < engine.shape.row_bytes * memory.position, "nothing was dropped")
@@ -112,13 +114,13 @@ def _logits(engine: LlamaEngine, memory: CacheMemory, tokens: Sequence[int]) -> 
 
 
 def _memory(model: Model) -> Memory:
-    """Of the model as it would be run."""
+    """The memory of the model as ``run`` would open it."""
     with Context(model, n_ctx=CELL_PADDING, n_ubatch=64, n_threads=1, flash_attention=True, n_outputs=64) as context:
         return memory_of(context)
 
 
 def tried(arch: str) -> dict[str, Any]:
-    """Whether llama.cpp makes a model of it, what memory that has, whether it is composed, and what was done."""
+    """Try one architecture: whether llama.cpp makes a model, its memory, whether it is composed, how a chat went."""
     found: dict[str, Any] = {"architecture": arch, "memory": "", "why": "", "tried": ""}
     try:
         model = tiny(arch)
@@ -141,7 +143,7 @@ def tried(arch: str) -> dict[str, Any]:
 
 
 def main(names: Sequence[str], trial: Callable[[str], dict[str, Any]] = tried) -> None:
-    """Try these, each in a line before and a line after."""
+    """Try these architectures; print a line before and a line after each."""
     for name in names:
         print(json.dumps({"begun": name}), flush=True)
         print(json.dumps(trial(name)), flush=True)

@@ -25,7 +25,7 @@ from kvcompose_local.chat.report import CompactionReport
 from kvcompose_local.chat.scoring import Learned, Replayed, Scored, Scoring
 from kvcompose_local.chat.spans import n_within, within
 from kvcompose_local.chat.state import MemoryState
-from kvcompose_local.composing.cell_scores import CellScores
+from kvcompose_local.composing.cell_scores import CellScores, kept_shares
 from kvcompose_local.composing.choice import choose, competing
 from kvcompose_local.composing.policy import Policy, Room
 from kvcompose_local.composing.scorer import Scorer
@@ -66,7 +66,8 @@ class CacheMemory:
         self.engine = engine
         self.n_ctx = n_ctx
         self.compose = compose
-        self._policy = policy or Policy.for_cells(sum(engine.arena_bytes) // max(engine.shape.row_bytes, 1))
+        n_cells = sum(engine.arena_bytes) // max(engine.shape.row_bytes, 1)
+        self._policy = policy or Policy.for_cells(n_cells, on_device=max(engine.row_steps) > 1)
         self.scoring: Scoring
         if not engine.reads_rows or replay:
             self.scoring = Replayed(engine)
@@ -282,6 +283,9 @@ class CacheMemory:
             room.composed_bytes_within(at_most, n_tail, n_pinned),
             room.device,
             per_layer=self.engine.per_layer,
+            steps=self.engine.row_steps,
+            n_beside=room.n_beside(n_tail),
+            at_least=n_pinned,
         )
 
     @contextlib.contextmanager
@@ -333,6 +337,11 @@ class CacheMemory:
     def n_pinned(self) -> int:
         """Tokens that are pinned."""
         return n_within(self.pins)
+
+    def kept(self) -> FloatArray:
+        """The share of all layers' heads that still hold each token that was seen: float32 (tokens,)."""
+        layout = self.engine.layout()
+        return kept_shares(self._scores.origins, layout.position, layout.n_live)
 
     def state(self) -> MemoryState:
         """A copy of everything, for :meth:`restore`."""

@@ -67,8 +67,8 @@ class Scored:
         first = len(tokens) - self._engine.layout().n_live
         if progress is not None:
             progress(0, n)
-        rows = self._engine.live_rows(n)
-        return [self.scorer.scores(i, *rows[i], first).astype(DTYPE) for i in range(len(rows))]
+        sums = self._engine.live_products(self.scorer.weights, n)
+        return [self.scorer.placed(i, of_layer, first).astype(DTYPE) for i, of_layer in enumerate(sums)]
 
 
 class Replayed:

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import json
 import re
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
+from kvcompose_local.chat.comparing import Kept, find, join, n_common
 from kvcompose_local.chat.reasoning import Format
 from kvcompose_local.errors import InvalidInput
 
@@ -316,17 +315,17 @@ class Transcript:
         ours, theirs = self._kept(self.fed, start), self._kept(want, start)
         n_same = n_common(ours.text, theirs.text)
         if n_same == len(ours.text):  # all that was fed
-            return self.end, _join(self.fed, ours.place(n_same), want, theirs.place(n_same)), True
+            return self.end, join(self.fed, ours.place(n_same), want, theirs.place(n_same)), True
         differs = ours.starts_at(n_same)
         edge = max(edge for edge in self._edges if edge.n_chars <= differs)
         if edge.n_chars <= start:
             return edge, edge.n_chars, False
         n_before = ours.n_before(edge.n_chars)
-        return edge, _join(self.fed[: edge.n_chars], ours.place(n_before), want, theirs.place(n_before)), False
+        return edge, join(self.fed[: edge.n_chars], ours.place(n_before), want, theirs.place(n_before)), False
 
-    def _kept(self, text: str, start: int) -> _Kept:
+    def _kept(self, text: str, start: int) -> Kept:
         """The part of a text from ``start`` on that counts: no white space, no markers, no empty thinking."""
-        return _Kept(text, start, self._skipped, self._is_marker)
+        return Kept(text, start, self._skipped, self._is_marker)
 
     @property
     def _skipped(self) -> re.Pattern[str]:
@@ -368,15 +367,15 @@ class Transcript:
             after = steps[i + 1] if i + 1 < len(steps) else None
             said = self.messages[step.n_messages : after.n_messages if after else None]
             if not said:  # a document
-                queue_to(_find(want, (after.draft if after else self.draft)[len(step.draft) :], at)[1])
+                queue_to(find(want, (after.draft if after else self.draft)[len(step.draft) :], at)[1])
                 continue
             if step.answer is None or step.answer > edge:
-                queue_to(_find(want, said[0]["content"][len(step.draft) :], at)[1])
+                queue_to(find(want, said[0]["content"][len(step.draft) :], at)[1])
                 if len(said) > 1:
-                    queue_to(_find(want, said[1]["content"], at)[0])
+                    queue_to(find(want, said[1]["content"], at)[0])
                 self.steps[-1] = replace(self.steps[-1], answer=self.end)
             if len(said) > 1:
-                queue_to(_find(want, said[1]["content"], at)[1])
+                queue_to(find(want, said[1]["content"], at)[1])
         queue_to(len(want))
         return n_new
 
@@ -392,7 +391,7 @@ class Transcript:
             begin, answer = self.end, None
             after = self.steps[i + 1].n_messages if i + 1 < len(self.steps) else None
             for message in self.messages[step.n_messages : after]:
-                start, end = _find(want, message["content"], at)
+                start, end = find(want, message["content"], at)
                 if message["role"] == "assistant" and answer is None:
                     self.queue(want, at, max(start, at))
                     at, answer = max(start, at), self.end
@@ -449,68 +448,3 @@ class Transcript:
         """Whether a transcript that begins with ``text`` begins with a token that is not in it."""
         bos = self.model.special_text("bos")
         return self.model.adds_bos and not (bos and text.lstrip().startswith(bos))
-
-
-class _Kept:
-    """The characters of a text that count, and where they stand in the whole text."""
-
-    def __init__(self, text: str, start: int, skipped: re.Pattern[str], is_marker: Callable[[str], bool]) -> None:
-        spans, place = [], start
-        for found in skipped.finditer(text, start):
-            if found.lastgroup == "maybe" and not is_marker(found.group()):
-                continue
-            if found.start() > place:
-                spans.append((place, found.start()))
-            place = found.end()
-        if place < len(text):
-            spans.append((place, len(text)))
-        self.text = "".join(text[begin:end] for begin, end in spans)
-        self._spans = spans
-        self._sums = [0, *accumulate(end - begin for begin, end in spans)]
-        self._start, self._end = start, len(text)
-
-    def place(self, n: int) -> int:
-        """Where the first ``n`` kept characters end in the whole text."""
-        if n == 0:
-            return self._start
-        i = bisect_left(self._sums, n) - 1
-        return self._spans[i][0] + n - self._sums[i]
-
-    def starts_at(self, n: int) -> int:
-        """Where kept character ``n`` stands in the whole text; the end of the text behind the last one."""
-        if n >= len(self.text):
-            return self._end
-        i = bisect_right(self._sums, n) - 1
-        return self._spans[i][0] + n - self._sums[i]
-
-    def n_before(self, place: int) -> int:
-        """How many kept characters stand before a place in the whole text."""
-        i = bisect_right([begin for begin, _ in self._spans], place) - 1
-        return self._sums[i] + min(place, self._spans[i][1]) - self._spans[i][0] if i >= 0 else 0
-
-
-def _find(want: str, said: str, start: int) -> tuple[int, int]:
-    """Where ``said`` begins and ends in ``want`` from ``start`` on; ``start`` twice where it is not there."""
-    for text in (said, said.strip()):  # templates trim
-        if (begin := want.find(text, start)) >= 0:
-            return begin, begin + len(text)
-    return start, start
-
-
-def _join(fed: str, fed_at: int, want: str, at: int) -> int:
-    """Where to go on in ``want``: behind ``at``, and behind white space and markers that end ``fed`` already."""
-    tail = fed[fed_at:]
-    n = next((n for n in range(min(len(tail), len(want) - at), 0, -1) if tail.endswith(want[at : at + n])), 0)
-    return at + n
-
-
-def n_common(one: Sequence[object], other: Sequence[object]) -> int:
-    """How many tokens or characters both begin with."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

@@ -25,11 +25,15 @@ from kvcompose_local.install.resources import CACHE_VARIABLE, cache_folder, data
 State = Literal["ok", "warn", "fail"]
 
 _GB = 10**9
-#: Prints why the library cannot be loaded, or which engine can run on it.
+#: Prints why the library cannot be loaded, or which engine can run on it, and to stderr a line a GPU.
 _LOAD = """
+import sys
 from kvcompose_local.errors import KVComposeError
 try:
     from kvcompose_local.llama_ffi.cells import library_is_patched
+    from kvcompose_local.llama_ffi.devices import gpus
+    for gpu in gpus():
+        print(f"{gpu.name}, {gpu.description}, {gpu.free / 1e9:.1f} of {gpu.total / 1e9:.1f} GB free", file=sys.stderr)
     print("patched" if library_is_patched() else "stock")
 except KVComposeError as error:
     print(error)
@@ -50,9 +54,9 @@ class Check:
 def report() -> list[Check]:
     """All findings, in the order in which a user would mend them. Never raises for what it finds."""
     library = find_library()
-    kind = library.problem or _loaded()
+    kind, devices = (library.problem, []) if library.problem else _loaded()
     checks = [_python(), _compiler(), _build_tools(), _bindings(), _library(library, kind)]
-    checks += [_device(library.folder), _engine(library, kind)]
+    checks += [_device(library.folder, devices), _engine(library, kind)]
     checks += [_cache_folder(is_needed=isinstance(kind, Problem)), _sessions(), _default_model(), _memory()]
     return checks
 
@@ -94,18 +98,18 @@ def _bindings() -> Check:
     return Check("bindings", "ok", str(read_pin(data_file("patches"))))
 
 
-def _loaded() -> Problem | str:
-    """The engine that runs on the library, "patched" or "stock", or what ``run`` would fail with when it loads it."""
+def _loaded() -> tuple[Problem | str, list[str]]:
+    """The engine that runs on the library, "patched" or "stock", or what ``run`` would fail with; and its GPUs."""
     command = [sys.executable, "-c", _LOAD]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_LOAD_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return Problem(f"the library could not be tried ({error})", "try again")
+        return Problem(f"the library could not be tried ({error})", "try again"), []
     if done.returncode:
-        return Problem(f"loading the library ends a process with code {done.returncode}", BUILD)
+        return Problem(f"loading the library ends a process with code {done.returncode}", BUILD), []
     told = done.stdout.strip()
     text, _, remedy = told.rpartition(": ")
-    return told if told in ("patched", "stock") else Problem(text, remedy)
+    return told if told in ("patched", "stock") else Problem(text, remedy), done.stderr.splitlines()
 
 
 def _library(library: Library, kind: Problem | str) -> Check:
@@ -118,11 +122,18 @@ def _library(library: Library, kind: Problem | str) -> Check:
     return Check("library", "ok", f"{kind}, {facts['pin']}, key {facts['key']}, {facts['date']}: {library.folder}")
 
 
-def _device(folder: Path | None) -> Check:
+def _device(folder: Path | None, devices: list[str]) -> Check:
+    """devices: a line for each GPU that the library finds."""
     from kvcompose_local.install.threads import default_threads
 
-    if folder is not None and any(folder.glob("libggml-metal*")):
+    backends = [name for name in ("Metal", "CUDA", "Vulkan") if folder and any(folder.glob(f"libggml-{name.lower()}*"))]
+    if devices:
+        return Check("device", "ok", f"{', '.join(backends)}: {'; '.join(devices)}".removeprefix(": "))
+    if backends == ["Metal"]:
         return Check("device", "ok", "Metal")
+    if backends:
+        remedy = "look at its driver (nvidia-smi, vulkaninfo)"
+        return Check("device", "warn", f"CPU only: {backends[0]} finds no GPU", remedy)
     apple_silicon = sys.platform == "darwin" and platform.machine() == "arm64"
     if folder is not None and apple_silicon:
         return Check("device", "warn", "CPU only, this library has no Metal", BUILD)

@@ -55,9 +55,9 @@ class Inspection:
     def type_at(self, budget: float) -> str:
         """How cells are stored under a budget."""
         from kvcompose_local.llama_ffi.cells import library_is_patched
-        from kvcompose_local.llama_ffi.library import layers_to_offload
+        from kvcompose_local.llama_ffi.devices import gpus
 
-        one_type, patched = self.one_type or layers_to_offload(None) > 0, library_is_patched()
+        one_type, patched = self.one_type or bool(gpus()), library_is_patched()
         return self.cache_type or default_cache_type(
             budget, whole_blocks=self.whole_blocks, one_type=one_type, patched=patched, kl=self.kl
         )

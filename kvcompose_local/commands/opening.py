@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from kvcompose_local.llama_ffi.loading import Loading
 
 
-def begin_loading(context: click.Context, model: str | None, gpu_layers: int | None) -> Loading | None:
+def begin_loading(context: click.Context, model: str | None, options: ChatOptions) -> Loading | None:
     """Let another thread load a model that is there; None where something is wrong, which is told in its turn."""
     from kvcompose_local.install import models
     from kvcompose_local.install.model_files import check_gguf
@@ -35,10 +36,11 @@ def begin_loading(context: click.Context, model: str | None, gpu_layers: int | N
         check_gguf(path)
     except KVComposeError:
         return None
-    from kvcompose_local.llama_ffi.library import layers_to_offload
+    from kvcompose_local.llama_ffi.devices import layers_to_offload
     from kvcompose_local.llama_ffi.loading import Loading
 
-    loading = Loading(path, gpu_layers=layers_to_offload(gpu_layers))
+    n_layers = layers_to_offload(path, options.gpu_layers, n_ctx=options.n_ctx, budget=options.budget)
+    loading = Loading(path, gpu_layers=n_layers)
     context.call_on_close(loading.close)
     return loading
 
@@ -63,6 +65,8 @@ def open_chat(
     from kvcompose_local.llama_ffi.library import found
     from kvcompose_local.llama_ffi.model import Model
 
+    if load is not None:  # it takes of the memory that decides the number
+        options = replace(options, gpu_layers=load.gpu_layers)
     with interrupts.caught():  # an exception would be lost in native frames
         local = LocalChat(
             path,

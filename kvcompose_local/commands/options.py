@@ -41,7 +41,7 @@ threads_option = click.option(
     "--threads", "n_threads", type=click.IntRange(1, os.cpu_count() or 1), help="CPU threads.  [default: fast cores]"
 )
 gpu_layers_option = click.option(
-    "--gpu-layers", type=click.IntRange(0), help="Layers on the GPU.  [default: all with Metal, else 0]"
+    "--gpu-layers", type=click.IntRange(0), help="Layers on the GPU.  [default: as many as its free memory holds]"
 )
 cache_type_option = click.option("--cache-type", type=click.Choice(CACHE_TYPES), help="As in run.")
 

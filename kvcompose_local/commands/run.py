@@ -160,7 +160,7 @@ def run_command(context: click.Context, model: str | None, options: ChatOptions,
     request.check()
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # nothing here uses them, and they spin while a model loads
     is_alone = request.session is None and not options.workers
-    load = begin_loading(context, model, options.gpu_layers) if is_alone else None
+    load = begin_loading(context, model, options) if is_alone else None
     if load is not None:  # what is needed later is imported while the model is loaded
         for name in ("kvcompose_local.chat.template", "kvcompose_local.api"):
             importlib.import_module(name)

@@ -26,6 +26,8 @@ from kvcompose_local.interfaces import FloatArray, IntArray
 _FLOATS = range(-0x7F800001, 0x7F800001)
 #: The share of the cells that layers do not compete for.
 SHARED_EVENLY = 0.1
+#: Steps that a layer's cells are on average, at the least, for budgets to be multiples of a step.
+COARSE = 3
 
 
 def allocate_layer_budgets(
@@ -138,12 +140,19 @@ def allocate_composites(
     row_bytes: Sequence[int] | NDArray[Any],
     byte_budget: int | Sequence[int] | NDArray[Any],
     device: Sequence[int] | NDArray[Any] | None = None,
+    *,
+    steps: Sequence[int] = (),
+    n_beside: int = 0,
+    at_least: int = 0,
 ) -> IntArray:
     """:func:`allocate_bytes` for the worth of composite tokens: int64 (L,).
 
     worths: L float32 arrays (T_l,), best first. Layers share :data:`SHARED_EVENLY` of each limit evenly before they
     compete. This project added that, and the power mean that makes worths (:mod:`composing.choice`): together they
     halve the KL divergence at a tenth of the cells (docs/decisions.md).
+
+    steps: of each limit, what its layers' cells and the ``n_beside`` that all have are to be a multiple of together, as
+    far as a layer has as many and each keeps ``at_least`` so many; not where few cells make that too coarse.
     """
     limits = _Limits.checked(len(worths), row_bytes, byte_budget, device)
     floors = [
@@ -151,7 +160,41 @@ def allocate_composites(
         for index, limit in enumerate(limits.limits)
         if (needed := int(limits.cost[limits.device == index].sum()))
     ]
-    return _allocate([*worths], limits, min(floors, default=0))
+    stepped = _stepped(worths, limits, steps, n_beside, at_least)
+    if (stepped >= 0).all():
+        return stepped
+    budgets = _allocate([*worths], limits, min(floors, default=0))
+    return np.where(stepped < 0, budgets, stepped)
+
+
+def _stepped(
+    worths: Sequence[FloatArray], limits: _Limits, steps: Sequence[int], n_beside: int, at_least: int
+) -> IntArray:
+    """Budgets of the layers whose limit wants and allows steps, -1 of others: int64 (L,)."""
+    budgets = np.full(len(worths), -1, np.int64)
+    for index, step in enumerate(steps):
+        layers = np.flatnonzero((limits.device == index) & (limits.cost > 0))
+        if step > 1 and layers.size:
+            some, costs = [worths[i] for i in layers.tolist()], limits.cost[layers]
+            found = _in_steps(some, costs, limits.limits[index], step, n_beside)
+            if found is not None and all(k >= min(at_least, x.size) for k, x in zip(found, some, strict=True)):
+                budgets[layers] = found
+    return budgets
+
+
+def _in_steps(worths: list[FloatArray], cost: IntArray, limit: int, step: int, n_beside: int) -> IntArray | None:
+    """Budgets of which each is a multiple of ``step`` with the cells beside: int64 (L,); None where that is too coarse.
+
+    Groups of ``step`` ranks compete by their mean.
+    """
+    first = -n_beside % step
+    left = limit - first * int(cost.sum())
+    if limit // int(cost.sum()) + n_beside < COARSE * step or left < 0 or min(x.size for x in worths) < first:
+        return None
+    groups = [x[first : x.size - (x.size - first) % step].reshape(-1, step).mean(axis=1) for x in worths]
+    evenly = max(int(limit * SHARED_EVENLY) // int(cost.sum()) - first, 0) // step
+    limits = _Limits(cost * step, np.zeros_like(cost), (left,))
+    return np.asarray(first + step * _allocate(groups, limits, evenly))
 
 
 def layer_counts(name: str, values: Sequence[int] | NDArray[Any], n_layers: int) -> IntArray:

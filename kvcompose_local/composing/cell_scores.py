@@ -18,6 +18,20 @@ from kvcompose_local.errors import InvalidInput
 from kvcompose_local.interfaces import FloatArray, HalfArray, LayerShape, Lazy, Selection
 
 
+def kept_shares(origins: Sequence[Selection], n_tokens: int, n_live: int) -> FloatArray:
+    """How many of all layers' heads hold a cell of each token, as a share: float32 (n_tokens,).
+
+    origins: L int arrays (H, K_l), positions of the composed cells' tokens. The newest ``n_live`` tokens are live, and
+    held by all heads.
+    """
+    counts = np.zeros(n_tokens, np.int64)
+    for places in origins:
+        counts += np.bincount(places.ravel(), minlength=n_tokens)[:n_tokens]
+    shares = (counts / max(sum(len(places) for places in origins), 1)).astype(np.float32)
+    shares[n_tokens - n_live :] = 1
+    return shares
+
+
 class CellScores:
     """The scores of all layers. A layer's arrays are joined only when somebody asks for them, which saves memory."""
 
@@ -58,6 +72,11 @@ class CellScores:
             n = int(older.sum(axis=1).min(initial=origins.shape[1]))
             chosen.append(np.argsort(~older, axis=1, kind="stable")[:, :n])
         return chosen
+
+    @property
+    def origins(self) -> Sequence[Selection]:
+        """Positions of the composed cells' tokens: L int arrays (H, K_l)."""
+        return self._origins
 
     def view(self) -> tuple[Sequence[FloatArray], Sequence[Selection]]:
         """What :meth:`restored` takes: float32 (H, K_l) scores and int32 (H, K_l) origins of each layer.

@@ -7,7 +7,7 @@ exponent 1/2 of their scores. By their worth the composite tokens of all layers 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -21,17 +21,28 @@ PINNED = 2 * BOUNDS[1]
 
 
 def choose(
-    layers: Iterable[FloatArray], row_bytes: IntArray, room: IntArray, device: IntArray, *, per_layer: bool = True
+    layers: Iterable[FloatArray],
+    row_bytes: IntArray,
+    room: IntArray,
+    device: IntArray,
+    *,
+    per_layer: bool = True,
+    steps: Sequence[int] = (),
+    n_beside: int = 0,
+    at_least: int = 0,
 ) -> list[Selection]:
     """The rows that become composed cells, of each layer int (H, K_l), best first.
 
     layers: L float arrays (H, T_l) as :func:`competing` gives them, each looked at once; row_bytes: int64 (L,), of a
     layer's cell; room: int64 (devices,), bytes for composed cells; device: int64 (L,), whose room a layer draws on;
-    per_layer: False where every layer is to keep equally many, or all of its rows where they are fewer.
+    per_layer: False where every layer is to keep equally many, or all of its rows where they are fewer; steps,
+    n_beside, at_least: of :func:`~kvcompose_local.composing.budgets.allocate_composites`.
     """
     orders, worths = ranked(layers)
     if per_layer:
-        counts = allocate_composites(worths, row_bytes, room.tolist(), device=device).tolist()
+        counts = allocate_composites(
+            worths, row_bytes, room.tolist(), device, steps=steps, n_beside=n_beside, at_least=at_least
+        ).tolist()
     else:
         bytes_of_all = np.bincount(device, weights=row_bytes, minlength=len(room)).astype(np.int64)
         counts = [int((room // np.maximum(bytes_of_all, 1)).min())] * len(orders)
@@ -72,7 +83,9 @@ def ranked(layers: Iterable[FloatArray]) -> tuple[list[Selection], list[FloatArr
         order = np.argsort(_falling(halves), axis=1, kind="stable")
         roots = np.exp(np.take_along_axis(halves, order, axis=1), dtype=np.float32) ** np.float32(0.5)
         orders.append(order.astype(np.min_scalar_type(max(order.shape[1] - 1, 0))))
-        worths.append(roots.mean(axis=0, dtype=np.float64).astype(np.float32))
+        worths.append(
+            roots.astype(np.float64).mean(axis=0).astype(np.float32)
+        )  # dtype=np.float64 takes ten times as long
     return orders, worths
 
 

@@ -2,7 +2,7 @@
 
 What is expected is the mean of a *power* of the attention, and a score is its root. With a power of 1 a token of a text
 full of long names, each of which one question in forty looks at closely, is worth less than a word that every question
-glances at. But an answer bears the lack of what it glances at, and not of what it copies (docs/trials.md).
+glances at. But an answer bears the lack of what it glances at, and not of what it copies (docs/decisions.md).
 """
 
 from __future__ import annotations

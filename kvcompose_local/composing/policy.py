@@ -12,6 +12,8 @@ from kvcompose_local.interfaces import IntArray, LayerShape
 
 #: Tokens of the tail that stay even where pinned tokens need its room, or where the user asks for a compaction.
 LEAST_TAIL = 8
+#: Tokens that are read between two compactions on a device, at the most.
+MOST_ON_DEVICE = 2048
 
 
 @dataclass(frozen=True)
@@ -27,18 +29,18 @@ class Policy:
     n_scratch: int = 128
 
     @classmethod
-    def for_cells(cls, n_cells: int) -> Policy:
+    def for_cells(cls, n_cells: int, *, on_device: bool = False) -> Policy:
         """A sixteenth of the cells for headroom, one for scratch and a sixth for the tail, all of them bounded.
 
         The tail is for reading well, not for answering: a text whose last sentence is half gone is misread
-        (docs/decisions.md).
+        (docs/decisions.md). On a device reading is so fast that a compaction costs as much as hundreds of tokens: there
+        a quarter of the cells is headroom.
         """
         chunk = min(max(-(-n_cells // 16), 24), 256)
-        return cls(
-            n_tail=min(max(n_cells // 6, 8), 128),
-            n_headroom=2 * chunk if n_cells >= 31 * chunk else chunk,
-            n_scratch=chunk,
-        )
+        n_headroom = 2 * chunk if n_cells >= 31 * chunk else chunk
+        if on_device:
+            n_headroom = min(max(n_cells // 4, n_headroom), MOST_ON_DEVICE)
+        return cls(n_tail=min(max(n_cells // 6, 8), 128), n_headroom=n_headroom, n_scratch=chunk)
 
     @property
     def least_tail(self) -> int:
@@ -75,8 +77,11 @@ class Room:
 
     def composed_bytes(self, n_tail: int) -> IntArray:
         """Bytes that each arena has for composed cells beside tail, headroom and scratch: int64 (devices,)."""
-        reserved = n_tail + self.policy.n_headroom + self.policy.n_scratch
-        return np.array(self.arena_bytes, np.int64) - reserved * self.live_bytes
+        return np.array(self.arena_bytes, np.int64) - self.n_beside(n_tail) * self.live_bytes
+
+    def n_beside(self, n_tail: int) -> int:
+        """Live cells that every layer has beside its composed ones: tail, headroom and scratch."""
+        return n_tail + self.policy.n_headroom + self.policy.n_scratch
 
     def n_composed(self, n_tail: int) -> int:
         """Composed cells that every layer may have beside a tail, below 0 where the tail itself does not fit."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,17 @@ def features_of(keys: FloatArray, values: FloatArray) -> FloatArray:
     keys, values: float (H, T, D), keys as they were before RoPE.
     """
     return np.concatenate([keys, values], axis=2, dtype=np.float32)
+
+
+def products(weights: FloatArray | HalfArray, keys: FloatArray, values: FloatArray) -> FloatArray:
+    """The features of tokens times the weights of their heads, summed: float32 (H, T).
+
+    weights: float (H, F); keys, values: as :func:`features_of` takes them. Raises InvalidInput where they do not fit.
+    """
+    features = features_of(keys, values)
+    if weights.shape != features.shape[::2]:
+        raise InvalidInput("the model's profile is of other heads: measure it again")
+    return np.asarray((features @ weights.astype(np.float32)[..., None])[..., 0])
 
 
 @dataclass(frozen=True)
@@ -77,19 +88,27 @@ class Scorer:
         keys, values: float32 (H, T, D), keys as they were before RoPE, of tokens at positions from ``first`` on. Raises
         InvalidInput for another number of heads or features.
         """
-        weights, places = self.weights[layer].astype(np.float32), self.places[layer]
-        features = features_of(keys, values)
-        n_heads, n_tokens, n_features = features.shape
-        if weights.shape != (n_heads, n_features):
-            raise InvalidInput("the model's profile is of other heads: measure it again")
-        positions = self._logarithm(np.arange(first, first + n_tokens) + 1)
-        scores = (features @ weights[..., None])[..., 0] + places[:, 1:2] * positions + places[:, 2:]
-        return np.asarray(np.clip(scores, *BOUNDS), np.float32)
+        return self.placed(layer, products(self.weights[layer], keys, values), first)
+
+    def placed(self, layer: int, sums: FloatArray, first: int) -> FloatArray:
+        """The same of what :func:`products` gives."""
+        places = self.places[layer]
+        positions = self._logarithm(np.arange(first, first + sums.shape[1]) + 1)
+        return np.asarray(np.clip(sums + places[:, 1:2] * positions + places[:, 2:], *BOUNDS), np.float32)
 
     def ages(self, layer: int, origins: npt.NDArray[np.integer[Any]], n_seen: int) -> FloatArray:
         """What age adds: float32 (H, T); origins: int (H, T) or (T,), positions of the tokens, below ``n_seen``."""
-        logarithms = self._logarithm(n_seen - np.arange(n_seen))  # a table: a logarithm costs more than a look
+        logarithms = _ages(n_seen, self.furthest)  # a table: a logarithm costs more than a look
         return np.asarray(self.places[layer][:, :1] * logarithms[origins], np.float32)
 
     def _logarithm(self, places: IntArray) -> FloatArray:
-        return np.log(np.clip(places, 1, self.furthest)).astype(np.float32)
+        return _logarithm(places, self.furthest)
+
+
+@lru_cache(maxsize=1)  # all layers of a compaction ask for the same
+def _ages(n_seen: int, furthest: int) -> FloatArray:
+    return _logarithm(n_seen - np.arange(n_seen), furthest)
+
+
+def _logarithm(places: IntArray, furthest: int) -> FloatArray:
+    return np.log(np.clip(places, 1, furthest)).astype(np.float32)

@@ -19,7 +19,7 @@ from kvcompose_local.arena import (
     value_types,
 )
 from kvcompose_local.engines.base import LlamaEngine
-from kvcompose_local.engines.patched import PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
+from kvcompose_local.engines.patched import DEVICE_MICRO_BATCH, PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.errors import InvalidInput, ModelError
 from kvcompose_local.install.threads import default_threads
 from kvcompose_local.interfaces import Sampling
@@ -123,7 +123,7 @@ def _patched(model: Model, cache: _Cache, n_outputs: int) -> LlamaEngine:
             n_positions=cache.n_positions,
             n_threads=cache.n_threads,
             cache_type=cache.cache_type,
-            n_ubatch=PREFILL_MICRO_BATCH if cache.budget == 1 else SMALL_MICRO_BATCH,
+            n_ubatch=_micro_batch(model, cache.budget),
             n_outputs=n_outputs,
             sampling=cache.sampling,
         )
@@ -131,6 +131,12 @@ def _patched(model: Model, cache: _Cache, n_outputs: int) -> LlamaEngine:
         if cache.budget < 1:
             raise ModelError(f"{model.architecture} runs with --budget 1 only: {error}") from error
         return _stock(model, cache)
+
+
+def _micro_batch(model: Model, budget: float) -> int:
+    if model.gpu_layers > 0:
+        return DEVICE_MICRO_BATCH
+    return PREFILL_MICRO_BATCH if budget == 1 else SMALL_MICRO_BATCH
 
 
 def _stock(model: Model, cache: _Cache) -> LlamaEngine:

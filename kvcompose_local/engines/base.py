@@ -19,6 +19,7 @@ from kvcompose_local.interfaces import (
     CacheLayout,
     CacheSnapshot,
     FloatArray,
+    HalfArray,
     IntArray,
     ModelShape,
     Progress,
@@ -52,6 +53,7 @@ class LlamaEngine(ABC):
     name: str
     per_layer: bool
     arena_bytes: tuple[int, ...]
+    row_steps: tuple[int, ...] = (1,)
     cache_bytes: int
     max_replay: int
     max_drop: int
@@ -101,6 +103,10 @@ class LlamaEngine(ABC):
 
     def live_rows(self, n: int) -> Sequence[tuple[FloatArray, FloatArray]]:
         """See :meth:`Engine.live_rows`."""
+        raise EngineError(f"the {self.name} engine does not tell how keys were turned")
+
+    def live_products(self, weights: Sequence[FloatArray | HalfArray], n: int) -> Sequence[FloatArray]:
+        """See :meth:`Engine.live_products`."""
         raise EngineError(f"the {self.name} engine does not tell how keys were turned")
 
     @abstractmethod

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcompose_local.arena import CELL_PADDING, SOFTMAX_SHARE
+from kvcompose_local.composing.scorer import products
 from kvcompose_local.engines.base import TILE, LlamaEngine, softmax_queries
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput
 from kvcompose_local.interfaces import (
@@ -22,6 +23,7 @@ from kvcompose_local.interfaces import (
     CacheLayout,
     CacheSnapshot,
     FloatArray,
+    HalfArray,
     IntArray,
     LayerShape,
     Lazy,
@@ -41,10 +43,14 @@ PREFILL_MICRO_BATCH = 320
 #: The same under a budget: its work buffers come out of what the budget saves, and most of what is read there comes in
 #: smaller pieces (:meth:`PatchedEngine.micro_batch`).
 SMALL_MICRO_BATCH = 192
+#: The same where layers are on a device, at every budget: a micro-batch costs it more in launches than in products.
+DEVICE_MICRO_BATCH = 512
 #: The strictest alignment of a buffer type that llama.cpp has, in bytes; K and V of each layer may lose as much.
 ALIGNMENT = 256
 #: What a device may add to K and to V of each layer, in bytes: CUDA fills quantized rows up to 512 numbers.
 DEVICE_PADDING = 1024
+#: Rows of a layer that a device's kernels take at a time: other numbers get slower ones (CUDA: ``FATTN_KQ_STRIDE``).
+DEVICE_ROWS = 256
 
 
 class PatchedEngine(LlamaEngine):
@@ -106,6 +112,7 @@ class PatchedEngine(LlamaEngine):
         self._has_window = bool(info.has_window)
         self.moves_on = self._has_window or model.is_recurrent
         on_host = [self._cells.arena(i).name == b"CPU" for i in range(info.n_arenas)]
+        self.row_steps = tuple(1 if host else DEVICE_ROWS for host in on_host)
         slack = [
             2 * (ALIGNMENT + DEVICE_PADDING * (not on_host[i])) * sum(x.arena == i for x in layers)
             for i in range(info.n_arenas)
@@ -157,6 +164,10 @@ class PatchedEngine(LlamaEngine):
         fitting = n_ubatch * self._context.n_ctx // max(int(self._cells.info().n_cells), 1)
         return min(n_ubatch, max(fitting, TILE))
 
+    def micro_batch(self) -> int:
+        """Tokens that :meth:`decode` takes at a time; on a device all that its graphs take."""
+        return self._context.n_ubatch if max(self.row_steps) > 1 else super().micro_batch()
+
     def softmax_micro_batch(self, n_tokens: int) -> int:
         return self._fitting_queries(self._n_columns(n_tokens))
 
@@ -199,6 +210,14 @@ class PatchedEngine(LlamaEngine):
 
         return Lazy(len(self.shape.layers), rows)
 
+    def live_products(self, weights: Sequence[FloatArray | HalfArray], n: int) -> Sequence[FloatArray]:
+        """See :meth:`Engine.live_products`."""
+        rows = self.live_rows(n)
+        has_values = all(self._cells.layer(i).v_row_bytes for i in range(len(rows)))
+        if any(turn.gain for turn in self._turns) or not has_values:
+            return [products(of_layer, *rows[i]) for i, of_layer in enumerate(weights)]
+        return self._cells.products(weights, n)
+
     def rewrite(
         self,
         selection: Sequence[Selection],
@@ -225,7 +244,8 @@ class PatchedEngine(LlamaEngine):
             self._cells.rewrite(n_live_cap, n_tail, selection, n_forgotten)
         finally:  # a rewrite that fails half-way leaves the cache empty
             self._composed = tuple(int(self._cells.layer(i).n_composed) for i in range(self._cells.n_layers))
-        give_small_blocks_back()  # what the choice of cells took
+        if max(self.row_steps) == 1:  # what the choice of cells took; its milliseconds are many beside a device
+            give_small_blocks_back()
 
     def _go_back(self, n_forgotten: int, checkpoint: ByteArray) -> None:
         """Restore the moving part from a checkpoint, whose position is the cache's from now on."""
@@ -236,15 +256,20 @@ class PatchedEngine(LlamaEngine):
 
     def _fitting_live_cells(self, composed: Sequence[int], n_live: int) -> int:
         """Live cells that every arena holds beside the composed ones, of which ``n_live`` are in use."""
-        fitting = []
+        fitting, odd = [], set()
         for device, size in enumerate(self.arena_bytes):
             layers = [(x, k) for x, k in zip(self.shape.layers, composed, strict=True) if x.device == device]
             if layers:
                 left = size - sum(layer.row_bytes * k for layer, k in layers)
                 fitting.append(left // sum(layer.row_bytes for layer, _ in layers))
+            if self.row_steps[device] > 1:
+                odd |= {-k % self.row_steps[device] for _, k in layers}
         n_fitting = int(min(fitting))
         if n_fitting < max(n_live, 1):
             raise ContextFull(f"the composed cells leave room for {n_fitting} live ones; {n_live} are to stay")
+        if len(odd) == 1:  # one number of live cells rounds all layers
+            n_rounded = n_fitting - (n_fitting - odd.pop()) % max(self.row_steps)
+            n_fitting = n_rounded if n_rounded >= max(n_live, 1) else n_fitting
         return n_fitting
 
     def snapshot(self) -> CacheSnapshot:

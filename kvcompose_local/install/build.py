@@ -32,8 +32,10 @@ from pathlib import Path, PurePosixPath
 from typing import TextIO
 
 from kvcompose_local.errors import BuildError, DownloadError, KVComposeError
+from kvcompose_local.install.device_tools import device_environment
 from kvcompose_local.install.files import cache_errors, sha256_at
 from kvcompose_local.install.pin import (
+    DEVICES,
     SANITIZERS,
     Pin,
     build_dir,
@@ -261,19 +263,21 @@ def build(
     jobs: int | None = None,
     progress: Progress | None = None,
     sanitize: str | None = None,
+    device: str | None = None,
     patches_dir: Path | None = None,
 ) -> Path:
     """Build llama.cpp unless the cache has it; returns the folder with its libraries.
 
     The libraries appear in the cache in one rename, complete; the work tree is deleted. Of concurrent builds of one key
-    the first compiles and the others wait. When CMake or the compiler fails, the end of their log goes to stderr.
+    the first compiles and the others wait; device: of :data:`~kvcompose_local.install.pin.DEVICES`. When CMake or the
+    compiler fails, the end of their log goes to stderr.
 
     Raises BuildError (compiler, tools, patches, cache folder), DownloadError (archive), InvalidInput (sanitizer).
     """
     patches = patches_dir or data_file("patches")
-    target = build_dir(patched=patched, sanitize=sanitize, patches_dir=patches)
+    target = build_dir(patched=patched, sanitize=sanitize, device=device, patches_dir=patches)
     finished = target / "lib"
-    if library_dir(patched, sanitize=sanitize, patches_dir=patches) is not None:
+    if library_dir(patched, sanitize=sanitize, device=device, patches_dir=patches) is not None:
         return finished
     if sys.platform == "win32":
         raise BuildError("llama.cpp is built on Linux and macOS: use WSL, or a llama-cpp-python with its own library")
@@ -283,10 +287,11 @@ def build(
     find_compiler()
     find_tool("cmake")
     find_tool("ninja")
+    environment = os.environ | {"LC_ALL": "C", "NINJA_STATUS": "[%f/%t] "} | device_environment(device)
     with cache_errors(cache_folder(), BuildError):
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target.with_suffix(".lock"), report):
-            if library_dir(patched, sanitize=sanitize, patches_dir=patches) is not None:
+            if library_dir(patched, sanitize=sanitize, device=device, patches_dir=patches) is not None:
                 return finished
             if (free := shutil.disk_usage(target.parent).free) < _FREE_BYTES_NEEDED:
                 raise BuildError(
@@ -296,7 +301,8 @@ def build(
             work = target.with_suffix(".work")
             shutil.rmtree(work, ignore_errors=True)  # of a build that was killed
             try:
-                product = _build_in(work, patches, patched, cmake_flags(sanitize), jobs or default_jobs(), report)
+                flags = cmake_flags(sanitize, device)
+                product = _build_in(work, patches, patched, flags, environment, jobs or default_jobs(), report)
                 shutil.rmtree(target, ignore_errors=True)
                 product.replace(target)
             finally:
@@ -304,7 +310,15 @@ def build(
     return finished
 
 
-def _build_in(work: Path, patches: Path, patched: bool, flags: Sequence[str], jobs: int, report: Progress) -> Path:
+def _build_in(
+    work: Path,
+    patches: Path,
+    patched: bool,
+    flags: Sequence[str],
+    environment: Mapping[str, str],
+    jobs: int,
+    report: Progress,
+) -> Path:
     """Source, patches, compilation in ``work``; returns the folder to be moved into place."""
     pin = read_pin(patches)
     archive = fetch_archive(pin, report)
@@ -321,7 +335,6 @@ def _build_in(work: Path, patches: Path, patched: bool, flags: Sequence[str], jo
             report("compiling llama.cpp", int(match[1]), int(match[2]))
 
     configure = [find_tool("cmake"), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}"]
-    environment = os.environ | {"LC_ALL": "C", "NINJA_STATUS": "[%f/%t] "}
     with work.with_suffix(".log").open("w", encoding="utf-8") as log:
         report("configuring llama.cpp", 0, 0)
         _run([*configure, "-S", str(source), "-B", str(tree), *flags], environment, log)
@@ -415,6 +428,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvcompose_local.install.build", description=main.__doc__)
     parser.add_argument("--jobs", type=int, help="compilers at once (default: cores, bounded by RAM)")
     parser.add_argument("--unpatched", action="store_true", help="leave the patch series out")
+    devices = parser.add_mutually_exclusive_group()
+    for device in DEVICES:
+        devices.add_argument(f"--{device}", dest="device", action="store_const", const=device, help="build for it, too")
     parser.add_argument("--sanitize", metavar="NAMES", help=f"any of {','.join(SANITIZERS)}")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--check-compiler", action="store_true", help="only look for a C++ compiler")
@@ -430,7 +446,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.source:
             _write_source(options.source, report, patched=not options.unpatched)
         else:
-            print(build(patched=not options.unpatched, jobs=options.jobs, sanitize=options.sanitize, progress=report))
+            patched, wanted = not options.unpatched, {"sanitize": options.sanitize, "device": options.device}
+            print(build(patched=patched, jobs=options.jobs, progress=report, **wanted))
     except KVComposeError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -23,6 +23,8 @@ from kvcompose_local.install.resources import cache_folder, data_file
 
 _PIN_LINE = re.compile(r"(?P<name>[\w.-]+)==(?P<version>[\w.]+) --hash=sha256:(?P<sha256>[0-9a-f]{64})")
 SANITIZERS = ("address", "thread", "undefined")
+#: What a build can have beside the CPU and, on a Mac, Metal; what there is of these is taken in this order.
+DEVICES = ("cuda", "vulkan")
 
 
 def output_of(command: Sequence[str]) -> str:
@@ -80,10 +82,10 @@ def series_digest(patches_dir: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def cmake_flags(sanitize: str | None = None) -> list[str]:
+def cmake_flags(sanitize: str | None = None, device: str | None = None) -> list[str]:
     """CMake's ``-D`` options of a build. ``sanitize`` names sanitizers, as in ``address,undefined``.
 
-    Raises InvalidInput for a sanitizer that llama.cpp has no option for.
+    device: of :data:`DEVICES`. Raises InvalidInput for a sanitizer or a device that llama.cpp has no option for.
     """
     origin = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
     flags = {
@@ -104,6 +106,11 @@ def cmake_flags(sanitize: str | None = None) -> list[str]:
     if sys.platform == "darwin":
         flags["CMAKE_OSX_ARCHITECTURES"] = platform.machine()
         flags["GGML_METAL"] = flags["GGML_METAL_EMBED_LIBRARY"] = "ON"
+    if device is not None:
+        if device not in DEVICES:
+            raise InvalidInput(f"unknown device {device!r}: choose from {', '.join(DEVICES)}")
+        flags[f"GGML_{device.upper()}"] = "ON"
+        flags["CMAKE_INSTALL_RPATH_USE_LINK_PATH"] = "ON"  # CUDA's libraries are where the loader may not look
     for name in (sanitize or "").split(",") if sanitize else ():
         if name not in SANITIZERS:
             raise InvalidInput(f"unknown sanitizer {name!r}: choose from {', '.join(SANITIZERS)}")
@@ -136,14 +143,27 @@ def build_key(patches_dir: Path, flags: Sequence[str], *, patched: bool = True) 
     return digest.hexdigest()[:16]
 
 
-def build_dir(*, patched: bool = True, sanitize: str | None = None, patches_dir: Path | None = None) -> Path:
+def build_dir(
+    *, patched: bool = True, sanitize: str | None = None, device: str | None = None, patches_dir: Path | None = None
+) -> Path:
     """The folder for the build of the current pin, series and flags, whether it exists or not."""
     patches = patches_dir or data_file("patches")
-    return cache_folder() / "llama" / build_key(patches, cmake_flags(sanitize), patched=patched)
+    return cache_folder() / "llama" / build_key(patches, cmake_flags(sanitize, device), patched=patched)
 
 
-def library_dir(patched: bool = True, *, sanitize: str | None = None, patches_dir: Path | None = None) -> Path | None:
+def library_dir(
+    patched: bool = True,
+    *,
+    sanitize: str | None = None,
+    device: str | None = None,
+    patches_dir: Path | None = None,
+) -> Path | None:
     """The folder with the finished libraries (for ``LLAMA_CPP_LIB_PATH``), None when this build was not made yet."""
-    folder = build_dir(patched=patched, sanitize=sanitize, patches_dir=patches_dir)
+    folder = build_dir(patched=patched, sanitize=sanitize, device=device, patches_dir=patches_dir)
     # build.json is written last, and the folder is renamed into place with it.
     return folder / "lib" if (folder / "build.json").is_file() else None
+
+
+def newest_library_dir() -> Path | None:
+    """The same of the build that is taken: one for a device goes before one for the CPU alone."""
+    return next((found for device in (*DEVICES, None) if (found := library_dir(device=device))), None)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from kvcompose_local.composing.rotation import Rope, unjoined
 from kvcompose_local.errors import ContextFull, EngineError, InvalidInput, ModelError
-from kvcompose_local.interfaces import FloatArray, IntArray
+from kvcompose_local.interfaces import FloatArray, HalfArray, IntArray
 from kvcompose_local.llama_ffi.context import Context
 from kvcompose_local.llama_ffi.library import bind
 from kvcompose_local.llama_ffi.memory import memory_of
@@ -84,7 +84,7 @@ class Turn:
 
 
 _INT32_P = ctypes.POINTER(ctypes.c_int32)
-_KVC_VERSION = 7
+_KVC_VERSION = 9
 _kvc_version = bind("llama_kvc_version", ctypes.c_int32)
 _KVC_FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "get_info": (ctypes.POINTER(_Info),),
@@ -96,6 +96,7 @@ _KVC_FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "get_owner": (ctypes.c_int32, _INT32_P),
     "rewrite": (*(ctypes.c_int32,) * 3, _INT32_P, ctypes.POINTER(ctypes.c_void_p), ctypes.c_int32),
     "set_layout": (ctypes.c_int32, _INT32_P, ctypes.c_int32, ctypes.c_int32, _INT32_P),
+    "get_products": (ctypes.c_int32, ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_void_p)),
     "get_rows": (*(ctypes.c_int32,) * 4, ctypes.c_void_p, ctypes.c_size_t),
     "set_rows": (*(ctypes.c_int32,) * 4, ctypes.c_void_p, ctypes.c_size_t),
     "set_eval_callback": (ctypes.c_void_p, ctypes.c_void_p),
@@ -120,6 +121,11 @@ def library_is_patched() -> bool:
 def _int32(values: Any) -> Any:
     """A pointer to values as contiguous int32; NumPy's pointer keeps its array alive."""
     return np.ascontiguousarray(values, np.int32).ctypes.data_as(_INT32_P)
+
+
+def _addresses(arrays: Sequence[npt.NDArray[Any]]) -> Any:
+    """Where arrays are, which must outlive the call."""
+    return (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
 
 
 class PerLayerCells:
@@ -185,10 +191,9 @@ class PerLayerCells:
                 raise InvalidInput(f"layer {i} has no cells {cells.min()} to {cells.max()}")
         width = np.result_type(np.uint16, *(np.min_scalar_type(cells.max()) for cells in sources if cells.size))
         arrays = [np.require(cells, width, ["C", "ALIGNED"]) for cells in sources]
-        table = (ctypes.c_void_p * len(arrays))(*(cells.ctypes.data for cells in arrays))
         self._context.has_logits = False
         counts = _int32([cells.shape[1] for cells in arrays])
-        self._call("rewrite", n_live_cap, n_tail, n_forgotten, counts, table, width.itemsize)
+        self._call("rewrite", n_live_cap, n_tail, n_forgotten, counts, _addresses(arrays), width.itemsize)
 
     def set_layout(self, n_live_cap: int, live_positions: IntArray, end: int, n_composed: IntArray) -> None:
         """Empty the cache and lay it out for an import; composed cells take the positions before ``end``."""
@@ -226,6 +231,22 @@ class PerLayerCells:
         else:
             numbers = np.asarray(quants.dequantize(rows, kind), np.float32)
         return np.asarray(numbers.reshape(len(rows), layer.n_head_kv, size).transpose(1, 0, 2))
+
+    def products(self, weights: Sequence[FloatArray | HalfArray], n: int) -> list[FloatArray]:
+        """What the oldest ``n`` live cells' keys, as they were before they were turned, and values give by ``weights``.
+
+        Of each layer float32 (H, n), of weights (H, numbers of a key and of a value).
+        """
+        self._check_layers(weights)
+        for i, rows in enumerate(weights):
+            layer = self.layer(i)
+            if rows.shape != (layer.n_head_kv, layer.head_dim_k + layer.head_dim_v):
+                raise InvalidInput("the model's profile is of other heads: measure it again")
+        tables = [np.ascontiguousarray(rows, np.float32) for rows in weights]
+        results = [np.empty((len(rows), n), np.float32) for rows in weights]
+        self._context.has_logits = False
+        self._call("get_products", n, _addresses(tables), _addresses(results))
+        return results
 
     def turn(self, i: int) -> Turn:
         """How a layer turns its rows, as the graph that was built last tells. Raises EngineError where none tells."""

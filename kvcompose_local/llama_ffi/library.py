@@ -8,7 +8,7 @@ import importlib.util
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -149,19 +149,3 @@ def last_log() -> str:
 def library_path() -> Path:
     """Where the loaded libllama is."""
     return Path(_native._name)
-
-
-#: More than any model has.
-_ALL_LAYERS = 999
-_GPU_TYPES = (1, 2)  # GGML_BACKEND_DEVICE_TYPE_GPU and _IGPU
-_device_by_type = bind("ggml_backend_dev_by_type", ctypes.c_void_p, ctypes.c_int)
-
-
-def layers_to_offload(wanted: int | None, workers: Sequence[str] = ()) -> int:
-    """``wanted``, or where that is None all layers if there are workers or a GPU, and none if not.
-
-    ``llama_supports_gpu_offload`` does not tell: it is true of every build that could use workers.
-    """
-    if wanted is not None:
-        return wanted
-    return _ALL_LAYERS if workers or any(map(_device_by_type, _GPU_TYPES)) else 0

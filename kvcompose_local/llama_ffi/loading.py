@@ -31,6 +31,11 @@ class Loading:
         self._thread = threading.Thread(target=self._load, daemon=True)
         self._thread.start()
 
+    @property
+    def gpu_layers(self) -> int:
+        """The layers on the GPU that it was begun with."""
+        return self._wanted[1]
+
     def _load(self) -> None:
         path, gpu_layers = self._wanted
         try:

@@ -1,1 +1,1 @@
-"""How a scorer is measured: texts read, questions asked, attention seen, a fit."""
+"""Measures scorers: texts are read, questions asked, their attention is observed, and a scorer is fitted to it."""

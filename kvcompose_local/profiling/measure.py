@@ -20,19 +20,19 @@ from kvcompose_local.install.model_files import size_of
 from kvcompose_local.profiles import Profile, user_path
 from kvcompose_local.profiling.observing import N_ASKED, TYPICAL_ANSWER, Chatter, observe, observed
 
-#: Kinds of text that differ, the ones that most is known of first.
+#: Different kinds of text, the best known first.
 PROFILED_TASKS = (
     *("needles_8", "source", "qa", "records", "recall", "logs", "vt", "table", "niah_multikey_3", "dialogue"),
     *("niah_multivalue", "german", "niah_single_3", "french", "niah_multiquery", "spanish", "chinese", "listing"),
     *("instructions", "keys"),
 )
-#: Texts are of these shares of the length that is asked for: what age costs must not be learnt from one length alone.
+#: Texts have these shares of the wanted length: the cost of age cannot be learnt from texts of one length.
 LENGTHS = (1.0, 0.25, 1.0, 0.5)
 #: Seeds of the evaluation start at 0: a profile must not have seen its texts.
 FIRST_SEED = 1_000_000
-#: A user's own text, among kinds.
+#: The kind of a user's own texts.
 OWN = "own"
-#: Texts of which other cache types are compared: each type reads them again.
+#: The number of texts that cache types are compared on: each type reads them again.
 _N_COMPARED, _N_TYPES = 8, 2
 #: Fewest tokens of a text.
 _SHORTEST = 256
@@ -44,7 +44,7 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is to be measured: items, what is asked about, and files, one an item, for what was seen of each."""
+    """A plan of a measurement: the items to ask about, and for each a file for its observations."""
 
     model: str
     model_sha256: str
@@ -59,7 +59,7 @@ class Measurement:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Of the texts, each once."""
+        """The kinds of the texts, each once."""
         return tuple(dict.fromkeys(item.task for item in self.items))
 
 
@@ -127,7 +127,7 @@ def watch(
     beside: Mapping[str, PatchedEngine] | None = None,
     progress: Progress = lambda _done, _total, _what: None,
 ) -> None:
-    """See what is missing of a measurement.
+    """Observe the items of a measurement that are missing.
 
     engine: uncompressed F16 and empty, with room for a text and its questions; beside: the same of other cache types,
     by their names, which are compared with it; progress gets (done, in all, of what).
@@ -149,7 +149,7 @@ def fitted(
     without: str = "",
     progress: Progress = lambda _done, _total, _what: None,
 ) -> Profile:
-    """The profile of what was seen, of the texts ``without`` one kind where it is named."""
+    """The profile that is fitted to the observations; ``without`` names a kind of text to leave out."""
     chosen = [f for item, f in zip(measurement.items, measurement.files, strict=True) if item.task != without]
     texts = [observed(file) for file in chosen]
     scorer = fit(texts, power=POWER, progress=lambda done, total: progress(done, total, "layers"))
@@ -167,7 +167,7 @@ def fitted(
 
 
 def forget(measurement: Measurement) -> None:
-    """Remove what was seen: it is large, and the profile holds what counts."""
+    """Remove the observations: they are large, and the profile holds what counts."""
     shutil.rmtree(measurement.files[0].parent)
 
 

@@ -1,8 +1,8 @@
-"""What questions about a text look at in it: what a scorer is fitted to.
+"""Observes what questions about a text look at: scorers are fitted to these observations.
 
-The questions are a task's own, one that the model makes up itself, sentences to be completed, and a summary, so that
-what they have in common counts: each is answered by the model with all of its cells, and seen is what the question and
-its answer look at.
+Questions come from a task, from the model itself, from sentences to be completed, and from a wish for a summary, so
+that what they have in common counts. The model answers each question with all cells, and the attention of the question
+and of its answer is observed.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from kvcompose_local.evaluation.harness import around_a_message, kl_divergence, 
 from kvcompose_local.evaluation.tasks import Item
 from kvcompose_local.interfaces import FloatArray, Lazy
 
-#: Of each kind of question, how many at most, and what all of them together count.
+#: For each kind of question: the most of them, and the weight of all of them together.
 _N_OWN, _N_SENTENCES = 4, 3
 _OWN, _MADE_UP, _SENTENCES, _SUMMARY = 1.0, 0.5, 0.5, 0.5
-#: Questions about a text, and tokens of an answer: the most, and a usual one's.
+#: The most questions about a text, the most tokens of an answer, and those of a usual answer.
 N_ASKED, LONGEST_ANSWER, TYPICAL_ANSWER = _N_OWN + 1 + _N_SENTENCES + 1, 48, 24
 #: Sentences that are completed, in characters, and how much of their words is given.
 _SENTENCE = range(60, 400)
@@ -43,7 +43,7 @@ _SUMMARIZE = "Summarize the text in a few sentences."
 
 @dataclass(frozen=True)
 class Chatter:
-    """Who is asked: an engine with an uncompressed F16 cache, and the same of other cache types, by their names."""
+    """The engine that is asked, with an uncompressed F16 cache, and engines of other cache types, by their names."""
 
     engine: PatchedEngine
     beside: Mapping[str, PatchedEngine] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class Chatter:
 
 @dataclass(frozen=True)
 class Seen(Observed):
-    """What was seen of one text; kl: of cache types, in nats a token from F16 along its answers."""
+    """The observations of one text; kl: nats a token from F16 along its answers, by cache type."""
 
     kl: Mapping[str, float] = field(default_factory=dict)
 
@@ -104,7 +104,7 @@ def observe(chatter: Chatter, item: Item, file: Path) -> None:
 
 
 def observed(file: Path) -> Seen:
-    """What :func:`observe` wrote, each layer read when it is looked at."""
+    """The observations that :func:`observe` wrote; layers are read when they are looked at."""
     with safe_open(file, "numpy") as tensors:
         n_layers, facts = len(tensors.keys()) // 3, json.loads(tensors.metadata()["facts"])
 
@@ -122,7 +122,7 @@ def observed(file: Path) -> Seen:
 def _kl_of_types(
     chatter: Chatter, tokens: Sequence[int], *asked: tuple[Sequence[int], Sequence[int]]
 ) -> dict[str, float]:
-    """What other cache types make of the answers to questions: nats a token, by type.
+    """KL divergence of other cache types from F16 along the answers to questions: nats a token, by type.
 
     The text is read into each cache: its later layers see the errors of the earlier ones, as in a chat.
     """
@@ -138,7 +138,7 @@ def _kl_of_types(
 
 
 def _log_probs(engine: PatchedEngine, n: int, asked: Sequence[int], answered: Sequence[int]) -> FloatArray:
-    """Before each token of an answer, float32 (tokens, n_vocab), after the first ``n`` tokens of the cache."""
+    """Log-probabilities before each token of an answer behind the cache's first ``n``: float32 (tokens, n_vocab)."""
     if excess := engine.layout().position - n:
         engine.drop_tail(excess)
     engine.decode(asked[:-1])
@@ -146,7 +146,7 @@ def _log_probs(engine: PatchedEngine, n: int, asked: Sequence[int], answered: Se
 
 
 def _parts(item: Item) -> list[tuple[str, str]]:
-    """Some of a text's, each its beginning and the whole, the same whenever they are asked for."""
+    """Some sentences of a text, each as its beginning and as a whole; always the same ones."""
     found = [s for s in re.split(r"(?<=[.!?])\s+", item.context) if len(s) in _SENTENCE and "\n" not in s]
     chosen = random.Random(f"{item.task}/{item.seed}").sample(found, min(_N_SENTENCES, len(found)))
     parts = []
@@ -158,7 +158,7 @@ def _parts(item: Item) -> list[tuple[str, str]]:
 
 
 def _answer(engine: PatchedEngine, asked: Sequence[int]) -> list[int]:
-    """What the model says, greedily."""
+    """The model's greedy answer."""
     engine.decode(asked)
     tokens: list[int] = []
     while len(tokens) < LONGEST_ANSWER:
@@ -170,7 +170,7 @@ def _answer(engine: PatchedEngine, asked: Sequence[int]) -> list[int]:
 
 
 def _attention(engine: PatchedEngine, tokens: Sequence[int], n: int) -> list[FloatArray]:
-    """The most that any of the tokens, which come next, looks at the ``n`` of the cache: L arrays float32 (H, n)."""
+    """The most attention that any of the next ``tokens`` pays to the cache's first ``n``: L float32 arrays (H, n)."""
     most = AttentionMax.over(engine.shape.layers, dtype=np.float32)
     with engine.watching(lambda layer, weights: most.update(layer, weights, slice(0, n))):
         engine.decode(tokens)

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from kvcompose_local.chat import Chat, Message, Said, Step, Transcript, TurnStats
+from kvcompose_local.chat.comparing import n_common
 from kvcompose_local.chat.reasoning import Format, Reader
-from kvcompose_local.chat.transcript import UNPLACED, n_common
+from kvcompose_local.chat.transcript import UNPLACED
 from kvcompose_local.errors import PositionsFull
 from kvcompose_local.llama_ffi.model import Model
 from kvcompose_local.server.requests import Request, TokenChance

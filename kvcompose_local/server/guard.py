@@ -1,4 +1,4 @@
-"""Who may ask, from where, and how much: checked before anything is read."""
+"""Checks who may ask, from where, and how much, before anything is read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LARGEST_BODY = 32 << 20
 #: Paths that need no key: the page asks for it, and who watches the server has none.
 _OPEN = re.compile(r"/|/page/.*|/health|/favicon\.ico")
 _LOCAL = ("localhost", "127.0.0.1", "::1")
-#: What the page may do: nothing that is not the server's own.
+#: The page may use nothing that does not come from this server.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "font-src 'self'; worker-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'; "
@@ -133,7 +133,7 @@ class Guard:
 
 
 def refusal(path: str, error: Refused) -> dict[str, object]:
-    """What a client of the path's protocol expects to be told."""
+    """An error in the shape that clients of the path's protocol expect."""
     kinds = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error"}
     kinds |= {404: "not_found_error", 413: "request_too_large", 503: "overloaded_error"}
     kind = kinds.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")

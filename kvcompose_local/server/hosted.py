@@ -1,4 +1,4 @@
-"""A model that is served: loaded when it is asked for, freed when nobody does, and its chats meanwhile."""
+"""A served model: it is loaded when somebody asks for it, freed when nobody does, and its chats are kept meanwhile."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from kvcompose_local.server.requests import Begun, Job, Reading, Refused, Reques
 
 log = logging.getLogger("kvcompose_local.server")
 
-#: Of the F16 bytes of a chat's own tokens, what is kept of it where room is short.
+#: The share of the F16 bytes of a chat's own tokens that is kept of it where room is short.
 KEEP_RATIO = 0.15
 
 
 @dataclass(frozen=True)
 class Options:
-    """What models are served with, as ``kvcompose-local serve --help`` tells.
+    """The options that models are served with, as ``kvcompose-local serve --help`` tells.
 
     keep, keep_disk: bytes of chats that wait, in memory and on disk; keep_ratio: what is kept of one where room is
     short, a share of its own tokens' F16 bytes.
@@ -130,7 +130,7 @@ class Hosted:
             self.keeping.close()
 
     def _write(self, until: float) -> None:
-        """Have on disk what is in memory alone."""
+        """Write to disk what is in memory alone."""
         assert self.keeping is not None
         while time.monotonic() < until and (kept := self.keeping.unwritten()) is not None:
             self.keeping.write(kept)
@@ -144,7 +144,7 @@ class Hosted:
         self._look()
 
     def at_rest(self) -> None:
-        """Nobody asks: write down the cells of one chat that are in memory alone."""
+        """While nobody asks, write down the cells of one chat that are in memory alone."""
         if self.keeping is not None and self._local is not None and (kept := self.keeping.unwritten()) is not None:
             self.keeping.write(kept)
 
@@ -252,7 +252,7 @@ class Hosted:
     # -- for others ---------------------------------------------------------------------------------------------------
 
     def _look(self) -> None:
-        """Note what other threads may want to know."""
+        """Take down figures for other threads."""
         self.used = time.monotonic()
         if self._local is None:
             self.told: dict[str, Any] = {"id": self.name, "loaded": False}

@@ -1,24 +1,23 @@
-"""Figures for Prometheus, and for whoever wants to know what is not read twice."""
+"""Figures for Prometheus."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from kvcompose_local.server.requests import Begun, Done, Event, Failed
 
-if TYPE_CHECKING:
-    from kvcompose_local.server.service import Service
+#: The service's own account of itself.
+Props = Callable[[], Mapping[str, Any]]
 
 
 class Metrics:
-    """Counters of what was asked and read, and gauges of the ceiling, in a registry of their own."""
+    """Counters of requests and tokens, and gauges of memory, in a registry of their own."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, props: Props) -> None:
         self.registry = CollectorRegistry()
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -34,7 +33,7 @@ class Metrics:
         self.read_seconds = Histogram(
             "kvcompose_read_seconds", "Seconds that prompts took to be read.", registry=self.registry
         )
-        self.registry.register(_Gauges(service))
+        self.registry.register(_Gauges(props))
 
     def count(self, event: Event, begun: Begun | None = None) -> None:
         """Count what has happened."""
@@ -50,18 +49,18 @@ class Metrics:
             self.failed.labels(str(event.error.status)).inc()
 
     def text(self) -> bytes:
-        """All of them as Prometheus reads them."""
+        """All figures in Prometheus' format."""
         return generate_latest(self.registry)
 
 
 class _Gauges:
-    """What is so now."""
+    """The present values."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, props: Props) -> None:
+        self._props = props
 
     def collect(self) -> Iterator[Metric]:
-        props = self._service.props()
+        props = self._props()
         ceiling, queue = props["ceiling"], props["queue"]
         for name, text, value in (
             ("cells_bytes", "Bytes allocated for cells.", ceiling["cells"]["bytes"]),

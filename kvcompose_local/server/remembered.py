@@ -1,4 +1,4 @@
-"""What a chat still remembers: of each token the share of layers and heads that hold its cell."""
+"""The memory of a chat, token by token, for a page to show: the share of heads that hold a cell of each."""
 
 from __future__ import annotations
 
@@ -9,21 +9,9 @@ from typing import Any
 import numpy as np
 
 from kvcompose_local.chat import ChatState, Message
-from kvcompose_local.interfaces import FloatArray, ModelShape, Selection
+from kvcompose_local.composing.cell_scores import kept_shares
+from kvcompose_local.interfaces import ModelShape, Selection
 from kvcompose_local.server.conversation import Conversation
-
-
-def shares(n_tokens: int, n_live: int, origins: Sequence[Selection]) -> FloatArray:
-    """float32 (n_tokens,): 1 for the newest ``n_live``, else the share of heads of all layers with a cell of it.
-
-    origins: of each layer the positions of the tokens in its composed cells, (H, K_l).
-    """
-    counts = np.zeros(n_tokens, np.int64)
-    for places in origins:
-        counts += np.bincount(places.ravel().astype(np.int64), minlength=n_tokens)[:n_tokens]
-    result = (counts / max(sum(len(places) for places in origins), 1)).astype(np.float32)
-    result[n_tokens - n_live :] = 1
-    return result
 
 
 def texts_of(conversation: Conversation, tokens: Sequence[int]) -> list[str]:
@@ -65,7 +53,7 @@ def remembered(
     origins, n_live = (memory.origins, cells.n_live) if kept is None else kept
     origins = [origins[i] for i in range(len(origins))]
     shape: ModelShape = conversation.memory.engine.shape
-    read = shares(len(memory.tokens), n_live, origins)
+    read = kept_shares(origins, len(memory.tokens), n_live)
     texts = texts_of(conversation, tokens)
     layers = zip(shape.layers, origins, strict=True)
     return {

@@ -1,4 +1,4 @@
-"""What protocols ask of the engine's thread, and what they are told: nothing here knows HTTP or llama.cpp."""
+"""Requests of protocols to the engine's thread, and the events of answers. Nothing here knows HTTP or llama.cpp."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Result:
-    """What a job that is no answer was for."""
+    """The result of a job that is no answer."""
 
     value: Any
 
@@ -159,7 +159,7 @@ class Job:
         self.is_over = False
 
     def cancel(self) -> None:
-        """Nobody waits for the answer any more."""
+        """Say that nobody waits for the answer any more."""
         self._cancelled.set()
 
     @property
@@ -167,7 +167,7 @@ class Job:
         return self._cancelled.is_set()
 
     def emit(self, event: Event) -> None:
-        """Tell it; for the engine's thread."""
+        """Send an event; for the engine's thread."""
         self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     async def events(self, every: float) -> AsyncIterator[Event | None]:

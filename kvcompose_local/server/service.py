@@ -1,4 +1,4 @@
-"""What all protocols share: the models by name, the engine's thread before them, and an answer on its way."""
+"""The part that all protocols share: models by name, the engine's thread, and answers on their way."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from kvcompose_local.server.worker import Worker
 
 log = logging.getLogger("kvcompose_local.server")
 
-#: Seconds after which a stream says that it is alive; proxies give up after 30 and more.
+#: Seconds after which an idle stream says that it is alive; proxies give up after 30 or more.
 PING_SECONDS = 5.0
-#: Seconds between two figures of how far a prompt is read.
+#: Seconds between two messages of how far a prompt is read.
 PROGRESS_SECONDS = 1.0
-#: Seconds that a stream waits for what its headers tell; it begins without them then.
+#: Seconds that a stream waits for the content of its headers, before it begins without them.
 _PATIENCE = 5.0
 
 
@@ -41,7 +41,7 @@ class Service:
         self.default = next(iter(self.models))
         self.defaults = defaults
         self.idle_unload = idle_unload
-        self.metrics = Metrics(self)
+        self.metrics = Metrics(self.props)
         self.worker = Worker(self._at_start, self._at_rest, self._at_the_end)
         self.failure: BaseException | None = None  # why the first model cannot be loaded
         self.on_failure: Callable[[BaseException], None] = lambda _error: None
@@ -106,7 +106,7 @@ class Service:
         raise Refused(503, "the server is stopping", retry_after=5)
 
     def props(self) -> dict[str, Any]:
-        """What there is, and what it takes."""
+        """The server's models, queue and memory."""
         kept = [h.keeping for h in self.models.values() if h.keeping is not None]
         sizes = [h.n_bytes for h in self.models.values()]
         options = self.models[self.default].options
@@ -140,7 +140,7 @@ class Service:
 
 
 def client_of(http: HttpRequest) -> str:
-    """Whose turn a request takes: what it calls itself, or where it comes from."""
+    """The client whose turn a request takes: its own name for itself, or its address."""
     host = http.client.host if http.client else ""
     return f"{host} {http.headers.get('x-kvcompose-client', http.headers.get('user-agent', ''))[:200]}"
 
@@ -164,7 +164,7 @@ async def watching(http: HttpRequest, job: Job) -> AsyncIterator[None]:
 
 
 class Answering:
-    """An answer on its way: what happens, and what was known when its headers had to be sent."""
+    """An answer on its way: its events, and what was known when its headers had to be sent."""
 
     def __init__(self, service: Service, http: HttpRequest, job: Job) -> None:
         self._service, self._http, self._job = service, http, job
@@ -187,7 +187,7 @@ class Answering:
 
     @property
     def headers(self) -> dict[str, str]:
-        """What there is to know before the answer."""
+        """Headers that tell of the answer before it begins."""
         if self.begun is None:
             return {}
         return {"X-KVCompose-Chat": self.begun.chat, "X-KVCompose-Cached": str(self.begun.cached)}

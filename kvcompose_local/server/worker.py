@@ -12,16 +12,16 @@ from kvcompose_local.server.requests import Failed, Job, Refused
 
 log = logging.getLogger("kvcompose_local.server")
 
-#: What a job does; it emits its own events.
+#: The work of a job, which emits its own events.
 Work = Callable[[Job], None]
-#: Jobs that may wait. More would wait for minutes, and tell nobody.
+#: Jobs that may wait. More would wait for minutes without a word to their clients.
 BOUND = 64
-#: Of one client; others must find room.
+#: Jobs of one client that may wait, so that others find room.
 BOUND_OF_ONE = 32
 
 
 class FairQueue:
-    """Jobs that wait, client by client: one that asks often does not keep the others waiting."""
+    """Waiting jobs, which clients take turns in: one that asks often does not keep the others waiting."""
 
     def __init__(self, bound: int = BOUND, bound_of_one: int = BOUND_OF_ONE) -> None:
         self.bound, self._bound_of_one = bound, bound_of_one

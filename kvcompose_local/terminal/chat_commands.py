@@ -12,7 +12,7 @@ from kvcompose_local.chat import inputs
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.interrupts import Interrupts
 from kvcompose_local.terminal.answers import Answers, check_room
-from kvcompose_local.terminal.figures import beside
+from kvcompose_local.terminal.figures import beside, left
 from kvcompose_local.terminal.memory_chart import ASCII_MARKS, UNICODE_MARKS, can_show, draw
 
 #: What begins and ends a message of several lines.
@@ -145,7 +145,7 @@ class ChatCommands:
     def _stats(self, _: str) -> None:
         self.status.line(self.describe())
 
-    @command("/memory", "what each layer of the cache holds")
+    @command("/memory", "what each layer of the cache holds, and what is left of each message and document")
     def _memory(self, _: str) -> None:
         memory = self.chat.memory
         fancy = can_show(UNICODE_MARKS, self.status.stream.encoding)
@@ -156,7 +156,8 @@ class ChatCommands:
             width=shutil.get_terminal_size().columns,
             marks=UNICODE_MARKS if fancy else ASCII_MARKS,
         )
-        self.status.line("\n".join(filter(None, [chart, beside(memory)])))
+        told = left(self.chat, shutil.get_terminal_size().columns)
+        self.status.line("\n".join(filter(None, [chart, beside(memory), told])))
 
     @command("/compress [R]", "compress the cache now, keeping at most the share R of the bytes in use (default 0.5)")
     def _compress(self, argument: str) -> None:

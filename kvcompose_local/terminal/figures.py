@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import resource
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from kvcompose_local.chat.checkpoints import most_of
 from kvcompose_local.chat.reasoning import shown
+from kvcompose_local.chat.remembered import remembered
 
 if TYPE_CHECKING:
     from kvcompose_local.chat import Chat
@@ -20,6 +22,15 @@ def peak_rss_bytes() -> int:
     """The most resident memory this process has had."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def left(chat: Chat, width: int) -> str:
+    """What of each part of the conversation the cache still holds, a line each; empty where nothing was dropped."""
+    parts = remembered(chat, n_shown=max(width - 24, 8))
+    if all(part.kept == 1 for part in parts):
+        return ""
+    lines = [f"{part.kept:4.0%} {part.n_tokens:>7} {part.kind:<8} {part.text}"[:width] for part in parts]
+    return "\n".join(["what is left of what was read, its tokens, and how it begins:", *lines])
 
 
 def result(chat: Chat) -> dict[str, Any]:
@@ -50,6 +61,7 @@ def result(chat: Chat) -> dict[str, Any]:
         "kv_bytes_full": memory.n_ctx * engine.shape.uncompressed_row_bytes,
         "compute_bytes": engine.compute_bytes,
         "layer_cells": [composed + layout.n_live for composed in layout.composed],
+        "remembered": [{**asdict(part), "kept": round(part.kept, 4)} for part in remembered(chat)],
         "compactions": len(memory.reports),
         "prefill_tokens_per_second": round(prompt_tokens / prefill, 2) if prefill else 0.0,
         "decode_tokens_per_second": round(generated / decode, 2) if decode else 0.0,

@@ -12,8 +12,17 @@ from kvcompose_local.arena import UPKEEP_BYTES
 from kvcompose_local.chat.memory import CacheMemory
 from kvcompose_local.chat.state import MemoryState
 from kvcompose_local.composing.policy import Policy
-from kvcompose_local.composing.scorer import DTYPE, Scorer
-from kvcompose_local.interfaces import CacheLayout, CacheSnapshot, FloatArray, LayerShape, Lazy, ModelShape, Selection
+from kvcompose_local.composing.scorer import DTYPE, Scorer, products
+from kvcompose_local.interfaces import (
+    CacheLayout,
+    CacheSnapshot,
+    FloatArray,
+    HalfArray,
+    LayerShape,
+    Lazy,
+    ModelShape,
+    Selection,
+)
 
 N_LAYERS, N_QUERY_HEADS, N_KV_HEADS, HEAD, N_CELLS = 24, 14, 2, 64, 8192
 ROW_BYTES = 4 * N_KV_HEADS * HEAD
@@ -27,6 +36,7 @@ class FullEngine:
     reads_rows = True
     max_replay = max_drop = 10**6
     state_bytes = 0
+    row_steps = (1,)
 
     def __init__(self) -> None:
         layers = tuple(LayerShape(i, N_QUERY_HEADS, N_KV_HEADS, ROW_BYTES) for i in range(N_LAYERS))
@@ -46,6 +56,10 @@ class FullEngine:
             return keys, values
 
         return Lazy(N_LAYERS, rows)
+
+    def live_products(self, weights: Sequence[HalfArray], n: int) -> Sequence[FloatArray]:
+        rows = self.live_rows(n)
+        return [products(w, *rows[i]) for i, w in enumerate(weights)]
 
     def restore(self, snapshot: CacheSnapshot) -> None:
         assert (snapshot.composed, snapshot.n_live) == (self.composed, self.n_live)

@@ -459,88 +459,89 @@ def forged_checkpoints(position: int) -> Iterator[dict[str, Any]]:
     yield two | {"checkpoints/positions": np.array([6, 5], np.int32)}
 
 
-def test_forged_files_of_the_right_checksum(tmp_path: Path, setup: Setup) -> None:
-    """What contradicts itself or the model is refused before the chat is touched."""
-    path = tmp_path / "s.kvc"
-    chat = talked()
-    sessions.save(path, chat, setup)
-    manifest, arrays = taken_apart(path)
-    put_together(path, manifest, arrays)
-    sessions.load(path, chat, setup)  # the forger knows the format
-    n_live, text = manifest["n_live"], json.loads(arrays["text/json"].tobytes())
+#: Fields of the text that are not what they should be.
+FORGED_TEXTS: tuple[dict[str, Any], ...] = (
+    {"messages": "x"},
+    {"messages": [1]},
+    {"messages": [{"role": "user", "content": 3}]},
+    {"messages": [{"role": "user"}]},
+    {"messages": [{"role": "user", "content": "x", "more": "y"}]},
+    {"messages": [{"role": "assistant", "content": "x", "reasoning": 1}]},
+    {"messages": [{"role": "root", "content": "x"}]},
+    {"messages": [{"role": ["user"], "content": "x"}]},
+    {"draft": None},
+    {"template": 1},
+    {"began": "now"},
+    {"began": -1.0},
+    {"began": 1e300},
+    {"began": float("nan")},
+    {"system": 7},
+    {"system": 0},
+    {"more": "x"},
+    {"steps": None},
+    {"steps": [1]},
+    {"steps": [[[0, 0], 0, 5, None]]},
+    {"steps": [[[0, -1], 0, "", None]]},
+    {"steps": [[[0, 0], 99, "", None]]},
+    {"steps": [[[0, 0], 0, "", [10**6, 0]]]},
+    {"steps": [[[0, 0, 0], 0, "", None]]},
+    {"pins": [[1]]},
+    {"pins": [[True, 2]]},
+    {"pins": {}},
+    {"pins": [[5, 3]]},
+    {"steps": {}},
+)
+
+
+def forged_arrays(manifest: Any, arrays: Any) -> Iterator[Any]:
+    """Tensors that are missing, too many, of another type or shape, or out of range."""
+    text = json.loads(arrays["text/json"].tobytes())
 
     def altered(name: str, value: Any) -> Any:
         array = arrays[name].copy()
         array.flat[0] = value
         return arrays | {name: array}
 
-    def told(**fields: Any) -> Any:
-        return arrays | {"text/json": np.frombuffer(json.dumps(text | fields).encode(), np.uint8)}
+    for left_out in arrays:
+        yield {name: a for name, a in arrays.items() if name != left_out}
+    for fields in FORGED_TEXTS:
+        yield arrays | {"text/json": np.frombuffer(json.dumps(text | fields).encode(), np.uint8)}
+    yield from (
+        altered("scores/scores.1", np.nan),
+        altered("scores/scores.0", np.inf),
+        altered("scores/origins.0", -1),
+        altered("scores/origins.0", manifest["position"] - manifest["n_live"]),
+        altered("tokens/read", -1),
+        altered("tokens/read", 257),
+        altered("text/json", 0),
+        arrays | {"tokens/pending": np.array([-1], np.int32)},
+        arrays | {"tokens/pending": np.array([257], np.int32)},
+        arrays | {"tokens/pending": np.array([[1]], np.int32)},
+        arrays | {"tokens/read": arrays["tokens/read"].astype(np.float32)},
+        arrays | {"tokens/read": arrays["tokens/read"][1:]},
+        arrays | {"scores/scores.0": arrays["scores/scores.0"][:1]},
+        arrays | {"scores/scores.0": arrays["scores/scores.0"][:, 1:]},
+        arrays | {"scores/origins.0": arrays["scores/origins.0"][:, 1:]},
+        arrays | {"scores/origins.0": arrays["scores/origins.0"].astype(np.float32)},
+        arrays | {"scorer/furthest": np.array([1], np.int32)},
+        arrays | {"cells/keys.0": arrays["cells/keys.0"][1:]},
+        arrays | {"cells/keys.0": arrays["cells/keys.0"][:, 1:]},
+        arrays | {"cells/values.0": np.zeros((len(arrays["cells/keys.0"]), 3), np.uint8)},
+        arrays | {"window/bytes": np.zeros((1, 1), np.uint8)},
+        *(arrays | checkpoints for checkpoints in forged_checkpoints(manifest["position"])),
+        arrays | {"text/json": np.frombuffer(b"[" * 100_000, np.uint8)},
+        arrays | {"plain": np.zeros(1, np.uint8)},
+        arrays | {"other/more": np.zeros(1, np.uint8)},
+        arrays | {"scores/more.0": np.zeros(1, np.uint8)},
+    )
 
-    without = [{name: a for name, a in arrays.items() if name != left_out} for left_out in arrays]
-    forged: list[tuple[Any, Any]] = [(manifest, a) for a in without]
-    forged += [
-        (manifest, altered("scores/scores.1", np.nan)),
-        (manifest, altered("scores/scores.0", np.inf)),
-        (manifest, altered("scores/origins.0", -1)),
-        (manifest, altered("scores/origins.0", manifest["position"] - n_live)),
-        (manifest, altered("tokens/read", -1)),
-        (manifest, altered("tokens/read", 257)),
-        (manifest, altered("text/json", 0)),
-        (manifest, arrays | {"tokens/pending": np.array([-1], np.int32)}),
-        (manifest, arrays | {"tokens/pending": np.array([257], np.int32)}),
-        (manifest, arrays | {"tokens/pending": np.array([[1]], np.int32)}),
-        (manifest, arrays | {"tokens/read": arrays["tokens/read"].astype(np.float32)}),
-        (manifest, arrays | {"tokens/read": arrays["tokens/read"][1:]}),
-        (manifest, arrays | {"scores/scores.0": arrays["scores/scores.0"][:1]}),
-        (manifest, arrays | {"scores/scores.0": arrays["scores/scores.0"][:, 1:]}),
-        (manifest, arrays | {"scores/origins.0": arrays["scores/origins.0"][:, 1:]}),
-        (manifest, arrays | {"scores/origins.0": arrays["scores/origins.0"].astype(np.float32)}),
-        (manifest, arrays | {"scorer/furthest": np.array([1], np.int32)}),
-        (manifest, arrays | {"cells/keys.0": arrays["cells/keys.0"][1:]}),
-        (manifest, arrays | {"cells/keys.0": arrays["cells/keys.0"][:, 1:]}),
-        (manifest, arrays | {"cells/values.0": np.zeros((len(arrays["cells/keys.0"]), 3), np.uint8)}),
-        (manifest, arrays | {"window/bytes": np.zeros((1, 1), np.uint8)}),
-        *((manifest, arrays | checkpoints) for checkpoints in forged_checkpoints(manifest["position"])),
-        (manifest, told(messages="x")),
-        (manifest, told(messages=[1])),
-        (manifest, told(messages=[{"role": "user", "content": 3}])),
-        (manifest, told(messages=[{"role": "user"}])),
-        (manifest, told(messages=[{"role": "user", "content": "x", "more": "y"}])),
-        (manifest, told(messages=[{"role": "assistant", "content": "x", "reasoning": 1}])),
-        (manifest, told(messages=[{"role": "root", "content": "x"}])),
-        (manifest, told(messages=[{"role": ["user"], "content": "x"}])),
-        (manifest, told(draft=None)),
-        (manifest, told(template=1)),
-        (manifest, told(began="now")),
-        (manifest, told(began=-1.0)),
-        (manifest, told(began=1e300)),
-        (manifest, told(began=float("nan"))),
-        (manifest, told(system=7)),
-        (manifest, told(system=0)),
-        (manifest, told(more="x")),
-        (manifest, told(steps=None)),
-        (manifest, told(steps=[1])),
-        (manifest, told(steps=[[[0, 0], 0, 5, None]])),
-        (manifest, told(steps=[[[0, -1], 0, "", None]])),
-        (manifest, told(steps=[[[0, 0], 99, "", None]])),
-        (manifest, told(steps=[[[0, 0], 0, "", [10**6, 0]]])),
-        (manifest, told(steps=[[[0, 0, 0], 0, "", None]])),
-        (manifest, told(pins=[[1]])),
-        (manifest, told(pins=[[True, 2]])),
-        (manifest, told(pins={})),
-        (manifest, told(pins=[[5, 3]])),
-        (manifest, told(steps={})),
-        (manifest, arrays | {"text/json": np.frombuffer(b"[" * 100_000, np.uint8)}),
-        (manifest, arrays | {"plain": np.zeros(1, np.uint8)}),
-        (manifest, arrays | {"other/more": np.zeros(1, np.uint8)}),
-        (manifest, arrays | {"scores/more.0": np.zeros(1, np.uint8)}),
-        ([manifest], arrays),
-        (manifest | {"more": 1}, arrays),
-    ]
+
+def forged_manifests(manifest: Any) -> Iterator[Any]:
+    yield [manifest]
+    yield manifest | {"more": 1}
     for field, values in {
         "position": (0, manifest["position"] + 1, 2**31, -1, 1.5, None),
-        "n_live": (0, n_live + 1, -1, True, "3"),
+        "n_live": (0, manifest["n_live"] + 1, -1, True, "3"),
         "composed": ([], [1], [0, 0], [*manifest["composed"], 0], [[], []], [-1, 1], 5),
         "budget": (0.0, 2.0, float("nan"), 1),
         "n_ctx": (-5, 2**40, "many"),
@@ -550,7 +551,21 @@ def test_forged_files_of_the_right_checksum(tmp_path: Path, setup: Setup) -> Non
         "engine": (None,),
         "rope_factors": (None, 1),
     }.items():
-        forged += [(manifest | {field: value}, arrays) for value in values]
+        for value in values:
+            yield manifest | {field: value}
+
+
+def test_forged_files_of_the_right_checksum(tmp_path: Path, setup: Setup) -> None:
+    """What contradicts itself or the model is refused before the chat is touched."""
+    path = tmp_path / "s.kvc"
+    chat = talked()
+    sessions.save(path, chat, setup)
+    manifest, arrays = taken_apart(path)
+    put_together(path, manifest, arrays)
+    sessions.load(path, chat, setup)  # the forger knows the format
+    forged = [(manifest, wrong) for wrong in forged_arrays(manifest, arrays)]
+    forged += [(wrong, arrays) for wrong in forged_manifests(manifest)]
+    assert len(forged) > 100
     for i, (wrong_manifest, wrong_arrays) in enumerate(forged):
         put_together(path, wrong_manifest, wrong_arrays)
         with pytest.raises(SessionError) as error:

@@ -449,6 +449,8 @@ def test_one_answer_with_all_numbers(tiny_model: TinyModel) -> None:
     )
     assert told["layer_cells"] == [told["positions"]] * 3
     assert (told["compactions"], told["compaction_seconds"]) == (0, 0)
+    parts = [(part["kind"], part["text"], part["n_tokens"], part["kept"]) for part in told["remembered"]]
+    assert parts == [("message", "Hello", told["prompt_tokens"], 1), ("answer", told["answer"], 8, 1)]
     assert told["prefill_tokens_per_second"] > 0
     assert told["decode_tokens_per_second"] > 0
     assert told["peak_rss_bytes"] > 10 * 2**20

@@ -67,7 +67,7 @@ def test_the_type_is_the_one_that_a_run_takes(tiny_model: Callable[..., Path], m
     assert [found.type_at(budget) for budget in (1, 0.25)] == ["f16", "q8_0/q4_0"]
     assert inspect(tiny_model("llama", head=40)).type_at(0.25) == "f16"
     assert inspect(tiny_model(), cache_type="q5_1").type_at(1) == "q5_1"
-    monkeypatch.setattr("kvcompose_local.llama_ffi.library.layers_to_offload", lambda _wanted: 99)
+    monkeypatch.setattr("kvcompose_local.llama_ffi.devices.gpus", lambda: ["one"])
     assert found.type_at(0.25) == "q8_0"
     monkeypatch.setattr("kvcompose_local.llama_ffi.cells.library_is_patched", lambda: False)
     assert found.type_at(0.25) == "f16"

@@ -18,6 +18,7 @@ from real_shapes import SHAPES
 
 from kvcompose_local.architectures.fixtures import metadata, tiny, weights
 from kvcompose_local.composing.rotation import Rope, unjoined
+from kvcompose_local.composing.scorer import products
 from kvcompose_local.engines.patched import PatchedEngine
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.interfaces import FloatArray
@@ -107,7 +108,10 @@ def keys_before_rope(engine: PatchedEngine, tokens: list[int], n_parts: int) -> 
 
 
 def check_rows(engine: PatchedEngine, off: float) -> list[bool]:
-    """Live rows equal what stood in a tensor before RoPE; of each layer, whether it was turned at all."""
+    """Live rows equal what stood in a tensor before RoPE, and what ggml multiplies them to equals their products.
+
+    Returns of each layer whether it was turned at all.
+    """
     stages = keys_before_rope(engine, TOKENS, 3)
     turned = []
     for i, ((keys, values), layer) in enumerate(zip(engine.live_rows(len(TOKENS)), engine.shape.layers, strict=True)):
@@ -118,6 +122,12 @@ def check_rows(engine: PatchedEngine, off: float) -> list[bool]:
         assert min(errors) < off, f"layer {layer.index}: {errors}"
         assert values.shape[:2] == keys.shape[:2]
         turned.append(engine._turns[i].rope.n_rotated > 0)
+    rng, rows = np.random.default_rng(0), engine.live_rows(len(TOKENS))
+    sizes = [(len(keys), keys.shape[2] + values.shape[2]) for keys, values in (rows[i] for i in range(len(rows)))]
+    multipliers = [rng.standard_normal(size).astype(np.float32) for size in sizes]
+    for i, sums in enumerate(engine.live_products(multipliers, len(TOKENS))):
+        wanted = products(multipliers[i], *rows[i])
+        assert np.abs(sums - wanted).max() < 1e-3 * wanted.std()
     return turned
 
 
@@ -147,6 +157,7 @@ TRIED = (
     "Phi 4 mini, 2 layers",
     "Gemma 3 1B",
     "gpt-oss-20b",
+    "EXAONE 4 1.2B",
     "EXAONE 4 32B",
     "GLM 4 9B",
     "Granite 3 2B",

@@ -8,6 +8,7 @@ from datetime import datetime
 import numpy as np
 
 from kvcompose_local.chat.reasoning import Format, format_of
+from kvcompose_local.composing.scorer import products
 from kvcompose_local.errors import ContextFull, InvalidInput
 from kvcompose_local.interfaces import (
     AttentionSink,
@@ -15,6 +16,7 @@ from kvcompose_local.interfaces import (
     CacheLayout,
     CacheSnapshot,
     FloatArray,
+    HalfArray,
     LayerShape,
     ModelShape,
     Progress,
@@ -31,6 +33,7 @@ class FakeEngine:
     max_replay = 10**9
     compute_bytes = None
     cannot_snapshot = ""
+    row_steps = (1,)
 
     def __init__(
         self,
@@ -98,6 +101,9 @@ class FakeEngine:
         numbers = np.tile(np.array(self.live[:n], np.float32) / 256, (2, 1))[..., None]
         of_layers = [numbers if i % 2 == 0 else 1 - numbers for i in range(len(self.shape.layers))]
         return [(rows, rows) for rows in of_layers]
+
+    def live_products(self, weights: Sequence[FloatArray | HalfArray], n: int) -> list[FloatArray]:
+        return [products(w, *rows) for w, rows in zip(weights, self.live_rows(n), strict=True)]
 
     def checkpoint(self) -> ByteArray:
         """Position and state."""

@@ -237,6 +237,9 @@ def test_the_cache_as_a_chart(monkeypatch: pytest.MonkeyPatch) -> None:
         "! 1 ##########################################... 97 + 8  0.00\n"
         "! in all 0.00 of 0.01 MiB, room for 295 more live cells;\n"
         "! uncompressed, these 211 tokens would take 0.00 MiB\n"
+        "! what is left of what was read, its tokens, and how it begins:\n"
+        f"!  49%     209 message  {'y' * 36}\n"
+        "! 100%       2 answer   ok\n"
     )
     assert can_show(UNICODE_MARKS, "utf-8")
     assert not can_show(UNICODE_MARKS, "latin-1")
