@@ -125,7 +125,14 @@ def serve_command(
     door.check()
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, level=logging.WARNING)
     logging.getLogger("kvcompose_local").setLevel(logging.INFO)
-    served = Options(options, keep=keep, keep_disk=keep_disk, keep_ratio=keep_ratio, on_disk=not no_disk)
+    n_models = len(models) or 1
+    served = Options(
+        options,
+        keep=keep // n_models,
+        keep_disk=keep_disk // n_models,
+        keep_ratio=keep_ratio,
+        on_disk=not no_disk,
+    )
     hosted: dict[str, Hosted] = {}
     status = Status(sys.stderr)
     for wanted in models or (None,):

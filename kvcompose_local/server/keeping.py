@@ -16,11 +16,12 @@ import re
 import secrets
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -343,17 +344,19 @@ class Keeping:
 
 
 def compact(state: ChatState) -> tuple[ChatState, int]:
-    """The same with scores and origins of two bytes each, as the cache has them, and its bytes."""
+    """The same with scores, origins and tokens as small as they can be, and its bytes."""
     memory, cells = state.memory, state.memory.cells
-    scores = [array.astype(DTYPE) for array in memory.scores]
+    scores = [plane.astype(DTYPE) for plane in memory.scores]
     width = np.min_scalar_type(max(cells.position, 1))
-    origins = [array.astype(width) for array in memory.origins]
+    origins = [plane.astype(width) for plane in memory.origins]
     arrays: list[npt.NDArray[Any]] = [*cells.keys, *cells.values, *scores, *origins, cells.state]
     arrays += [checkpoint.state for checkpoint in memory.checkpoints]
-    n_bytes = sum(array.nbytes for array in arrays) + 36 * len(memory.tokens) + 2 * len(state.fed)
+    tokens = array("i", memory.tokens)
+    n_bytes = sum(plane.nbytes for plane in arrays) + tokens.itemsize * len(tokens) + 2 * len(state.fed)
     n = len(scores)
     small = replace(
         memory,
+        tokens=cast("tuple[int, ...]", tokens),  # a list of Python's takes nine times as much
         scores=Lazy(n, lambda i: scores[i].astype(np.float32)),
         origins=Lazy(n, lambda i: origins[i].astype(np.int32)),
     )

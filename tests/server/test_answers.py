@@ -1,0 +1,134 @@
+"""What models say, as events: thinking apart, calls of tools, stop texts; many chats within the memory of a few."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from programs import PROSE, TinyModel, endless
+from scripted_model import write_scripted_model
+from serving import Messages, serving, texts
+
+QUESTION = [{"role": "user", "content": "What is it?"}]
+TOOL: Any = {
+    "type": "function",
+    "function": {"name": "look", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}},
+}
+
+
+def stream(server: Any, **body: Any) -> list[dict[str, Any]]:
+    """The deltas of a streamed answer."""
+    told = {"messages": QUESTION, "max_tokens": 30, "stream": True, **body}
+    lines = server.post("/v1/chat/completions", **told).text.splitlines()
+    return [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+
+
+def test_thinking_is_told_apart(tmp_path: Path) -> None:
+    model = write_scripted_model(
+        tmp_path / "thinks.gguf", ["<think>", "Let me", " see.", "</think>", "It is", " a cat."]
+    )
+    with serving(model) as server:
+        message = server.chat(QUESTION, max_tokens=30)["choices"][0]["message"]
+        assert (message["reasoning_content"], message["content"]) == ("Let me see.", "It is a cat.")
+        deltas = [choice["delta"] for choice in stream(server)]
+        assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Let me see."
+        assert "".join(delta.get("content", "") for delta in deltas) == "It is a cat."
+        told = server.post("/v1/messages", messages=QUESTION, max_tokens=30).json()["content"]
+        assert [(block["type"], block.get("thinking", block.get("text"))) for block in told] == [
+            ("thinking", "Let me see."),
+            ("text", "It is a cat."),
+        ]
+        # protocols do not send thinking back; the chat goes on all the same
+        history = [*QUESTION, {"role": "assistant", "content": "It is a cat."}, {"role": "user", "content": "Sure?"}]
+        after = server.chat(history, max_tokens=30)
+        assert after["kvc"]["cached"] > 20
+        assert len({chat["id"] for chat in server.chats().values()}) == 1
+
+
+def test_calls_that_are_not_forced(tmp_path: Path) -> None:
+    pieces = ["I look.", "<tool_", "call>", '{"name": "look", ', '"arguments": {"at": "it"}}', "</tool_call>"]
+    with serving(write_scripted_model(tmp_path / "calls.gguf", pieces)) as server:
+        choice = server.chat(QUESTION, max_tokens=30, tools=[TOOL])["choices"][0]
+        assert choice["finish_reason"] == "tool_calls"
+        assert choice["message"]["content"] == "I look."
+        (call,) = choice["message"]["tool_calls"]
+        assert call["function"] == {"name": "look", "arguments": '{"at": "it"}'}
+        choices = stream(server, tools=[TOOL])
+        assert choices[-1]["finish_reason"] == "tool_calls"
+        assert "".join(c["delta"].get("content", "") for c in choices) == "I look."
+        (streamed,) = [c["delta"]["tool_calls"][0] for c in choices if "tool_calls" in c["delta"]]
+        assert (streamed["index"], streamed["function"]) == (0, call["function"])
+        without = server.chat(QUESTION, max_tokens=30)["choices"][0]
+        assert without["message"]["content"] == "".join(pieces)
+        refused = server.chat(QUESTION, max_tokens=30, tools=[TOOL], tool_choice="none")["choices"][0]
+        assert refused["message"]["content"] == "".join(pieces)
+        # what came of it is read, and nothing else
+        history = [*QUESTION, choice["message"], {"role": "tool", "tool_call_id": call["id"], "content": "a cat"}]
+        server.chat(QUESTION, max_tokens=30, tools=[TOOL])
+        after = server.chat(history, max_tokens=2, tools=[TOOL])
+        assert after["timings"]["prompt_n"] < 80
+
+
+@pytest.mark.parametrize(("stop", "said"), [(["three"], "one two "), ([" two", "three"], "one"), (["ne tw"], "o")])
+def test_stop_texts_end_an_answer_and_the_chat_goes_on(tmp_path: Path, stop: list[str], said: str) -> None:
+    model = write_scripted_model(tmp_path / "counts.gguf", ["one ", "two ", "thr", "ee ", "four"])
+    with serving(model) as server:
+        messages: Messages = [*QUESTION]
+        choice = server.chat(messages, max_tokens=30, stop=stop)["choices"][0]
+        assert (choice["message"]["content"], choice["finish_reason"]) == (said, "stop")
+        anthropic = server.post("/v1/messages", messages=QUESTION, max_tokens=30, stop_sequences=stop).json()
+        assert anthropic["stop_reason"] == "stop_sequence"
+        assert anthropic["stop_sequence"] in stop
+        messages += [{"role": "assistant", "content": said}, {"role": "user", "content": "Go on."}]
+        assert texts(server.chat(messages, max_tokens=30)) == "one two three four"
+
+
+def test_an_answer_under_a_grammar_begins_when_the_thinking_ends(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}[/]{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]<think>{% endif %}{# </think> #}"
+    )
+    from tiny_models import write_tiny_model
+
+    model = write_tiny_model(tmp_path / "tiny.gguf", template=template, seed=3)
+    with serving(model) as server:
+        told = server.chat(
+            QUESTION,
+            max_tokens=40,
+            tools=[TOOL],
+            tool_choice="required",
+        )["choices"][0]
+        if told["finish_reason"] == "tool_calls":
+            assert told["message"]["tool_calls"][0]["function"]["name"] == "look"
+        thinking = server.chat(QUESTION, max_tokens=20, response_format={"type": "json_object"}, temperature=0)[
+            "choices"
+        ][0]["message"]
+        assert thinking["content"] == ""  # it has not ended to think
+        assert thinking["reasoning_content"]
+
+
+def test_24_chats_within_the_bytes_of_4(tiny_model: TinyModel) -> None:
+    model = endless(tiny_model)
+    n_tokens, f16_token_bytes = 600, 3 * 2 * 2 * 32 * 2  # layers, heads, K and V, numbers of a head, F16
+    keep = 4 * n_tokens * f16_token_bytes
+    with serving(model, budget=0.5, keep=keep, n_ctx=2048, on_disk=False) as server:
+        keeping = server.hosted.keeping
+        assert keeping is not None
+        text = PROSE.replace(" ", "")
+        chats: list[Messages] = []
+        for i in range(24):
+            chats.append([{"role": "user", "content": f"{i}.{text[i * 500 : i * 500 + n_tokens - 40]}"}])
+            server.chat(chats[-1])
+            assert keeping.n_bytes <= keep
+        assert all(chat["where"] in ("memory", "in use") for chat in server.chats().values())
+        answers = [texts(server.chat(messages)) for messages in chats]
+        for messages, before in zip(chats, answers, strict=True):
+            told = server.chat(messages)
+            assert texts(told) == before
+            assert told["kvc"]["cached"] > 0.7 * n_tokens  # another answer: what stood before it is read on to
+            messages += [{"role": "assistant", "content": before}, {"role": "user", "content": "And?"}]
+            assert server.chat(messages)["timings"]["prompt_n"] < 60  # going on: nothing but what is new
+            assert keeping.n_bytes <= keep
+        assert len(server.chats()) == 24
