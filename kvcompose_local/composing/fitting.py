@@ -20,7 +20,7 @@ from kvcompose_local.interfaces import FloatArray, Progress
 RIDGE = 0.003
 _STEPS, _SMALL_STEP = 8, 0.01
 #: The power of a question's attention whose mean a scorer is fitted to.
-POWER = 1.5
+POWER = 1.25
 #: A float16 holds it, and no weight that counts is near it.
 _LARGEST = 6e4
 
