@@ -449,6 +449,9 @@ class CacheMemory:
                 self.engine.drop_tail(n_forgotten, way.state)
             else:
                 chosen = self._scores.before(way.position)
+                if not self.engine.per_layer:  # as many in each as the layer with the fewest has
+                    k = min(rows.shape[1] for rows in chosen)
+                    chosen = [rows[:, :k] for rows in chosen]
                 none = [np.zeros((layer.n_kv_heads, 0), np.float16) for layer in self.engine.shape.layers]
                 self.engine.rewrite(chosen, 0, n_forgotten, way.state)
                 self._scores.keep(chosen, none, 0)

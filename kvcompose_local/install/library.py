@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvcompose_local.errors import KVComposeError
-from kvcompose_local.install.pin import cpu_features, newest_library_dir, read_pin
+from kvcompose_local.install.pin import cpu_features, preferred_library_dir, read_pin
 from kvcompose_local.install.resources import CACHE_VARIABLE, cache_folder, data_file
 
 #: Read by llama-cpp-python when it is imported; a library that the user names there wins.
@@ -63,7 +63,7 @@ def find_library() -> Library:
         return Library(Path(named), _problem_of_named(Path(named)), is_named=True)
     why_not_built = None
     try:
-        if built := newest_library_dir():
+        if built := preferred_library_dir():
             return Library(built, _problem_of_file(built))
         why_not_built = _why_not_built()
     except KVComposeError as error:  # no home folder, a damaged pin

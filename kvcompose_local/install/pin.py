@@ -164,6 +164,6 @@ def library_dir(
     return folder / "lib" if (folder / "build.json").is_file() else None
 
 
-def newest_library_dir() -> Path | None:
+def preferred_library_dir() -> Path | None:
     """The same of the build that is taken: one for a device goes before one for the CPU alone."""
     return next((found for device in (*DEVICES, None) if (found := library_dir(device=device))), None)

@@ -17,8 +17,8 @@ from kvcompose_local.interfaces import FloatArray, Progress
 from kvcompose_local.llama_ffi.library import bind, lib
 from kvcompose_local.llama_ffi.model import Model
 
-#: A GGUF value; integers are unsigned and 32 bits wide, in NumPy arrays 64.
-Value = bool | int | float | str | Sequence[int] | Sequence[float] | Sequence[str] | npt.NDArray[np.integer[Any]]
+#: A GGUF value; integers have 32 bits, in a list with a sign and alone without; in a NumPy array they have 64.
+Value = bool | int | float | str | Sequence[int] | Sequence[float] | Sequence[str] | npt.NDArray[np.uint64]
 
 _init_empty = bind("gguf_init_empty", ctypes.c_void_p)
 _free = bind("gguf_free", None, ctypes.c_void_p)
@@ -34,7 +34,7 @@ _set_strings = bind(
 _set_numbers = bind(
     "gguf_set_arr_data", None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t
 )
-_ARRAY_TYPES = {"uint32": 4, "int32": 5, "float32": 6, "uint64": 10}  # of enum gguf_type
+_ARRAY_TYPES = {"int32": 5, "float32": 6, "uint64": 10}  # of enum gguf_type
 _write = bind("gguf_write_to_file", ctypes.c_bool, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_bool)
 _name = bind("ggml_get_name", ctypes.c_char_p, ctypes.c_void_p)
 _nelements = bind("ggml_nelements", ctypes.c_int64, ctypes.c_void_p)

@@ -49,6 +49,7 @@ class Exchange:
         self.conversation, self.keeping, self.setup = conversation, keeping, setup
         self._keep_ratio = keep_ratio
         self.current: Kept | None = None
+        self._head = "", 0  # what a chat began with last, and its tokens
         self.should_stop: Callable[[], bool] = lambda: False
         conversation.should_stop = lambda: self.should_stop()
         conversation.memory.on_progress = self._on_compacting
@@ -227,7 +228,9 @@ class Exchange:
         head = conversation.head(request.messages, request.tools)
         if not head or conversation.memory.engine.cannot_snapshot:
             return
-        n_head = len(conversation.model.tokenize(head))
+        if head != self._head[0]:  # agents send the same one each time
+            self._head = head, len(conversation.model.tokenize(head))
+        n_head = self._head[1]
         if n_head < LEAST_PREFIX or n_held >= n_head - _SEAM:
             return
         if conversation.read_head(request.messages, request.tools, stats):

@@ -154,7 +154,7 @@ class Job:
     def __init__(self, client: str) -> None:
         self.client = client
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._events: asyncio.Queue[Event | None] = asyncio.Queue()
         self._cancelled = threading.Event()
         self.is_over = False
 
@@ -171,19 +171,27 @@ class Job:
         self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     async def events(self, every: float) -> AsyncIterator[Event | None]:
-        """What happens, to its end; None where nothing has happened for ``every`` seconds. Leaving it cancels."""
+        """What happens, to its end; None every so many seconds in which nothing has. Leaving it cancels."""
+        is_quiet = True
+        timer: asyncio.TimerHandle
+
+        def tick() -> None:  # a timeout for each token would take longer than the token's own way
+            nonlocal timer
+            self._events.put_nowait(None)
+            timer = self._loop.call_later(every, tick)
+
+        timer = self._loop.call_later(every, tick)
         try:
             while True:
-                try:
-                    event = await asyncio.wait_for(self._events.get(), every)
-                except asyncio.TimeoutError:
-                    yield None
-                    continue
-                yield event
+                event = await self._events.get()
+                if event is not None or is_quiet:
+                    yield event
+                is_quiet = event is None
                 if isinstance(event, (Done, Result, Failed)):
                     self.is_over = True
                     return
         finally:
+            timer.cancel()
             self.cancel()
 
 

@@ -119,7 +119,7 @@ class Conversation:
         engine, sample = self.engine, FakeEngine.sample
 
         def say() -> int:
-            if not engine._answer:
+            if not engine.answer_left:
                 form, fed = self.model.reasoning_format, self.chat.transcript.fed
                 engine.answers = [as_the_model_says_it(form, fed, thought.format(k), answer.format(k))]
             return sample(engine)

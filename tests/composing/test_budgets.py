@@ -248,3 +248,29 @@ def test_budgets_of_composites_fill_their_limit(scores, byte_budget, row_bytes):
 def test_composites_refuse_what_is_no_limit(byte_budget):
     with pytest.raises(InvalidInput):
         allocate_composites([np.ones(3, np.float32)] * 2, [8, 8], byte_budget)
+
+
+def test_budgets_in_steps_fill_whole_groups_of_rows() -> None:
+    worths = [np.sort(np.random.default_rng(i).random(4000).astype(np.float32) * (i + 1))[::-1] for i in range(3)]
+    limit = 3 * 1500 * 8
+    budgets = allocate_composites(worths, [8, 8, 8], [limit], [0, 0, 0], steps=(256,), n_beside=200)
+    assert ((budgets + 200) % 256 == 0).all()
+    assert (np.diff(budgets) > 0).all(), "what is worth more gets more"
+    assert limit - 3 * 256 * 8 < budgets.sum() * 8 <= limit
+    finest = allocate_composites(worths, [8, 8, 8], [limit], [0, 0, 0])
+    assert np.abs(budgets - finest).max() <= 256
+
+
+def test_steps_that_are_too_coarse_or_drop_what_must_stay_are_left_out() -> None:
+    worths = [np.linspace(1, 0, 900, dtype=np.float32)] * 2
+    finest = allocate_composites(worths, [8, 8], [2 * 500 * 8], [0, 0]).tolist()
+    assert allocate_composites(worths, [8, 8], [2 * 500 * 8], [0, 0], steps=(256,), n_beside=100).tolist() == finest
+    few = [worths[0], worths[0][:120]]
+    stepped = allocate_composites(few, [8, 8], [2 * 800 * 8], [0, 0], steps=(256,), n_beside=256)
+    assert stepped[1] == 0
+    kept = allocate_composites(few, [8, 8], [2 * 800 * 8], [0, 0], steps=(256,), n_beside=256, at_least=100)
+    assert kept[1] == 120
+    mixed = allocate_composites(
+        [worths[0], worths[0]], [8, 8], [700 * 8, 800 * 8], [0, 1], steps=(1, 256), n_beside=256
+    )
+    assert mixed.tolist() == [700, 768]

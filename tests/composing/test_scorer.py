@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -91,6 +93,17 @@ def test_a_fit_finds_what_made_the_attention() -> None:
     assert found.furthest == 2000
     blind = fit([observed(1, 2000, truth)], places=False)
     assert (blind.places[0][:, :2] == 0).all()
+
+
+def test_a_fit_to_a_power_gives_its_root() -> None:
+    truth = scorer(age=-0.4, position=-0.2, furthest=2000)
+    texts = [observed(seed, n, truth) for seed, n in enumerate((500, 2000, 1000, 2000))]
+    powers = [replace(text, looked=[looked**1.5 for looked in text.looked]) for text in texts]
+    found = fit(powers, ridge=1e-5, power=1.5)
+    np.testing.assert_allclose(found.weights[0].astype(np.float32), truth.weights[0].astype(np.float32), atol=0.1)
+    np.testing.assert_allclose(found.places[0][:, :2], truth.places[0][:, :2], atol=0.1)
+    unseen = replace(texts[0], looked=[texts[0].looked[0] * 0])
+    assert (fit([unseen], power=1.5).scores(0, unseen.keys[0], unseen.values[0], 0) == BOUNDS[0]).all()
 
 
 def test_a_head_that_nobody_looks_at_gets_the_lowest_score() -> None:

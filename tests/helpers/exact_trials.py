@@ -78,7 +78,10 @@ def check_bytes(model: RandomModel, cache_type: str) -> None:
 
 
 def masked(kept: Sequence[IntArray], first_live: int, layer: int, weights: FloatArray) -> None:
-    """Take from softmax weights, in place, what attention does not see whose heads kept these positions."""
+    """Set softmax weights of what a head did not keep to 0, in place, and let the others share what is left.
+
+    kept: of each layer the positions that its KV heads kept, (H, K); later ones, from ``first_live`` on, all count.
+    """
     group = len(weights) // len(kept[layer])
     for head, positions in enumerate(kept[layer]):
         of_head = weights[head * group : (head + 1) * group]
@@ -89,7 +92,7 @@ def masked(kept: Sequence[IntArray], first_live: int, layer: int, weights: Float
 
 
 def check_attention(model: RandomModel, *, rewinds: bool) -> None:
-    """After uneven rewrites the next logits are those of a whole cache in which each head sees what it kept."""
+    """After uneven rewrites the next logits equal the ones of a whole cache in which each head sees what it kept."""
     rng, read = np.random.default_rng(4), 0
     with opened(model, "f32") as engine, opened(model, "f32") as whole:
         n_layers = len(engine.shape.layers)

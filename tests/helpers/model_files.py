@@ -61,6 +61,6 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Value) -> None:
         writer.add_string(key, value)
     elif isinstance(value, np.ndarray):
         kind = gguf.GGUFValueType
-        writer.add_key_value(key, value.tolist(), kind.ARRAY, sub_type=kind.UINT64)
+        writer.add_key_value(key, value.tolist(), kind.ARRAY, sub_type=kind[value.dtype.name.upper()])
     else:
         writer.add_array(key, list(value))

@@ -29,7 +29,7 @@ BYTES: dict[str, Value] = {
     "tokenizer.ggml.model": "llama",
     "tokenizer.ggml.tokens": [*_SPECIALS, *(f"<0x{i:02X}>" for i in range(256))],
     "tokenizer.ggml.scores": [0.0] * N_VOCAB,
-    "tokenizer.ggml.token_type": np.array([2, 3, 3, 3] + [6] * 256, np.int32),  # unknown, control, byte
+    "tokenizer.ggml.token_type": [2, 3, 3, 3] + [6] * 256,  # unknown, control, byte
     "tokenizer.ggml.bos_token_id": 1,
     "tokenizer.ggml.eos_token_id": 3,
     "tokenizer.ggml.add_space_prefix": False,

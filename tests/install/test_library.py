@@ -15,7 +15,7 @@ import pytest
 
 from kvcompose_local.commands import doctor
 from kvcompose_local.install.library import Problem, find_library, why_not_loaded
-from kvcompose_local.install.pin import build_dir, cpu_features
+from kvcompose_local.install.pin import DEVICES, build_dir, cpu_features
 from kvcompose_local.llama_ffi.library import library_path
 
 TinyModel = Callable[..., Path]
@@ -265,9 +265,17 @@ def test_files_of_another_user(monkeypatch: pytest.MonkeyPatch) -> None:
         def problem() -> str:
             return subprocess.run([*nobody, code], check=True, capture_output=True, text=True).stdout
 
-        assert problem().startswith(f"cannot read {build / 'build.json'} (Permission denied): set KVCOMPOSE_CACHE")
+        first = build_dir(device=DEVICES[0]) / "build.json"  # looked for before all others
+        assert problem().startswith(f"cannot read {first} (Permission denied): set KVCOMPOSE_CACHE")
         Path(folder).chmod(0o755)
         assert problem() == f"cannot read {library} (Permission denied): set KVCOMPOSE_CACHE to a folder of yours\n"
+
+
+def test_a_build_for_a_device_goes_before_one_for_the_cpu() -> None:
+    for device in (None, *reversed(DEVICES)):
+        folder = put_build(build_dir(device=device)) / "lib"
+        link_libraries(folder)
+        assert find_library().folder == folder
 
 
 # -- the bindings ------------------------------------------------------------------------------------------------------

@@ -104,11 +104,11 @@ def test_the_commands_leave_kinds_out_and_try_them(
 
 
 def test_the_default_type_follows_from_what_types_cost() -> None:
-    def kind(on_gpu: bool = False, **kl: float) -> str:
+    def kind(one_type: bool = False, **kl: float) -> str:
         costs = {name.replace("__", "/"): cost for name, cost in kl.items()}
-        return default_cache_type(0.5, whole_blocks=True, on_gpu=on_gpu, patched=True, kl=costs)
+        return default_cache_type(0.5, whole_blocks=True, one_type=one_type, patched=True, kl=costs)
 
     assert kind() == kind(q8_0__q4_0=0.01, q8_0=0.001) == "q8_0/q4_0"
     assert kind(q8_0__q4_0=0.2, q8_0=0.001) == "q8_0"
     assert kind(q8_0__q4_0=4.0, q8_0=0.2) == "f16"
-    assert kind(on_gpu=True, q8_0__q4_0=4.0, q8_0=0.001) == "q8_0"
+    assert kind(one_type=True, q8_0__q4_0=4.0, q8_0=0.001) == "q8_0"
