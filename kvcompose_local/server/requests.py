@@ -173,6 +173,7 @@ class Job:
     async def events(self, every: float) -> AsyncIterator[Event | None]:
         """What happens, to its end; None every so many seconds in which nothing has. Leaving it cancels."""
         is_quiet = True
+        timer: asyncio.TimerHandle
 
         def tick() -> None:  # a timeout for each token would take longer than the token's own way
             nonlocal timer
