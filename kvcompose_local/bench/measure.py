@@ -27,9 +27,9 @@ from kvcompose_local import profiles
 from kvcompose_local.arena import cells_for, default_cache_type, padded
 from kvcompose_local.chat.memory import CacheMemory
 from kvcompose_local.composing.scorer import Scorer
-from kvcompose_local.engines import has_whole_blocks, token_of
+from kvcompose_local.engines import has_whole_blocks, micro_batch, token_of
 from kvcompose_local.engines.base import LlamaEngine
-from kvcompose_local.engines.patched import PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
+from kvcompose_local.engines.patched import PatchedEngine
 from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import EngineError, InvalidInput, KVComposeError
 from kvcompose_local.install.pin import library_dir
@@ -222,8 +222,8 @@ def _patched(
     model: Model,
     n_cells: int,
     n_threads: int,
-    n_ubatch: int = PREFILL_MICRO_BATCH,
-    cache_type: str = "f16",
+    n_ubatch: int,
+    cache_type: str,
     n_positions: int | None = None,
 ) -> Iterator[PatchedEngine]:
     engine = PatchedEngine(
@@ -261,34 +261,35 @@ def measure(
     rounds: int,
     n_decode: int,
     n_threads: int | None = None,
+    gpu_layers: int = 0,
     progress: Callable[[str, int, int], None] = lambda _what, _done, _total: None,
 ) -> LengthResult:
     """Measure one context length.
 
     sentences: the text, repeated where it is too short; budgets: shares of the uncompressed F16 cache, in cells of
-    ``cache_type``, by default the chat's; rounds, n_decode: how often each mode decodes how many tokens. The unpatched
-    library is measured where it was built (``kvcompose-local build --stock``). Raises InvalidInput, before anything is
-    read, for a budget of too few cells.
+    ``cache_type``, by default the chat's; rounds, n_decode: how often each mode decodes how many tokens; gpu_layers:
+    the model's layers on a GPU. The unpatched library is measured where it was built (``build --stock``)
+    and no layer is on a GPU. Raises InvalidInput, before anything is read, for a budget of too few cells.
     """
     threads = n_threads or default_threads()
     with ExitStack() as stack:
-        model = Model(path)
+        model = Model(path, gpu_layers=gpu_layers)
         stack.callback(model.close)
         profile = profiles.of_file(path)
         if cache_type is None:
             whole_blocks, kl = has_whole_blocks(model), profile.kl if profile else None
             cache_type = default_cache_type(
-                0.5, whole_blocks=whole_blocks, one_type=model.one_type, patched=True, kl=kl
+                0.5, whole_blocks=whole_blocks, one_type=model.one_type or gpu_layers > 0, patched=True, kl=kl
             )
         token = token_of(model)
-        cells = {f"budget {budget:g}": cells_for(n_tokens, budget, cache_type, token) for budget in budgets}
+        cells = {budget: cells_for(n_tokens, budget, cache_type, token) for budget in budgets}
         tokens = text_tokens(model, sentences, n_tokens)
         n_cells = padded(n_tokens + _ANSWER_CELLS + 512)
         modes: list[Mode] = []
         engines: dict[str, LlamaEngine | Worker] = {}
 
         def read_whole(name: str, kind: str) -> PatchedEngine:
-            engines[name] = engine = stack.enter_context(_patched(model, n_cells, threads, cache_type=kind))
+            engines[name] = engine = stack.enter_context(_patched(model, n_cells, threads, micro_batch(model, 1), kind))
             started = time.perf_counter()
             engine.decode(tokens, lambda done, total: progress(f"reading, {name}:", done, total))
             seconds = time.perf_counter() - started
@@ -301,14 +302,15 @@ def measure(
         whole = full.snapshot()
         rewrite_seconds = _rewrite_seconds(full, whole)
         scorer = profile.scorer if profile else None
-        for name, n in cells.items():
+        for budget, n in cells.items():
+            name = f"budget {budget:g}"
             engines[name] = small = stack.enter_context(
-                _patched(model, n, threads, SMALL_MICRO_BATCH, cache_type, n_positions=n_cells)
+                _patched(model, n, threads, micro_batch(model, budget), cache_type, n_positions=n_cells)
             )
             modes.append(_read_as_a_chat(name, small, tokens, progress, scorer))
         full.restore(whole)
         library = library_dir(patched=False)
-        if library is not None and library != library_path().parent:
+        if library is not None and library != library_path().parent and not gpu_layers:
             # Both in a process of their own and through the same engine: only the library differs.
             for name, folder in ((UNPATCHED, library), (TWIN, library_path().parent)):
                 worker = Worker(folder, path, whole, n_cells, threads)

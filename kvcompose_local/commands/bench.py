@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from kvcompose_local.commands.opening import fetched
-from kvcompose_local.commands.options import model_argument, threads_option
+from kvcompose_local.commands.options import gpu_layers_option, model_argument, threads_option
 from kvcompose_local.terminal.status import Status
 
 
@@ -48,6 +48,7 @@ def _budgets(_context: click.Context, _parameter: click.Parameter, value: str) -
 @click.option("--rounds", type=click.IntRange(1, 100), default=5, show_default=True, help="Rounds of each mode.")
 @click.option("--tokens", type=click.IntRange(4, 200), default=24, show_default=True, help="Tokens decoded in a round.")
 @threads_option
+@gpu_layers_option
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw decode speed against length into this PNG file.")
 def bench_command(
     model: str | None,
@@ -57,6 +58,7 @@ def bench_command(
     rounds: int,
     tokens: int,
     n_threads: int | None,
+    gpu_layers: int | None,
     plot: Path | None,
 ) -> None:
     """Reading, compaction and decoding on MODEL, in one run; the last line is JSON.
@@ -69,6 +71,7 @@ def bench_command(
     from kvcompose_local.evaluation.tasks import prose
     from kvcompose_local.install.model_files import size_of
     from kvcompose_local.llama_ffi.cells import library_is_patched
+    from kvcompose_local.llama_ffi.devices import layers_to_offload
 
     status = Status(sys.stderr)
     path = fetched(model, status)
@@ -88,6 +91,7 @@ def bench_command(
                     rounds=rounds,
                     n_decode=tokens,
                     n_threads=n_threads,
+                    gpu_layers=layers_to_offload(path, gpu_layers, n_ctx=length, budget=1),
                     progress=lambda what, done, total: status.progress(what, done, total, ""),
                 )
             )

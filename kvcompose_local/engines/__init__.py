@@ -123,7 +123,7 @@ def _patched(model: Model, cache: _Cache, n_outputs: int) -> LlamaEngine:
             n_positions=cache.n_positions,
             n_threads=cache.n_threads,
             cache_type=cache.cache_type,
-            n_ubatch=_micro_batch(model, cache.budget),
+            n_ubatch=micro_batch(model, cache.budget),
             n_outputs=n_outputs,
             sampling=cache.sampling,
         )
@@ -133,7 +133,8 @@ def _patched(model: Model, cache: _Cache, n_outputs: int) -> LlamaEngine:
         return _stock(model, cache)
 
 
-def _micro_batch(model: Model, budget: float) -> int:
+def micro_batch(model: Model, budget: float) -> int:
+    """Tokens of a micro-batch: fewer below budget 1, where the room beside the cells is a part of the promise."""
     if model.gpu_layers > 0:
         return DEVICE_MICRO_BATCH
     return PREFILL_MICRO_BATCH if budget == 1 else SMALL_MICRO_BATCH

@@ -14,12 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from kvcompose_local.errors import EngineError, ModelError
 from kvcompose_local.install.gguf_header import Header
 from kvcompose_local.install.model_files import files_of, whole_header
-from kvcompose_local.interfaces import IntArray
 from kvcompose_local.llama_ffi.builtin_templates import builtin_renderer, builtin_templates
 from kvcompose_local.llama_ffi.library import clear_log, last_log, lib
 from kvcompose_local.llama_ffi.text_parts import parts_of, sentencepiece_parts_of
@@ -381,10 +378,10 @@ class Model:
         return self._text_of(token) if lib.llama_vocab_is_control(self._vocab, token) else ""
 
     @cached_property
-    def control_tokens(self) -> IntArray:
-        """All control tokens that end no answer: int64."""
+    def control_tokens(self) -> list[int]:
+        """All control tokens that end no answer."""
         controls = (t for t in range(self.n_vocab) if lib.llama_vocab_is_control(self._vocab, t))
-        return np.array([t for t in controls if not lib.llama_vocab_is_eog(self._vocab, t)], np.int64)
+        return [t for t in controls if not lib.llama_vocab_is_eog(self._vocab, t)]
 
     def is_marker(self, text: str) -> bool:
         """Whether ``text`` is one token of the vocabulary that no other text becomes."""
