@@ -29,7 +29,7 @@ from kvcompose_local.chat.memory import CacheMemory
 from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.engines import has_whole_blocks, micro_batch, token_of
 from kvcompose_local.engines.base import LlamaEngine
-from kvcompose_local.engines.patched import PatchedEngine
+from kvcompose_local.engines.patched import PREFILL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.engines.stock import StockEngine
 from kvcompose_local.errors import EngineError, InvalidInput, KVComposeError
 from kvcompose_local.install.pin import library_dir
@@ -222,8 +222,8 @@ def _patched(
     model: Model,
     n_cells: int,
     n_threads: int,
-    n_ubatch: int,
-    cache_type: str,
+    n_ubatch: int = PREFILL_MICRO_BATCH,
+    cache_type: str = "f16",
     n_positions: int | None = None,
 ) -> Iterator[PatchedEngine]:
     engine = PatchedEngine(
