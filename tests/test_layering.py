@@ -88,10 +88,6 @@ def test_no_function_is_too_long(path: Path) -> None:
             assert (node.end_lineno or 0) - node.lineno < MOST_LINES_OF_A_FUNCTION, node.name
 
 
-#: Drives the native cells below the engine, which then must be told of it.
-BELOW_THE_ENGINE = {"test_hybrids.py"}
-
-
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
 def test_no_test_imports_another(path: Path) -> None:
     assert not [name for name in imported_by(path) if name.split(".")[0].startswith("test_")]
@@ -105,4 +101,4 @@ def test_no_test_writes_a_private_field(path: Path) -> None:
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and node.attr.startswith("_")
         if not (isinstance(node.value, ast.Name) and node.value.id == "self")
     ]
-    assert not written or path.name in BELOW_THE_ENGINE
+    assert not written

@@ -243,9 +243,13 @@ class PatchedEngine(LlamaEngine):
         try:
             self._cells.rewrite(n_live_cap, n_tail, selection, n_forgotten)
         finally:  # a rewrite that fails half-way leaves the cache empty
-            self._composed = tuple(int(self._cells.layer(i).n_composed) for i in range(self._cells.n_layers))
+            self.note_composed()
         if max(self.row_steps) == 1:  # what the choice of cells took; its milliseconds are many beside a device
             give_small_blocks_back()
+
+    def note_composed(self) -> None:
+        """Read how many composed cells each layer has, after the native cache was rewritten."""
+        self._composed = tuple(int(self._cells.layer(i).n_composed) for i in range(self._cells.n_layers))
 
     def _go_back(self, n_forgotten: int, checkpoint: ByteArray) -> None:
         """Restore the moving part from a checkpoint, whose position is the cache's from now on."""

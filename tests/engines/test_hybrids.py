@@ -207,7 +207,7 @@ def test_a_graph_of_an_old_layout_is_not_used_again(arch: str) -> None:
         k = 40
         rows = [np.tile(np.arange(k), (layer.n_kv_heads, 1)) for layer in engine.shape.layers]
         engine._cells.rewrite(256 - k, 8, rows)  # as wide as what comes after it
-        engine._composed = (k,) * len(rows)
+        engine.note_composed()
         engine.decode(TOKENS[100:101])
         once = n_reused(engine)
         engine.decode(TOKENS[101:102])
@@ -217,7 +217,7 @@ def test_a_graph_of_an_old_layout_is_not_used_again(arch: str) -> None:
         lib.llama_memory_clear(engine._context._memory, True)  # which knows of no graph
         other.clear()
         for each in (engine, other):
-            each._composed = (0,) * len(rows)
+            each.note_composed()
             each._context.set_partial_state(state)
         assert engine.layout() == other.layout()
         once = n_reused(engine)
