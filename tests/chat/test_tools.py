@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from llama_cpp_templates import templates
@@ -109,7 +110,7 @@ def test_text_is_not_held_back_longer_than_it_must() -> None:
 def test_gpt_oss_thinks_and_calls() -> None:
     form = thinking_of("<|channel|>")
     calls = ("<|channel|>commentary to=functions.*<|message|>",)
-    reader = Reader(type(form)(**{**form.__dict__, "calls": calls}))
+    reader = Reader(replace(form, calls=calls))
     text = (
         "<|channel|>analysis<|message|>I must look.<|end|><|start|>assistant"
         '<|channel|>commentary to=functions.get_weather json<|message|>{"city": "Paris"}'
