@@ -212,8 +212,7 @@ async def count_tokens(http: HttpRequest, body: CountRequest) -> dict[str, int]:
 async def messages(http: HttpRequest, body: MessagesRequest) -> Response:
     """An answer to a conversation, whole or as a stream of events."""
     service: Service = http.app.state.service
-    answering = Answering(service, http, service.ask(body.asked(service, http)))
-    await answering.start(patience=5 if body.stream else 10**6)
+    answering = await Answering.start(http, service.ask(body.asked(service, http)), streams=bool(body.stream))
     frame = {
         "id": f"msg_{secrets.token_hex(12)}",
         "type": "message",
@@ -223,21 +222,15 @@ async def messages(http: HttpRequest, body: MessagesRequest) -> Response:
     if body.stream:
         return EventStream(_events(answering, frame, http.url.path), answering.headers)
     blocks: list[dict[str, Any]] = []
-    done = None
-    async for event in answering:
-        if isinstance(event, Piece):
-            kind, key = ("thinking", "thinking") if event.is_reasoning else ("text", "text")
-            if not blocks or blocks[-1]["type"] != kind:
-                blocks.append({"type": kind, key: "", **({"signature": ""} if kind == "thinking" else {})})
-            blocks[-1][key] += event.text
-        elif isinstance(event, ToolCall):
-            blocks.append(_use(event))
-        elif isinstance(event, Failed):
-            raise event.error
-        elif isinstance(event, Done):
-            done = event
-    if done is None or answering.begun is None:
-        raise Refused(503, "the server is stopping", retry_after=5)
+    said, done = await answering.whole()
+    for part in said:
+        if isinstance(part, ToolCall):
+            blocks.append(_use(part))
+            continue
+        kind = "thinking" if part.is_reasoning else "text"
+        if not blocks or blocks[-1]["type"] != kind:
+            blocks.append({"type": kind, kind: "", **({"signature": ""} if kind == "thinking" else {})})
+        blocks[-1][kind] += part.text
     told = {**frame, "content": blocks, **_end(done), "usage": _usage(answering.begun, done.generated)}
     return JSONResponse(told, headers=answering.headers)
 
@@ -272,7 +265,7 @@ async def _events(answering: Answering, frame: dict[str, Any], path: str) -> Asy
 
     async for event in answering:
         if isinstance(event, str):
-            yield f": {event}\n\n" + (_sse("ping") if answering.begun else "")
+            yield f": {event}\n\n" + (_sse("ping") if answering.has_begun else "")
         elif isinstance(event, Begun):
             empty: dict[str, Any] = {
                 "content": [],
@@ -299,6 +292,5 @@ async def _events(answering: Answering, frame: dict[str, Any], path: str) -> Asy
             yield f"event: error\ndata: {one_line(refusal(path, event.error))}\n\n"
         elif isinstance(event, Done):
             yield close()
-            assert answering.begun is not None
             yield _sse("message_delta", delta=_end(event), usage=_usage(answering.begun, event.generated))
             yield _sse("message_stop")

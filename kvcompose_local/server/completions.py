@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from kvcompose_local.server.guard import refusal
 from kvcompose_local.server.openai import usage_of
-from kvcompose_local.server.requests import Begun, Done, Failed, Piece, Refused, Request, TokenChance, one_line
+from kvcompose_local.server.requests import Done, Failed, Piece, Refused, Request, TokenChance, one_line
 from kvcompose_local.server.service import Answering, Service, client_of
 from kvcompose_local.server.shapes import Sampled
 from kvcompose_local.server.sse import EventStream
@@ -56,8 +56,7 @@ class CompletionRequest(Sampled):
 async def completions(http: HttpRequest, body: CompletionRequest) -> Response:
     """How a text goes on, whole or as a stream of events."""
     service: Service = http.app.state.service
-    answering = Answering(service, http, service.ask(body.internal(service, http)))
-    await answering.start(patience=5 if body.stream else 10**6)
+    answering = await Answering.start(http, service.ask(body.internal(service, http)), streams=bool(body.stream))
     frame = {
         "id": f"cmpl-{secrets.token_hex(12)}",
         "object": "text_completion",
@@ -67,17 +66,10 @@ async def completions(http: HttpRequest, body: CompletionRequest) -> Response:
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
         return EventStream(_chunks(answering, frame, usage=usage, path=http.url.path), answering.headers)
-    text, chances, done = "", list[TokenChance](), None
-    async for event in answering:
-        if isinstance(event, Piece):
-            text += event.text
-            chances += event.chances
-        elif isinstance(event, Failed):
-            raise event.error
-        elif isinstance(event, Done):
-            done = event
-    if done is None or answering.begun is None:
-        raise Refused(503, "the server is stopping", retry_after=5)
+    said, done = await answering.whole()
+    pieces = [part for part in said if isinstance(part, Piece)]
+    text = "".join(piece.text for piece in pieces)
+    chances = [chance for piece in pieces for chance in piece.chances]
     choice = {"index": 0, "text": text, "finish_reason": done.finish}
     choice["logprobs"] = _chances(chances) if body.logprobs is not None else None
     told = {**frame, "choices": [choice], "usage": usage_of(answering.begun, done), "timings": done.timings()}
@@ -111,7 +103,6 @@ async def _chunks(answering: Answering, frame: dict[str, Any], *, usage: bool, p
             yield f"data: {one_line(refusal(path, event.error))}\n\n"
         elif isinstance(event, Done):
             begun = answering.begun
-            assert isinstance(begun, Begun)
             yield chunk("", event.finish, timings=event.timings())
             if usage:
                 yield f"data: {one_line({**frame, 'choices': [], 'usage': usage_of(begun, event)})}\n\n"

@@ -108,10 +108,10 @@ class Exchange:
     def _make_room(self) -> None:
         """Have what is kept in memory within its bound: chats lose cells first, and then their place."""
         keeping, conversation = self.keeping, self.conversation
-        while keeping.over() and conversation.memory.compose and (kept := keeping.shrinkable()) is not None:
-            assert kept.state is not None
+        while keeping.over() and conversation.memory.compose and (found := keeping.shrinkable()) is not None:
+            kept, state = found
             self.current = None
-            conversation.restore(kept.state)
+            conversation.restore(state)
             kept.state, kept.n_bytes = None, 0
             self._shrink()
             keeping.hold(kept, conversation.state(), is_small=True)

@@ -132,11 +132,16 @@ class Guard:
                 raise Refused(401, "this server wants an API key", code="invalid_api_key")
 
 
-def refusal(path: str, error: Refused) -> dict[str, object]:
-    """An error in the shape that clients of the path's protocol expect."""
+def kind_of(error: Refused) -> str:
+    """The type of an error, as both protocols name it."""
     kinds = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error"}
     kinds |= {404: "not_found_error", 413: "request_too_large", 503: "overloaded_error"}
-    kind = kinds.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
+    return kinds.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
+
+
+def refusal(path: str, error: Refused) -> dict[str, object]:
+    """An error in the shape that clients of the path's protocol expect."""
+    kind = kind_of(error)
     if path.startswith("/v1/messages"):
         return {"type": "error", "error": {"type": kind, "message": str(error)}}
     return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}

@@ -14,7 +14,7 @@ import psutil
 from kvcompose_local.api import LocalChat
 from kvcompose_local.chat import ChatState, TurnStats, sessions
 from kvcompose_local.chat_options import ChatOptions
-from kvcompose_local.errors import InvalidInput, KVComposeError, NoHome, PositionsFull
+from kvcompose_local.errors import InvalidInput, KVComposeError, NoHome, PositionsFull, SessionError
 from kvcompose_local.install.model_files import model_digest, size_of
 from kvcompose_local.install.resources import state_folder
 from kvcompose_local.server.answers import answer
@@ -104,7 +104,8 @@ class Hosted:
                 folder = state_folder() / "server" / digest[:16]
 
         def write(path: Path, state: ChatState) -> int:
-            assert self._local is not None
+            if self._local is None:
+                raise SessionError(f"{self.name} is not loaded")
             return sessions.save_state(path, state, self._local.memory, self._local.setup)
 
         return Keeping(folder, self.options.keep, self.options.keep_disk, write)
@@ -131,15 +132,15 @@ class Hosted:
 
     def _write(self, until: float) -> None:
         """Write to disk what is in memory alone."""
-        assert self.keeping is not None
-        while time.monotonic() < until and (kept := self.keeping.unwritten()) is not None:
-            self.keeping.write(kept)
+        keeping = self.keeping
+        while keeping is not None and time.monotonic() < until and (kept := keeping.unwritten()) is not None:
+            keeping.write(kept)
             if not kept.is_written:  # the disk refuses
                 return
 
     def _free(self) -> None:
-        assert self._local is not None
-        self._local.close()
+        if self._local is not None:
+            self._local.close()
         self._local = self._exchange = None
         self._look()
 

@@ -213,10 +213,10 @@ class Keeping:
         """Bytes in memory beyond the bound."""
         return max(self.n_bytes - self.bound, 0)
 
-    def shrinkable(self) -> Kept | None:
-        """The chat used longest ago that has all its cells still."""
-        found = [kept for kept in self if kept.state is not None and not (kept.is_small or kept.is_stale)]
-        return min(found, key=lambda kept: kept.used, default=None)
+    def shrinkable(self) -> tuple[Kept, ChatState] | None:
+        """The chat used longest ago that has all its cells still, and these."""
+        found = [(kept, kept.state) for kept in self if kept.state and not (kept.is_small or kept.is_stale)]
+        return min(found, key=lambda pair: pair[0].used, default=None)
 
     def drop_stale(self, n_bytes: int) -> None:
         """Forget cells of earlier turns, the oldest first, until there is room for so many bytes more, or none left."""

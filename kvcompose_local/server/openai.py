@@ -41,8 +41,7 @@ async def model(http: HttpRequest, name: str) -> Response:
 async def chat_completions(http: HttpRequest, body: ChatRequest) -> Response:
     """An answer to a conversation, whole or as a stream of events."""
     service: Service = http.app.state.service
-    answering = Answering(service, http, service.ask(body.internal(service, http)))
-    await answering.start(patience=5 if body.stream else 10**6)
+    answering = await Answering.start(http, service.ask(body.internal(service, http)), streams=bool(body.stream))
     model = service.hosted(body.model).name
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
@@ -78,25 +77,11 @@ def _chance(chance: TokenChance) -> dict[str, Any]:
 
 
 async def _whole(answering: Answering, model: str) -> Response:
-    content, reasoning = "", ""
-    calls: list[dict[str, Any]] = []
-    chances: list[dict[str, Any]] = []
-    begun, done = answering.begun, None
-    has_chances = False
-    async for event in answering:
-        if isinstance(event, Piece):
-            content += "" if event.is_reasoning else event.text
-            reasoning += event.text if event.is_reasoning else ""
-            chances += map(_chance, event.chances)
-            has_chances = has_chances or bool(event.chances)
-        elif isinstance(event, ToolCall):
-            calls.append(_call(event))
-        elif isinstance(event, Failed):
-            raise event.error
-        elif isinstance(event, Done):
-            begun, done = answering.begun, event
-    if begun is None or done is None:
-        raise Refused(503, "the server is stopping", retry_after=5)
+    said, done = await answering.whole()
+    pieces = [part for part in said if isinstance(part, Piece)]
+    content, reasoning = ("".join(p.text for p in pieces if p.is_reasoning is kind) for kind in (False, True))
+    calls = [_call(part) for part in said if isinstance(part, ToolCall)]
+    chances = [_chance(chance) for piece in pieces for chance in piece.chances]
     message: dict[str, Any] = {"role": "assistant", "content": content if content or not calls else None}
     if reasoning:
         message["reasoning_content"] = reasoning
@@ -105,7 +90,7 @@ async def _whole(answering: Answering, model: str) -> Response:
     choice = {
         "index": 0,
         "message": message,
-        "logprobs": {"content": chances} if has_chances else None,
+        "logprobs": {"content": chances} if chances else None,
         "finish_reason": done.finish,
     }
     return JSONResponse(
@@ -115,9 +100,9 @@ async def _whole(answering: Answering, model: str) -> Response:
             "created": int(time.time()),
             "model": model,
             "choices": [choice],
-            "usage": usage_of(begun, done),
+            "usage": usage_of(answering.begun, done),
             "timings": done.timings(),
-            "kvc": _kvc(begun, done),
+            "kvc": _kvc(answering.begun, done),
         },
         headers=answering.headers,
     )
@@ -153,7 +138,6 @@ async def _chunks(answering: Answering, model: str, *, usage: bool, path: str) -
             yield f"data: {one_line(refusal(path, event.error))}\n\n"
         elif isinstance(event, Done):
             begun = answering.begun
-            assert begun is not None
             yield chunk({}, event.finish, timings=event.timings(), kvc=_kvc(begun, event))
             if usage:
                 yield f"data: {one_line({**frame, 'choices': [], 'usage': usage_of(begun, event)})}\n\n"

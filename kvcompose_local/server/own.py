@@ -15,7 +15,7 @@ from kvcompose_local.chat import Message
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.server import texts
 from kvcompose_local.server.hosted import Hosted
-from kvcompose_local.server.keeping import Kept
+from kvcompose_local.server.keeping import Keeping, Kept
 from kvcompose_local.server.requests import Job, Refused, Result
 from kvcompose_local.server.service import Service
 
@@ -51,11 +51,11 @@ def _told(hosted: Hosted, kept: Kept) -> dict[str, Any]:
     }
 
 
-def _find(service: Service, chat_id: str) -> tuple[Hosted, Kept]:
-    """Raises Refused."""
+def _find(service: Service, chat_id: str) -> tuple[Hosted, Keeping, Kept]:
+    """The model of a chat, where it is kept, and the chat. Raises Refused."""
     for hosted in service.models.values():
-        if hosted.keeping is not None and (kept := hosted.keeping.get(chat_id)) is not None:
-            return hosted, kept
+        if (keeping := hosted.keeping) is not None and (kept := keeping.get(chat_id)) is not None:
+            return hosted, keeping, kept
     raise Refused(404, "there is no such chat", code="chat_not_found")
 
 
@@ -90,10 +90,9 @@ async def chats(http: HttpRequest, model: str | None = None) -> dict[str, Any]:
 @router.get("/chats/{chat_id}")
 async def chat(http: HttpRequest, chat_id: str) -> dict[str, Any]:
     """The text of a chat."""
-    hosted, kept = _find(http.app.state.service, chat_id)
-    assert hosted.keeping is not None
+    hosted, keeping, kept = _find(http.app.state.service, chat_id)
     try:
-        text = await run_in_threadpool(hosted.keeping.text, chat_id)
+        text = await run_in_threadpool(keeping.text, chat_id)
     except (OSError, ValueError) as error:
         raise Refused(404, "the text of this chat is gone or damaged", code="chat_not_found") from error
     if text is None:
@@ -109,7 +108,7 @@ async def chat(http: HttpRequest, chat_id: str) -> dict[str, Any]:
 async def forget(http: HttpRequest, chat_id: str) -> Response:
     """Forget a chat: its text, its cells, its files."""
     service: Service = http.app.state.service
-    hosted, kept = _find(service, chat_id)
+    hosted, _, kept = _find(service, chat_id)
 
     def work(job: Job) -> None:
         hosted.forget(kept)
@@ -125,7 +124,7 @@ async def memory(
 ) -> dict[str, Any]:
     """Of each token of a chat the share of layers and heads that hold it, or would at another budget."""
     service: Service = http.app.state.service
-    hosted, kept = _find(service, chat_id)
+    hosted, _, kept = _find(service, chat_id)
 
     def work(job: Job) -> None:
         job.emit(Result(hosted.remembered(kept, budget, job)))
@@ -138,7 +137,7 @@ async def memory(
 async def pin(http: HttpRequest, chat_id: str, passage: Passage) -> dict[str, Any]:
     """Keep a passage in all layers and heads."""
     service: Service = http.app.state.service
-    hosted, kept = _find(service, chat_id)
+    hosted, _, kept = _find(service, chat_id)
 
     def work(job: Job) -> None:
         job.emit(Result(hosted.pin(kept, passage.start, passage.stop, job)))
@@ -151,7 +150,7 @@ async def pin(http: HttpRequest, chat_id: str, passage: Passage) -> dict[str, An
 async def unpin(http: HttpRequest, chat_id: str) -> dict[str, Any]:
     """Let all passages compete again, but the system prompt."""
     service: Service = http.app.state.service
-    hosted, kept = _find(service, chat_id)
+    hosted, _, kept = _find(service, chat_id)
 
     def work(job: Job) -> None:
         job.emit(Result(hosted.unpin(kept, job)))

@@ -13,7 +13,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from kvcompose_local.chat import Message
-from kvcompose_local.server.guard import refusal
+from kvcompose_local.server.guard import kind_of
 from kvcompose_local.server.requests import Begun, Done, Failed, Piece, Refused, Request, ToolCall, one_line
 from kvcompose_local.server.service import Answering, Service, client_of
 from kvcompose_local.server.shapes import (
@@ -150,19 +150,14 @@ class ResponsesRequest(Sampled):
 async def responses(http: HttpRequest, body: ResponsesRequest) -> Response:
     """A response, whole or as a stream of events."""
     service: Service = http.app.state.service
-    answering = Answering(service, http, service.ask(body.internal(service, http)))
-    await answering.start(patience=5 if body.stream else 10**6)
+    answering = await Answering.start(http, service.ask(body.internal(service, http)), streams=bool(body.stream))
     response = _Response(body, service.hosted(body.model).name)
     if body.stream:
-        return EventStream(_events(answering, response, http.url.path), answering.headers)
-    async for event in answering:
-        if isinstance(event, Failed):
-            raise event.error
-        response.take(event)
-        if isinstance(event, Done):
-            assert answering.begun is not None
-            return JSONResponse(response.told(answering.begun, event), headers=answering.headers)
-    raise Refused(503, "the server is stopping", retry_after=5)
+        return EventStream(_events(answering, response), answering.headers)
+    said, done = await answering.whole()
+    for part in said:
+        response.take(part)
+    return JSONResponse(response.told(answering.begun, done), headers=answering.headers)
 
 
 class _Response:
@@ -173,15 +168,8 @@ class _Response:
         self._id, self._created = f"resp_{secrets.token_hex(12)}", int(time.time())
         self.output: list[dict[str, Any]] = []
 
-    def take(self, event: object) -> tuple[dict[str, Any], bool] | None:
+    def take(self, event: Piece | ToolCall) -> tuple[dict[str, Any], bool]:
         """Add what has come; returns the item that it is part of, and whether that is new."""
-        if isinstance(event, Piece):
-            kind = "reasoning" if event.is_reasoning else "message"
-            is_new = not self.output or self.output[-1]["type"] != kind
-            if is_new:
-                self.output.append(_item(kind))
-            self.output[-1]["content"][0]["text"] += event.text
-            return self.output[-1], is_new
         if isinstance(event, ToolCall):
             self.output.append(
                 {
@@ -194,7 +182,12 @@ class _Response:
                 }
             )
             return self.output[-1], True
-        return None
+        kind = "reasoning" if event.is_reasoning else "message"
+        is_new = not self.output or self.output[-1]["type"] != kind
+        if is_new:
+            self.output.append(_item(kind))
+        self.output[-1]["content"][0]["text"] += event.text
+        return self.output[-1], is_new
 
     def told(self, begun: Begun | None = None, done: Done | None = None) -> dict[str, Any]:
         """The response by now."""
@@ -247,7 +240,7 @@ def _item(kind: str) -> dict[str, Any]:
     }
 
 
-async def _events(answering: Answering, response: _Response, path: str) -> AsyncIterator[str]:
+async def _events(answering: Answering, response: _Response) -> AsyncIterator[str]:
     n, is_open = 0, False
 
     def sse(kind: str, **told: Any) -> str:
@@ -285,9 +278,7 @@ async def _events(answering: Answering, response: _Response, path: str) -> Async
             if ends:
                 yield close()
                 is_open = False
-            taken = response.take(event)
-            assert taken is not None
-            item, is_new = taken
+            item, is_new = response.take(event)
             index = place()["output_index"]
             if isinstance(event, ToolCall):
                 begun_item = {**item, "arguments": "", "status": "in_progress"}
@@ -307,9 +298,7 @@ async def _events(answering: Answering, response: _Response, path: str) -> Async
             extra: dict[str, Any] = {"logprobs": []} if name == "output_text" else {}
             yield sse(f"response.{name}.delta", **place(), content_index=0, delta=event.text, **extra)
         elif isinstance(event, Failed):
-            error = refusal(path, event.error)["error"]
-            assert isinstance(error, dict)
-            yield sse("error", message=error["message"], code=error["type"], param=None)
+            yield sse("error", message=str(event.error), code=kind_of(event.error), param=None)
         elif isinstance(event, Done):
             yield close()
             is_open = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
@@ -16,7 +17,19 @@ from kvcompose_local import __version__
 from kvcompose_local.errors import KVComposeError
 from kvcompose_local.server.hosted import Hosted
 from kvcompose_local.server.metrics import Metrics
-from kvcompose_local.server.requests import Begun, Done, Event, Failed, Job, Reading, Refused, Request, Result
+from kvcompose_local.server.requests import (
+    Begun,
+    Done,
+    Event,
+    Failed,
+    Job,
+    Piece,
+    Reading,
+    Refused,
+    Request,
+    Result,
+    ToolCall,
+)
 from kvcompose_local.server.worker import Worker
 
 log = logging.getLogger("kvcompose_local.server")
@@ -170,25 +183,43 @@ class Answering:
         self._service, self._http, self._job = service, http, job
         self._events = job.events(PING_SECONDS)
         self._early: list[Event | None] = []
-        self.begun: Begun | None = None
+        self._begun: Begun | None = None
 
-    async def start(self, patience: float = _PATIENCE) -> None:
-        """Wait until the answer's reading begins, or for so many seconds. Raises Refused."""
+    @classmethod
+    async def start(cls, http: HttpRequest, job: Job, *, streams: bool) -> Answering:
+        """Wait until the answer's reading begins, or, for one that streams, for some seconds. Raises Refused."""
+        answering = cls(http.app.state.service, http, job)
+        await answering._wait(_PATIENCE if streams else math.inf)
+        return answering
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the reading has begun."""
+        return self._begun is not None
+
+    @property
+    def begun(self) -> Begun:
+        """What was known when the reading began. Raises RuntimeError before that."""
+        if self._begun is None:
+            raise RuntimeError("the answer has not begun")
+        return self._begun
+
+    async def _wait(self, patience: float) -> None:
         until = time.monotonic() + patience
         async with watching(self._http, self._job):
-            while self.begun is None and time.monotonic() < until:
+            while not self.has_begun and time.monotonic() < until:
                 event = await anext(self._events, None)
                 self._early.append(event)
                 if isinstance(event, Failed):
                     self._service.metrics.count(event)
                     raise event.error
                 if isinstance(event, Begun):
-                    self.begun = event
+                    self._begun = event
 
     @property
     def headers(self) -> dict[str, str]:
         """Headers that tell of the answer before it begins."""
-        if self.begun is None:
+        if not self.has_begun:
             return {}
         return {"X-KVCompose-Chat": self.begun.chat, "X-KVCompose-Cached": str(self.begun.cached)}
 
@@ -206,11 +237,23 @@ class Answering:
                         yield f"reading {event.done}/{event.total}"
                 else:
                     if isinstance(event, Begun):
-                        self.begun = event
-                    self._service.metrics.count(event, self.begun)
+                        self._begun = event
+                    self._service.metrics.count(event, self._begun)
                     yield event
                     if isinstance(event, (Done, Failed)):
                         return
+
+    async def whole(self) -> tuple[list[Piece | ToolCall], Done]:
+        """All that is said, and how it ended. Raises Refused."""
+        said: list[Piece | ToolCall] = []
+        async for event in self:
+            if isinstance(event, (Piece, ToolCall)):
+                said.append(event)
+            elif isinstance(event, Failed):
+                raise event.error
+            elif isinstance(event, Done):
+                return said, event
+        raise Refused(503, "the server is stopping", retry_after=5)
 
     async def _all(self) -> AsyncIterator[Event | None]:
         for event in self._early:
