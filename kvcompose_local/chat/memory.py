@@ -302,10 +302,9 @@ class CacheMemory:
     def pin(self, start: int, stop: int) -> bool:
         """Keep the tokens at positions ``start`` to ``stop``, read or yet to be read, in all layers and heads.
 
-        Returns whether the pin holds from now on. Composed tokens cannot be told apart any more: False says that some
-        of the tokens are composed, and that the pin holds once ``rewind(start)`` has them read again. Raises
-        ContextFull, with nothing changed, when a compaction could not keep all pinned tokens, and InvalidInput where
-        none ever runs.
+        Returns whether the pin holds from now on. False says that some of the tokens are composed, so that heads may
+        have dropped them, and that the pin holds once ``rewind(start)`` has them read again. Raises ContextFull, with
+        nothing changed, when a compaction could not keep all pinned tokens, and InvalidInput where none ever runs.
         """
         if not self.compose:
             raise InvalidInput("this chat runs at budget 1: nothing is ever dropped")

@@ -1,4 +1,4 @@
-"""The memory of a chat, part by part, for ``/stats``: the share of heads that hold a cell of its tokens."""
+"""The memory of a chat, part by part, for ``/memory``: the share of heads that hold a cell of its tokens."""
 
 from __future__ import annotations
 

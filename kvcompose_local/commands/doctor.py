@@ -18,7 +18,7 @@ from typing import Literal
 import click
 
 from kvcompose_local.errors import KVComposeError, NoHome
-from kvcompose_local.install.library import BUILD, Library, Problem, bindings_problem, build_facts, find_library
+from kvcompose_local.install.library_choice import BUILD, Library, Problem, bindings_problem, build_facts, find_library
 from kvcompose_local.install.pin import read_pin
 from kvcompose_local.install.resources import CACHE_VARIABLE, cache_folder, data_file
 

@@ -10,7 +10,7 @@ from kvcompose_local import __version__
 def told() -> str:
     """Version, pin, patch series and engine, a line each; the library is not loaded for it."""
     from kvcompose_local.errors import KVComposeError
-    from kvcompose_local.install.library import find_library
+    from kvcompose_local.install.library_choice import find_library
     from kvcompose_local.install.pin import library_dir, patch_series, read_pin, series_digest
     from kvcompose_local.install.resources import data_file
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcompose_local.errors import EngineError
-from kvcompose_local.install.library import VARIABLE, Library, bindings_problem, find_library, why_not_loaded
+from kvcompose_local.install.library_choice import VARIABLE, Library, bindings_problem, find_library, why_not_loaded
 
 _LOG_LEVEL_ERROR = 4
 #: How often a thread of libgomp checks whether the others are done before it sleeps: some tens of microseconds, as long

@@ -21,7 +21,7 @@ from kvcompose_local.server.answers import answer
 from kvcompose_local.server.conversation import Conversation
 from kvcompose_local.server.exchange import Exchange
 from kvcompose_local.server.keeping import Keeping, Kept
-from kvcompose_local.server.remembered import remembered
+from kvcompose_local.server.memory_view import memory_view
 from kvcompose_local.server.requests import Begun, Job, Reading, Refused, Request
 
 log = logging.getLogger("kvcompose_local.server")
@@ -200,7 +200,7 @@ class Hosted:
         exchange.keeping.forget(kept)
         self._look()
 
-    def remembered(self, kept: Kept, budget: float | None, job: Job) -> dict[str, Any]:
+    def memory_view(self, kept: Kept, budget: float | None, job: Job) -> dict[str, Any]:
         """What a chat remembers, or would at ``budget`` × its own tokens' F16 bytes. Raises Refused."""
         exchange = self.exchange
         conversation = exchange.conversation
@@ -208,14 +208,14 @@ class Hosted:
             state = conversation.view() if exchange.current is kept else exchange.state_of(kept)
             if state is None:
                 raise Refused(409, "the cells of this chat are gone: its next request reads it again", code="no_cells")
-            return remembered(conversation, state)
+            return memory_view(conversation, state)
         exchange.should_stop = lambda: job.is_cancelled
         try:
             self._take_in(kept)
             memory = conversation.memory
             n_bytes = int(budget * memory.position * memory.engine.shape.uncompressed_row_bytes)
             would = memory.would_keep(n_bytes) if n_bytes < memory.used_bytes and memory.compose else None
-            return remembered(conversation, conversation.view(), kept=would)
+            return memory_view(conversation, conversation.view(), kept=would)
         except KeyboardInterrupt as error:
             raise Refused(503, "nobody waits any more") from error
         finally:

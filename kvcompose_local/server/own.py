@@ -127,7 +127,7 @@ async def memory(
     hosted, _, kept = _find(service, chat_id)
 
     def work(job: Job) -> None:
-        job.emit(Result(hosted.remembered(kept, budget, job)))
+        job.emit(Result(hosted.memory_view(kept, budget, job)))
 
     told: dict[str, Any] = await service.result(http, work)
     return {"id": chat_id, **told}

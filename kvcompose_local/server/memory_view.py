@@ -41,7 +41,7 @@ def spans_of(texts: Sequence[str], messages: Sequence[Message]) -> list[dict[str
     return spans
 
 
-def remembered(
+def memory_view(
     conversation: Conversation, state: ChatState, *, kept: tuple[Sequence[Selection], int] | None = None
 ) -> dict[str, Any]:
     """What a page shows of a chat's memory; kept: what another budget would keep, as :meth:`CacheMemory.would_keep`.

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from kvcompose_local.commands import doctor
-from kvcompose_local.install.library import Problem, find_library, why_not_loaded
+from kvcompose_local.install.library_choice import Problem, find_library, why_not_loaded
 from kvcompose_local.install.pin import DEVICES, build_dir, cpu_features
 from kvcompose_local.llama_ffi.library import library_path
 
@@ -251,7 +251,7 @@ def test_a_system_that_lets_nothing_be_loaded_from_there_for_another_reason(tmp_
 @pytest.mark.skipif(not is_root, reason="becoming another user takes root")
 def test_files_of_another_user(monkeypatch: pytest.MonkeyPatch) -> None:
     nobody = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", sys.executable, "-c"]
-    code = "from kvcompose_local.install.library import find_library; print(find_library().problem)"
+    code = "from kvcompose_local.install.library_choice import find_library; print(find_library().problem)"
     if subprocess.run([*nobody, code], check=False, capture_output=True).returncode:
         pytest.skip("other users may not run this program")
     with tempfile.TemporaryDirectory() as folder:
