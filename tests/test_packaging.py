@@ -40,7 +40,8 @@ def wheel(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from the source archive, not from the checkout."""
     unpacked = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(archive) as tar:
-        tar.extractall(unpacked, filter="data")
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Pythons before 3.10.12 and 3.11.4 have none
+        tar.extractall(unpacked)
     (source,) = unpacked.iterdir()
     return built("wheel", source, tmp_path_factory.mktemp("wheel"))
 
