@@ -382,7 +382,7 @@ class CacheMemory:
         layout = self.engine.layout()
         if (layout.composed, layout.n_live, layout.position) != (cells.composed, cells.n_live, cells.position):
             self._forget_cells()
-            raise InvalidInput("the positions are not those of these cells")
+            raise InvalidInput("the positions do not belong to these cells")
         self.tokens = [*state.tokens]
         self.pins = [*state.pins]
         self._ways.restore(cells.position, state.checkpoints)

@@ -115,7 +115,7 @@ class Manifest:
         if values.keys() != {field.name for field in fields(cls)} or any(
             type(values[field.name]) is not kinds[str(field.type)] for field in fields(cls)
         ):
-            raise ValueError("its values are not those of a manifest")
+            raise ValueError("its values are no manifest's")
         manifest = cls(**values)
         _counts([manifest.n_ctx, manifest.n_live, manifest.position, *manifest.composed])
         if not (manifest.n_ctx and 0 < manifest.budget <= 1):
@@ -345,7 +345,7 @@ def _fitting_state(manifest: Manifest, parts: Sections, memory: CacheMemory) -> 
     state = _state_of(manifest, parts, shape)
     if state.memory.cells.state.size and manifest.llama_cpp != _pin():
         raise SessionError(
-            f"the session's sliding windows or recurrent states are those of {manifest.llama_cpp}, and this is {_pin()}"
+            f"the session's sliding windows or recurrent states were made by {manifest.llama_cpp}, and this is {_pin()}"
         )
     return state
 
@@ -375,7 +375,7 @@ def _state_of(manifest: Manifest, parts: Sections, shape: ModelShape) -> ChatSta
     """
     n_live, position = manifest.n_live, manifest.position
     if len(manifest.composed) != len(shape.layers) or max(manifest.composed) + n_live > position:
-        raise ValueError("its cells are not those of this model")
+        raise ValueError("its cells do not belong to this model")
 
     def tensor(name: str, dtype: str, *sizes: range) -> Array:
         parts.shape(name, dtype, *sizes)
@@ -386,7 +386,7 @@ def _state_of(manifest: Manifest, parts: Sections, shape: ModelShape) -> ChatSta
 
     for section, kinds in (("cells", ("keys", "values")), ("scores", ("scores", "origins"))):
         if parts.names(section) != {f"{kind}.{i}" for kind in kinds for i in range(len(shape.layers))}:
-            raise ValueError(f"its {section} are not those of this model")
+            raise ValueError(f"its {section} do not belong to this model")
     for i, (layer, k) in enumerate(zip(shape.layers, manifest.composed, strict=True)):
         n, heads = _only(k + n_live), _only(layer.n_kv_heads)
         parts.shape(f"scores/scores.{i}", "F32", heads, _only(k))
@@ -447,12 +447,12 @@ def _text(raw: bytes) -> tuple[dict[str, Any], tuple[tuple[int, int], ...]]:
     text = json.loads(raw)
     needed = {*_STRINGS, "system", "messages", "steps", "pins"}
     if not isinstance(text, dict) or not needed <= text.keys() <= needed | {*_OPTIONAL}:
-        raise ValueError("its text is not that of a chat")
+        raise ValueError("its text is no chat's")
     if not all(isinstance(text[name], list) for name in ("messages", "steps", "pins")):
-        raise ValueError("its text is not that of a chat")
+        raise ValueError("its text is no chat's")
     kinds = dict.fromkeys(_STRINGS, str) | _OPTIONAL
     if not all(type(text.get(name, kind())) is kind for name, kind in kinds.items()):
-        raise ValueError("its text is not that of a chat")
+        raise ValueError("its text is no chat's")
     if not 0 <= text.get("began", 0.0) < 2**32:  # seconds since 1970
         raise ValueError("it began at no time")
     if not isinstance(text["system"], str | None):
@@ -462,7 +462,7 @@ def _text(raw: bytes) -> tuple[dict[str, Any], tuple[tuple[int, int], ...]]:
     for begin, n_messages, draft, answer in text["steps"]:
         (count,) = _counts([n_messages])
         if not isinstance(draft, str):
-            raise ValueError("its text is not that of a chat")
+            raise ValueError("its text is no chat's")
         steps.append(Step(Place(*_two(begin)), count, draft, None if answer is None else Place(*_two(answer))))
     pins = tuple(_two(pin) for pin in text.pop("pins"))
     return {**text, "messages": messages, "steps": tuple(steps)}, pins
@@ -476,7 +476,7 @@ def _message(message: Any) -> dict[str, str]:
         or not all(isinstance(value, str) for value in message.values())
         or message["role"] not in ("system", "user", "assistant", "tool")
     ):
-        raise ValueError("its messages are not those of a chat")
+        raise ValueError("its messages are no chat's")
     return message
 
 

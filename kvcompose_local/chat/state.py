@@ -34,12 +34,12 @@ class MemoryState:
         """Raises InvalidInput where it contradicts itself, and ContextFull for more than ``n_ctx`` positions."""
         position = self.cells.position
         if len(self.tokens) != position or not all(0 <= token < n_vocab for token in self.tokens):
-            raise InvalidInput("the tokens are not those of these cells")
+            raise InvalidInput("the tokens do not belong to these cells")
         if any(not 0 <= start <= stop <= n_ctx for start, stop in self.pins):
-            raise InvalidInput("the pins are not those of these tokens")
+            raise InvalidInput("the pins do not belong to these tokens")
         places = [0, *(checkpoint.position for checkpoint in self.checkpoints), position]
         if self.checkpoints and any(one >= other for one, other in pairwise(places)):
-            raise InvalidInput("the checkpoints are not those of these tokens")
+            raise InvalidInput("the checkpoints do not belong to these tokens")
         if position > n_ctx:
             raise ContextFull(f"{position} positions are more than --ctx {n_ctx}: raise --ctx")
 

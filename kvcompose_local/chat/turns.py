@@ -111,7 +111,7 @@ class Chat:
         ordered = all(0 <= a.n_tokens <= b.n_tokens and 0 <= a.n_chars <= b.n_chars for a, b in pairwise(places))
         counts = [0, *(step.n_messages for step in state.steps), len(state.messages)]
         if not ordered or counts != sorted(counts):
-            raise InvalidInput("the turns are not those of this conversation")
+            raise InvalidInput("the turns do not belong to this conversation")
         self.model.use_template(state.template)
         try:
             self.memory.restore(state.memory)

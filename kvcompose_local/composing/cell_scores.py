@@ -96,7 +96,7 @@ class CellScores:
             fits = fits and scores.dtype == np.float32 and bool(np.isfinite(scores).all())
             fits = fits and places.dtype == np.int32 and bool(((places >= 0) & (places < first_live)).all())
         if not fits:
-            raise InvalidInput("the scores are not those of these cells")
+            raise InvalidInput("the scores do not belong to these cells")
         result = CellScores(self._layers)
         result._kept = [np.clip(scores, *BOUNDS).astype(DTYPE) for scores in kept]
         result._origins = [places.astype(_origin_dtype(first_live)) for places in origins]

@@ -32,7 +32,7 @@ from kvcompose_local.interfaces import FloatArray, Lazy
 #: For each kind of question: the most of them, and the weight of all of them together.
 _N_OWN, _N_SENTENCES = 4, 3
 _OWN, _MADE_UP, _SENTENCES, _SUMMARY = 1.0, 0.5, 0.5, 0.5
-#: The most questions about a text, the most tokens of an answer, and those of a usual answer.
+#: The most questions about a text, the most tokens of an answer, and the tokens of a usual answer.
 N_ASKED, LONGEST_ANSWER, TYPICAL_ANSWER = _N_OWN + 1 + _N_SENTENCES + 1, 48, 24
 #: Sentences that are completed, in characters, and how much of their words is given.
 _SENTENCE = range(60, 400)

@@ -206,7 +206,7 @@ class Conversation(Chat):
 
 
 def same(ours: Message, theirs: Message) -> bool:
-    """Whether two messages are the same but for white space around them, and what the model thought before."""
+    """Whether two messages are the same; white space around them and the model's thinking do not count."""
     if ours["role"] != theirs["role"] or ours["content"].strip() != theirs["content"].strip():
         return False
     ours_calls, their_calls = (json.loads(m.get("tool_calls") or "[]") for m in (ours, theirs))

@@ -178,7 +178,7 @@ class Exchange:
         return best
 
     def _target(self, choice: Choice, request: Request) -> Kept:
-        """The chat that a request goes on with: the one that it names, or says again but for its last answer.
+        """The chat that a request goes on with: the one that it names, or that it says again without its last answer.
 
         What goes another way is a chat of its own.
         """

@@ -54,7 +54,10 @@ class Bytes(NamedTuple):
 
 
 class Hosted:
-    """A model by its name. For the engine's thread, but for ``told``, ``n_bytes``, and what :class:`Keeping` allows."""
+    """A model by its name.
+
+    For the engine's thread; any thread may use ``told``, ``n_bytes``, and what :class:`Keeping` allows.
+    """
 
     def __init__(self, name: str, path: Path, options: Options) -> None:
         self.name, self.path, self.options = name, path, options

@@ -71,7 +71,7 @@ class Kept:
 
     state: its cells in memory, None where they are not; n_bytes: of that; is_small: whether they were compacted to be
     kept; is_stale: whether the chat has gone on since; file_bytes: of its cells on disk, 0 where they are not there;
-    is_written: whether these are those of its last turn.
+    is_written: whether these stem from its last turn.
     """
 
     id: str
@@ -96,7 +96,7 @@ class Kept:
 
 
 class Keeping:
-    """All chats of one model. For the engine's thread, but for :meth:`listed`, :meth:`text`, and what counts.
+    """All chats of one model. For the engine's thread; any thread may call :meth:`listed` and :meth:`text`, and count.
 
     folder: where they are written, None for nowhere; bound: bytes of cells in memory; disk_bound: of all files; write:
     writes a state to a file and returns its bytes.
@@ -180,7 +180,7 @@ class Keeping:
         kept.used, kept.marks, kept.n_tokens, kept.began = time.time(), marks_of(messages, tools), n_tokens, began
         first = next((m["content"] for m in messages if m["role"] == "user"), "")
         kept.title = " ".join(first[: 4 * _TITLE].split())[:_TITLE]
-        kept.is_stale, kept.is_written = True, False  # cells that are held or written are those of an earlier turn
+        kept.is_stale, kept.is_written = True, False  # cells that are held or written stem from an earlier turn
         with self._lock:
             self._chats[kept.id] = kept
         if self.folder is None:

@@ -15,7 +15,7 @@ from kvcompose_local.server.conversation import Conversation
 
 
 def texts_of(conversation: Conversation, tokens: Sequence[int]) -> list[str]:
-    """The text of each token; a character of several tokens is that of its last one."""
+    """The text of each token; a character of several tokens belongs to the last of them."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     model, texts = conversation.model, []
     for token in tokens:

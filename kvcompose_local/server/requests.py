@@ -57,7 +57,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Reading:
-    """Tokens of the prompt that are read by now, of those that have to be."""
+    """How many tokens of the prompt were read, of how many must be."""
 
     done: int
     total: int

@@ -69,7 +69,7 @@ class FairQueue:
             return taken
 
     def close(self) -> list[Job]:
-        """Take no more; returns those that wait."""
+        """Take no more; returns the jobs that wait."""
         with self._changed:
             self._closed = True
             left = [job for jobs in self._waiting.values() for job, _ in jobs]

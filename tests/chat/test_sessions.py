@@ -258,7 +258,7 @@ def test_another_model_cache_type_format_or_size_is_refused(tmp_path: Path, setu
     put_together(path, manifest, arrays | {"cells/more": np.zeros(1, np.uint8)})
     refused("damaged or no session")
     put_together(path, manifest | {"llama_cpp": "other"}, arrays | {"window/bytes": np.zeros(1, np.uint8)})
-    refused("sliding windows or recurrent states are those of other")
+    refused("sliding windows or recurrent states were made by other")
 
 
 def taken_apart(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

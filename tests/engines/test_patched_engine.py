@@ -210,7 +210,7 @@ def test_a_type_that_heads_do_not_fit_is_refused_by_name(tiny_model: Callable[..
 @pytest.mark.parametrize("n_tokens", [1, 2, 3, 10, 100])
 @pytest.mark.parametrize("cache_type", ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q8_0/q4_0"])
 def test_quantized_cells_are_read_in_tiles(tiny_model: Callable[..., Path], cache_type: str, n_tokens: int) -> None:
-    """Of 64 queries, those of several heads, and of 64 cells, both with less than a whole one left over (patches 6, 7).
+    """64 queries of several heads and 64 cells make a tile: both with less than a whole one left over (0004, 0005).
 
     One layer, whose keys do not depend on how attention is computed: rounding would carry a difference on.
     """

@@ -1,4 +1,4 @@
-"""Flash attention over quantized keys and values, against the formula in float64: patches 6 and 7 by themselves."""
+"""Flash attention over quantized keys and values, against the formula in float64: patches 0004 and 0005 alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products with Q4_1 and Q5_0 weights: patch 8 by itself."""
+"""Products with Q4_1 and Q5_0 weights: patch 0006 alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ggml_ops import POINTER, operations, packed, rounded
 from kvcompose_local.llama_ffi.cells import library_is_patched
 from kvcompose_local.llama_ffi.library import bind
 
-pytestmark = pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch 8")
+pytestmark = pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
 
 F32 = gguf.GGMLQuantizationType.F32
 ggml_mul_mat = bind("ggml_mul_mat", POINTER, POINTER, POINTER, POINTER)
