@@ -60,7 +60,7 @@ class Conversation(Chat):
 
     def check_length(self, want: str) -> int:
         """Tokens of a text. Raises PositionsFull where they are more than there are positions."""
-        n_tokens, n_ctx = len(self.model.tokenize(want)), self.memory.n_ctx
+        n_tokens, n_ctx = self.transcript.n_tokens_of(want), self.memory.n_ctx
         if n_tokens >= n_ctx:
             raise PositionsFull(
                 f"this conversation is {n_tokens} tokens long, and there are {n_ctx} positions: "

@@ -187,7 +187,7 @@ class Hosted:
     def count(self, request: Request) -> int:
         """Tokens of a request's conversation. Raises KVComposeError."""
         conversation = self.exchange.conversation
-        return len(conversation.model.tokenize(conversation.want_of(request)))
+        return conversation.transcript.n_tokens_of(conversation.want_of(request))
 
     def is_current(self, kept: Kept) -> bool:
         """Whether the engine holds its cells."""

@@ -13,7 +13,7 @@ import pytest
 from programs import PROSE, TinyModel, endless
 from serving import Serving, serving, texts
 
-from kvcompose_local.server.requests import Job, Refused
+from kvcompose_local.server.requests import PIECE_SECONDS, Job, Piece, Refused, Result, TokenChance
 from kvcompose_local.server.worker import FairQueue
 
 
@@ -38,6 +38,38 @@ def test_the_queue_takes_clients_in_turn() -> None:
         return taken
 
     assert "".join(asyncio.run(run())) == "abcdabaa"
+
+
+def test_pieces_that_come_fast_go_together_and_nothing_is_lost_or_changes_places() -> None:
+    def chance(raw: bytes) -> TokenChance:
+        return TokenChance(raw, -1.0, ())
+
+    async def run() -> list[object]:
+        job = Job("one")
+
+        def engine() -> None:
+            for text in ("I ", "th", "ink"):
+                job.emit(Piece(text, True))
+            for raw in (b"4", b"2", b"!"):
+                job.emit(Piece(raw.decode(), False, (chance(raw),)))
+            time.sleep(1.5 * PIECE_SECONDS)
+            job.emit(Piece(" Slowly"))
+            job.emit(Result(None))
+
+        thread = threading.Thread(target=engine)
+        thread.start()
+        events = [event async for event in job.events(5)]
+        thread.join()
+        return [*events]
+
+    *pieces, last = asyncio.run(run())
+    assert isinstance(last, Result)
+    told = [(piece.text, piece.is_reasoning, [c.raw for c in piece.chances]) for piece in pieces]  # type: ignore[attr-defined]
+    assert told == [
+        ("I ", True, []),
+        ("think", True, []),
+        ("42! Slowly", False, [b"4", b"2", b"!"]),
+    ]
 
 
 def hang_up_in_the_middle(server: Serving, body: dict[str, object]) -> str:
@@ -119,7 +151,7 @@ def test_too_long_is_refused_with_both_numbers_and_nothing_is_lost(tiny_model: T
         assert response.status_code == 400
         error = response.json()["error"]
         assert error["code"] == "context_length_exceeded"
-        assert "620 tokens" in error["message"]
+        assert "621 tokens" in error["message"]
         assert "512 positions" in error["message"]
         again = server.chat([{"role": "user", "content": "short"}])
         assert again["kvc"] == {**kept["kvc"], "cached": again["usage"]["prompt_tokens"] - 1, "read": 1}
