@@ -20,6 +20,7 @@ from kvcompose_local.server.guard import Access, Guard, refusal
 from kvcompose_local.server.requests import Refused
 from kvcompose_local.server.service import Service
 
+_PATHS = "/v1/models, /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages and a page at /"
 PAGE = Path(__file__).parent / "page"
 
 
@@ -77,7 +78,9 @@ def application(service: Service, access: Access) -> ASGIApp:
 
     @app.exception_handler(HTTPException)
     async def failed(http: HttpRequest, error: HTTPException) -> Response:
-        text = {404: "there is nothing here", 405: "not by this method"}.get(error.status_code, str(error.detail))
+        text = {404: f"there is nothing here: this server has {_PATHS}", 405: "not by this method"}.get(
+            error.status_code, str(error.detail)
+        )
         return JSONResponse(refusal(http.url.path, Refused(error.status_code, text)), error.status_code, error.headers)
 
     @app.exception_handler(RequestValidationError)

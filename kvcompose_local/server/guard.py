@@ -66,6 +66,8 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # some look so whether anybody is there; what is no header uvicorn leaves out
+            scope = {**scope, "method": "GET"}
         headers = Headers(scope=scope)
         origin = headers.get("origin", "")
 

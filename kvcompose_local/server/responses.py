@@ -22,6 +22,7 @@ from kvcompose_local.server.shapes import (
     TextPart,
     checked_choice,
     internal_call,
+    result_of,
     schema_grammar,
     text_of,
 )
@@ -135,7 +136,7 @@ class ResponsesRequest(Sampled):
                 else:
                     messages.append({"role": "assistant", "content": "", "tool_calls": call})
             elif item.type == "function_call_output":
-                output = text_of(item.output or "", "input")
+                output = result_of(item.output or "")
                 messages.append({"role": "tool", "content": output, "tool_call_id": item.call_id or ""})
             else:
                 role = "system" if item.role == "developer" else item.role or "user"

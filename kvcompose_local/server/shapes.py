@@ -226,9 +226,21 @@ def text_of(content: str | list[TextPart], param: str) -> str:
     return "".join(part.text or "" for part in content)
 
 
+def result_of(content: str | list[TextPart]) -> str:
+    """The text of what came of a tool, without what is none."""
+    if isinstance(content, str):
+        return content
+    return "".join((part.text or "") if part.type in _TEXTS else left_out(part.type) for part in content)
+
+
+def left_out(kind: str) -> str:
+    """What stands for a part of a tool's result that is no text: without it an agent could not go on."""
+    return f"[{kind[:50]}: left out, since this model reads text alone]"
+
+
 def internal(message: ChatMessage) -> Message:
     """A message as conversations have it. Raises Refused for what is no text."""
-    content = text_of(message.content or "", "messages")
+    content = result_of(message.content or "") if message.role == "tool" else text_of(message.content or "", "messages")
     result = {"role": "system" if message.role == "developer" else message.role, "content": content}
     if message.role == "assistant" and message.reasoning_content:
         result["reasoning"] = message.reasoning_content
