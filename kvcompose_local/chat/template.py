@@ -229,7 +229,9 @@ class ChatTemplate:
                 raise
             return self._whole(alternating, add_generation_prompt, now, tools)
 
-    def _whole(self, messages: Sequence[Message], add_generation_prompt: bool, now: datetime, tools: Sequence[Any]) -> str:
+    def _whole(
+        self, messages: Sequence[Message], add_generation_prompt: bool, now: datetime, tools: Sequence[Any]
+    ) -> str:
         """The text of messages, checked for what was said."""
         takes, place = self._takes, 0
         has_tools = bool(tools) or any(m["role"] == "tool" or "tool_calls" in m for m in messages)
@@ -373,7 +375,7 @@ class ChatTemplate:
 
 
 def in_turns(messages: Sequence[Message]) -> list[Message]:
-    """The same conversation for a template whose users and assistants must take turns, and that takes one system prompt.
+    """The same conversation for a template whose users and assistants take turns, and that takes one system prompt.
 
     A later system prompt is the user's, and what follows a message of its own role, or comes with a tool's result, is
     part of that.
@@ -384,7 +386,12 @@ def in_turns(messages: Sequence[Message]) -> list[Message]:
         before = said[-1] if said else {"role": ""}
         follows = before["role"] in ("user", "tool") if told["role"] == "user" else before["role"] == told["role"]
         if follows and told["role"] in ("user", "assistant") and "tool_calls" not in before:
-            said[-1] = {**before, **told, "role": before["role"], "content": f"{before['content']}\n\n{told['content']}"}
+            said[-1] = {
+                **before,
+                **told,
+                "role": before["role"],
+                "content": f"{before['content']}\n\n{told['content']}",
+            }
         else:
             said.append(told)
     if said and all(message["role"] == "system" for message in said):

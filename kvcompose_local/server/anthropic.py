@@ -28,10 +28,18 @@ from kvcompose_local.server.requests import (
     one_line,
 )
 from kvcompose_local.server.service import Answering, Service, client_of
-from kvcompose_local.server.shapes import Loose, Unit, checked_choice, left_out, schema_grammar
+from kvcompose_local.server.shapes import (
+    MOST_MESSAGES,
+    JsonRoute,
+    Loose,
+    Unit,
+    checked_choice,
+    left_out,
+    schema_grammar,
+)
 from kvcompose_local.server.sse import EventStream
 
-router = APIRouter(prefix="/v1/messages")
+router = APIRouter(prefix="/v1/messages", route_class=JsonRoute)
 
 #: A line that Claude Code puts before its system prompt for who bills it. It differs in each chat, and would have all
 #: that follows read again.
@@ -101,7 +109,7 @@ class CountRequest(Loose):
     """A conversation whose tokens are to be counted."""
 
     model: str | None = None
-    messages: Annotated[list[Turn], Field(min_length=1)]
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=MOST_MESSAGES)]
     system: str | list[Block] | None = None
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None

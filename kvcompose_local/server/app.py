@@ -87,7 +87,10 @@ def application(service: Service, access: Access) -> ASGIApp:
     async def invalid(http: HttpRequest, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         place = ".".join(str(x) for x in first["loc"] if x != "body")
-        told = Refused(400, f"{place or 'body'}: {first['msg']}", param=place or None)
+        what = f"{place or 'body'}: {first['msg']}"
+        if not place:
+            what = "the body is to be a JSON object, sent with Content-Type: application/json"
+        told = Refused(400, what, param=place or None)
         return JSONResponse(refusal(http.url.path, told), 400)
 
     return Guard(app, access)

@@ -15,10 +15,10 @@ from starlette.responses import JSONResponse, Response
 from kvcompose_local.server.guard import refusal
 from kvcompose_local.server.requests import Begun, Done, Failed, Piece, Refused, TokenChance, ToolCall, one_line
 from kvcompose_local.server.service import Answering, Service
-from kvcompose_local.server.shapes import ChatRequest
+from kvcompose_local.server.shapes import ChatRequest, JsonRoute
 from kvcompose_local.server.sse import EventStream
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.get("/v1/models")

@@ -17,6 +17,9 @@ from kvcompose_local.server.guard import kind_of
 from kvcompose_local.server.requests import Begun, Done, Failed, Piece, Refused, Request, ToolCall, one_line
 from kvcompose_local.server.service import Answering, Service, client_of
 from kvcompose_local.server.shapes import (
+    MOST_MESSAGES,
+    JsonRoute,
+    Length,
     Loose,
     Sampled,
     TextPart,
@@ -28,7 +31,7 @@ from kvcompose_local.server.shapes import (
 )
 from kvcompose_local.server.sse import EventStream
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 class Item(Loose):
@@ -75,19 +78,20 @@ class TextOptions(Loose):
 class ResponsesRequest(Sampled):
     """A response that is asked for."""
 
-    input: str | Annotated[list[Item], Field(min_length=1)]
+    input: str | Annotated[list[Item], Field(min_length=1, max_length=MOST_MESSAGES)]
     instructions: str | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
-    max_output_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    max_output_tokens: Length | None = None
     previous_response_id: str | None = None
     conversation: Any = None
     background: bool | None = None
 
     def internal(self, service: Service, http: HttpRequest) -> Request:
         """What the engine's thread is asked. Raises Refused."""
+        self.check_known()
         for name in ("previous_response_id", "conversation", "background"):
             if getattr(self, name):
                 raise Refused(400, f"{name}: this server keeps no responses: send the whole conversation", param=name)
