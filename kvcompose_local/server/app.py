@@ -98,8 +98,12 @@ def application(service: Service, access: Access) -> ASGIApp:
 
 def _file(name: str) -> Response:
     """A file of the page. Raises HTTPException."""
-    path = (PAGE / name).resolve()
-    if not path.is_relative_to(PAGE.resolve()) or not path.is_file() or path.suffix == ".py":
+    try:
+        path = (PAGE / name).resolve()
+        is_there = path.is_relative_to(PAGE.resolve()) and path.is_file() and path.suffix != ".py"
+    except (OSError, ValueError):  # too long, or with a NUL in it
+        is_there = False
+    if not is_there:
         raise HTTPException(404)
     kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
     return FileResponse(path, media_type=kind, headers={"Cache-Control": "no-cache"})

@@ -164,10 +164,12 @@ def test_a_queue_that_is_full_gets_503(tiny_model: TinyModel, monkeypatch: pytes
         monkeypatch.setattr(server.service.worker.queue, "bound", 1)
         body = {"messages": [{"role": "user", "content": "go on"}], "max_tokens": 3900, "stream": True}
         with server.client.stream("POST", "/v1/chat/completions", json=body) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()  # which end the answer when they are forgotten
+            next(lines)
             with ThreadPoolExecutor() as pool:
                 waiting = pool.submit(server.chat, [{"role": "user", "content": "and me"}])
                 while not httpx.get(f"{server.url}/props").json()["queue"]["waiting"]:
+                    assert not waiting.done()
                     time.sleep(0.01)
                 refused = httpx.post(f"{server.url}/v1/chat/completions", json=body)
                 assert refused.status_code == 503
