@@ -116,16 +116,17 @@ def test_sigterm_ends_a_running_answer_within_a_second_and_keeps_it(tiny_model: 
         assert again["kvc"]["read"] < 40
 
 
-def test_sigterm_while_a_long_prompt_is_read_keeps_what_was_read(tiny_model: TinyModel, tmp_path: Path) -> None:
-    model, options = endless(tiny_model), ("--budget", "1", "--ctx", "4096")
-    system = [{"role": "system", "content": PROSE[:3600]}]
+def test_sigterm_while_a_long_prompt_is_read_keeps_what_was_read(tmp_path: Path) -> None:
+    model, options = write_tiny_model(tmp_path / "tiny.gguf", n_ctx=32768), ("--budget", "1", "--ctx", "32768")
+    system = [{"role": "system", "content": PROSE[:12_000]}]
     with served(model, tmp_path, *options) as (url, process):
         body = {"messages": [*system, *HELLO], "max_tokens": 4}
         with ThreadPoolExecutor() as pool:
             asked = pool.submit(httpx.post, f"{url}/v1/chat/completions", json=body, timeout=60)
             while not httpx.get(f"{url}/props", timeout=60).json()["queue"]["running"]:
+                assert not asked.done(), asked.result().text
                 time.sleep(0.01)
-            time.sleep(0.3)
+            time.sleep(0.5)
             process.send_signal(signal.SIGTERM)
             started = time.monotonic()
             process.wait(10)
