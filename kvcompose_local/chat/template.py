@@ -219,7 +219,21 @@ class ChatTemplate:
 
         Raises ModelError also where the text does not hold what the user said, or the system prompt.
         """
-        now, takes, place = now or datetime.now(), self._takes, 0
+        now = now or datetime.now()
+        try:
+            return self._whole(messages, add_generation_prompt, now, tools)
+        except _EndlessTemplate:
+            raise
+        except ModelError:
+            if (alternating := in_turns(messages)) == [*messages]:
+                raise
+            return self._whole(alternating, add_generation_prompt, now, tools)
+
+    def _whole(
+        self, messages: Sequence[Message], add_generation_prompt: bool, now: datetime, tools: Sequence[Any]
+    ) -> str:
+        """The text of messages, checked for what was said."""
+        takes, place = self._takes, 0
         has_tools = bool(tools) or any(m["role"] == "tool" or "tool_calls" in m for m in messages)
         if not has_tools:
             text = self._adapted(messages, takes, add_generation_prompt, now)
@@ -358,6 +372,31 @@ class ChatTemplate:
         if takes.reasoning == "part":
             return given | {"content": [{"type": "thinking", "thinking": reasoning}, {"type": "text", "text": content}]}
         return given | {"content": self.format.marked(reasoning, content)}
+
+
+def in_turns(messages: Sequence[Message]) -> list[Message]:
+    """The same conversation for a template whose users and assistants take turns, and that takes one system prompt.
+
+    A later system prompt is the user's, and what follows a message of its own role, or comes with a tool's result, is
+    part of that.
+    """
+    said: list[Message] = []
+    for i, message in enumerate(messages):
+        told = {**message, "role": "user"} if message["role"] == "system" and i else message
+        before = said[-1] if said else {"role": ""}
+        follows = before["role"] in ("user", "tool") if told["role"] == "user" else before["role"] == told["role"]
+        if follows and told["role"] in ("user", "assistant") and "tool_calls" not in before:
+            said[-1] = {
+                **before,
+                **told,
+                "role": before["role"],
+                "content": f"{before['content']}\n\n{told['content']}",
+            }
+        else:
+            said.append(told)
+    if said and all(message["role"] == "system" for message in said):
+        said = [{**said[0], "role": "user"}]
+    return said
 
 
 def _message(role: str, content: str) -> Message:

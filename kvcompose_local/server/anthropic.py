@@ -28,10 +28,22 @@ from kvcompose_local.server.requests import (
     one_line,
 )
 from kvcompose_local.server.service import Answering, Service, client_of
-from kvcompose_local.server.shapes import Loose, Unit, checked_choice
+from kvcompose_local.server.shapes import (
+    MOST_MESSAGES,
+    JsonRoute,
+    Loose,
+    Unit,
+    checked_choice,
+    left_out,
+    schema_grammar,
+)
 from kvcompose_local.server.sse import EventStream
 
-router = APIRouter(prefix="/v1/messages")
+router = APIRouter(prefix="/v1/messages", route_class=JsonRoute)
+
+#: A line that Claude Code puts before its system prompt for who bills it. It differs in each chat, and would have all
+#: that follows read again.
+_BILLING = "x-anthropic-billing-header:"
 
 
 class Block(Loose):
@@ -43,9 +55,17 @@ class Block(Loose):
     name: str | None = None
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None
-    content: str | list[Block] | None = None
+    content: str | list[Block] | dict[str, Any] | None = None
     is_error: bool | None = None
     thinking: str | None = None
+    source: Source | str | None = None
+
+
+class Source(Loose):
+    """Where a document is."""
+
+    type: str
+    data: str | None = None
 
 
 class Turn(Loose):
@@ -72,19 +92,35 @@ class ToolChoice(Loose):
     disable_parallel_tool_use: bool | None = None
 
 
+class Form(Loose):
+    """The form of an answer."""
+
+    type: Literal["json_schema"]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class Output(Loose):
+    """What the answer is like."""
+
+    format: Form | None = None
+
+
 class CountRequest(Loose):
     """A conversation whose tokens are to be counted."""
 
     model: str | None = None
-    messages: Annotated[list[Turn], Field(min_length=1)]
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=MOST_MESSAGES)]
     system: str | list[Block] | None = None
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
+    output_config: Output | None = None
+    output_format: Form | None = None
 
     def internal(self) -> Request:
         """What the engine's thread is asked. Raises Refused."""
         messages: list[Message] = []
-        if system := _text(self.system or "", "system"):
+        blocks = [Block(type="text", text=self.system)] if isinstance(self.system, str) else self.system or []
+        if system := _text([block for block in blocks if not (block.text or "").startswith(_BILLING)], "system"):
             messages.append({"role": "system", "content": system})
         for turn in self.messages:
             messages += _messages(turn)
@@ -105,10 +141,14 @@ class CountRequest(Loose):
             choice = {"any": "required", "tool": self.tool_choice.name or ""}.get(
                 self.tool_choice.type, self.tool_choice.type
             )
+        form = self.output_config.format if self.output_config else None
+        if (form := form or self.output_format) is not None:
+            grammar = schema_grammar(form.schema_, "output_config.format")
         return Request(
             model=self.model or "",
             messages=tuple(messages),
             tools=one_line(tools) if tools else "",
+            grammar=grammar if form is not None else "",
             tool_choice=checked_choice(choice, tools),
             parallel_calls=not (self.tool_choice is not None and self.tool_choice.disable_parallel_tool_use),
         )
@@ -148,13 +188,31 @@ class MessagesRequest(CountRequest):
         )
 
 
-def _text(content: str | list[Block], where: str) -> str:
+def _text(content: str | list[Block] | dict[str, Any], where: str) -> str:
     """Raises Refused for what is no text."""
     if isinstance(content, str):
         return content
-    if any(block.type != "text" or block.text is None for block in content):
+    texts = [None] if isinstance(content, dict) else [_text_of(block) for block in content]
+    if None in texts:
         raise Refused(400, f"this server reads text alone: {where} has a block that is none", param=where)
-    return "\n".join(block.text or "" for block in content)
+    return "\n".join(text or "" for text in texts)
+
+
+def _text_of(block: Block) -> str | None:
+    """The text of a block, None where it has none."""
+    if block.type == "document" and isinstance(block.source, Source) and block.source.type == "text":
+        return block.source.data
+    return block.text if block.type == "text" else None
+
+
+def _result(block: Block) -> str:
+    """The text of what came of a tool, without what a tool has shown beside: an agent could not go on otherwise."""
+    content = block.content or ""
+    if isinstance(content, str):
+        return content
+    parts = [content] if isinstance(content, dict) else content
+    texts = [(_text_of(part), part.type) if isinstance(part, Block) else (None, "object") for part in parts]
+    return "\n".join(left_out(kind) if text is None else text for text, kind in texts)
 
 
 def _messages(turn: Turn) -> list[Message]:
@@ -170,7 +228,7 @@ def _messages(turn: Turn) -> list[Message]:
             results.append(
                 {
                     "role": "tool",
-                    "content": _text(block.content or "", "a tool's result"),
+                    "content": _result(block),
                     "tool_call_id": (block.tool_use_id or "").removeprefix("toolu_"),
                 }
             )
@@ -184,7 +242,7 @@ def _messages(turn: Turn) -> list[Message]:
             )
         elif block.type in ("thinking", "redacted_thinking"):
             thought += block.thinking or ""
-        else:
+        elif turn.role == "user" or _text_of(block) is not None:  # of the others Anthropic's own tools are the source
             texts.append(_text([block], "a message"))
     if not texts and results:
         return results

@@ -20,6 +20,7 @@ from kvcompose_local.server.guard import Access, Guard, refusal
 from kvcompose_local.server.requests import Refused
 from kvcompose_local.server.service import Service
 
+_PATHS = "/v1/models, /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages and a page at /"
 PAGE = Path(__file__).parent / "page"
 
 
@@ -77,14 +78,19 @@ def application(service: Service, access: Access) -> ASGIApp:
 
     @app.exception_handler(HTTPException)
     async def failed(http: HttpRequest, error: HTTPException) -> Response:
-        text = {404: "there is nothing here", 405: "not by this method"}.get(error.status_code, str(error.detail))
+        text = {404: f"there is nothing here: this server has {_PATHS}", 405: "not by this method"}.get(
+            error.status_code, str(error.detail)
+        )
         return JSONResponse(refusal(http.url.path, Refused(error.status_code, text)), error.status_code, error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(http: HttpRequest, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         place = ".".join(str(x) for x in first["loc"] if x != "body")
-        told = Refused(400, f"{place or 'body'}: {first['msg']}", param=place or None)
+        what = f"{place or 'body'}: {first['msg']}"
+        if not place:
+            what = "the body is to be a JSON object, sent with Content-Type: application/json"
+        told = Refused(400, what, param=place or None)
         return JSONResponse(refusal(http.url.path, told), 400)
 
     return Guard(app, access)
@@ -92,8 +98,12 @@ def application(service: Service, access: Access) -> ASGIApp:
 
 def _file(name: str) -> Response:
     """A file of the page. Raises HTTPException."""
-    path = (PAGE / name).resolve()
-    if not path.is_relative_to(PAGE.resolve()) or not path.is_file() or path.suffix == ".py":
+    try:
+        path = (PAGE / name).resolve()
+        is_there = path.is_relative_to(PAGE.resolve()) and path.is_file() and path.suffix != ".py"
+    except (OSError, ValueError):  # too long, or with a NUL in it
+        is_there = False
+    if not is_there:
         raise HTTPException(404)
     kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
     return FileResponse(path, media_type=kind, headers={"Cache-Control": "no-cache"})

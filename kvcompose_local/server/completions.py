@@ -16,10 +16,10 @@ from kvcompose_local.server.guard import refusal
 from kvcompose_local.server.openai import usage_of
 from kvcompose_local.server.requests import Done, Failed, Piece, Refused, Request, TokenChance, one_line
 from kvcompose_local.server.service import Answering, Service, client_of
-from kvcompose_local.server.shapes import Sampled
+from kvcompose_local.server.shapes import JsonRoute, Sampled
 from kvcompose_local.server.sse import EventStream
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 #: Tokens of an answer where nobody says, as OpenAI has it.
 _USUAL_LENGTH = 16
@@ -35,9 +35,7 @@ class CompletionRequest(Sampled):
 
     def internal(self, service: Service, http: HttpRequest) -> Request:
         """What the engine's thread is asked. Raises Refused."""
-        self.check_n()
-        if self.echo or self.suffix:
-            raise Refused(400, "echo and suffix are not to be had", param="echo" if self.echo else "suffix")
+        self.check_known()
         prompt = self.prompt if isinstance(self.prompt, str) else self.prompt[0]
         if not prompt:
             raise Refused(400, "prompt: there is no text in it", param="prompt")

@@ -59,12 +59,15 @@ class Conversation(Chat):
         return self.want(request.messages, request.tools) if request.prompt is None else request.prompt
 
     def check_length(self, want: str) -> int:
-        """Tokens of a text. Raises PositionsFull where they are more than there are positions."""
+        """Tokens of a text. Raises PositionsFull where they are more than there are positions.
+
+        By these words Anthropic's and OpenAI's clients know that they must compact the conversation.
+        """
         n_tokens, n_ctx = self.transcript.n_tokens_of(want), self.memory.n_ctx
         if n_tokens >= n_ctx:
             raise PositionsFull(
-                f"this conversation is {n_tokens} tokens long, and there are {n_ctx} positions: "
-                f"{self.memory.way_to_more_positions}"
+                f"prompt is too long: {n_tokens} tokens > {n_ctx} maximum; this model's maximum context length is "
+                f"{n_ctx} tokens here: {self.memory.way_to_more_positions}"
             )
         return n_tokens
 
@@ -75,14 +78,22 @@ class Conversation(Chat):
         return said.head() if said.messages or tools else ""
 
     def read_head(self, messages: Sequence[Message], tools: str, stats: TurnStats) -> bool:
-        """Read what stands before the first message, from nothing; returns whether that came to its end."""
-        self.new()
-        said = self.transcript = Transcript(
-            self.model, messages[0]["content"] if messages[0]["role"] == "system" else None
-        )
+        """Read what stands before the first message; returns whether that came to its end.
+
+        What is held already is gone on with where that is a part of it, as after a client that gave up waiting.
+        """
+        said, memory = Transcript(self.model, None, self.transcript.began), self.memory
+        said.set_system(messages[0]["content"] if messages[0]["role"] == "system" else None)
         said.tools = tools
+        head = said.head()
+        if n_common(memory.tokens, self.model.tokenize(head, add_bos=said.adds_bos(head))) < memory.position:
+            memory.clear()
+        if not memory.tokens:
+            said.began = datetime.now()
+            head = said.head()
+        memory.pins, self.transcript = [], said
         with self._taken_back_on_failure():
-            self._follow(self.transcript.head(), stats)
+            self._follow(head, stats)
             self._read(stats)
         return not stats.stopped
 

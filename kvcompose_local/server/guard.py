@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hmac
 import ipaddress
@@ -18,6 +19,8 @@ from kvcompose_local.server.requests import Refused
 
 #: Bytes of a body: 20 times the longest conversation that models know.
 LARGEST_BODY = 32 << 20
+#: Seconds in which some of a body must come: who sends no more holds a connection.
+BODY_SECONDS = 60.0
 #: Paths that need no key: the page asks for it, and who watches the server has none.
 _OPEN = re.compile(r"/|/page/.*|/health|/favicon\.ico")
 _LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -66,13 +69,16 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # some look so whether anybody is there; what is no header uvicorn leaves out
+            scope = {**scope, "method": "GET"}
         headers = Headers(scope=scope)
         origin = headers.get("origin", "")
 
-        n_read = 0
+        n_read, is_whole = 0, False
+        cut: Refused | None = None  # why the rest of the body is not read
 
         async def guarded_send(message: Message) -> None:
-            if n_read > LARGEST_BODY:  # whatever the application makes of a body that was cut off
+            if cut is not None:  # whatever the application makes of a body that was cut off
                 return
             if message["type"] == "http.response.start":
                 out = MutableHeaders(scope=message)
@@ -99,19 +105,24 @@ class Guard:
             return
 
         async def bounded_receive() -> Message:
-            nonlocal n_read
-            message = await receive()
+            nonlocal n_read, is_whole, cut
+            try:
+                message = await (receive() if is_whole else asyncio.wait_for(receive(), BODY_SECONDS))
+            except asyncio.TimeoutError as error:
+                cut = Refused(408, f"no more of the body came for {BODY_SECONDS:.0f} s")
+                raise cut from error
             if message["type"] == "http.request":
                 n_read += len(message.get("body", b""))
+                is_whole = not message.get("more_body", False)
                 if n_read > LARGEST_BODY:
-                    raise too_large
+                    cut = Refused(413, f"the body is larger than {LARGEST_BODY} bytes")
+                    raise cut
             return message
 
-        too_large = Refused(413, f"the body is larger than {LARGEST_BODY} bytes")
         with contextlib.suppress(Refused):
             await self._app(scope, bounded_receive, guarded_send)
-        if n_read > LARGEST_BODY:
-            await _answer(send, 413, refusal(scope["path"], too_large))
+        if cut is not None:
+            await _answer(send, cut.status, refusal(scope["path"], cut))
 
     def _check(self, path: str, method: str, headers: Headers, origin: str) -> None:
         host = _name(headers.get("host", ""))

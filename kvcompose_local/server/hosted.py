@@ -14,7 +14,7 @@ import psutil
 from kvcompose_local.api import LocalChat
 from kvcompose_local.chat import ChatState, TurnStats, sessions
 from kvcompose_local.chat_options import ChatOptions
-from kvcompose_local.errors import InvalidInput, KVComposeError, NoHome, PositionsFull, SessionError
+from kvcompose_local.errors import InvalidInput, KVComposeError, ModelError, NoHome, PositionsFull, SessionError
 from kvcompose_local.install.model_files import model_digest, size_of
 from kvcompose_local.install.resources import state_folder
 from kvcompose_local.server.answers import answer
@@ -161,7 +161,7 @@ class Hosted:
         exchange.should_stop = lambda: job.is_cancelled
         stats = TurnStats()
         try:
-            conversation.check_length(conversation.want_of(request))
+            conversation.check_length(_want_of(request, conversation))
             conversation.on_read = lambda done, total: job.emit(Reading(done, total))
             kept = exchange.change_to(request, stats)
 
@@ -187,7 +187,7 @@ class Hosted:
     def count(self, request: Request) -> int:
         """Tokens of a request's conversation. Raises KVComposeError."""
         conversation = self.exchange.conversation
-        return conversation.transcript.n_tokens_of(conversation.want_of(request))
+        return conversation.transcript.n_tokens_of(_want_of(request, conversation))
 
     def is_current(self, kept: Kept) -> bool:
         """Whether the engine holds its cells."""
@@ -277,3 +277,11 @@ class Hosted:
             "thinks": model.reasoning_format.name != "unknown",
             "folds_system": model.folds_system,
         }
+
+
+def _want_of(request: Request, conversation: Conversation) -> str:
+    """The text of a request. Raises Refused where the model's template does not take its messages."""
+    try:
+        return conversation.want_of(request)
+    except ModelError as error:
+        raise Refused(400, str(error), param="messages") from error

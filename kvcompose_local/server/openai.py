@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncIterator
+from datetime import datetime, timezone
 from typing import Any
 
 from fastapi import APIRouter
@@ -14,18 +15,19 @@ from starlette.responses import JSONResponse, Response
 from kvcompose_local.server.guard import refusal
 from kvcompose_local.server.requests import Begun, Done, Failed, Piece, Refused, TokenChance, ToolCall, one_line
 from kvcompose_local.server.service import Answering, Service
-from kvcompose_local.server.shapes import ChatRequest
+from kvcompose_local.server.shapes import ChatRequest, JsonRoute
 from kvcompose_local.server.sse import EventStream
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.get("/v1/models")
 async def models(http: HttpRequest) -> Response:
-    """The models that are served."""
+    """The models that are served, as OpenAI's clients and Anthropic's look at them."""
     service: Service = http.app.state.service
-    data = [{"id": name, "object": "model", "created": service.started, "owned_by": "local"} for name in service.models]
-    return JSONResponse({"object": "list", "data": data})
+    data = [_model(service, name) for name in service.models]
+    ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"], "has_more": False}
+    return JSONResponse({"object": "list", "data": data, **ends})
 
 
 @router.get("/v1/models/{name}")
@@ -34,7 +36,13 @@ async def model(http: HttpRequest, name: str) -> Response:
     service: Service = http.app.state.service
     if name not in service.models:
         raise Refused(404, f"there is no model {name[:100]!r}", code="model_not_found", param="model")
-    return JSONResponse({"id": name, "object": "model", "created": service.started, "owned_by": "local"})
+    return JSONResponse(_model(service, name))
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
+    started = datetime.fromtimestamp(service.started, timezone.utc).isoformat()
+    of_openai = {"id": name, "object": "model", "created": service.started, "owned_by": "local"}
+    return of_openai | {"type": "model", "display_name": name, "created_at": started}
 
 
 @router.post("/v1/chat/completions")

@@ -17,17 +17,21 @@ from kvcompose_local.server.guard import kind_of
 from kvcompose_local.server.requests import Begun, Done, Failed, Piece, Refused, Request, ToolCall, one_line
 from kvcompose_local.server.service import Answering, Service, client_of
 from kvcompose_local.server.shapes import (
+    MOST_MESSAGES,
+    JsonRoute,
+    Length,
     Loose,
     Sampled,
     TextPart,
     checked_choice,
     internal_call,
+    result_of,
     schema_grammar,
     text_of,
 )
 from kvcompose_local.server.sse import EventStream
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 class Item(Loose):
@@ -74,19 +78,20 @@ class TextOptions(Loose):
 class ResponsesRequest(Sampled):
     """A response that is asked for."""
 
-    input: str | Annotated[list[Item], Field(min_length=1)]
+    input: str | Annotated[list[Item], Field(min_length=1, max_length=MOST_MESSAGES)]
     instructions: str | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
-    max_output_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    max_output_tokens: Length | None = None
     previous_response_id: str | None = None
     conversation: Any = None
     background: bool | None = None
 
     def internal(self, service: Service, http: HttpRequest) -> Request:
         """What the engine's thread is asked. Raises Refused."""
+        self.check_known()
         for name in ("previous_response_id", "conversation", "background"):
             if getattr(self, name):
                 raise Refused(400, f"{name}: this server keeps no responses: send the whole conversation", param=name)
@@ -135,7 +140,7 @@ class ResponsesRequest(Sampled):
                 else:
                     messages.append({"role": "assistant", "content": "", "tool_calls": call})
             elif item.type == "function_call_output":
-                output = text_of(item.output or "", "input")
+                output = result_of(item.output or "")
                 messages.append({"role": "tool", "content": output, "tool_call_id": item.call_id or ""})
             else:
                 role = "system" if item.role == "developer" else item.role or "user"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import sys
+import traceback
 from types import FrameType
 
 import uvicorn
@@ -44,6 +46,21 @@ def run(app: ASGIApp, service: Service, listener: socket.socket) -> None:
 
     service.on_failure = on_failure
     sys.setswitchinterval(_SWITCH_SECONDS)
+    for name in ("kvcompose_local.server", "uvicorn.error"):
+        without_texts(logging.getLogger(name))
     server.run(sockets=[listener])
     if service.failure is not None:
         raise service.failure
+
+
+def without_texts(log: logging.Logger) -> None:
+    """Have a logger tell where something went wrong, and not the message: that may hold what a user said."""
+    log.addFilter(_where)
+
+
+def _where(record: logging.LogRecord) -> bool:
+    if record.exc_info and (error := record.exc_info[1]) is not None:
+        places = "".join(traceback.format_tb(error.__traceback__))
+        record.msg, record.args = f"{record.getMessage()}: {type(error).__name__}\n{places}".rstrip(), ()
+        record.exc_info = record.exc_text = None
+    return True

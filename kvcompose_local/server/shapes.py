@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi.routing import APIRoute
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
 
 from kvcompose_local.chat import Message
 from kvcompose_local.chat_options import Sampling
@@ -17,10 +20,53 @@ from kvcompose_local.server.service import Service, client_of
 
 #: Most stop texts of a request, and characters of one.
 _STOPS, _LONGEST_STOP = 16, 200
+#: Most messages of a conversation: more than fit the longest that models know.
+MOST_MESSAGES = 20_000
 #: What protocols call a part that is text.
 _TEXTS = ("text", "input_text", "output_text", "reasoning_text", "summary_text")
+#: Fields that would change the answer, and what serves instead.
+_NOT_TO_BE_HAD = {
+    "logit_bias": "",
+    "functions": ": tools are, as newer clients send them",
+    "audio": ": this server writes text alone",
+    "web_search_options": ": give a tool that searches",
+    "echo": "",
+    "suffix": "",
+}
 Unit = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+_LONGEST = 2**31 - 1
+
+
+def _length(n: int) -> int:
+    if n == 0:
+        raise ValueError("an answer has a token at least")
+    return _LONGEST if n < 0 else n
+
+
+#: Tokens of an answer; -1, as clients of local servers send it, is for as many as fit.
+Length = Annotated[int, Field(ge=-1, le=_LONGEST), AfterValidator(_length)]
+
+
+class JsonRoute(APIRoute):
+    """A route whose bodies hold whole characters: halves of surrogate pairs, which JSON can name, cannot be sent on."""
+
+    def get_route_handler(self) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_json(http: HttpRequest) -> Response:
+            return await handle(_JsonRequest(http.scope, http.receive))
+
+        return handle_json
+
+
+class _JsonRequest(HttpRequest):
+    async def json(self) -> Any:
+        told = await super().json()
+        if b"\\ud" in (await self.body()).lower():
+            raw = json.dumps(told, ensure_ascii=False).encode("utf-16", "surrogatepass")
+            told = json.loads(raw.decode("utf-16", "replace"))
+        return told
 
 
 class Loose(BaseModel):
@@ -74,18 +120,19 @@ class Sampled(Loose):
     model: str | None = None
     temperature: Annotated[float, Field(ge=0, le=10)] | None = None
     top_p: Unit | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=_LONGEST)] | None = None  # nothing below 1 bounds
     min_p: Unit | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repeat_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     stop: str | list[str] | None = None
-    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    max_tokens: Length | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     stream: bool | None = None
     stream_options: Usage | None = None
     user: str | None = None
+    logit_bias: dict[str, float] | None = None
 
     def sampling(self, defaults: Sampling) -> Sampling:
         """The defaults, and what the request says."""
@@ -105,10 +152,13 @@ class Sampled(Loose):
             raise Refused(400, f"stop: at most {_STOPS} texts of 1 to {_LONGEST_STOP} characters", param="stop")
         return tuple(stops)
 
-    def check_n(self) -> None:
-        """Raises Refused."""
+    def check_known(self) -> None:
+        """Raises Refused for what would change the answer, and cannot be had."""
         if self.n not in (None, 1):
             raise Refused(400, f"n: one answer at a time, not {self.n}", param="n")
+        for name, instead in _NOT_TO_BE_HAD.items():
+            if getattr(self, name, None):
+                raise Refused(400, f"{name} is not to be had{instead}", param=name)
 
 
 class ToolFunction(Loose):
@@ -167,19 +217,22 @@ class ResponseFormat(Loose):
 class ChatRequest(Sampled):
     """A chat completion that is asked for."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    max_completion_tokens: Length | None = None
+    functions: list[Any] | None = None
+    audio: dict[str, Any] | None = None
+    web_search_options: dict[str, Any] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     chat_id: str | None = None
 
     def internal(self, service: Service, http: HttpRequest) -> Request:
         """What the engine's thread is asked. Raises Refused."""
-        self.check_n()
+        self.check_known()
         longest = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         tools = [tool.model_dump(exclude_none=True) for tool in self.tools or []]
         choice = self.tool_choice.function.name if isinstance(self.tool_choice, ToolChoice) else self.tool_choice
@@ -226,9 +279,21 @@ def text_of(content: str | list[TextPart], param: str) -> str:
     return "".join(part.text or "" for part in content)
 
 
+def result_of(content: str | list[TextPart]) -> str:
+    """The text of what came of a tool, without what is none."""
+    if isinstance(content, str):
+        return content
+    return "".join((part.text or "") if part.type in _TEXTS else left_out(part.type) for part in content)
+
+
+def left_out(kind: str) -> str:
+    """What stands for a part of a tool's result that is no text: without it an agent could not go on."""
+    return f"[{kind[:50]}: left out, since this model reads text alone]"
+
+
 def internal(message: ChatMessage) -> Message:
     """A message as conversations have it. Raises Refused for what is no text."""
-    content = text_of(message.content or "", "messages")
+    content = result_of(message.content or "") if message.role == "tool" else text_of(message.content or "", "messages")
     result = {"role": "system" if message.role == "developer" else message.role, "content": content}
     if message.role == "assistant" and message.reasoning_content:
         result["reasoning"] = message.reasoning_content

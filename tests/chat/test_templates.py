@@ -256,6 +256,27 @@ def test_a_system_prompt_that_is_not_taken_goes_before_the_first_message(source:
 
 
 @pytest.mark.parametrize(
+    "said",
+    [
+        "system a, user b, system c",
+        "system a, user b, system c, assistant d, user e",
+        "user a, user b",
+        "user a, assistant b, assistant c, user d",
+        "system a",
+    ],
+)
+@pytest.mark.parametrize("name", names())
+def test_conversations_that_take_no_turns_are_told_by_every_template(name: str, said: str) -> None:
+    """As agents send them: a later system prompt, two messages of one user."""
+    words = [part.split() for part in said.split(", ")]
+    messages = [{"role": role, "content": f"word-{letter}"} for role, letter in words]
+    text = ChatTemplate(templates()[name], bos="<s>", eos="</s>").render(messages, add_generation_prompt=True)
+    places = [text.rindex(f"word-{letter}") for role, letter in words if role != "system"]
+    assert places == sorted(places)
+    assert all(f"word-{letter}" in text for _, letter in words)
+
+
+@pytest.mark.parametrize(
     ("source", "what"),
     [
         ("chatml-ish", "your message"),

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
-from programs import RUN, TinyModel, endless, program, refused
+from programs import PROSE, RUN, TinyModel, endless, program, refused
+from tiny_models import write_tiny_model
 
 HELLO = [{"role": "user", "content": "hello " * 40}]
 
@@ -111,6 +114,47 @@ def test_sigterm_ends_a_running_answer_within_a_second_and_keeps_it(tiny_model: 
         again = ask(url, [*HELLO, kept["messages"][1], {"role": "user", "content": "and?"}]).json()
         assert again["kvc"]["chat"] == chat
         assert again["kvc"]["read"] < 40
+
+
+def test_sigterm_while_a_long_prompt_is_read_keeps_what_was_read(tmp_path: Path) -> None:
+    model, options = write_tiny_model(tmp_path / "tiny.gguf", n_ctx=32768), ("--budget", "1", "--ctx", "32768")
+    system = [{"role": "system", "content": PROSE[:12_000]}]
+    with served(model, tmp_path, *options) as (url, process):
+        body = {"messages": [*system, *HELLO], "max_tokens": 4}
+        with ThreadPoolExecutor() as pool:
+            asked = pool.submit(httpx.post, f"{url}/v1/chat/completions", json=body, timeout=60)
+            while not httpx.get(f"{url}/props", timeout=60).json()["queue"]["running"]:
+                assert not asked.done(), asked.result().text
+                time.sleep(0.01)
+            time.sleep(0.5)
+            process.send_signal(signal.SIGTERM)
+            started = time.monotonic()
+            process.wait(10)
+            assert time.monotonic() - started < 3  # a second, beside other tests
+            with contextlib.suppress(httpx.HTTPError):
+                asked.result()
+    with served(model, tmp_path, *options) as (url, _):
+        again = ask(url, [*system, {"role": "user", "content": "and?"}]).json()
+        assert again["timings"]["prompt_n"] < again["usage"]["prompt_tokens"] - 200
+
+
+def test_a_beginning_of_20_000_tokens_is_read_once_also_across_a_restart(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "tiny.gguf", n_ctx=32768, seed=7)
+    system = [{"role": "system", "content": PROSE[:20_000]}]
+    options = ("--budget", "0.25", "--ctx", "32768")
+
+    def n_read(url: str, question: str) -> int:
+        told = ask(url, [*system, {"role": "user", "content": question}]).json()
+        assert told["usage"]["prompt_tokens"] > 20_000
+        return int(told["timings"]["prompt_n"])
+
+    with served(model, tmp_path, *options) as (url, process):
+        assert n_read(url, "one") > 20_000
+        assert n_read(url, "two") < 100
+        process.terminate()
+        process.wait(10)
+    with served(model, tmp_path, *options) as (url, _):
+        assert n_read(url, "three") < 100
 
 
 def test_where_others_reach_it_that_is_said(tiny_model: TinyModel, tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_openai_schema(client: openai.OpenAI, server: Serving) -> None:
 def test_openai_errors(client: openai.OpenAI, server: Serving) -> None:
     with pytest.raises(openai.NotFoundError, match="there is no model"):
         client.chat.completions.create(model="gpt-9", messages=[QUESTION])  # type: ignore[list-item]
-    with pytest.raises(openai.BadRequestError, match="4031 tokens long, and there are 2048 positions") as error:
+    with pytest.raises(openai.BadRequestError, match="4031 tokens > 2048 maximum") as error:
         client.chat.completions.create(
             model=server.name, messages=[{"role": "user", "content": "word " * 4000}], max_tokens=4
         )
@@ -255,7 +255,7 @@ def test_anthropic_tools(claude: anthropic.Anthropic, server: Serving) -> None:
 
 
 def test_anthropic_errors(claude: anthropic.Anthropic, server: Serving) -> None:
-    with pytest.raises(anthropic.BadRequestError, match="positions") as error:
+    with pytest.raises(anthropic.BadRequestError, match="prompt is too long: 4031 tokens > 2048 maximum") as error:
         claude.messages.create(model=server.name, max_tokens=4, messages=[{"role": "user", "content": "word " * 4000}])
     assert error.value.body["error"]["type"] == "invalid_request_error"  # type: ignore[index,call-overload]
     with pytest.raises(anthropic.NotFoundError):

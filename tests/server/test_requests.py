@@ -6,6 +6,8 @@ import asyncio
 import logging
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -151,8 +153,7 @@ def test_too_long_is_refused_with_both_numbers_and_nothing_is_lost(tiny_model: T
         assert response.status_code == 400
         error = response.json()["error"]
         assert error["code"] == "context_length_exceeded"
-        assert "621 tokens" in error["message"]
-        assert "512 positions" in error["message"]
+        assert "621 tokens > 512 maximum" in error["message"]
         again = server.chat([{"role": "user", "content": "short"}])
         assert again["kvc"] == {**kept["kvc"], "cached": again["usage"]["prompt_tokens"] - 1, "read": 1}
         full = server.chat([{"role": "user", "content": "x" * 400}], max_tokens=400)
@@ -172,6 +173,52 @@ def test_models_come_when_they_are_asked_and_go_when_they_are_not(tiny_model: Ti
         again = server.chat(messages)
         assert again["kvc"]["cached"] == first["usage"]["prompt_tokens"] - 1  # its cells were written down
         assert texts(again) == texts(first)
+
+
+def test_a_model_that_does_not_fit_now_gets_503_and_the_others_go_on(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = endless(tiny_model, name="One"), tiny_model(seed=9, name="Two")
+    with serving(one, two) as server:
+        monkeypatch.setattr("kvcompose_local.server.hosted.size_of", lambda _path: 1 << 60)
+        for stream in (False, True):
+            body = {"messages": [{"role": "user", "content": "x"}], "model": two.stem, "stream": stream}
+            response = server.post("/v1/chat/completions", **body)
+            assert (response.status_code, response.headers["Retry-After"]) == (503, "60")
+            assert "GiB are free" in response.json()["error"]["message"]
+        refused = server.post("/v1/messages", model=two.stem, max_tokens=2, messages=[{"role": "user", "content": "x"}])
+        assert (refused.status_code, refused.json()["error"]["type"]) == (503, "overloaded_error")
+        assert server.chat([{"role": "user", "content": "x"}])["usage"]["completion_tokens"] == 8
+
+
+def test_a_queue_that_is_full_gets_503(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(endless(tiny_model), budget=1, n_ctx=4096) as server:
+        monkeypatch.setattr(server.service.worker.queue, "bound", 1)
+        body = {"messages": [{"role": "user", "content": "go on"}], "max_tokens": 3900, "stream": True}
+        with server.client.stream("POST", "/v1/chat/completions", json=body) as response:
+            lines = response.iter_lines()  # which end the answer when they are forgotten
+            next(lines)
+            with ThreadPoolExecutor() as pool:
+                waiting = pool.submit(server.chat, [{"role": "user", "content": "and me"}])
+                while not httpx.get(f"{server.url}/props").json()["queue"]["waiting"]:
+                    assert not waiting.done()
+                    time.sleep(0.01)
+                refused = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+                assert refused.status_code == 503
+                assert int(refused.headers["Retry-After"]) > 0
+                response.close()
+                assert texts(waiting.result())
+
+
+def test_who_hangs_up_stops_the_answer_within_a_token(real_model: Callable[[str], Path]) -> None:
+    """By what a model says that takes a while for each: what comes between is the way of a hang-up through sockets."""
+    with serving(real_model("smollm2-135m"), on_disk=False) as server:
+        body = {"messages": [{"role": "user", "content": "Count to a thousand."}], "max_tokens": 1000, "stream": True}
+        chat = hang_up_in_the_middle(server, body)
+        idle(server)
+        told = server.client.get(f"/kvc/chats/{chat}").json()["messages"][1]["content"]
+        said = server.chat([*body["messages"]], max_tokens=3 + 12)  # type: ignore[misc]
+        assert len(told) <= len(texts(said))
 
 
 def test_metrics_and_props_tell_the_ceiling(tiny_model: TinyModel) -> None:
