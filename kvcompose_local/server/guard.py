@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hmac
 import ipaddress
@@ -12,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+import anyio
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -106,9 +106,10 @@ class Guard:
 
         async def bounded_receive() -> Message:
             nonlocal n_read, is_whole, cut
-            try:
-                message = await (receive() if is_whole else asyncio.wait_for(receive(), BODY_SECONDS))
-            except asyncio.TimeoutError as error:
+            try:  # not asyncio.wait_for: before Python 3.12 it can lose a cancellation
+                with anyio.fail_after(None if is_whole else BODY_SECONDS):
+                    message = await receive()
+            except TimeoutError as error:
                 cut = Refused(408, f"no more of the body came for {BODY_SECONDS:.0f} s")
                 raise cut from error
             if message["type"] == "http.request":
