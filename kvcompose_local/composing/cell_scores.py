@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcompose_local.composing.scorer import BOUNDS, DTYPE
+from kvcompose_local.composing.threads import each
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.interfaces import FloatArray, HalfArray, LayerShape, Lazy, Selection
 
@@ -54,12 +55,15 @@ class CellScores:
         new = np.broadcast_to(np.arange(first, end, dtype=_origin_dtype(end)), live.shape)
         return scores, np.concatenate([self._origins[layer], new], axis=1)
 
-    def keep(self, selection: Sequence[Selection], live: Sequence[HalfArray], first: int) -> None:
+    def keep(self, selection: Sequence[Selection], live: Sequence[HalfArray], first: int, n_threads: int = 1) -> None:
         """Follow a rewrite: the rows of :meth:`rows` that ``selection`` names are composed now."""
-        for i, chosen in enumerate(selection):  # one layer at a time: twice all scores would be memory for nothing
+
+        def keep_layer(i: int) -> None:  # one layer at a time: twice all scores would be memory for nothing
             scores, origins = self.rows(i, live[i], first)
-            self._kept[i] = np.take_along_axis(scores, chosen, axis=1)
-            self._origins[i] = np.take_along_axis(origins, chosen, axis=1)
+            self._kept[i] = np.take_along_axis(scores, selection[i], axis=1)
+            self._origins[i] = np.take_along_axis(origins, selection[i], axis=1)
+
+        each(keep_layer, len(selection), n_threads)
 
     def before(self, position: int) -> Sequence[Selection]:
         """Which composed cells stay when tokens from ``position`` on are forgotten: L int arrays (H, K).
