@@ -30,21 +30,16 @@ from kvcompose_local.composing.choice import choose, competing
 from kvcompose_local.composing.policy import Policy, Room
 from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.errors import ContextFull, InvalidInput, PositionsFull
-from kvcompose_local.install.threads import default_threads
 from kvcompose_local.interfaces import (
     CacheLayout,
     Engine,
     FloatArray,
     HalfArray,
     IntArray,
-    Lazy,
     Progress,
     Selection,
 )
 from kvcompose_local.interrupts import uninterrupted
-
-#: Rows of all heads from which on several threads are faster than one.
-_MANY_ROWS = 1 << 18
 
 
 class CacheMemory:
@@ -72,8 +67,7 @@ class CacheMemory:
         self.n_ctx = n_ctx
         self.compose = compose
         n_cells = sum(engine.arena_bytes) // max(engine.shape.row_bytes, 1)
-        self._on_device = max(engine.row_steps) > 1
-        self._policy = policy or Policy.for_cells(n_cells, on_device=self._on_device)
+        self._policy = policy or Policy.for_cells(n_cells, on_device=max(engine.row_steps) > 1)
         self.scoring: Scoring
         if not engine.reads_rows or replay:
             self.scoring = Replayed(engine)
@@ -254,7 +248,7 @@ class CacheMemory:
         selected = time.perf_counter()
         with self._emptied_on_failure(before):
             self.engine.rewrite(selection, n_tail)
-            self._scores.keep(selection, live, before.position - before.n_live, self._n_threads(before))
+            self._scores.keep(selection, live, before.position - before.n_live)
         after = self.engine.layout()
         return CompactionReport(
             tokens_seen=after.position,
@@ -284,7 +278,7 @@ class CacheMemory:
 
         n_pinned = int(pinned[: layout.position - n_tail].sum())
         return choose(
-            Lazy(len(live), logarithms),
+            map(logarithms, range(len(live))),
             room.row_bytes,
             room.composed_bytes_within(at_most, n_tail, n_pinned),
             room.device,
@@ -292,14 +286,7 @@ class CacheMemory:
             steps=self.engine.row_steps,
             n_beside=room.n_beside(n_tail),
             at_least=n_pinned,
-            n_threads=self._n_threads(layout),
         )
-
-    def _n_threads(self, layout: CacheLayout) -> int:
-        """Threads that choose: several for many rows beside a device, whose time is dear, and where memory is not."""
-        layers = zip(self.engine.shape.layers, layout.composed, strict=True)
-        n_rows = sum(layer.n_kv_heads * (k + layout.n_live) for layer, k in layers)
-        return default_threads() if self._on_device and n_rows >= _MANY_ROWS else 1
 
     @contextlib.contextmanager
     def _emptied_on_failure(self, before: CacheLayout) -> Iterator[None]:

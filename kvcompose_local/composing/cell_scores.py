@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcompose_local.composing.scorer import BOUNDS, DTYPE
-from kvcompose_local.composing.threads import each
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.interfaces import FloatArray, HalfArray, LayerShape, Lazy, Selection
 
@@ -55,15 +54,12 @@ class CellScores:
         new = np.broadcast_to(np.arange(first, end, dtype=_origin_dtype(end)), live.shape)
         return scores, np.concatenate([self._origins[layer], new], axis=1)
 
-    def keep(self, selection: Sequence[Selection], live: Sequence[HalfArray], first: int, n_threads: int = 1) -> None:
+    def keep(self, selection: Sequence[Selection], live: Sequence[HalfArray], first: int) -> None:
         """Follow a rewrite: the rows of :meth:`rows` that ``selection`` names are composed now."""
-
-        def keep_layer(i: int) -> None:  # one layer at a time: twice all scores would be memory for nothing
+        for i, chosen in enumerate(selection):  # one layer at a time: twice all scores would be memory for nothing
             scores, origins = self.rows(i, live[i], first)
-            self._kept[i] = np.take_along_axis(scores, selection[i], axis=1)
-            self._origins[i] = np.take_along_axis(origins, selection[i], axis=1)
-
-        each(keep_layer, len(selection), n_threads)
+            places = chosen + np.arange(len(scores))[:, None] * scores.shape[1]  # in all heads' rows: take is fast
+            self._kept[i], self._origins[i] = scores.take(places), origins.take(places)
 
     def before(self, position: int) -> Sequence[Selection]:
         """Which composed cells stay when tokens from ``position`` on are forgotten: L int arrays (H, K).

@@ -7,7 +7,7 @@ exponent 1/2 of their scores. By their worth the composite tokens of all layers 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -15,7 +15,6 @@ import numpy.typing as npt
 
 from kvcompose_local.composing.budgets import allocate_composites
 from kvcompose_local.composing.scorer import BOUNDS, DTYPE, Scorer
-from kvcompose_local.composing.threads import each
 from kvcompose_local.interfaces import FloatArray, HalfArray, IntArray, Selection
 
 #: The logarithm of a pinned token, above any score.
@@ -23,7 +22,7 @@ PINNED = 2 * BOUNDS[1]
 
 
 def choose(
-    layers: Sequence[FloatArray],
+    layers: Iterable[FloatArray],
     row_bytes: IntArray,
     room: IntArray,
     device: IntArray,
@@ -32,17 +31,15 @@ def choose(
     steps: Sequence[int] = (),
     n_beside: int = 0,
     at_least: int = 0,
-    n_threads: int = 1,
 ) -> list[Selection]:
     """The rows that become composed cells, of each layer int (H, K_l), best first.
 
     layers: L float arrays (H, T_l) as :func:`competing` gives them, each looked at once; row_bytes: int64 (L,), of a
     layer's cell; room: int64 (devices,), bytes for composed cells; device: int64 (L,), whose room a layer draws on;
     per_layer: False where every layer is to keep equally many, or all of its rows where they are fewer; steps,
-    n_beside, at_least: of :func:`~kvcompose_local.composing.budgets.allocate_composites`; n_threads: of which each
-    takes a layer's memory.
+    n_beside, at_least: of :func:`~kvcompose_local.composing.budgets.allocate_composites`.
     """
-    orders, worths = ranked(layers, n_threads)
+    orders, worths = ranked(layers)
     if per_layer:
         counts = allocate_composites(
             worths, row_bytes, room.tolist(), device, steps=steps, n_beside=n_beside, at_least=at_least
@@ -75,19 +72,18 @@ def competing(
     return result
 
 
-def ranked(layers: Sequence[FloatArray], n_threads: int = 1) -> tuple[list[Selection], list[FloatArray]]:
+def ranked(layers: Iterable[FloatArray]) -> tuple[list[Selection], list[FloatArray]]:
     """For each layer the rows of its heads, best first: int (H, T), and the worth of each rank: float32 (T,).
 
     layers: L float arrays (H, T) of logarithms, each looked at once. They are compared as float16; of equal ones the
     lower row is better. The worth never rises from rank to rank.
     """
-
-    def of_layer(layer: int) -> tuple[Selection, FloatArray]:
-        order, roots = _sorted_heads(layers[layer].astype(DTYPE))
-        return order, roots.mean(axis=0).astype(np.float32)
-
-    found = each(of_layer, len(layers), n_threads)
-    return [order for order, _ in found], [worth for _, worth in found]
+    orders, worths = [], []
+    for logarithms in layers:
+        order, roots = _sorted_heads(logarithms.astype(DTYPE))
+        orders.append(order)
+        worths.append(roots.mean(axis=0).astype(np.float32))
+    return orders, worths
 
 
 def _sorted_heads(halves: HalfArray) -> tuple[Selection, npt.NDArray[np.float64]]:

@@ -14,8 +14,6 @@ from kvcompose_local.interfaces import IntArray, LayerShape
 LEAST_TAIL = 8
 #: Tokens of a micro-batch where layers are on a device, which a micro-batch costs more in launches than in products.
 DEVICE_MICRO_BATCH = 512
-#: Tokens that are read between two compactions on a device, at the most.
-MOST_ON_DEVICE = 2048
 
 
 @dataclass(frozen=True)
@@ -41,9 +39,8 @@ class Policy:
         chunk = min(max(-(-n_cells // 16), 24), 256)
         n_headroom = 2 * chunk if n_cells >= 31 * chunk else chunk
         if on_device:
-            quarter = n_cells / 4 / DEVICE_MICRO_BATCH
-            whole = round(quarter) * DEVICE_MICRO_BATCH or n_cells // 4
-            n_headroom = min(max(whole, n_headroom), MOST_ON_DEVICE)
+            quarter = -(-n_cells // 4 // DEVICE_MICRO_BATCH) * DEVICE_MICRO_BATCH
+            n_headroom = max(quarter if quarter <= n_cells // 3 else n_cells // 4, n_headroom)
         return cls(n_tail=min(max(n_cells // 6, 8), 128), n_headroom=n_headroom, n_scratch=chunk)
 
     @property
