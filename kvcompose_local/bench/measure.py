@@ -191,11 +191,7 @@ def measure(
         model = Model(path, gpu_layers=gpu_layers)
         stack.callback(model.close)
         profile = profiles.of_file(path)
-        if cache_type is None:
-            whole_blocks, kl = has_whole_blocks(model), profile.kl if profile else None
-            cache_type = default_cache_type(
-                0.5, whole_blocks=whole_blocks, one_type=model.one_type or gpu_layers > 0, patched=True, kl=kl
-            )
+        cache_type = cache_type or _usual_type(model, profile)
         token = token_of(model)
         cells = {budget: cells_for(n_tokens, budget, cache_type, token) for budget in budgets}
         tokens = text_tokens(model, sentences, n_tokens)
@@ -248,6 +244,13 @@ def measure(
             rewrite_seconds,
             psutil.Process().memory_info().rss,
         )
+
+
+def _usual_type(model: Model, profile: profiles.Profile | None) -> str:
+    """How a chat stores the cells of a budget."""
+    whole_blocks, one_type = has_whole_blocks(model), model.one_type or model.gpu_layers > 0
+    kl = profile.kl if profile else None
+    return default_cache_type(0.5, whole_blocks=whole_blocks, one_type=one_type, patched=True, kl=kl)
 
 
 def _decode_in_turns(
