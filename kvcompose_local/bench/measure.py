@@ -7,17 +7,13 @@ interleaved rounds: a laptop's clock changes more between two runs than most cha
 from __future__ import annotations
 
 import itertools
-import os
-import pickle
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any
 
 import numpy as np
 import psutil
@@ -25,25 +21,22 @@ from gguf import GGUFReader
 
 from kvcompose_local import profiles
 from kvcompose_local.arena import cells_for, default_cache_type, padded
+from kvcompose_local.bench.decoding import QUESTION, Worker, time_round
 from kvcompose_local.chat.memory import CacheMemory
-from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.engines import has_whole_blocks, micro_batch, token_of
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.engines.patched import PREFILL_MICRO_BATCH, PatchedEngine
-from kvcompose_local.engines.stock import StockEngine
-from kvcompose_local.errors import EngineError, InvalidInput, KVComposeError
+from kvcompose_local.errors import InvalidInput, KVComposeError
 from kvcompose_local.install.pin import library_dir
 from kvcompose_local.install.threads import default_threads
 from kvcompose_local.interfaces import CacheSnapshot, LayerShape, Sampling
+from kvcompose_local.llama_ffi.devices import gpus
 from kvcompose_local.llama_ffi.library import library_path
 from kvcompose_local.llama_ffi.model import Model
 
 UNPATCHED = "unpatched llama.cpp"
 TWIN = "the same, patched"
 UNCOMPRESSED = "uncompressed"
-_WARM_UP = 3
-#: Tokens of a question, as many as a line that a user types has.
-_QUESTION = 30
 _ANSWER_CELLS = 256
 
 
@@ -51,13 +44,15 @@ _ANSWER_CELLS = 256
 class Mode:
     """One way to read and decode: its cache, its compute buffers, what reading took, and what each round measured.
 
-    Seconds are wall time over the whole text, compactions included; rates are tokens a second; question_seconds go from
-    a question to the first token of its answer.
+    Seconds are wall time over the whole text, compactions and the first token of an answer included; rates are tokens a
+    second; question_seconds go from a question to the first token of its answer; device_bytes: of GPUs' memory that the
+    context takes after reading.
     """
 
     name: str
     kv_bytes: int
     compute_bytes: int | None = None
+    device_bytes: int | None = None
     read_seconds: float | None = None
     n_compactions: int = 0
     score_seconds: float = 0.0
@@ -83,15 +78,15 @@ class Mode:
 class LengthResult:
     """Everything measured at one context length.
 
-    rewrite_seconds: of one rewrite of the whole uncompressed cache that keeps a quarter; multiply_adds,
-    question_multiply_adds: the fewest that reading the text and reading a question take.
+    rewrite_seconds: of one rewrite of the whole uncompressed cache that keeps a quarter, where it is on no GPU;
+    multiply_adds, question_multiply_adds: the fewest that reading the text and reading a question take.
     """
 
     n_tokens: int
     modes: list[Mode]
     multiply_adds: int
     question_multiply_adds: int
-    rewrite_seconds: float
+    rewrite_seconds: float | None
     rss_bytes: int
 
     def mode(self, name: str) -> Mode:
@@ -135,86 +130,6 @@ def reading_multiply_adds(model: Model, layers: Sequence[LayerShape], n_block_we
 def block_weights(path: Path) -> int:
     """Weights of a GGUF's blocks, without embeddings and output."""
     return sum(int(t.n_elements) for t in GGUFReader(path).tensors if t.name.startswith("blk."))
-
-
-def time_round(engine: LlamaEngine, n: int) -> tuple[float, float]:
-    """Tokens a second over ``n`` greedy tokens, sampling included, after a short warm-up, and seconds of a question.
-
-    The latter is read at once, and one token sampled. The tokens are fewer where the cache has no room for so many; it
-    is left as it was.
-    """
-    token, n = 1, min(n, engine.layout().n_free - _WARM_UP)
-    before = engine.checkpoint()
-    for i in range(_WARM_UP + n):
-        if i == _WARM_UP:
-            started = time.perf_counter()
-        engine.decode([token])
-        token = engine.sample()
-    rate = n / (time.perf_counter() - started)
-    engine.drop_tail(_WARM_UP + n, before)
-    started = time.perf_counter()
-    engine.decode([token] * _QUESTION)
-    engine.sample()
-    seconds = time.perf_counter() - started
-    engine.drop_tail(_QUESTION, before)
-    return rate, seconds
-
-
-class Worker:
-    """The same decoding in a process of its own with a library of choice."""
-
-    def __init__(self, library: Path, model: Path, snapshot: CacheSnapshot, n_cells: int, n_threads: int) -> None:
-        """library: the folder of libllama. Raises EngineError when the process cannot load it."""
-        with ExitStack() as stack:
-            file = stack.enter_context(tempfile.NamedTemporaryFile(suffix=".cells"))
-            pickle.dump((str(model), snapshot, n_cells, n_threads), file)
-            file.flush()
-            process = stack.enter_context(
-                subprocess.Popen(
-                    [sys.executable, "-m", "kvcompose_local.bench.measure", file.name],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    env={**os.environ, "LLAMA_CPP_LIB_PATH": str(library)},
-                )
-            )
-            stack.callback(process.kill)
-            self._to, self._from = cast(TextIO, process.stdin), cast(TextIO, process.stdout)
-            self._process = process
-            self._line("ready")
-            self._stack = stack.pop_all()
-
-    def _line(self, expected: str = "") -> str:
-        line = self._from.readline().strip()
-        if not line or (expected and line != expected):
-            raise EngineError("the other llama.cpp could not be measured: its process ended")
-        return line
-
-    def time_round(self, n: int) -> tuple[float, float]:
-        """:func:`time_round` over there."""
-        with suppress(BrokenPipeError):  # the missing answer gives the clearer error
-            self._to.write(f"{n}\n")
-            self._to.flush()
-        rate, seconds = map(float, self._line().split())
-        return rate, seconds
-
-    def close(self) -> None:
-        with suppress(BrokenPipeError):
-            self._stack.close()
-
-
-def _work(path: str) -> None:
-    """The worker's side."""
-    with open(path, "rb") as file:
-        model, snapshot, n_cells, n_threads = pickle.load(file)  # written by our own parent process
-    engine = StockEngine(
-        Model(Path(model)), n_cells=n_cells, n_threads=n_threads, scoring=False, sampling=Sampling(temperature=0)
-    )
-    with engine:
-        engine.restore(snapshot)
-        print("ready", flush=True)
-        for line in sys.stdin:
-            print(*time_round(engine, int(line)), flush=True)
 
 
 @contextmanager
@@ -276,11 +191,7 @@ def measure(
         model = Model(path, gpu_layers=gpu_layers)
         stack.callback(model.close)
         profile = profiles.of_file(path)
-        if cache_type is None:
-            whole_blocks, kl = has_whole_blocks(model), profile.kl if profile else None
-            cache_type = default_cache_type(
-                0.5, whole_blocks=whole_blocks, one_type=model.one_type or gpu_layers > 0, patched=True, kl=kl
-            )
+        cache_type = cache_type or _usual_type(model, profile)
         token = token_of(model)
         cells = {budget: cells_for(n_tokens, budget, cache_type, token) for budget in budgets}
         tokens = text_tokens(model, sentences, n_tokens)
@@ -288,29 +199,35 @@ def measure(
         modes: list[Mode] = []
         engines: dict[str, LlamaEngine | Worker] = {}
 
-        def read_whole(name: str, kind: str) -> PatchedEngine:
-            engines[name] = engine = stack.enter_context(_patched(model, n_cells, threads, micro_batch(model, 1), kind))
-            started = time.perf_counter()
-            engine.decode(tokens, lambda done, total: progress(f"reading, {name}:", done, total))
-            seconds = time.perf_counter() - started
-            modes.append(Mode(name, n_tokens * engine.shape.row_bytes, engine.compute_bytes, seconds))
+        def read(name: str, opened: Callable[[], AbstractContextManager[PatchedEngine]]) -> PatchedEngine:
+            if gpu_layers:  # kernels are loaded when they are needed first
+                with opened() as engine:
+                    _read(name, engine, tokens, progress, profile)
+            free = sum(gpu.free for gpu in gpus())
+            engines[name] = engine = stack.enter_context(opened())
+            mode = _read(name, engine, tokens, progress, profile)
+            mode.device_bytes = free - sum(gpu.free for gpu in gpus()) if gpu_layers else None
+            modes.append(mode)
             return engine
 
-        full = read_whole(UNCOMPRESSED, "f16")
+        full = read(UNCOMPRESSED, partial(_patched, model, n_cells, threads, micro_batch(model, 1)))
         if cache_type != "f16":
-            read_whole(f"{UNCOMPRESSED}, {cache_type}", cache_type)
-        whole = full.snapshot()
-        rewrite_seconds = _rewrite_seconds(full, whole)
-        scorer = profile.scorer if profile else None
-        for budget, n in cells.items():
-            name = f"budget {budget:g}"
-            engines[name] = small = stack.enter_context(
-                _patched(model, n, threads, micro_batch(model, budget), cache_type, n_positions=n_cells)
+            read(
+                f"{UNCOMPRESSED}, {cache_type}",
+                partial(_patched, model, n_cells, threads, micro_batch(model, 1), cache_type),
             )
-            modes.append(_read_as_a_chat(name, small, tokens, progress, scorer))
-        full.restore(whole)
-        library = library_dir(patched=False)
-        if library is not None and library != library_path().parent and not gpu_layers:
+        library, whole, rewrite_seconds = library_dir(patched=False), None, None
+        if not gpu_layers:  # from where gigabytes would cross, for nobody's use
+            whole = full.snapshot()
+            rewrite_seconds = _rewrite_seconds(full, whole)
+        for budget, n in cells.items():
+            read(
+                f"budget {budget:g}",
+                partial(_patched, model, n, threads, micro_batch(model, budget), cache_type, n_positions=n_cells),
+            )
+        if whole is not None:
+            full.restore(whole)
+        if library is not None and library != library_path().parent and whole is not None:
             # Both in a process of their own and through the same engine: only the library differs.
             for name, folder in ((UNPATCHED, library), (TWIN, library_path().parent)):
                 worker = Worker(folder, path, whole, n_cells, threads)
@@ -323,10 +240,17 @@ def measure(
             n_tokens,
             modes,
             reading_multiply_adds(model, full.shape.layers, n_block_weights, n_tokens),
-            n_block_weights * _QUESTION,
+            n_block_weights * QUESTION,
             rewrite_seconds,
             psutil.Process().memory_info().rss,
         )
+
+
+def _usual_type(model: Model, profile: profiles.Profile | None) -> str:
+    """How a chat stores the cells of a budget."""
+    whole_blocks, one_type = has_whole_blocks(model), model.one_type or model.gpu_layers > 0
+    kl = profile.kl if profile else None
+    return default_cache_type(0.5, whole_blocks=whole_blocks, one_type=one_type, patched=True, kl=kl)
 
 
 def _decode_in_turns(
@@ -347,29 +271,33 @@ def _decode_in_turns(
                 mode.question_seconds.append(timed[1])
 
 
-def _read_as_a_chat(
+def _read(
     name: str,
     engine: PatchedEngine,
     tokens: Sequence[int],
     progress: Callable[[str, int, int], None],
-    scorer: Scorer | None,
+    profile: profiles.Profile | None,
 ) -> Mode:
-    """Read tokens into a cache that is too small for them, and leave it compacted."""
-    memory = CacheMemory(engine, len(tokens) + _ANSWER_CELLS, scorer=scorer)
+    """Read tokens as a chat does, and leave a cache that is too small for them compacted."""
+    n_positions = len(tokens) + _ANSWER_CELLS
+    compose = engine.layout().n_free < n_positions
+    memory = CacheMemory(engine, n_positions, compose=compose, scorer=profile.scorer if profile else None)
     started = time.perf_counter()
     memory.feed(tokens, lambda done, total: progress(f"reading, {name}:", done, total))
-    memory.compact()
+    engine.sample()
     seconds = time.perf_counter() - started
-    reports = memory.reports
+    reports = [*memory.reports]
+    if compose:
+        memory.compact()
     return Mode(
         name,
-        engine.cache_bytes,
+        engine.cache_bytes if compose else len(tokens) * engine.shape.row_bytes,
         engine.compute_bytes,
-        seconds,
-        len(reports),
-        sum(r.score_seconds for r in reports),
-        sum(r.select_seconds for r in reports),
-        sum(r.rewrite_seconds for r in reports),
+        read_seconds=seconds,
+        n_compactions=len(reports),
+        score_seconds=sum(r.score_seconds for r in reports),
+        select_seconds=sum(r.select_seconds for r in reports),
+        rewrite_seconds=sum(r.rewrite_seconds for r in reports),
     )
 
 
@@ -400,9 +328,10 @@ def tables(results: Sequence[LengthResult], model_bytes: int, bandwidth: float, 
     takes the longer of both, without attention; a rewrite reads and writes the quarter that it keeps.
     """
     lines = [
-        "| tokens | mode | decode tokens/s (min–max) | × uncompressed | cache MiB | buffers MiB | floor tokens/s "
-        f"| share of it | question of {_QUESTION} tokens ms | × uncompressed | floor ms | share of it |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| tokens | mode | decode tokens/s (min–max) | × uncompressed | cache MiB | buffers MiB | GPU MiB "
+        "| floor tokens/s | share of it "
+        f"| question of {QUESTION} tokens ms | × uncompressed | floor ms | share of it |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         full = result.mode(UNCOMPRESSED)
@@ -412,6 +341,7 @@ def tables(results: Sequence[LengthResult], model_bytes: int, bandwidth: float, 
             lines.append(
                 f"| {result.n_tokens} | {mode.name} | {mode.median:.1f} ({min(mode.rates):.1f}–{max(mode.rates):.1f}) "
                 f"| {mode.median / full.median:.2f} | {mode.kv_bytes / 2**20:.0f} | {_mib(mode.compute_bytes)} "
+                f"| {_mib(mode.device_bytes)} "
                 f"| {1 / token_seconds:.0f} | {mode.median * token_seconds:.0%} | {1000 * mode.median_question:.0f} "
                 f"| {mode.median_question / full.median_question:.2f} "
                 f"| {1000 * question_seconds:.0f} | {question_seconds / mode.median_question:.0%} |"
@@ -426,7 +356,7 @@ def tables(results: Sequence[LengthResult], model_bytes: int, bandwidth: float, 
         base = result.mode(UNCOMPRESSED).read_seconds or 1.0
         floor = result.multiply_adds / matmul
         lines += [
-            f"| {result.n_tokens} | {m.name} | {m.read_seconds:.1f} | {m.read_seconds / base:.2f} "
+            f"| {result.n_tokens} | {m.name} | {m.read_seconds:.2f} | {m.read_seconds / base:.2f} "
             f"| {floor:.1f} | {floor / m.read_seconds:.0%} | {m.n_compactions} | {m.score_seconds:.2f} "
             f"| {m.select_seconds:.2f} | {m.rewrite_seconds:.2f} "
             f"| {m.compaction_seconds / base:.2f} |"
@@ -439,6 +369,8 @@ def tables(results: Sequence[LengthResult], model_bytes: int, bandwidth: float, 
         "|---|---|---|---|---|",
     ]
     for result in results:
+        if result.rewrite_seconds is None:
+            continue
         floor = 2 * (result.mode(UNCOMPRESSED).kv_bytes / 4) / bandwidth
         lines.append(
             f"| {result.n_tokens} | {1000 * result.rewrite_seconds:.0f} | {1000 * floor:.1f} "
@@ -476,7 +408,3 @@ def as_json(results: Sequence[LengthResult], model_bytes: int, bandwidth: float,
         "multiply_adds_per_second": round(matmul),
         "lengths": [asdict(result) for result in results],
     }
-
-
-if __name__ == "__main__":
-    _work(sys.argv[1])

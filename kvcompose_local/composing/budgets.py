@@ -20,10 +20,12 @@ from numpy.typing import NDArray
 
 from kvcompose_local.composing.scores import Scores, as_layers, each_layer
 from kvcompose_local.errors import InvalidInput
-from kvcompose_local.interfaces import FloatArray, IntArray
+from kvcompose_local.interfaces import FloatArray, IntArray, Lazy
 
 #: The float32 from -inf to inf, as integers of the same order.
 _FLOATS = range(-0x7F800001, 0x7F800001)
+#: So many numbers are sorted rather than searched for among all float32.
+_FEW = 4096
 #: The share of the cells that layers do not compete for.
 SHARED_EVENLY = 0.1
 #: Steps that a layer's cells are on average, at the least, for budgets to be multiples of a step.
@@ -260,8 +262,9 @@ def _best_that_fit(
         return ends
 
     # First take every value of which all ranks fit, ...
-    lowest = bisect_left(_FLOATS, True, key=lambda bits: fits(at_least(_as_float(bits))))
-    ends = at_least(_as_float(_FLOATS[lowest])) if lowest < len(_FLOATS) else taken.copy()
+    values = _values([priorities[i][taken[i] :] for i in layers])
+    lowest = bisect_left(values, True, key=lambda value: fits(at_least(value)))
+    ends = at_least(values[lowest]) if lowest < len(values) else taken.copy()
     rest = [float(priorities[i][ends[i]]) for i in layers if ends[i] < priorities[i].size]
     if not rest:
         return ends
@@ -280,6 +283,14 @@ def _best_that_fit(
                 ends[i] -= 1
                 break
     return ends
+
+
+def _values(priorities: list[FloatArray]) -> Sequence[float]:
+    """Ascending numbers, among which are all of ``priorities``."""
+    if sum(x.size for x in priorities) <= _FEW:
+        found: list[float] = np.unique(np.concatenate(priorities)).tolist()
+        return found
+    return Lazy(len(_FLOATS), lambda i: _as_float(_FLOATS[i]))
 
 
 def _as_float(bits: int) -> float:

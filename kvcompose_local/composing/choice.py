@@ -8,6 +8,7 @@ exponent 1/2 of their scores. By their worth the composite tokens of all layers 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -67,28 +68,50 @@ def competing(
         result += scorer.ages(layer, origins, n_seen)
     np.clip(result, *BOUNDS, out=result)
     if pinned.any():
-        result[np.broadcast_to(pinned[origins], result.shape)] = PINNED
+        np.copyto(result, np.float32(PINNED), where=pinned.take(origins))
     return result
 
 
 def ranked(layers: Iterable[FloatArray]) -> tuple[list[Selection], list[FloatArray]]:
     """For each layer the rows of its heads, best first: int (H, T), and the worth of each rank: float32 (T,).
 
-    layers: L float arrays (H, T) of logarithms, each looked at once. They are compared as float16, whose sixteen bits
-    are sorted in linear time; of equal ones the lower row is better. The worth never rises from rank to rank.
+    layers: L float arrays (H, T) of logarithms, each looked at once. They are compared as float16; of equal ones the
+    lower row is better. The worth never rises from rank to rank.
     """
     orders, worths = [], []
     for logarithms in layers:
-        halves = logarithms.astype(DTYPE)
-        order = np.argsort(_falling(halves), axis=1, kind="stable")
-        roots = np.exp(np.take_along_axis(halves, order, axis=1), dtype=np.float32) ** np.float32(0.5)
-        orders.append(order.astype(np.min_scalar_type(max(order.shape[1] - 1, 0))))
-        # mean(dtype=np.float64) would take ten times as long
-        worths.append(roots.astype(np.float64).mean(axis=0).astype(np.float32))
+        order, roots = _sorted_heads(logarithms.astype(DTYPE))
+        orders.append(order)
+        worths.append(roots.mean(axis=0).astype(np.float32))
     return orders, worths
 
 
-def _falling(halves: HalfArray) -> npt.NDArray[np.uint16]:
-    """Integers in the opposite order: the largest number gets the smallest one."""
-    bits = (halves + DTYPE(0)).view(np.uint16)  # the sum makes one zero of +0 and -0
-    return np.asarray(np.where(bits & 0x8000, bits, 0x7FFF - bits), np.uint16)
+def _sorted_heads(halves: HalfArray) -> tuple[Selection, npt.NDArray[np.float64]]:
+    """Of each head the rows, best first, and the roots of their scores: int and float64 (H, T).
+
+    A number's place and its row are sorted as one integer: ten times as fast as an argsort of the numbers.
+    """
+    n = halves.shape[1]
+    wide, narrow, shift = (np.uint32, np.uint16, 16) if n <= 2**16 else (np.uint64, np.uint32, 32)
+    places, roots = _of_all_halves()
+    both = places.take(halves.view(np.uint16)).astype(wide)
+    both <<= wide(shift)
+    both |= np.arange(n, dtype=wide)
+    both.sort(axis=1)
+    order = both.astype(narrow).astype(np.min_scalar_type(max(n - 1, 0)), copy=False)  # the low half
+    return order, roots.take(both >> wide(shift))
+
+
+@lru_cache(maxsize=1)
+def _of_all_halves() -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.float64]]:
+    """By the bits of a float16: its place, where the largest number has the first one, and +0 and -0 the same.
+
+    By its place: the root of its exponential.
+    """
+    numbers = np.arange(2**16, dtype=np.uint16).view(DTYPE)
+    roots = np.zeros(2**16, np.float64)
+    with np.errstate(all="ignore"):  # some are none, and never asked for
+        bits = (numbers + DTYPE(0)).view(np.uint16)  # the sum makes one zero of both
+        places = np.where(bits & 0x8000, bits, 0x7FFF - bits).astype(np.uint16)
+        roots[places] = np.exp(numbers, dtype=np.float32) ** np.float32(0.5)
+    return places, roots

@@ -12,8 +12,8 @@ from kvcompose_local.interfaces import IntArray, LayerShape
 
 #: Tokens of the tail that stay even where pinned tokens need its room, or where the user asks for a compaction.
 LEAST_TAIL = 8
-#: Tokens that are read between two compactions on a device, at the most.
-MOST_ON_DEVICE = 2048
+#: Tokens of a micro-batch where layers are on a device, which a micro-batch costs more in launches than in products.
+DEVICE_MICRO_BATCH = 512
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,13 @@ class Policy:
 
         The tail is for reading well, not for answering: a text whose last sentence is half gone is misread
         (docs/decisions.md). On a device reading is so fast that a compaction costs as much as hundreds of tokens: there
-        a quarter of the cells is headroom.
+        a quarter of the cells is headroom, in whole micro-batches.
         """
         chunk = min(max(-(-n_cells // 16), 24), 256)
         n_headroom = 2 * chunk if n_cells >= 31 * chunk else chunk
         if on_device:
-            n_headroom = min(max(n_cells // 4, n_headroom), MOST_ON_DEVICE)
+            quarter = -(-n_cells // 4 // DEVICE_MICRO_BATCH) * DEVICE_MICRO_BATCH
+            n_headroom = max(quarter if quarter <= n_cells // 3 else n_cells // 4, n_headroom)
         return cls(n_tail=min(max(n_cells // 6, 8), 128), n_headroom=n_headroom, n_scratch=chunk)
 
     @property

@@ -93,19 +93,21 @@ class Scorer:
     def placed(self, layer: int, sums: FloatArray, first: int) -> FloatArray:
         """The same of what :func:`products` gives."""
         places = self.places[layer]
-        positions = self._logarithm(np.arange(first, first + sums.shape[1]) + 1)
+        positions = _positions(first, sums.shape[1], self.furthest)
         return np.asarray(np.clip(sums + places[:, 1:2] * positions + places[:, 2:], *BOUNDS), np.float32)
 
     def ages(self, layer: int, origins: npt.NDArray[np.integer[Any]], n_seen: int) -> FloatArray:
         """What age adds: float32 (H, T); origins: int (H, T) or (T,), positions of the tokens, below ``n_seen``."""
         logarithms = _ages(n_seen, self.furthest)  # a table: a logarithm costs more than a look
-        return np.asarray(self.places[layer][:, :1] * logarithms[origins], np.float32)
-
-    def _logarithm(self, places: IntArray) -> FloatArray:
-        return _logarithm(places, self.furthest)
+        return np.asarray(self.places[layer][:, :1] * logarithms.take(origins), np.float32)
 
 
 @lru_cache(maxsize=1)  # all layers of a compaction ask for the same
+def _positions(first: int, n: int, furthest: int) -> FloatArray:
+    return _logarithm(np.arange(first, first + n) + 1, furthest)
+
+
+@lru_cache(maxsize=1)
 def _ages(n_seen: int, furthest: int) -> FloatArray:
     return _logarithm(n_seen - np.arange(n_seen), furthest)
 

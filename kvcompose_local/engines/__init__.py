@@ -18,8 +18,9 @@ from kvcompose_local.arena import (
     default_cache_type,
     value_types,
 )
+from kvcompose_local.composing.policy import DEVICE_MICRO_BATCH
 from kvcompose_local.engines.base import LlamaEngine
-from kvcompose_local.engines.patched import DEVICE_MICRO_BATCH, PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
+from kvcompose_local.engines.patched import PREFILL_MICRO_BATCH, SMALL_MICRO_BATCH, PatchedEngine
 from kvcompose_local.errors import InvalidInput, ModelError
 from kvcompose_local.install.threads import default_threads
 from kvcompose_local.interfaces import Sampling

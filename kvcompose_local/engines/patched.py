@@ -33,7 +33,7 @@ from kvcompose_local.interfaces import (
 )
 from kvcompose_local.llama_ffi.cells import PerLayerCells, Turn
 from kvcompose_local.llama_ffi.context import Context
-from kvcompose_local.llama_ffi.library import give_small_blocks_back
+from kvcompose_local.llama_ffi.library import give_small_blocks_back, keep_big_blocks
 from kvcompose_local.llama_ffi.memory import memory_of
 from kvcompose_local.llama_ffi.model import Model
 
@@ -43,8 +43,6 @@ PREFILL_MICRO_BATCH = 320
 #: The same under a budget: its work buffers come out of what the budget saves, and most of what is read there comes in
 #: smaller pieces (:meth:`PatchedEngine.micro_batch`).
 SMALL_MICRO_BATCH = 192
-#: The same where layers are on a device, at every budget: a micro-batch costs it more in launches than in products.
-DEVICE_MICRO_BATCH = 512
 #: The strictest alignment of a buffer type that llama.cpp has, in bytes; K and V of each layer may lose as much.
 ALIGNMENT = 256
 #: What a device may add to K and to V of each layer, in bytes: CUDA fills quantized rows up to 512 numbers.
@@ -110,9 +108,12 @@ class PatchedEngine(LlamaEngine):
         self._ordinal = {il: i for il, i in owners.items() if i is not None}  # of layers that read another's cells, too
         info = self._cells.info()
         self._has_window = bool(info.has_window)
+        self._has_values = all(layer.v_row_bytes for layer in layers)
         self.moves_on = self._has_window or model.is_recurrent
         on_host = [self._cells.arena(i).name == b"CPU" for i in range(info.n_arenas)]
         self.row_steps = tuple(1 if host else DEVICE_ROWS for host in on_host)
+        if not all(on_host):
+            keep_big_blocks()
         slack = [
             2 * (ALIGNMENT + DEVICE_PADDING * (not on_host[i])) * sum(x.arena == i for x in layers)
             for i in range(info.n_arenas)
@@ -213,8 +214,7 @@ class PatchedEngine(LlamaEngine):
     def live_products(self, weights: Sequence[FloatArray | HalfArray], n: int) -> Sequence[FloatArray]:
         """See :meth:`Engine.live_products`."""
         rows = self.live_rows(n)
-        has_values = all(self._cells.layer(i).v_row_bytes for i in range(len(rows)))
-        if any(turn.gain for turn in self._turns) or not has_values:
+        if any(turn.gain for turn in self._turns) or not self._has_values:
             return [products(of_layer, *rows[i]) for i, of_layer in enumerate(weights)]
         return self._cells.products(weights, n)
 

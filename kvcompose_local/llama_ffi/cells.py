@@ -139,6 +139,7 @@ class PerLayerCells:
         if obstacle := memory_of(context).obstacle:
             raise ModelError(obstacle)
         self.n_layers = int(self.info().n_layers)
+        self._shapes = [self.layer(i) for i in range(self.n_layers)]  # to ask them takes longer than to compute with
 
     def _call(self, name: str, *arguments: Any) -> None:
         status = _kvc[name](self._context._ctx, *arguments)
@@ -185,11 +186,12 @@ class PerLayerCells:
         """
         self._check_layers(sources)
         for i, cells in enumerate(sources):
-            if cells.ndim != 2 or len(cells) != self.layer(i).n_head_kv:
-                raise InvalidInput(f"layer {i} has {self.layer(i).n_head_kv} KV heads: {cells.shape} are no sources")
-            if cells.size and not 0 <= cells.min() <= cells.max() < 2**32:
-                raise InvalidInput(f"layer {i} has no cells {cells.min()} to {cells.max()}")
-        width = np.result_type(np.uint16, *(np.min_scalar_type(cells.max()) for cells in sources if cells.size))
+            if cells.ndim != 2 or len(cells) != self._shapes[i].n_head_kv:
+                raise InvalidInput(f"layer {i} has {self._shapes[i].n_head_kv} KV heads: {cells.shape} are no sources")
+        last = max((int(cells.max()) for cells in sources if cells.size), default=0)
+        if last >= 2**32 or any(cells.dtype.kind != "u" and cells.size and cells.min() < 0 for cells in sources):
+            raise InvalidInput("sources are numbers of cells: none is negative, and none beyond 32 bits")
+        width = np.result_type(np.uint16, np.min_scalar_type(last))
         arrays = [np.require(cells, width, ["C", "ALIGNED"]) for cells in sources]
         self._context.has_logits = False
         counts = _int32([cells.shape[1] for cells in arrays])
@@ -239,7 +241,7 @@ class PerLayerCells:
         """
         self._check_layers(weights)
         for i, rows in enumerate(weights):
-            layer = self.layer(i)
+            layer = self._shapes[i]
             if rows.shape != (layer.n_head_kv, layer.head_dim_k + layer.head_dim_v):
                 raise InvalidInput("the model's profile is of other heads: measure it again")
         tables = [np.ascontiguousarray(rows, np.float32) for rows in weights]

@@ -22,8 +22,9 @@ _LOG_LEVEL_ERROR = 4
 #: (scripts/side-by-side measures it).
 _SPINS = "1000"
 
-#: glibc's parameter number, and the bytes from which a block gets memory of its own.
-_M_MMAP_THRESHOLD, _BIG_BLOCK = -3, 64 << 10
+#: glibc's numbers of parameters, and the bytes from which a block gets memory of its own: by default, and beside a GPU.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_BIG_BLOCK, _HUGE_BLOCK = 64 << 10, 32 << 20
 
 
 def _libc(name: str) -> Any:
@@ -38,6 +39,16 @@ def _give_big_blocks_back() -> None:
     """
     if mallopt := _libc("mallopt"):
         mallopt(_M_MMAP_THRESHOLD, _BIG_BLOCK)
+
+
+def keep_big_blocks() -> None:
+    """Let glibc keep the memory of big blocks that are freed: a new one takes NumPy longer than to compute in it.
+
+    For where a compaction's milliseconds count, and the cells are not in the host's memory.
+    """
+    if mallopt := _libc("mallopt"):
+        mallopt(_M_MMAP_THRESHOLD, _HUGE_BLOCK)
+        mallopt(_M_TRIM_THRESHOLD, 4 * _HUGE_BLOCK)
 
 
 def give_small_blocks_back() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from kvcompose_local.bench import measure
+from kvcompose_local.bench import decoding, measure
 from kvcompose_local.commands.cli import cli
 from kvcompose_local.install.pin import library_dir
 from kvcompose_local.llama_ffi.cells import library_is_patched
@@ -44,15 +44,15 @@ def test_a_run_and_its_json(tiny_model: Callable[..., Path], tmp_path: Path) -> 
     assert small[0] <= full * 0.4
     assert small[1] <= full * 0.25
     assert "| 1100 | budget 0.25 |" in done.stdout
-    decoding, reading, rewriting = (
+    rates, reading, rewriting = (
         [line.split(" | ") for line in table.splitlines()] for table in done.stdout.split("\n\n")[:3]
     )
     speed, bandwidth = found["multiply_adds_per_second"], found["memory_bandwidth_bytes_per_second"]
     longer = found["lengths"][1]
     uncompressed = longer["modes"][0]
-    shown = next(row for row in decoding if row[:2] == ["| 1100", measure.UNCOMPRESSED])
+    shown = next(row for row in rates if row[:2] == ["| 1100", measure.UNCOMPRESSED])
     floor = max((found["model_bytes"] + full) / bandwidth, longer["question_multiply_adds"] / speed)
-    assert shown[11] == f"{floor / statistics.median(uncompressed['question_seconds']):.0%} |"
+    assert shown[12] == f"{floor / statistics.median(uncompressed['question_seconds']):.0%} |"
     shown = next(row for row in reading if row[:2] == ["| 1100", measure.UNCOMPRESSED])
     assert shown[5] == f"{longer['multiply_adds'] / speed / uncompressed['read_seconds']:.0%}"
     assert rewriting[3][3] == f"{full / 2 / bandwidth / longer['rewrite_seconds']:.0%}"
@@ -92,12 +92,12 @@ def test_a_worker_decodes_the_same_cells(tiny_model: Callable[..., Path]) -> Non
     path = tiny_model("llama")
     with closing(measure.Model(path)) as model, measure._patched(model, 512, 1) as engine:
         engine.decode(measure.text_tokens(model, ["A sentence of some words."], 300))
-        worker = measure.Worker(library_path().parent, path, engine.snapshot(), 512, 1)
+        worker = decoding.Worker(library_path().parent, path, engine.snapshot(), 512, 1)
         try:
             assert min(worker.time_round(4)) > 0
             worker._process.kill()
             worker._process.wait()
-            with pytest.raises(measure.EngineError, match="process ended"):
+            with pytest.raises(decoding.EngineError, match="process ended"):
                 worker.time_round(4)
         finally:
             worker.close()
