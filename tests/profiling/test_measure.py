@@ -77,7 +77,9 @@ def test_another_text_of_ones_own_is_measured_anew(tiny_model: Callable[..., Pat
 
 
 @needs_patch
-def test_lines_are_completed_where_a_text_has_no_sentences(tiny_model: Callable[..., Path], private_cache: Path) -> None:
+def test_lines_are_completed_where_a_text_has_no_sentences(
+    tiny_model: Callable[..., Path], private_cache: Path
+) -> None:
     model = tiny_model("llama", n_ctx=8192)
     with open_engine(model, n_ctx=room_for(512), budget=1.0, n_threads=1, n_outputs=MOST_OUTPUTS)[0] as engine:
         measurement = plan(engine, "ab", n_texts=3, n_tokens=512, tasks=("keys", "logs", "source"))
