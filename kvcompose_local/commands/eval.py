@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvcompose_local.commands.opening import fetched
-from kvcompose_local.commands.options import gathered, model_argument, names, threads_option
+from kvcompose_local.commands.options import cpu_first_option, gathered, model_argument, names, threads_option
 from kvcompose_local.terminal.status import Status
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class EvalRequest:
     profile: Path | None
     left_out: Path | None
     plot: Path | None
+    gpu_layers: int
     n_threads: int | None
     as_json: bool
 
@@ -127,6 +128,7 @@ class EvalRequest:
     help="What `profile --left-out` wrote: the method `left-out` goes by what was fitted without a task's kind.",
 )
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw figures into this folder.")
+@cpu_first_option
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print the results as one JSON object.")
 @gathered(request=EvalRequest)
@@ -147,7 +149,7 @@ def eval_command(model: str | None, request: EvalRequest) -> None:
     path = fetched(model, status)
     output = request.output or Path(f"{path.stem}.eval.jsonl")
     n_cells = room_for(request.length, whole_replay=any(name.startswith("published") for name in request.methods))
-    with open_uncompressed(path, request.length, n_cells, request.n_threads) as engine:
+    with open_uncompressed(path, request.length, n_cells, request.n_threads, request.gpu_layers) as engine:
         trials = Trials.of(request, engine.model)
         evaluation = Evaluation(
             engine,
@@ -245,7 +247,9 @@ def show(records: Sequence[dict[str, Any]], request: EvalRequest, trials: Trials
             status.line(f"drew {file}")
 
 
-def open_uncompressed(path: Path, length: int, n_cells: int, n_threads: int | None) -> PatchedEngine:
+def open_uncompressed(
+    path: Path, length: int, n_cells: int, n_threads: int | None, gpu_layers: int = 0
+) -> PatchedEngine:
     """An engine with room for texts of ``--length``. Raises InvalidInput for what is too long, and without patches."""
     from kvcompose_local.engines import open_engine
     from kvcompose_local.engines.patched import PatchedEngine
@@ -253,7 +257,9 @@ def open_uncompressed(path: Path, length: int, n_cells: int, n_threads: int | No
     from kvcompose_local.evaluation.harness import MOST_OUTPUTS
 
     try:
-        engine, _ = open_engine(path, n_ctx=n_cells, budget=1.0, n_threads=n_threads, n_outputs=MOST_OUTPUTS)
+        engine, _ = open_engine(
+            path, n_ctx=n_cells, budget=1.0, n_threads=n_threads, gpu_layers=gpu_layers, n_outputs=MOST_OUTPUTS
+        )
     except InvalidInput as error:
         raise InvalidInput(f"--length {length} takes a cache of {n_cells} cells: {error}") from error
     if not isinstance(engine, PatchedEngine):

@@ -43,6 +43,9 @@ threads_option = click.option(
 gpu_layers_option = click.option(
     "--gpu-layers", type=click.IntRange(0), help="Layers on the GPU.  [default: as many as its free memory holds]"
 )
+cpu_first_option = click.option(
+    "--gpu-layers", type=click.IntRange(0), default=0, show_default=True, help="Layers on the GPU."
+)
 cache_type_option = click.option("--cache-type", type=click.Choice(CACHE_TYPES), help="As in run.")
 
 

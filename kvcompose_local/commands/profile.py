@@ -10,7 +10,7 @@ import click
 
 from kvcompose_local.commands.eval import open_uncompressed
 from kvcompose_local.commands.opening import fetched
-from kvcompose_local.commands.options import model_argument, names, threads_option
+from kvcompose_local.commands.options import cpu_first_option, model_argument, names, threads_option
 from kvcompose_local.terminal.status import Status
 
 
@@ -30,6 +30,7 @@ from kvcompose_local.terminal.status import Status
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="File to write.  [default: one in the cache folder]"
 )
+@cpu_first_option
 @threads_option
 def profile_command(
     model: str | None,
@@ -39,6 +40,7 @@ def profile_command(
     files: tuple[Path, ...],
     left_out: Path | None,
     output: Path | None,
+    gpu_layers: int,
     n_threads: int | None,
 ) -> None:
     """What questions about a text make MODEL look at, told from its cells alone.
@@ -71,7 +73,7 @@ def profile_command(
         status.progress("measuring:", done, total, what)
 
     with ExitStack() as stack:
-        engine = stack.enter_context(open_uncompressed(path, length, room_for(length), n_threads))
+        engine = stack.enter_context(open_uncompressed(path, length, room_for(length), n_threads, gpu_layers))
         measurement = measure.plan(
             engine, digest, n_texts=texts, n_tokens=length, tasks=tasks or measure.PROFILED_TASKS, own_texts=own_texts
         )
@@ -81,7 +83,7 @@ def profile_command(
         status.line(
             f"{len(measurement.items)} texts{earlier}: about {time}; Ctrl-C stops, and the same command goes on"
         )
-        whole_blocks, one_type = has_whole_blocks(engine.model), engine.model.one_type
+        whole_blocks, one_type = has_whole_blocks(engine.model), engine.model.one_type or gpu_layers > 0
         types = (QUANTIZED_ALIKE,) if one_type else (QUANTIZED, QUANTIZED_ALIKE)
         beside = {}
         for kind in types if whole_blocks else ():

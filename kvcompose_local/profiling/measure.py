@@ -18,7 +18,14 @@ from kvcompose_local.evaluation.tasks import Item, make_item
 from kvcompose_local.install.files import own_folder
 from kvcompose_local.install.model_files import size_of
 from kvcompose_local.profiles import Profile, user_path
-from kvcompose_local.profiling.observing import N_ASKED, TYPICAL_ANSWER, Chatter, observe, observed
+from kvcompose_local.profiling.observing import (
+    N_ANSWERED,
+    N_ASKED,
+    TYPICAL_ANSWER,
+    Chatter,
+    observe,
+    observed,
+)
 
 #: Different kinds of text, the best known first.
 PROFILED_TASKS = (
@@ -114,10 +121,10 @@ def seconds_left(engine: PatchedEngine, measurement: Measurement) -> float:
         engine.decode(tokens[:_TIMED_WATCH])
     watched = time.perf_counter()
     engine.clear()
-    a_question = TYPICAL_ANSWER * (decoded - read) / _TIMED_DECODE + 2 * (watched - decoded)
+    an_answer, a_look = TYPICAL_ANSWER * (decoded - read) / _TIMED_DECODE, 2 * (watched - decoded)
     a_token = (read - started) / len(tokens)
     again = _N_TYPES * len(measurement.items[:_N_COMPARED]) / len(measurement.items)
-    return sum(len(text) * a_token * (1 + again) + N_ASKED * a_question for text in texts)
+    return sum(len(text) * a_token * (1 + again) + N_ANSWERED * an_answer + N_ASKED * a_look for text in texts)
 
 
 def watch(

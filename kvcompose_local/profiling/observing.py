@@ -30,13 +30,15 @@ from kvcompose_local.evaluation.tasks import Item
 from kvcompose_local.interfaces import FloatArray, Lazy
 
 #: For each kind of question: the most of them, and the weight of all of them together.
-_N_OWN, _N_SENTENCES = 4, 3
+_N_OWN, _N_SENTENCES = 4, 12
 _OWN, _MADE_UP, _SENTENCES, _SUMMARY = 1.0, 0.5, 0.5, 0.5
-#: The most questions about a text, the most tokens of an answer, and the tokens of a usual answer.
-N_ASKED, LONGEST_ANSWER, TYPICAL_ANSWER = _N_OWN + 1 + _N_SENTENCES + 1, 48, 24
-#: Sentences that are completed, in characters, and how much of their words is given.
-_SENTENCE = range(60, 400)
-_GIVEN = 1 / 3
+#: The most questions about a text, and how many of them the model answers: it is told how sentences go on.
+N_ASKED, N_ANSWERED = _N_OWN + 1 + _N_SENTENCES + 1, _N_OWN + 2
+#: The most tokens of an answer, and the tokens of a usual answer.
+LONGEST_ANSWER, TYPICAL_ANSWER = 48, 24
+#: Sentences and lines that are completed, in characters; a third is given.
+_SENTENCE = range(20, 400)
+_ENDS = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n")
 _MAKE_UP = "Ask one short question that only this text answers. Write the question alone."
 _SUMMARIZE = "Summarize the text in a few sentences."
 
@@ -146,15 +148,10 @@ def _log_probs(engine: PatchedEngine, n: int, asked: Sequence[int], answered: Se
 
 
 def _parts(item: Item) -> list[tuple[str, str]]:
-    """Some sentences of a text, each as its beginning and as a whole; always the same ones."""
-    found = [s for s in re.split(r"(?<=[.!?])\s+", item.context) if len(s) in _SENTENCE and "\n" not in s]
+    """Some sentences and lines of a text, each as its beginning and as a whole; always the same ones."""
+    found = [part for part in _ENDS.split(item.context) if len(part) in _SENTENCE]
     chosen = random.Random(f"{item.task}/{item.seed}").sample(found, min(_N_SENTENCES, len(found)))
-    parts = []
-    for sentence in chosen:
-        words = sentence.split(" ")
-        given = " ".join(words[: max(int(len(words) * _GIVEN), 1)])
-        parts.append((given, sentence))
-    return parts
+    return [(part[: len(part) // 3], part) for part in chosen]
 
 
 def _answer(engine: PatchedEngine, asked: Sequence[int]) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from safetensors import safe_open
 
 from kvcompose_local import profiles
 from kvcompose_local.arena import default_cache_type
@@ -18,7 +19,7 @@ from kvcompose_local.engines import open_engine
 from kvcompose_local.evaluation.harness import MOST_OUTPUTS, engine_beside, read_records, room_for
 from kvcompose_local.llama_ffi.cells import library_is_patched
 from kvcompose_local.profiling.measure import fitted, forget, plan, seconds_left, watch
-from kvcompose_local.profiling.observing import observed
+from kvcompose_local.profiling.observing import N_ASKED, observed
 
 needs_patch = pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
 
@@ -73,6 +74,21 @@ def test_another_text_of_ones_own_is_measured_anew(tiny_model: Callable[..., Pat
             measurement = plan(engine, "ab", n_texts=1, n_tokens=512, own_texts=[text * 100])
             assert measurement.n_done == 0
             watch(engine, measurement)
+
+
+@needs_patch
+def test_lines_are_completed_where_a_text_has_no_sentences(
+    tiny_model: Callable[..., Path], private_cache: Path
+) -> None:
+    model = tiny_model("llama", n_ctx=8192)
+    with open_engine(model, n_ctx=room_for(512), budget=1.0, n_threads=1, n_outputs=MOST_OUTPUTS)[0] as engine:
+        measurement = plan(engine, "ab", n_texts=3, n_tokens=512, tasks=("keys", "logs", "source"))
+        watch(engine, measurement)
+        for item, file in zip(measurement.items, measurement.files, strict=True):
+            with safe_open(file, "numpy") as tensors:
+                n_asked, _, n = tensors.get_slice("seen.0").get_shape()
+                assert 2 + min(len(item.questions), 4) < n_asked <= N_ASKED, item.task
+                assert n == tensors.get_slice("keys.0").get_shape()[1]
 
 
 @needs_patch
