@@ -107,16 +107,41 @@ class Exchange:
 
     def _make_room(self) -> None:
         """Have what is kept in memory within its bound: chats lose cells first, and then their place."""
-        keeping, conversation = self.keeping, self.conversation
-        while keeping.over() and conversation.memory.compose and (found := keeping.shrinkable()) is not None:
-            kept, state = found
-            self.current = None
-            conversation.restore(state)
-            kept.state, kept.n_bytes = None, 0
-            self._shrink()
-            keeping.hold(kept, conversation.state(), is_small=True)
-        while keeping.over() and keeping.evict():
+        while self.keeping.over() and self._shrink_one():
             pass
+        while self.keeping.over() and self.keeping.evict():
+            pass
+
+    def _shrink_one(self) -> bool:
+        """Shrink the chat used longest ago that has all its cells, in the engine; returns whether there was one."""
+        found = self.keeping.shrinkable() if self.conversation.memory.compose else None
+        if found is None:
+            return False
+        kept, state = found
+        self.current = None
+        self.conversation.restore(state)
+        kept.state, kept.n_bytes = None, 0
+        self._shrink()
+        self.keeping.hold(kept, self.conversation.state(), is_small=True)
+        return True
+
+    def at_rest(self) -> None:
+        """While nobody asks: shrink a chat that waits, where the one in the engine will want its room.
+
+        The next request would wait for that.
+        """
+        current, keeping, memory = self.current, self.keeping, self.conversation.memory
+        if current is None or memory.engine.cannot_snapshot:
+            return
+        keeping.drop_stale(memory.used_bytes)
+        found = keeping.shrinkable() if keeping.n_bytes + memory.used_bytes > keeping.bound else None
+        if found is not None and found[0] is not current:
+            state = self.conversation.state()
+            try:
+                self._shrink_one()
+            finally:
+                self.conversation.restore(state)
+                self.current = current
 
     # -- choosing -----------------------------------------------------------------------------------------------------
 

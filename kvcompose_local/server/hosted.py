@@ -148,7 +148,9 @@ class Hosted:
         self._look()
 
     def at_rest(self) -> None:
-        """While nobody asks, write down the cells of one chat that are in memory alone."""
+        """While nobody asks, make room, and write down the cells of one chat that are in memory alone."""
+        if self._exchange is not None:
+            self._exchange.at_rest()
         if self.keeping is not None and self._local is not None and (kept := self.keeping.unwritten()) is not None:
             self.keeping.write(kept)
 

@@ -118,8 +118,8 @@ class Worker:
                 if taken is None:
                     self._at_rest()
                     continue
-            except KVComposeError as error:
-                log.warning("%s", error)
+            except Exception as error:  # the next request must not find a dead thread
+                log.warning("%s", error if isinstance(error, KVComposeError) else f"unexpected {type(error).__name__}")
                 continue
             self.running, work = taken
             if not self.running.is_cancelled:

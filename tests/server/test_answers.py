@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,29 @@ def test_an_answer_under_a_grammar_begins_when_the_thinking_ends(tmp_path: Path)
         ][0]["message"]
         assert thinking["content"] == ""  # it has not ended to think
         assert thinking["reasoning_content"]
+
+
+def test_room_is_made_while_nobody_asks(tiny_model: TinyModel) -> None:
+    model, n_tokens = endless(tiny_model), 600
+    with serving(model, budget=0.5, keep=10**9, keep_ratio=0.13, on_disk=False) as server:
+        keeping = server.hosted.keeping
+        assert keeping is not None
+        chats: list[Messages] = [[{"role": "user", "content": f"{i}." + "abc" * (n_tokens // 3)}] for i in range(4)]
+        answers = [texts(server.chat(chat)) for chat in chats]
+        before = {kept.id: kept.n_bytes for kept in keeping if kept.state is not None}
+        assert len(before) == 3
+        keeping.bound = keeping.n_bytes + 1000  # too little for the chat in the engine, too
+        until = time.monotonic() + 20
+        after: dict[str, int] = {}
+        while after.keys() != before.keys() or keeping.bound - sum(after.values()) < max(before.values()):
+            assert time.monotonic() < until, "no room was made"
+            time.sleep(0.1)
+            after = {kept.id: kept.n_bytes for kept in keeping if kept.state is not None}
+        assert sum(after[chat] < before[chat] for chat in after) in (1, 2)  # no more than is needed
+        chats[3] += [{"role": "assistant", "content": answers[3]}, {"role": "user", "content": "And?"}]
+        told = server.chat(chats[3])  # the chat in the engine is as it was
+        assert told["timings"]["prompt_n"] < 60
+        assert told["kvc"]["reread"] == 0
 
 
 def test_24_chats_within_the_bytes_of_4(tiny_model: TinyModel) -> None:
