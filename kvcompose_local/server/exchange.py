@@ -17,7 +17,7 @@ from kvcompose_local.chat import ChatState, TurnStats, sessions
 from kvcompose_local.chat.transcript import Saved, Transcript
 from kvcompose_local.errors import ContextFull, InvalidInput, KVComposeError
 from kvcompose_local.server.conversation import Conversation
-from kvcompose_local.server.keeping import Keeping, Kept, marks_of, n_alike
+from kvcompose_local.server.keeping import Keeping, Kept, marks_of, n_alike, size_of
 from kvcompose_local.server.requests import Request
 
 log = logging.getLogger("kvcompose_local.server")
@@ -80,11 +80,12 @@ class Exchange:
             return None
         if kept.state is not None and not kept.is_stale:
             return kept.state
+        n_bytes = size_of(memory, self.conversation.transcript.fed)
         with self._undisturbed():
             kept.state, kept.n_bytes = None, 0  # of an earlier turn
             if not at_the_end:
-                keeping.drop_stale(memory.used_bytes)
-            is_small = not at_the_end and keeping.n_bytes + memory.used_bytes > keeping.bound and self._shrink()
+                keeping.drop_stale(n_bytes)
+            is_small = not at_the_end and keeping.n_bytes + n_bytes > keeping.bound and self._shrink()
             state = self.conversation.state()
             keeping.hold(kept, state, is_small=is_small)
             if not at_the_end:
@@ -133,8 +134,9 @@ class Exchange:
         current, keeping, memory = self.current, self.keeping, self.conversation.memory
         if current is None or memory.engine.cannot_snapshot:
             return
-        keeping.drop_stale(memory.used_bytes)
-        found = keeping.shrinkable() if keeping.n_bytes + memory.used_bytes > keeping.bound else None
+        n_bytes = size_of(memory, self.conversation.transcript.fed)
+        keeping.drop_stale(n_bytes)
+        found = keeping.shrinkable() if keeping.n_bytes + n_bytes > keeping.bound else None
         if found is not None and found[0] is not current:
             state = self.conversation.state()
             try:

@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcompose_local.chat import ChatState, Message
+from kvcompose_local.chat.memory import CacheMemory
 from kvcompose_local.composing.scorer import DTYPE
 from kvcompose_local.errors import KVComposeError
 from kvcompose_local.install.files import own_folder, replacing
@@ -341,6 +342,15 @@ class Keeping:
             return None
         self._chats[path.stem] = Kept(path.stem, used, used, marks, is_prefix=True)
         return self._chats[path.stem]
+
+
+def size_of(memory: CacheMemory, text: str) -> int:
+    """Bytes that a chat of this text and these cells will take by :func:`compact`, without a part that moves on."""
+    layout = memory.engine.layout()
+    layers = zip(memory.engine.shape.layers, layout.composed, strict=True)
+    a_row: int = DTYPE().itemsize + np.min_scalar_type(max(layout.position, 1)).itemsize
+    n_bytes = memory.used_bytes + a_row * sum(layer.n_kv_heads * k for layer, k in layers)
+    return n_bytes + array("i").itemsize * len(memory.tokens) + 2 * len(text)
 
 
 def compact(state: ChatState) -> tuple[ChatState, int]:
