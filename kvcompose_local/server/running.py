@@ -9,6 +9,8 @@ import traceback
 from types import FrameType
 
 import uvicorn
+import uvicorn.lifespan.on  # else uvicorn would import these while the first clients wait
+import uvicorn.protocols.http.auto
 from starlette.types import ASGIApp
 
 from kvcompose_local.server.service import Service
@@ -33,6 +35,7 @@ def run(app: ASGIApp, service: Service, listener: socket.socket) -> None:
             app,
             log_level="warning",
             access_log=False,
+            ws="none",
             server_header=False,
             date_header=False,
             timeout_graceful_shutdown=1,
