@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import socket
 import sys
@@ -9,8 +10,6 @@ import traceback
 from types import FrameType
 
 import uvicorn
-import uvicorn.lifespan.on  # else uvicorn would import these while the first clients wait
-import uvicorn.protocols.http.auto
 from starlette.types import ASGIApp
 
 from kvcompose_local.server.service import Service
@@ -35,7 +34,6 @@ def run(app: ASGIApp, service: Service, listener: socket.socket) -> None:
             app,
             log_level="warning",
             access_log=False,
-            ws="none",
             server_header=False,
             date_header=False,
             timeout_graceful_shutdown=1,
@@ -49,6 +47,7 @@ def run(app: ASGIApp, service: Service, listener: socket.socket) -> None:
 
     service.on_failure = on_failure
     sys.setswitchinterval(_SWITCH_SECONDS)
+    gc.freeze()  # a full collection that looks at all that was imported holds the interpreter for 50 ms
     for name in ("kvcompose_local.server", "uvicorn.error"):
         without_texts(logging.getLogger(name))
     server.run(sockets=[listener])
