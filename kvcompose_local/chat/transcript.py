@@ -300,12 +300,16 @@ class Transcript:
 
     def shared(self, want: str) -> int:
         """Tokens of the transcript that stay where the template says ``want`` now."""
-        return self.end.n_tokens if want.startswith(self.fed) else self._last_shared(want)[0].n_tokens
+        return self._place_in(want)[0].n_tokens
 
     def n_tokens_of(self, want: str) -> int:
         """Tokens of ``want``, of which only what the transcript does not have is tokenized."""
-        edge, at = (self.end, len(self.fed)) if want.startswith(self.fed) else self._last_shared(want)[:2]
+        edge, at = self._place_in(want)
         return edge.n_tokens + len(self.model.tokenize(want[at:], add_bos=not at and self.adds_bos(want)))
+
+    def _place_in(self, want: str) -> tuple[Place, int]:
+        """The last place that stays where the template says ``want`` now, and where that is in ``want``."""
+        return (self.end, len(self.fed)) if want.startswith(self.fed) else self._last_shared(want)[:2]
 
     def _last_alone(self) -> str:
         """The last message rendered alone, for templates that hide where it begins."""

@@ -141,14 +141,12 @@ class CountRequest(Loose):
             choice = {"any": "required", "tool": self.tool_choice.name or ""}.get(
                 self.tool_choice.type, self.tool_choice.type
             )
-        form = self.output_config.format if self.output_config else None
-        if (form := form or self.output_format) is not None:
-            grammar = schema_grammar(form.schema_, "output_config.format")
+        form = (self.output_config.format if self.output_config else None) or self.output_format
         return Request(
             model=self.model or "",
             messages=tuple(messages),
             tools=one_line(tools) if tools else "",
-            grammar=grammar if form is not None else "",
+            grammar=schema_grammar(form.schema_, "output_config.format") if form else "",
             tool_choice=checked_choice(choice, tools),
             parallel_calls=not (self.tool_choice is not None and self.tool_choice.disable_parallel_tool_use),
         )

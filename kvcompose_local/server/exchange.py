@@ -17,7 +17,7 @@ from kvcompose_local.chat import ChatState, TurnStats, sessions
 from kvcompose_local.chat.transcript import Saved, Transcript
 from kvcompose_local.errors import ContextFull, InvalidInput, KVComposeError
 from kvcompose_local.server.conversation import Conversation
-from kvcompose_local.server.keeping import Keeping, Kept, marks_of, n_alike, size_of
+from kvcompose_local.server.keeping import Keeping, Kept, bytes_of_waiting, marks_of, n_alike
 from kvcompose_local.server.requests import Request
 
 log = logging.getLogger("kvcompose_local.server")
@@ -76,11 +76,11 @@ class Exchange:
         Afterwards ``current`` is None where the engine was needed to make room; at_the_end: room does not matter.
         """
         kept, keeping, memory = self.current, self.keeping, self.conversation.memory
-        if kept is None or kept not in keeping or memory.engine.cannot_snapshot or not memory.tokens:
+        if kept is None or not self._can_wait(kept):
             return None
         if kept.state is not None and not kept.is_stale:
             return kept.state
-        n_bytes = size_of(memory, self.conversation.transcript.fed)
+        n_bytes = bytes_of_waiting(memory, self.conversation.transcript.fed)
         with self._undisturbed():
             kept.state, kept.n_bytes = None, 0  # of an earlier turn
             if not at_the_end:
@@ -91,6 +91,11 @@ class Exchange:
             if not at_the_end:
                 self._make_room()
         return state
+
+    def _can_wait(self, kept: Kept) -> bool:
+        """Whether the chat in the engine has cells that can be kept."""
+        memory = self.conversation.memory
+        return kept in self.keeping and not memory.engine.cannot_snapshot and bool(memory.tokens)
 
     def _shrink(self) -> bool:
         """Compact the chat in the engine to what is kept of it; returns whether that is all that can be done."""
@@ -108,23 +113,21 @@ class Exchange:
 
     def _make_room(self) -> None:
         """Have what is kept in memory within its bound: chats lose cells first, and then their place."""
-        while self.keeping.over() and self._shrink_one():
-            pass
+        while self.keeping.over() and (found := self._shrinkable()) is not None:
+            self._shrink_kept(*found)
         while self.keeping.over() and self.keeping.evict():
             pass
 
-    def _shrink_one(self) -> bool:
-        """Shrink the chat used longest ago that has all its cells, in the engine; returns whether there was one."""
-        found = self.keeping.shrinkable() if self.conversation.memory.compose else None
-        if found is None:
-            return False
-        kept, state = found
+    def _shrinkable(self) -> tuple[Kept, ChatState] | None:
+        return self.keeping.shrinkable() if self.conversation.memory.compose else None
+
+    def _shrink_kept(self, kept: Kept, state: ChatState) -> None:
+        """Shrink a chat that waits, in the engine, which holds nobody's chat afterwards."""
         self.current = None
         self.conversation.restore(state)
         kept.state, kept.n_bytes = None, 0
         self._shrink()
         self.keeping.hold(kept, self.conversation.state(), is_small=True)
-        return True
 
     def at_rest(self) -> None:
         """While nobody asks: shrink a chat that waits, where the one in the engine will want its room.
@@ -132,15 +135,15 @@ class Exchange:
         The next request would wait for that.
         """
         current, keeping, memory = self.current, self.keeping, self.conversation.memory
-        if current is None or memory.engine.cannot_snapshot:
+        if current is None or not self._can_wait(current) or not (current.is_stale or current.state is None):
             return
-        n_bytes = size_of(memory, self.conversation.transcript.fed)
+        n_bytes = bytes_of_waiting(memory, self.conversation.transcript.fed)
         keeping.drop_stale(n_bytes)
-        found = keeping.shrinkable() if keeping.n_bytes + n_bytes > keeping.bound else None
-        if found is not None and found[0] is not current:
+        found = self._shrinkable() if keeping.n_bytes + n_bytes > keeping.bound else None
+        if found is not None:
             state = self.conversation.state()
             try:
-                self._shrink_one()
+                self._shrink_kept(*found)
             finally:
                 self.conversation.restore(state)
                 self.current = current

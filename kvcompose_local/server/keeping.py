@@ -344,7 +344,7 @@ class Keeping:
         return self._chats[path.stem]
 
 
-def size_of(memory: CacheMemory, text: str) -> int:
+def bytes_of_waiting(memory: CacheMemory, text: str) -> int:
     """Bytes that a chat of this text and these cells will take by :func:`compact`, without a part that moves on."""
     layout = memory.engine.layout()
     layers = zip(memory.engine.shape.layers, layout.composed, strict=True)

@@ -63,7 +63,8 @@ class JsonRoute(APIRoute):
 class _JsonRequest(HttpRequest):
     async def json(self) -> Any:
         told = await super().json()
-        if b"\\ud" in (await self.body()).lower():
+        body = await self.body()
+        if b"\\ud" in body or b"\\uD" in body:
             raw = json.dumps(told, ensure_ascii=False).encode("utf-16", "surrogatepass")
             told = json.loads(raw.decode("utf-16", "replace"))
         return told

@@ -133,6 +133,21 @@ def test_room_is_made_while_nobody_asks(tiny_model: TinyModel) -> None:
         assert told["kvc"]["reread"] == 0
 
 
+def test_no_room_is_made_for_a_chat_that_is_kept_already(tiny_model: TinyModel) -> None:
+    with serving(endless(tiny_model), budget=0.5, keep=10**9, keep_ratio=0.13, on_disk=False) as server:
+        keeping = server.hosted.keeping
+        assert keeping is not None
+        chats: list[Messages] = [[{"role": "user", "content": f"{i}." + "abc" * 200}] for i in range(3)]
+        _, second, _ = (server.chat(chat)["kvc"]["chat"] for chat in chats)
+        view = server.client.get(f"/kvc/chats/{second}/memory", params={"budget": 0.2})  # takes it into the engine
+        assert view.status_code == 200
+        before = {kept.id: kept.n_bytes for kept in keeping}
+        assert min(before.values()) > 0
+        keeping.bound = keeping.n_bytes + 1000
+        time.sleep(2.5)  # two rests
+        assert {kept.id: kept.n_bytes for kept in keeping} == before
+
+
 def test_24_chats_within_the_bytes_of_4(tiny_model: TinyModel) -> None:
     model = endless(tiny_model)
     n_tokens, f16_token_bytes = 600, 3 * 2 * 2 * 32 * 2  # layers, heads, K and V, numbers of a head, F16
