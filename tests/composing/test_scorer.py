@@ -121,6 +121,21 @@ def test_the_regression_is_where_its_slope_is_zero() -> None:
     np.testing.assert_allclose(x.T @ (y - np.exp(x @ b)) / y.sum(), 0, atol=1e-3)
 
 
+@pytest.mark.parametrize("share", [0.002, 0.02])
+def test_the_regression_stands_tokens_far_from_all_others(share: float) -> None:
+    """A head's sinks: few tokens with huge keys, which get much attention, but not exponentially much."""
+    x = RNG.standard_normal((6000, 40)).astype(np.float32)
+    x[:: round(1 / share)] += 15 * RNG.standard_normal(40).astype(np.float32)
+    y = np.exp(x @ (0.05 * RNG.standard_normal(40)).astype(np.float32) - 8)
+    y[:: round(1 / share)] = 0.05
+    x = np.concatenate([(x - x.mean(axis=0)) / x.std(axis=0), np.ones((6000, 1))], axis=1).astype(np.float32)
+    b = poisson(x, y.astype(np.float32), 0.003)
+    expected = np.exp(x @ b)
+    assert expected.max() < 1
+    held = 0.003 * np.append(b[:-1], 0)
+    np.testing.assert_allclose(x.T @ (y - expected) / y.sum() - held, 0, atol=2e-3)
+
+
 HALVES = st.floats(-30, 5, width=16)
 
 
