@@ -90,17 +90,19 @@ def profile_command(
             beside[kind] = engine_beside(engine, room_for(length), kind, n_threads=n_threads or default_threads())
             stack.callback(beside[kind].close_context)
         measure.watch(engine, measurement, beside=beside, progress=progress)
-    profile = measure.fitted(measurement, progress=progress)
-    file = output or profiles.user_path(digest)
-    if output is None:
-        own_folder(file.parent)
-    others = {}
+        fit = measure.fitted(measurement, progress=progress)
+        lost = measure.lost(engine, measurement, fit, progress=progress)
+    profile, others = measure.weighed(fit, lost), {}
     if left_out is not None:
         left_out.mkdir(parents=True, exist_ok=True)
         for number, kind in enumerate(measurement.kinds):
             status.progress("leaving out:", number, len(measurement.kinds), "kinds")
-            others[left_out / f"{kind}{profiles.SUFFIX}"] = measure.fitted(measurement, without=kind)
+            without = measure.weighed(measure.fitted(measurement, without=kind), lost, without=kind)
+            others[left_out / f"{kind}{profiles.SUFFIX}"] = without
         status.progress("leaving out:", len(others), len(others), "kinds")
+    file = output or profiles.user_path(digest)
+    if output is None:
+        own_folder(file.parent)
     for target, found in {file: profile, **others}.items():
         with replacing(target) as stream:
             stream.write(found.dump())

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -76,6 +76,12 @@ class Scorer:
         for array in (*self.weights, *self.places):
             found.update(np.ascontiguousarray(array, np.float32).data)
         return found.hexdigest()
+
+    def weighed(self, logarithms: npt.NDArray[np.float64]) -> Scorer:
+        """The same with a layer's logarithm of a weight, of float64 (L,), added to all of its scores."""
+        shifts = np.zeros((len(self.places), 3), np.float32)
+        shifts[:, 2] = logarithms
+        return replace(self, places=tuple(of + by for of, by in zip(self.places, shifts, strict=True)))
 
     def check(self, heads: Sequence[int]) -> None:
         """Raises InvalidInput unless the model's layers have these KV heads."""

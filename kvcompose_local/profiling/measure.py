@@ -7,7 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from kvcompose_local.profiling.observing import (
     observe,
     observed,
 )
+from kvcompose_local.profiling.weighing import Losses, layer_weights, losses
 
 #: Different kinds of text, the best known first.
 PROFILED_TASKS = (
@@ -43,6 +44,8 @@ OWN = "own"
 _N_COMPARED, _N_TYPES = 8, 2
 #: Fewest tokens of a text.
 _SHORTEST = 256
+#: The number of texts by which layers are weighed, which are read again: one of each kind, if nobody chose others.
+N_WEIGHED = len(PROFILED_TASKS)
 #: Tokens of the short read that tells how long all will take, read at once, one by one, and watched.
 _TIMED_READ, _TIMED_DECODE, _TIMED_WATCH = 192, 4, 24
 
@@ -91,7 +94,7 @@ def plan(
     for number in range(n_texts - len(items)):
         length = max(int(n_tokens * LENGTHS[number % len(LENGTHS)]), _SHORTEST)
         items.append(make_item(tasks[number % len(tasks)], FIRST_SEED + number, length, count))
-    folder = user_path(model_sha256).with_suffix(".texts")
+    folder = user_path(model_sha256).with_suffix(".observed")
     files = [folder / f"{item.task}-{_digest(item.context)}.safetensors" for item in items]
     path = engine.model.path
     return Measurement(engine.model.name, model_sha256, size_of(path), tuple(items), tuple(files))
@@ -123,8 +126,11 @@ def seconds_left(engine: PatchedEngine, measurement: Measurement) -> float:
     engine.clear()
     an_answer, a_look = TYPICAL_ANSWER * (decoded - read) / _TIMED_DECODE, 2 * (watched - decoded)
     a_token = (read - started) / len(tokens)
-    again = _N_TYPES * len(measurement.items[:_N_COMPARED]) / len(measurement.items)
-    return sum(len(text) * a_token * (1 + again) + N_ANSWERED * an_answer + N_ASKED * a_look for text in texts)
+    n_texts, n_layers = len(measurement.items), len(engine.shape.layers)
+    again = (_N_TYPES * min(_N_COMPARED, n_texts) + min(N_WEIGHED, n_texts)) / n_texts
+    weighed = min(N_WEIGHED, n_texts) * n_layers * 3 * TYPICAL_ANSWER * a_token  # a question is longer than its answer
+    observed_ = sum(len(text) * a_token * (1 + again) + N_ANSWERED * an_answer + N_ASKED * a_look for text in texts)
+    return observed_ + weighed
 
 
 def watch(
@@ -171,6 +177,32 @@ def fitted(
         scorer=scorer,
         kl={name: round(kl, 5) for name, kl in costs.items()},
     )
+
+
+def lost(
+    engine: PatchedEngine,
+    measurement: Measurement,
+    profile: Profile,
+    *,
+    progress: Progress = lambda _done, _total, _what: None,
+) -> list[tuple[str, Losses]]:
+    """Kinds of text, and what the profile's choice of cells loses of a text of each; engine: as :func:`watch` has it.
+
+    Measured once, by the profile that knows all kinds, whichever kind :func:`weighed` leaves out.
+    """
+    texts = [*zip(measurement.items, measurement.files, strict=True)][:N_WEIGHED]
+    found = []
+    for number, (item, file) in enumerate(texts):
+        progress(number, len(texts), "texts again")
+        found.append((item.task, losses(engine, file, profile.scorer)))
+    progress(len(texts), len(texts), "texts again")
+    return found
+
+
+def weighed(profile: Profile, texts: Sequence[tuple[str, Losses]], *, without: str = "") -> Profile:
+    """The profile with its layers weighed by what is lost of ``texts``, those of the kind ``without`` aside."""
+    chosen = [losses_ for kind, losses_ in texts if kind != without]
+    return replace(profile, scorer=profile.scorer.weighed(layer_weights(chosen))) if chosen else profile
 
 
 def forget(measurement: Measurement) -> None:

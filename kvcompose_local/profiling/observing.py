@@ -58,8 +58,14 @@ class Chatter:
 
 @dataclass(frozen=True)
 class Seen(Observed):
-    """The observations of one text; kl: nats a token from F16 along its answers, by cache type."""
+    """The observations of one text.
 
+    tokens: all of the text's, in the chat template; question: tokens of a question about it and of its answer; kl: nats
+    a token from F16 along its answers, by cache type.
+    """
+
+    tokens: Sequence[int] = ()
+    question: tuple[Sequence[int], Sequence[int]] = ((), ())
     kl: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -98,7 +104,7 @@ def observe(chatter: Chatter, item: Item, file: Path) -> None:
             asked_about.append((asked, answered))
     for i in range(len(layers)):
         tensors[f"seen.{i}"] = np.stack([by_layer[i] for by_layer in seen]).astype(np.float16)
-    facts = {"n_tokens": len(tokens), "weights": weights, "kl": {}}
+    facts = {"tokens": tokens, "weights": weights, "question": asked_about[0], "kl": {}}
     if chatter.beside:
         engine.restore(cells)
         facts["kl"] = _kl_of_types(chatter, tokens, asked_about[0], asked_about[-1])
@@ -118,7 +124,8 @@ def observed(file: Path) -> Seen:
         return np.tensordot(np.array(facts["weights"], np.float32), of_layer("seen", i).astype(np.float32) ** POWER, 1)
 
     keys, values = (Lazy(n_layers, partial(of_layer, name)) for name in ("keys", "values"))
-    return Seen(keys, values, Lazy(n_layers, looked), facts["n_tokens"], facts["kl"])
+    tokens, question = facts["tokens"], facts["question"]
+    return Seen(keys, values, Lazy(n_layers, looked), len(tokens), tokens, question, facts["kl"])
 
 
 def _kl_of_types(
@@ -128,21 +135,28 @@ def _kl_of_types(
 
     The text is read into each cache: its later layers see the errors of the earlier ones, as in a chat.
     """
-    wanted = [_log_probs(chatter.engine, len(tokens), *question) for question in asked]
+
+    def answers(engine: PatchedEngine) -> list[FloatArray]:
+        rows = []
+        for question in asked:
+            if excess := engine.layout().position - len(tokens):
+                engine.drop_tail(excess)
+            rows.append(log_probs(engine, *question))
+        return rows
+
+    wanted = answers(chatter.engine)
     found = {}
     for name, other in chatter.beside.items():
         other.clear()
         other.decode(tokens)
-        rows = [_log_probs(other, len(tokens), *question) for question in asked]
-        found[name] = float(np.mean([kl_divergence(a, b).mean() for a, b in zip(wanted, rows, strict=True)]))
+        costs = [kl_divergence(a, b).mean() for a, b in zip(wanted, answers(other), strict=True)]
+        found[name] = float(np.mean(costs))
         other.clear()
     return found
 
 
-def _log_probs(engine: PatchedEngine, n: int, asked: Sequence[int], answered: Sequence[int]) -> FloatArray:
-    """Log-probabilities before each token of an answer behind the cache's first ``n``: float32 (tokens, n_vocab)."""
-    if excess := engine.layout().position - n:
-        engine.drop_tail(excess)
+def log_probs(engine: PatchedEngine, asked: Sequence[int], answered: Sequence[int]) -> FloatArray:
+    """Log-probabilities before each token of an answer to what is asked next: float32 (tokens, n_vocab)."""
     engine.decode(asked[:-1])
     return log_softmax(engine.decode_all([asked[-1], *answered[:-1]]))
 

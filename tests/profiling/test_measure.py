@@ -18,8 +18,9 @@ from kvcompose_local.commands.cli import cli
 from kvcompose_local.engines import open_engine
 from kvcompose_local.evaluation.harness import MOST_OUTPUTS, engine_beside, read_records, room_for
 from kvcompose_local.llama_ffi.cells import library_is_patched
-from kvcompose_local.profiling.measure import fitted, forget, plan, seconds_left, watch
+from kvcompose_local.profiling.measure import fitted, forget, lost, plan, seconds_left, watch, weighed
 from kvcompose_local.profiling.observing import N_ASKED, observed
+from kvcompose_local.profiling.weighing import Losses, layer_weights
 
 needs_patch = pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
 
@@ -52,8 +53,16 @@ def test_a_measurement_goes_on_where_it_was_stopped(
         assert seconds_left(engine, measurement) == 0
         other.close_context()
         assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
-    profile = fitted(measurement)
+        plain = fitted(measurement)
+        losses = lost(engine, measurement, plain)
+    profile = weighed(plain, losses)
     assert (profile.n_texts, profile.kinds) == (3, "own,logs")
+    assert [kind for kind, _ in losses] == ["own", "logs", "logs"]
+    assert all((losses_.attention > 0).all() and np.isfinite(losses_.kl).all() for _, losses_ in losses)
+    shifts = [after - before for after, before in zip(profile.scorer.places, plain.scorer.places, strict=True)]
+    wanted = layer_weights([losses_ for _, losses_ in losses])
+    np.testing.assert_allclose([shift[0] for shift in shifts], [[0, 0, weight] for weight in wanted], atol=1e-5)
+    assert weighed(plain, losses, without="logs").scorer.digest not in (plain.scorer.digest, profile.scorer.digest)
     assert fitted(measurement, without="logs").kinds == "own"
     costs = [observed(path).kl["q8_0"] for path in measurement.files]
     assert profile.kl == {"q8_0": pytest.approx(np.mean(costs), abs=1e-5)}
@@ -128,3 +137,17 @@ def test_the_default_type_follows_from_what_types_cost() -> None:
     assert kind(q8_0__q4_0=0.2, q8_0=0.001) == "q8_0"
     assert kind(q8_0__q4_0=4.0, q8_0=0.2) == "f16"
     assert kind(one_type=True, q8_0__q4_0=4.0, q8_0=0.001) == "q8_0"
+
+
+def test_a_layer_that_costs_more_than_it_loses_weighs_more() -> None:
+    """All texts count alike, noise below zero costs nothing, and weights are half of what was measured."""
+    even = np.ones(3)
+    texts = [Losses(np.array([1.0, 4.0, -0.1]), even), Losses(np.array([100.0, 400.0, -3.0]), 100 * even)]
+    first, second, third = layer_weights(texts)
+    assert second - first == pytest.approx(np.log(4) / 2, abs=1e-4)
+    assert third < first
+    assert first + second + third == pytest.approx(0)
+    np.testing.assert_allclose(
+        layer_weights([Losses(even, np.array([1.0, 2.0, 4.0]))])[[0, 2]], np.log([2, 0.5]) / 2, atol=1e-4
+    )
+    assert np.isfinite(layer_weights([Losses(0 * even, 0 * even)])).all()
