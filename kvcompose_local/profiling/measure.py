@@ -47,7 +47,7 @@ _SHORTEST = 256
 #: The number of texts by which layers are weighed, which are read again: one of each kind, if nobody chose others.
 N_WEIGHED = len(PROFILED_TASKS)
 #: Tokens of the short read that tells how long all will take, read at once, one by one, and watched.
-_TIMED_READ, _TIMED_DECODE, _TIMED_WATCH = 192, 4, 24
+_TIMED_READ, _TIMED_DECODE, _TIMED_WATCH = 512, 4, 24
 
 Progress = Callable[[int, int, str], None]
 
@@ -101,17 +101,20 @@ def plan(
 
 
 def seconds_left(engine: PatchedEngine, measurement: Measurement) -> float:
-    """About how long :func:`watch` will take, told by a short read in the engine's empty cache."""
-    texts = [
-        engine.model.tokenize(item.context)
-        for item, file in zip(measurement.items, measurement.files, strict=True)
-        if not file.exists()
-    ]
-    if not texts:
-        return 0.0
+    """About how long :func:`watch` and :func:`lost` will take, told by a short read in the engine's empty cache."""
+    texts = [engine.model.tokenize(item.context) for item in measurement.items]
     tokens = max(texts, key=len)[:_TIMED_READ]
     engine.clear()
-    engine.decode(tokens)  # memory is mapped, threads start
+    engine.decode(tokens[:_TIMED_WATCH])  # memory is mapped, threads start
+    engine.clear()
+
+    def watched() -> float:
+        started = time.perf_counter()
+        with engine.watching(lambda _layer, _weights: None):
+            engine.decode(tokens[:_TIMED_WATCH])
+        return time.perf_counter() - started
+
+    near = watched()
     engine.clear()
     started = time.perf_counter()
     engine.decode(tokens)
@@ -120,17 +123,21 @@ def seconds_left(engine: PatchedEngine, measurement: Measurement) -> float:
         engine.decode([token])
         engine.logits()
     decoded = time.perf_counter()
-    with engine.watching(lambda _layer, _weights: None):
-        engine.decode(tokens[:_TIMED_WATCH])
-    watched = time.perf_counter()
+    far = watched()
     engine.clear()
-    an_answer, a_look = TYPICAL_ANSWER * (decoded - read) / _TIMED_DECODE, 2 * (watched - decoded)
-    a_token = (read - started) / len(tokens)
-    n_texts, n_layers = len(measurement.items), len(engine.shape.layers)
-    again = (_N_TYPES * min(_N_COMPARED, n_texts) + min(N_WEIGHED, n_texts)) / n_texts
-    weighed = min(N_WEIGHED, n_texts) * n_layers * 3 * TYPICAL_ANSWER * a_token  # a question is longer than its answer
-    observed_ = sum(len(text) * a_token * (1 + again) + N_ANSWERED * an_answer + N_ASKED * a_look for text in texts)
-    return observed_ + weighed
+    a_token, an_answer = (read - started) / len(tokens), TYPICAL_ANSWER * (decoded - read) / _TIMED_DECODE
+
+    def of_watching(n: int) -> float:
+        a_look = near + (far - near) * n / len(tokens)  # the more cells, the longer
+        return n * a_token + N_ANSWERED * an_answer + N_ASKED * 2 * a_look  # a question and its answer
+
+    def of_weighing(n: int) -> float:
+        return (n + len(engine.shape.layers) * 3 * TYPICAL_ANSWER) * a_token  # a question is longer than its answer
+
+    lengths = [len(text) for text in texts]
+    missing = [n for n, file in zip(lengths, measurement.files, strict=True) if not file.exists()]
+    compared = [_N_TYPES * n * a_token for n in missing[: max(_N_COMPARED - measurement.n_done, 0)]]
+    return sum(map(of_watching, missing)) + sum(compared) + sum(map(of_weighing, lengths[:N_WEIGHED]))
 
 
 def watch(

@@ -43,14 +43,14 @@ def test_a_measurement_goes_on_where_it_was_stopped(
         def planned() -> Any:
             return plan(engine, "ab", n_texts=3, n_tokens=512, tasks=("logs",), own_texts=["A text of my own. " * 20])
 
-        assert seconds_left(engine, planned()) > 0
+        of_all = seconds_left(engine, planned())
         with pytest.raises(KeyboardInterrupt):
             watch(engine, planned(), beside={"q8_0": other}, progress=progress)
         assert planned().n_done == 2
         kept = {path: path.stat().st_mtime_ns for path in private_cache.rglob("*-*.safetensors")}
         measurement = planned()
         watch(engine, measurement, beside={"q8_0": other})
-        assert seconds_left(engine, measurement) == 0
+        assert 0 < seconds_left(engine, measurement) < of_all, "layers are still to be weighed"
         other.close_context()
         assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
         plain = fitted(measurement)
