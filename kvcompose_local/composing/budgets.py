@@ -27,7 +27,7 @@ _FLOATS = range(-0x7F800001, 0x7F800001)
 #: So many numbers are sorted rather than searched for among all float32.
 _FEW = 4096
 #: The share of the cells that layers do not compete for.
-SHARED_EVENLY = 0.1
+SHARED_EVENLY = 0.25
 #: Steps that a layer's cells are on average, at the least, for budgets to be multiples of a step.
 COARSE = 3
 

@@ -225,9 +225,9 @@ def test_composites_hand_worked():
     ]
 
 
-def test_a_tenth_of_the_cells_is_shared_out_evenly():
+def test_a_quarter_of_the_cells_is_shared_out_evenly():
     worths = [np.full(100, 0.001, np.float32), np.full(100, 1.0, np.float32)]
-    assert allocate_composites(worths, [8, 8], 800).tolist() == [5, 95]
+    assert allocate_composites(worths, [8, 8], 800).tolist() == [12, 88]
     # each device's own limit counts, and what a layer lacks goes to the others
     assert allocate_composites(worths, [8, 8], [80, 800], device=[0, 1]).tolist() == [10, 100]
     assert allocate_composites([worths[0][:2], worths[1]], [8, 8], 800).tolist() == [2, 98]
@@ -240,7 +240,7 @@ def test_budgets_of_composites_fill_their_limit(scores, byte_budget, row_bytes):
     budgets = allocate_composites(worths, [row_bytes] * len(worths), byte_budget)
     available = [len(worth) for worth in worths]
     assert budgets.sum() == min(byte_budget // row_bytes, sum(available))
-    floor = byte_budget // 10 // (row_bytes * len(worths))
+    floor = byte_budget // 4 // (row_bytes * len(worths))
     assert all(min(floor, n) <= budget <= n for budget, n in zip(budgets, available, strict=True))
 
 
