@@ -155,8 +155,8 @@ def watch(
     own_folder(measurement.files[0].parent)
     total = len(measurement.files)
     for number, (item, file) in enumerate(zip(measurement.items, measurement.files, strict=True)):
-        progress(number, total, "texts")
         if not file.exists():
+            progress(number, total, "texts")
             part = file.with_suffix(".part")
             observe(Chatter(engine, (beside or {}) if number < _N_COMPARED else {}), item, part)
             part.replace(file)

@@ -43,18 +43,20 @@ class Status:
         self.inside_a_line = False  # an answer on the same terminal has not ended its line, so messages begin a new one
         self._reading = False
         self._untold: list[CompactionReport] = []  # of the text that is being read
-        self._works: dict[str, tuple[float, int]] = {}  # when each began, and how far it is: one may stop another
+        self._works: dict[
+            str, tuple[float, int, int]
+        ] = {}  # when each began, how far it was, and is: one may stop another
         self._last = 0.0
 
     def progress(self, what: str, done: int, total: int, unit: str = "tokens") -> None:
         """Show ``what done/total unit`` once the work lasts; raises KeyboardInterrupt when Ctrl-C was pressed."""
         now = time.monotonic()
-        started, before = self._works.get(what, (now, done))
+        started, first, before = self._works.get(what, (now, done, done))
         if done == 0 or done < before:
-            started = now
+            started, first = now, done
         if not self._works:
             self._last = now
-        self._works[what] = started, done
+        self._works[what] = started, first, done
         elapsed = now - started
         if done >= total > 0:
             del self._works[what]
@@ -62,7 +64,7 @@ class Status:
         elif (now - self._last >= (_REDRAW_SECONDS if self._terminal else _LINE_SECONDS) and elapsed >= 1) or (
             self._terminal and done == 0 and total >= _MANY
         ):
-            left = f", {elapsed / done * (total - done):.0f} s left" if done and total else ""
+            left = f", {elapsed / (done - first) * (total - done):.0f} s left" if done > first and total else ""
             text = f"{what} {done}/{total} {unit}{left}" if total else f"{what} {done} {unit}"
             text += _bar(done, total, len(text)) if self._terminal else "\n"
             if self._terminal:

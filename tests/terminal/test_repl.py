@@ -340,7 +340,7 @@ def test_work_that_is_held_up_by_other_work_knows_its_time(monkeypatch: pytest.M
         (12.0, "compacting:", 100),
         (15.0, "reading:", 50),
         (30.0, "reading:", 100),
-        (40.0, "reading:", 10),  # another text
+        (40.0, "reading:", 10),  # another text, of which a part was read earlier
         (45.0, "reading:", 50),
     ):
         clock[0] = seconds
@@ -352,7 +352,7 @@ def test_work_that_is_held_up_by_other_work_knows_its_time(monkeypatch: pytest.M
         "",
         "reading: 50/100 tokens, 15 s left",
         "",
-        "reading: 50/100 tokens, 5 s left",
+        "reading: 50/100 tokens, 6 s left",
     ]
 
 
