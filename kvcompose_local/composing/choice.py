@@ -86,8 +86,8 @@ def competing(
 def ranked(layers: Sequence[Sequence[HalfArray]]) -> tuple[list[Selection], list[FloatArray]]:
     """For each layer the rows of its heads, best first: int (H, T), and the worth of each rank: float32 (T,).
 
-    layers: float16 arrays of logarithms, of each layer in parts, (H, T) together. Of equal ones the lower row is better.
-    The worth never rises from rank to rank.
+    layers: float16 arrays of logarithms, of each layer in parts, (H, T) together. Of equal ones the lower row is
+    better. The worth never rises from rank to rank.
     """
     found = in_parts(lambda some: _ranked(layers[some]), [sum(part.size for part in parts) for parts in layers])
     orders, worths = zip(*(layer for some in found for layer in some), strict=True)
@@ -117,7 +117,7 @@ def _ranked(layers: Sequence[Sequence[HalfArray]]) -> list[tuple[Selection, Floa
         numbers.sort(axis=1)
     orders = by_layer(both.astype(narrow))  # the low half
     both >>= wide(shift)
-    worths = [x.mean(axis=0).astype(np.float32) for x in by_layer(roots.take(both))]
+    worths = [roots.take(numbers).mean(axis=0).astype(np.float32) for numbers in by_layer(both)]
     return list(zip(orders, worths, strict=True))
 
 

@@ -94,12 +94,13 @@ class Scorer:
     def all_scores(self, sums: Sequence[FloatArray], first: int) -> list[HalfArray]:
         """The same, rounded, of what :func:`products` gives for each layer: L float16 arrays (H, T)."""
         together, places = np.concatenate(sums), self._all_places
+        n = together.shape[1]
         result = np.empty(together.shape, DTYPE)
 
         def compute(heads: slice) -> None:
             result[heads] = self._placed(places[heads], together[heads], first)
 
-        in_parts(compute, [result.shape[1]] * len(result))
+        in_parts(compute, [n] * len(together))
         return np.split(result, np.cumsum([len(of_layer) for of_layer in sums])[:-1])
 
     def _placed(self, places: FloatArray, sums: FloatArray, first: int) -> FloatArray:
@@ -107,7 +108,8 @@ class Scorer:
         result = places[:, 1:2] * positions  # in place from here on: memory takes longer than numbers
         result += sums
         result += places[:, 2:]
-        return np.clip(result, *BOUNDS, out=result)
+        np.clip(result, *BOUNDS, out=result)
+        return result
 
     def ages(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -16,9 +15,9 @@ from kvcompose_local.install.threads import default_threads
 T = TypeVar("T")
 
 #: Numbers of a part: they fit into a core's cache, and take NumPy much longer than threads take to take turns.
-PART = int(os.environ.get("KVC_PART", 1 << 16))
+PART = 1 << 16
 #: More threads than this wait for each other.
-_MOST = int(os.environ.get("KVC_THREADS", 6))
+_MOST = 6
 
 
 def in_parts(function: Callable[[slice], T], sizes: Sequence[int]) -> list[T]:
@@ -31,7 +30,7 @@ def in_parts(function: Callable[[slice], T], sizes: Sequence[int]) -> list[T]:
         return [function(slice(0, len(sizes)))]
     ends = np.cumsum(sizes)
     cuts = np.searchsorted(ends, ends[-1] * np.arange(1, n_parts) // n_parts) + 1
-    edges = np.unique([0, *cuts, len(sizes)]).tolist()
+    edges = sorted({0, *cuts.tolist(), len(sizes)})
     return list(_pool().map(function, itertools.starmap(slice, itertools.pairwise(edges))))
 
 

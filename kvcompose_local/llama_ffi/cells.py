@@ -123,7 +123,7 @@ def _int32(values: Any) -> Any:
     return np.ascontiguousarray(values, np.int32).ctypes.data_as(_INT32_P)
 
 
-def _as_unsigned(cells: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.unsignedinteger[Any]]:
+def _as_unsigned(cells: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.integer[Any]]:
     """Numbers of cells in at most 32 bits; the native side knows which cells there are."""
     if cells.dtype.kind == "u" and cells.itemsize <= 4:
         return cells

@@ -91,4 +91,5 @@ def test_a_compaction_needs_little_beside_the_cells() -> None:
         tracemalloc.stop()
     at_rest = np.dtype(DTYPE).itemsize + np.dtype(np.uint16).itemsize
     assert lasting < 1.05 * at_rest * N_KV_HEADS * rows
-    assert peak < 1.8 * UPKEEP_BYTES * N_KV_HEADS * rows  # beyond it, worths and the choice of the widest layer
+    # beyond it, what cells compete by, worths, and the choice of some layers on each thread
+    assert peak < 2.2 * UPKEEP_BYTES * N_KV_HEADS * rows
