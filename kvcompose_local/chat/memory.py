@@ -30,15 +30,7 @@ from kvcompose_local.composing.choice import choose, competing
 from kvcompose_local.composing.policy import Policy, Room
 from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.errors import ContextFull, InvalidInput, PositionsFull
-from kvcompose_local.interfaces import (
-    CacheLayout,
-    Engine,
-    FloatArray,
-    HalfArray,
-    IntArray,
-    Progress,
-    Selection,
-)
+from kvcompose_local.interfaces import CacheLayout, Engine, FloatArray, HalfArray, IntArray, Progress, Selection
 from kvcompose_local.interrupts import uninterrupted
 
 
@@ -127,7 +119,7 @@ class CacheMemory:
         while done < len(tokens):
             room = self._room()
             if room <= 0:
-                self.compact()
+                self._compact()
                 room = self._room()
                 if room <= 0:
                     raise ContextFull("compaction cannot make room: raise --ctx or --budget")
@@ -147,6 +139,7 @@ class CacheMemory:
                     self.tokens += piece[: self.position - len(self.tokens)]
                     self._ways.reach(len(self.tokens))
             done += len(piece)
+            self._scores.settle()  # not before: a device reads now
 
     def check_positions(self, position: int, n_more: int) -> None:
         """Raises PositionsFull unless ``n_more`` tokens fit behind the first ``position`` ones."""
@@ -176,6 +169,12 @@ class CacheMemory:
 
         Returns None when there is nothing to compose. The logits are gone afterwards.
         """
+        report = self._compact(keep)
+        self._scores.settle()
+        return report
+
+    def _compact(self, keep: float | None = None) -> CompactionReport | None:
+        """The same, but the scores of the cells are not settled yet."""
         if keep is not None and not 0 < keep <= 1:
             raise InvalidInput(f"keep a share in (0, 1], not {keep}")
         if not self.compose:
@@ -220,8 +219,9 @@ class CacheMemory:
             layout = self.engine.layout()
             n_tail = min(self.policy.least_tail, layout.n_live)
             n_scored, first = layout.n_live - n_tail, layout.position - layout.n_live
+            composed = self._competing_composed(layout)
             live = self.scoring.scores(self.tokens, n_scored, self.policy.n_scratch, self.on_progress)
-            selection = self._chosen(layout, live, n_tail, n_bytes)
+            selection = self._chosen(layout, composed, live, n_tail, n_bytes)
             kept = []
             for layer, rows in enumerate(selection):
                 _, origins = self._scores.rows(layer, live[layer], first)
@@ -240,11 +240,12 @@ class CacheMemory:
         started = time.perf_counter()
         if self.scoring.feeds and self.engine.max_drop:  # a sliding window moves on by that
             self._ways.reach(before.position + self.policy.n_scratch)
+        composed = self._competing_composed(before)
         live = self.scoring.scores(self.tokens, n_scored, self.policy.n_scratch, self.on_progress)
         scored = time.perf_counter()
         bytes_before = self._bytes_of(before)
         at_most = None if keep is None else int(keep * bytes_before)
-        selection = self._chosen(before, live, n_tail, at_most)
+        selection = self._chosen(before, composed, live, n_tail, at_most)
         selected = time.perf_counter()
         with self._emptied_on_failure(before):
             self.engine.rewrite(selection, n_tail)
@@ -262,23 +263,37 @@ class CacheMemory:
             rewrite_seconds=time.perf_counter() - selected,
         )
 
+    def _competing_composed(self, layout: CacheLayout) -> list[HalfArray]:
+        """Logarithms by which the composed cells compete, of each layer float16 (H, K_l).
+
+        A device may read on meanwhile, which live cells wait for.
+        """
+        pinned, scorer = within(self.pins, layout.position), self.scoring.scorer
+        return [
+            competing(scorer, i, *self._scores.composed(i), layout.position, pinned)
+            for i in range(len(layout.composed))
+        ]
+
     def _chosen(
-        self, layout: CacheLayout, live: Sequence[HalfArray], n_tail: int, at_most: int | None
+        self,
+        layout: CacheLayout,
+        composed: Sequence[HalfArray],
+        live: Sequence[HalfArray],
+        n_tail: int,
+        at_most: int | None,
     ) -> list[Selection]:
         """The rows that become composed cells, of each layer int (H, K_l).
 
-        live: the scores of the live tokens before the tail, float16 (H, n); at_most: bytes that all cells may take.
+        composed: of :meth:`_competing_composed`; live: the scores of the live tokens before the tail, float16 (H, n);
+        at_most: bytes that all cells may take.
         """
         first, room = layout.position - layout.n_live, self.room
-        pinned = within(self.pins, layout.position)
-
-        def logarithms(layer: int) -> FloatArray:
-            scores, origins = self._scores.rows(layer, live[layer], first)
-            return competing(self.scoring.scorer, layer, scores, origins, layout.position, pinned)
-
+        pinned, scorer = within(self.pins, layout.position), self.scoring.scorer
+        places = np.arange(first, layout.position - n_tail)
+        newer = competing(scorer, None, np.concatenate(live), places, layout.position, pinned)
         n_pinned = int(pinned[: layout.position - n_tail].sum())
         return choose(
-            map(logarithms, range(len(live))),
+            [*zip(composed, np.split(newer, np.cumsum([len(of_layer) for of_layer in live])[:-1]), strict=True)],
             room.row_bytes,
             room.composed_bytes_within(at_most, n_tail, n_pinned),
             room.device,

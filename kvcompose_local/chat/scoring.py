@@ -67,8 +67,7 @@ class Scored:
         first = len(tokens) - self._engine.layout().n_live
         if progress is not None:
             progress(0, n)
-        sums = self._engine.live_products(self.scorer.weights, n)
-        return [self.scorer.placed(i, of_layer, first).astype(DTYPE) for i, of_layer in enumerate(sums)]
+        return self.scorer.all_scores(self._engine.live_products(self.scorer.weights, n), first)
 
 
 class Replayed:

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 
 from kvcompose_local.composing.scores import Scores, as_layers, each_layer
 from kvcompose_local.errors import InvalidInput
-from kvcompose_local.interfaces import FloatArray, IntArray, Lazy
+from kvcompose_local.interfaces import FloatArray, IntArray
 
 #: The float32 from -inf to inf, as integers of the same order.
 _FLOATS = range(-0x7F800001, 0x7F800001)
-#: So many numbers are sorted rather than searched for among all float32.
-_FEW = 4096
+#: So many ranks are sorted; of more, the last value that fits is searched for among all float32.
+_FEW = 1024
 #: The share of the cells that layers do not compete for.
 SHARED_EVENLY = 0.25
 #: Steps that a layer's cells are on average, at the least, for budgets to be multiples of a step.
@@ -237,6 +237,13 @@ def _take_best(priorities: list[FloatArray], cost: IntArray, limit: int) -> IntA
     costs = cost.tolist()  # Python's integers: a limit may exceed int64
     taken = [0] * len(costs)
     left = limit
+    if sum(x.size for x in priorities) <= _FEW:
+        ranks = [(-value, rank, i) for i, x in enumerate(priorities) for rank, value in enumerate(x.tolist())]
+        for _, rank, i in sorted(ranks):
+            if taken[i] == rank and costs[i] <= left:
+                taken[i] += 1
+                left -= costs[i]
+        return np.array(taken, np.int64)
     while layers := [i for i, values in enumerate(priorities) if taken[i] < values.size and costs[i] <= left]:
         ends = _best_that_fit(priorities, costs, layers, taken, left)  # once for each size of cell, at most
         left -= sum(costs[i] * (ends[i] - taken[i]) for i in layers)
@@ -262,9 +269,8 @@ def _best_that_fit(
         return ends
 
     # First take every value of which all ranks fit, ...
-    values = _values([priorities[i][taken[i] :] for i in layers])
-    lowest = bisect_left(values, True, key=lambda value: fits(at_least(value)))
-    ends = at_least(values[lowest]) if lowest < len(values) else taken.copy()
+    lowest = bisect_left(_FLOATS, True, key=lambda place: fits(at_least(_as_float(place))))
+    ends = at_least(_as_float(_FLOATS[lowest])) if lowest < len(_FLOATS) else taken.copy()
     rest = [float(priorities[i][ends[i]]) for i in layers if ends[i] < priorities[i].size]
     if not rest:
         return ends
@@ -283,14 +289,6 @@ def _best_that_fit(
                 ends[i] -= 1
                 break
     return ends
-
-
-def _values(priorities: list[FloatArray]) -> Sequence[float]:
-    """Ascending numbers, among which are all of ``priorities``."""
-    if sum(x.size for x in priorities) <= _FEW:
-        found: list[float] = np.unique(np.concatenate(priorities)).tolist()
-        return found
-    return Lazy(len(_FLOATS), lambda i: _as_float(_FLOATS[i]))
 
 
 def _as_float(bits: int) -> float:

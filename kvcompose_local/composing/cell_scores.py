@@ -16,6 +16,7 @@ import numpy.typing as npt
 from kvcompose_local.composing.scorer import BOUNDS, DTYPE
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.interfaces import FloatArray, HalfArray, LayerShape, Lazy, Selection
+from kvcompose_local.interrupts import uninterrupted
 
 
 def kept_shares(origins: Sequence[Selection], n_tokens: int, n_live: int) -> FloatArray:
@@ -43,23 +44,46 @@ class CellScores:
         """Forget everything."""
         self._kept = [np.zeros((layer.n_kv_heads, 0), DTYPE) for layer in self._layers]
         self._origins: list[npt.NDArray[np.integer[Any]]] = [np.zeros(kept.shape, np.uint16) for kept in self._kept]
+        self._rewritten: list[tuple[int, Selection, HalfArray, int]] = []  # layer, selection, live, first
+
+    def composed(self, layer: int) -> tuple[HalfArray, Selection]:
+        """Scores float16 (H, K_l) and origins (H, K_l) of a layer's composed cells."""
+        self.settle()
+        return self._kept[layer], self._origins[layer]
 
     def rows(self, layer: int, live: HalfArray, first: int) -> tuple[HalfArray, Selection]:
         """Scores float16 (H, K_l + n) and origins (H, K_l + n) of a layer's composed cells and its first live ones.
 
         live: float16 (H, n), scores of tokens at positions from ``first`` on.
         """
+        self.settle()
+        return self._rows(layer, live, first)
+
+    def _rows(self, layer: int, live: HalfArray, first: int) -> tuple[HalfArray, Selection]:
         scores = np.concatenate([self._kept[layer], live], axis=1, dtype=DTYPE)
         end = first + live.shape[1]
         new = np.broadcast_to(np.arange(first, end, dtype=_origin_dtype(end)), live.shape)
         return scores, np.concatenate([self._origins[layer], new], axis=1)
 
     def keep(self, selection: Sequence[Selection], live: Sequence[HalfArray], first: int) -> None:
-        """Follow a rewrite: the rows of :meth:`rows` that ``selection`` names are composed now."""
-        for i, chosen in enumerate(selection):  # one layer at a time: twice all scores would be memory for nothing
-            scores, origins = self.rows(i, live[i], first)
-            places = chosen + np.arange(len(scores))[:, None] * scores.shape[1]  # in all heads' rows: take is fast
-            self._kept[i], self._origins[i] = scores.take(places), origins.take(places)
+        """Follow a rewrite: the rows of :meth:`rows` that ``selection`` names are composed now.
+
+        The scores follow at :meth:`settle`, or when somebody asks.
+        """
+        self.settle()
+        self._rewritten = [(i, chosen, live[i], first) for i, chosen in enumerate(selection)]
+
+    def settle(self) -> None:
+        """Do what :meth:`keep` left to do: there is time while a device reads on."""
+        if not self._rewritten:
+            return
+        with uninterrupted():
+            while self._rewritten:  # one layer at a time: twice all scores would be memory for nothing
+                layer, chosen, live, first = self._rewritten[-1]
+                scores, origins = self._rows(layer, live, first)
+                places = chosen + np.arange(len(scores))[:, None] * scores.shape[1]  # in all heads' rows: take is fast
+                self._kept[layer], self._origins[layer] = scores.take(places), origins.take(places)
+                self._rewritten.pop()
 
     def before(self, position: int) -> Sequence[Selection]:
         """Which composed cells stay when tokens from ``position`` on are forgotten: L int arrays (H, K).
@@ -67,7 +91,7 @@ class CellScores:
         Each head keeps its best older cells, as many as the head with the fewest older cells has.
         """
         chosen = []
-        for origins in self._origins:
+        for origins in self.origins:
             older = origins < position
             n = int(older.sum(axis=1).min(initial=origins.shape[1]))
             chosen.append(np.argsort(~older, axis=1, kind="stable")[:, :n])
@@ -76,6 +100,7 @@ class CellScores:
     @property
     def origins(self) -> Sequence[Selection]:
         """Positions of the composed cells' tokens: L int arrays (H, K_l)."""
+        self.settle()
         return self._origins
 
     def view(self) -> tuple[Sequence[FloatArray], Sequence[Selection]]:
@@ -83,6 +108,7 @@ class CellScores:
 
         A layer is read when it is looked at, so this is valid until anything changes.
         """
+        self.settle()
         n = len(self._layers)
         return Lazy(n, lambda i: self._kept[i].astype(np.float32)), Lazy(n, lambda i: self._origins[i].astype(np.int32))
 

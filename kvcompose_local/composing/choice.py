@@ -7,14 +7,17 @@ exponent 1/2 of their scores. By their worth the composite tokens of all layers 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kvcompose_local.composing.budgets import allocate_composites
 from kvcompose_local.composing.scorer import BOUNDS, DTYPE, Scorer
+from kvcompose_local.composing.threads import in_parts
 from kvcompose_local.interfaces import FloatArray, HalfArray, IntArray, Selection
 
 #: The logarithm of a pinned token, above any score.
@@ -22,7 +25,7 @@ PINNED = 2 * BOUNDS[1]
 
 
 def choose(
-    layers: Iterable[FloatArray],
+    layers: Sequence[Sequence[HalfArray]],
     row_bytes: IntArray,
     room: IntArray,
     device: IntArray,
@@ -34,10 +37,10 @@ def choose(
 ) -> list[Selection]:
     """The rows that become composed cells, of each layer int (H, K_l), best first.
 
-    layers: L float arrays (H, T_l) as :func:`competing` gives them, each looked at once; row_bytes: int64 (L,), of a
-    layer's cell; room: int64 (devices,), bytes for composed cells; device: int64 (L,), whose room a layer draws on;
-    per_layer: False where every layer is to keep equally many, or all of its rows where they are fewer; steps,
-    n_beside, at_least: of :func:`~kvcompose_local.composing.budgets.allocate_composites`.
+    layers: of each layer what :func:`competing` gives, in parts, (H, T_l) together; row_bytes: int64 (L,), of a layer's
+    cell; room: int64 (devices,), bytes for composed cells; device: int64 (L,), whose room a layer draws on; per_layer:
+    False where every layer is to keep equally many, or all of its rows where they are fewer; steps, n_beside, at_least:
+    of :func:`~kvcompose_local.composing.budgets.allocate_composites`.
     """
     orders, worths = ranked(layers)
     if per_layer:
@@ -52,61 +55,77 @@ def choose(
 
 def competing(
     scorer: Scorer | None,
-    layer: int,
-    scores: FloatArray | HalfArray,
+    layer: int | None,
+    scores: HalfArray,
     origins: Selection,
     n_seen: int,
     pinned: npt.NDArray[np.bool_],
-) -> FloatArray:
-    """Logarithms by which the rows of a layer compete: float32 (H, T). Pinned tokens get :data:`PINNED`.
+) -> HalfArray:
+    """Logarithms by which the rows of a layer compete: float16 (H, T). Pinned tokens get :data:`PINNED`.
 
-    scores: float (H, T), without age; origins: int (H, T) or (T,), positions of the tokens, below ``n_seen``; pinned:
-    bool (n_seen,); scorer: None where age does not count.
+    scorer: None where age does not count; layer: None for all layers, their heads below each other; scores: float16
+    (H, T), without age; origins: int (H, T) or (T,), positions of the tokens, below ``n_seen``; pinned: bool (n_seen,).
     """
-    result = scores.astype(np.float32)
-    if scorer is not None:
-        result += scorer.ages(layer, origins, n_seen)
-    np.clip(result, *BOUNDS, out=result)
-    if pinned.any():
-        np.copyto(result, np.float32(PINNED), where=pinned.take(origins))
+    result = np.empty(scores.shape, DTYPE)
+    some_pinned = pinned.any()
+
+    def compute(heads: slice) -> None:
+        places = origins if origins.ndim == 1 else origins[heads]
+        logarithms = scores[heads].astype(np.float32)
+        if scorer is not None:
+            logarithms += scorer.ages(layer, places, n_seen, heads)
+        np.clip(logarithms, *BOUNDS, out=logarithms)
+        if some_pinned:
+            np.copyto(logarithms, np.float32(PINNED), where=pinned.take(places))
+        result[heads] = logarithms
+
+    in_parts(compute, [scores.shape[1]] * len(scores))
     return result
 
 
-def ranked(layers: Iterable[FloatArray]) -> tuple[list[Selection], list[FloatArray]]:
+def ranked(layers: Sequence[Sequence[HalfArray]]) -> tuple[list[Selection], list[FloatArray]]:
     """For each layer the rows of its heads, best first: int (H, T), and the worth of each rank: float32 (T,).
 
-    layers: L float arrays (H, T) of logarithms, each looked at once. They are compared as float16; of equal ones the
-    lower row is better. The worth never rises from rank to rank.
+    layers: float16 arrays of logarithms, of each layer in parts, (H, T) together. Of equal ones the lower row is
+    better. The worth never rises from rank to rank.
     """
-    orders, worths = [], []
-    for logarithms in layers:
-        order, roots = _sorted_heads(logarithms.astype(DTYPE))
-        orders.append(order)
-        worths.append(roots.mean(axis=0).astype(np.float32))
-    return orders, worths
+    found = in_parts(lambda some: _ranked(layers[some]), [sum(part.size for part in parts) for parts in layers])
+    orders, worths = zip(*(layer for some in found for layer in some), strict=True)
+    return list(orders), list(worths)
 
 
-def _sorted_heads(halves: HalfArray) -> tuple[Selection, npt.NDArray[np.float64]]:
-    """Of each head the rows, best first, and the roots of their scores: int and float64 (H, T).
+def _ranked(layers: Sequence[Sequence[HalfArray]]) -> list[tuple[Selection, FloatArray]]:
+    """The same of some layers, of each by itself; what is done to all numbers alike is done at once.
 
     A number's place and its row are sorted as one integer: ten times as fast as an argsort of the numbers.
     """
-    n = halves.shape[1]
-    wide, narrow, shift = (np.uint32, np.uint16, 16) if n <= 2**16 else (np.uint64, np.uint32, 32)
-    places, roots = _of_all_halves()
-    both = places.take(halves.view(np.uint16)).astype(wide)
-    both <<= wide(shift)
-    both |= np.arange(n, dtype=wide)
-    both.sort(axis=1)
-    order = both.astype(narrow).astype(np.min_scalar_type(max(n - 1, 0)), copy=False)  # the low half
-    return order, roots.take(both >> wide(shift))
+    shapes = [(len(parts[0]), sum(part.shape[1] for part in parts)) for parts in layers]
+    edges = list(itertools.pairwise([0, *itertools.accumulate(h * n for h, n in shapes)]))
+
+    def by_layer(numbers: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+        return [numbers[start:stop].reshape(shape) for (start, stop), shape in zip(edges, shapes, strict=True)]
+
+    halves = np.empty(edges[-1][1], DTYPE)
+    for parts, joined in zip(layers, by_layer(halves), strict=True):
+        np.concatenate(parts, axis=1, out=joined)
+    widest = max(n for _, n in shapes)
+    wide, narrow, shift = (np.uint32, np.uint16, 16) if widest <= 2**16 else (np.uint64, np.uint32, 32)
+    places, roots = _of_all_halves(wide, shift)
+    both = places.take(halves.view(np.uint16))
+    for numbers in by_layer(both):
+        numbers |= np.arange(numbers.shape[1], dtype=wide)
+        numbers.sort(axis=1)
+    orders = by_layer(both.astype(narrow))  # the low half
+    both >>= wide(shift)
+    worths = [roots.take(numbers).mean(axis=0).astype(np.float32) for numbers in by_layer(both)]
+    return list(zip(orders, worths, strict=True))
 
 
-@lru_cache(maxsize=1)
-def _of_all_halves() -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.float64]]:
+@lru_cache(maxsize=2)
+def _of_all_halves(wide: type, shift: int) -> tuple[npt.NDArray[np.unsignedinteger[Any]], npt.NDArray[np.float64]]:
     """By the bits of a float16: its place, where the largest number has the first one, and +0 and -0 the same.
 
-    By its place: the root of its exponential.
+    Shifted, as integers of a wide type. By its place: the root of its exponential.
     """
     numbers = np.arange(2**16, dtype=np.uint16).view(DTYPE)
     roots = np.zeros(2**16, np.float64)
@@ -114,4 +133,4 @@ def _of_all_halves() -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.float64]]:
         bits = (numbers + DTYPE(0)).view(np.uint16)  # the sum makes one zero of both
         places = np.where(bits & 0x8000, bits, 0x7FFF - bits).astype(np.uint16)
         roots[places] = np.exp(numbers, dtype=np.float32) ** np.float32(0.5)
-    return places, roots
+    return places.astype(wide) << wide(shift), roots

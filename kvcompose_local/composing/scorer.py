@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kvcompose_local.composing.threads import in_parts
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.interfaces import FloatArray, HalfArray, IntArray
 
@@ -94,18 +95,47 @@ class Scorer:
         keys, values: float32 (H, T, D), keys as they were before RoPE, of tokens at positions from ``first`` on. Raises
         InvalidInput for another number of heads or features.
         """
-        return self.placed(layer, products(self.weights[layer], keys, values), first)
+        return self._placed(self.places[layer], products(self.weights[layer], keys, values), first)
 
-    def placed(self, layer: int, sums: FloatArray, first: int) -> FloatArray:
-        """The same of what :func:`products` gives."""
-        places = self.places[layer]
+    def all_scores(self, sums: Sequence[FloatArray], first: int) -> list[HalfArray]:
+        """The same, rounded, of what :func:`products` gives for each layer: L float16 arrays (H, T)."""
+        together, places = np.concatenate(sums), self._all_places
+        n = together.shape[1]
+        result = np.empty(together.shape, DTYPE)
+
+        def compute(heads: slice) -> None:
+            result[heads] = self._placed(places[heads], together[heads], first)
+
+        in_parts(compute, [n] * len(together))
+        return np.split(result, np.cumsum([len(of_layer) for of_layer in sums])[:-1])
+
+    def _placed(self, places: FloatArray, sums: FloatArray, first: int) -> FloatArray:
         positions = _positions(first, sums.shape[1], self.furthest)
-        return np.asarray(np.clip(sums + places[:, 1:2] * positions + places[:, 2:], *BOUNDS), np.float32)
+        result = places[:, 1:2] * positions  # in place from here on: memory takes longer than numbers
+        result += sums
+        result += places[:, 2:]
+        np.clip(result, *BOUNDS, out=result)
+        return result
 
-    def ages(self, layer: int, origins: npt.NDArray[np.integer[Any]], n_seen: int) -> FloatArray:
-        """What age adds: float32 (H, T); origins: int (H, T) or (T,), positions of the tokens, below ``n_seen``."""
+    def ages(
+        self,
+        layer: int | None,
+        origins: npt.NDArray[np.integer[Any]],
+        n_seen: int,
+        heads: slice = slice(None),
+    ) -> FloatArray:
+        """What age adds for some heads of a layer: float32 (H, T).
+
+        layer: None for all layers, their heads below each other; origins: int (H, T) or (T,), positions of the tokens,
+        below ``n_seen``.
+        """
+        places = self._all_places if layer is None else self.places[layer]
         logarithms = _ages(n_seen, self.furthest)  # a table: a logarithm costs more than a look
-        return np.asarray(self.places[layer][:, :1] * logarithms.take(origins), np.float32)
+        return np.multiply(places[heads, :1], logarithms.take(origins), dtype=np.float32)
+
+    @cached_property
+    def _all_places(self) -> FloatArray:
+        return np.concatenate(self.places)
 
 
 @lru_cache(maxsize=1)  # all layers of a compaction ask for the same

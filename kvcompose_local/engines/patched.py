@@ -33,7 +33,7 @@ from kvcompose_local.interfaces import (
 )
 from kvcompose_local.llama_ffi.cells import PerLayerCells, Turn
 from kvcompose_local.llama_ffi.context import Context
-from kvcompose_local.llama_ffi.library import give_small_blocks_back, keep_big_blocks
+from kvcompose_local.llama_ffi.library import give_blocks_back, keep_big_blocks
 from kvcompose_local.llama_ffi.memory import memory_of
 from kvcompose_local.llama_ffi.model import Model
 
@@ -112,8 +112,6 @@ class PatchedEngine(LlamaEngine):
         self.moves_on = self._has_window or model.is_recurrent
         on_host = [self._cells.arena(i).name == b"CPU" for i in range(info.n_arenas)]
         self.row_steps = tuple(1 if host else DEVICE_ROWS for host in on_host)
-        if not all(on_host):
-            keep_big_blocks()
         slack = [
             2 * (ALIGNMENT + DEVICE_PADDING * (not on_host[i])) * sum(x.arena == i for x in layers)
             for i in range(info.n_arenas)
@@ -213,6 +211,7 @@ class PatchedEngine(LlamaEngine):
 
     def live_products(self, weights: Sequence[FloatArray | HalfArray], n: int) -> Sequence[FloatArray]:
         """See :meth:`Engine.live_products`."""
+        keep_big_blocks()  # for the choice that follows
         rows = self.live_rows(n)
         if any(turn.gain for turn in self._turns) or not self._has_values:
             return [products(of_layer, *rows[i]) for i, of_layer in enumerate(weights)]
@@ -230,11 +229,9 @@ class PatchedEngine(LlamaEngine):
             raise InvalidInput(f"cannot keep {n_tail} of {layout.n_live} live cells")
         if len(selection) != len(self.shape.layers):
             raise InvalidInput(f"{len(selection)} selections for {len(self.shape.layers)} layers")
-        for rows, n_composed in zip(selection, layout.composed, strict=True):
+        for rows in selection:
             if rows.ndim != 2:
                 raise InvalidInput(f"a selection is of heads and cells, not {rows.shape}")
-            if rows.size and not 0 <= rows.min() <= rows.max() < n_composed + layout.n_live:
-                raise InvalidInput(f"the selection names rows outside the {n_composed + layout.n_live} of its layer")
         composed = [rows.shape[1] for rows in selection]
         n_live_cap = self._fitting_live_cells(composed, n_tail)
         if checkpoint is not None:
@@ -242,10 +239,12 @@ class PatchedEngine(LlamaEngine):
             n_forgotten = 0
         try:
             self._cells.rewrite(n_live_cap, n_tail, selection, n_forgotten)
-        finally:  # a rewrite that fails half-way leaves the cache empty
+        except BaseException:  # half-way it leaves the cache empty
             self.note_composed()
+            raise
+        self._composed = tuple(composed)
         if max(self.row_steps) == 1:  # what the choice of cells took; its milliseconds are many beside a device
-            give_small_blocks_back()
+            give_blocks_back()
 
     def note_composed(self) -> None:
         """Read how many composed cells each layer has, after the native cache was rewritten."""

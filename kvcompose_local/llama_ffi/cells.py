@@ -123,6 +123,15 @@ def _int32(values: Any) -> Any:
     return np.ascontiguousarray(values, np.int32).ctypes.data_as(_INT32_P)
 
 
+def _as_unsigned(cells: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.integer[Any]]:
+    """Numbers of cells in at most 32 bits; the native side knows which cells there are."""
+    if cells.dtype.kind == "u" and cells.itemsize <= 4:
+        return cells
+    if cells.size and not 0 <= cells.min() <= cells.max() < 2**32:
+        raise InvalidInput("sources are numbers of cells: none is negative, and none beyond 32 bits")
+    return cells.astype(np.uint32)
+
+
 def _addresses(arrays: Sequence[npt.NDArray[Any]]) -> Any:
     """Where arrays are, which must outlive the call."""
     return (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
@@ -188,11 +197,9 @@ class PerLayerCells:
         for i, cells in enumerate(sources):
             if cells.ndim != 2 or len(cells) != self._shapes[i].n_head_kv:
                 raise InvalidInput(f"layer {i} has {self._shapes[i].n_head_kv} KV heads: {cells.shape} are no sources")
-        last = max((int(cells.max()) for cells in sources if cells.size), default=0)
-        if last >= 2**32 or any(cells.dtype.kind != "u" and cells.size and cells.min() < 0 for cells in sources):
-            raise InvalidInput("sources are numbers of cells: none is negative, and none beyond 32 bits")
-        width = np.result_type(np.uint16, np.min_scalar_type(last))
-        arrays = [np.require(cells, width, ["C", "ALIGNED"]) for cells in sources]
+        arrays = [_as_unsigned(cells) for cells in sources]
+        width = np.result_type(np.uint16, *{cells.dtype for cells in arrays})
+        arrays = [np.require(cells, width, ["C", "ALIGNED"]) for cells in arrays]
         self._context.has_logits = False
         counts = _int32([cells.shape[1] for cells in arrays])
         self._call("rewrite", n_live_cap, n_tail, n_forgotten, counts, _addresses(arrays), width.itemsize)

@@ -22,7 +22,8 @@ _LOG_LEVEL_ERROR = 4
 #: (scripts/side-by-side measures it).
 _SPINS = "1000"
 
-#: glibc's numbers of parameters, and the bytes from which a block gets memory of its own: by default, and beside a GPU.
+#: glibc's numbers of parameters, and the bytes from which a block gets memory of its own: by default, and while cells
+#: are chosen.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _BIG_BLOCK, _HUGE_BLOCK = 64 << 10, 32 << 20
 
@@ -44,15 +45,16 @@ def _give_big_blocks_back() -> None:
 def keep_big_blocks() -> None:
     """Let glibc keep the memory of big blocks that are freed: a new one takes NumPy longer than to compute in it.
 
-    For where a compaction's milliseconds count, and the cells are not in the host's memory.
+    For the choice of cells, whose arrays are many. Beside a device, where milliseconds count, it stays so.
     """
     if mallopt := _libc("mallopt"):
         mallopt(_M_MMAP_THRESHOLD, _HUGE_BLOCK)
         mallopt(_M_TRIM_THRESHOLD, 4 * _HUGE_BLOCK)
 
 
-def give_small_blocks_back() -> None:
-    """Return the memory of freed small blocks, which glibc keeps; takes milliseconds."""
+def give_blocks_back() -> None:
+    """Return the memory of freed blocks, which glibc keeps, and of big ones from now on; takes milliseconds."""
+    _give_big_blocks_back()
     if malloc_trim := _libc("malloc_trim"):
         malloc_trim(0)
 

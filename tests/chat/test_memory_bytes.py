@@ -5,12 +5,16 @@ from __future__ import annotations
 import sys
 import tracemalloc
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pytest
 
 from kvcompose_local.arena import UPKEEP_BYTES
 from kvcompose_local.chat.memory import CacheMemory
 from kvcompose_local.chat.state import MemoryState
+from kvcompose_local.composing import threads
+from kvcompose_local.composing.choice import ranked
 from kvcompose_local.composing.policy import Policy
 from kvcompose_local.composing.scorer import DTYPE, Scorer, products
 from kvcompose_local.interfaces import (
@@ -68,7 +72,9 @@ class FullEngine:
         self.composed, self.n_live = tuple(rows.shape[1] for rows in selection), n_tail  # read as it is by llama.cpp
 
 
-def test_a_compaction_needs_little_beside_the_cells() -> None:
+def test_a_compaction_needs_little_beside_the_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_pool", lambda: ThreadPoolExecutor(1))  # each thread chooses some layers' cells
+    ranked([(np.zeros((1, 1), DTYPE),)])  # makes the tables that all compactions use
     engine = FullEngine()
     rng = engine.rng
     weights = tuple(rng.standard_normal((N_KV_HEADS, 2 * HEAD)).astype(DTYPE) for _ in range(N_LAYERS))
@@ -91,4 +97,5 @@ def test_a_compaction_needs_little_beside_the_cells() -> None:
         tracemalloc.stop()
     at_rest = np.dtype(DTYPE).itemsize + np.dtype(np.uint16).itemsize
     assert lasting < 1.05 * at_rest * N_KV_HEADS * rows
-    assert peak < 1.8 * UPKEEP_BYTES * N_KV_HEADS * rows  # beyond it, worths and the choice of the widest layer
+    # beyond it, what cells compete by, worths, and the choice of some layers
+    assert peak < 2.1 * UPKEEP_BYTES * N_KV_HEADS * rows

@@ -6,12 +6,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from kvcompose_local.composing import budgets as composing_budgets
 from kvcompose_local.composing.budgets import allocate_bytes, allocate_composites, allocate_layer_budgets
 from kvcompose_local.errors import InvalidInput
 
 # L=2, H=2, T=3; composite scores by rank: layer 0 has 6, 4, 1, layer 1 has 5, 2, 1
 SCORES = np.array([[[1, 8, 4], [4, 1, 4]], [[9, 0, 2], [2, 1, 1]]], np.float32)
 COARSE = st.integers(-3, 3).map(lambda eighths: eighths / 8)  # exact sums, many ties
+
+
+@pytest.fixture(autouse=True, scope="module", params=[0, composing_budgets._FEW], ids=["searched", "sorted"])
+def few(request):
+    """All tests take both ways to the best ranks: that of many and that of few."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(composing_budgets, "_FEW", request.param)
+        yield
 
 
 @st.composite

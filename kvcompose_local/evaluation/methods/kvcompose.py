@@ -14,25 +14,25 @@ from kvcompose_local.composing.scores import token_scores
 from kvcompose_local.composing.selection import select_composites
 from kvcompose_local.evaluation.methods import method
 from kvcompose_local.evaluation.statistics import Statistics
-from kvcompose_local.interfaces import FloatArray, HalfArray, Selection
+from kvcompose_local.interfaces import HalfArray, Selection
 
 #: The program by a profile that does not know the kind of text.
 LEFT_OUT = "left-out"
 
 
-def as_the_program(stats: Statistics, scorer: Scorer | None, scores: Sequence[HalfArray]) -> list[FloatArray]:
-    """Logarithms by which cells compete in a chat: L float32 arrays (H, T). The newest tokens stay, like a tail."""
+def as_the_program(stats: Statistics, scorer: Scorer | None, scores: Sequence[HalfArray]) -> list[HalfArray]:
+    """Logarithms by which cells compete in a chat: L float16 arrays (H, T). The newest tokens stay, like a tail."""
     positions = np.arange(stats.n_tokens)
     newest = positions >= stats.n_tokens - LEAST_TAIL
     return [competing(scorer, i, rows, positions, stats.n_tokens, newest) for i, rows in enumerate(scores)]
 
 
-def chosen(stats: Statistics, scores: Sequence[FloatArray], n_cells: int, *, per_layer: bool = True) -> list[Selection]:
+def chosen(stats: Statistics, scores: Sequence[HalfArray], n_cells: int, *, per_layer: bool = True) -> list[Selection]:
     """Composite tokens as the program chooses them, in the bytes of ``n_cells`` cells of all layers' mean size."""
     shape = stats.engine.shape
     row_bytes = np.array([layer.row_bytes for layer in shape.layers], np.int64)
     room = np.array([n_cells * shape.row_bytes // len(row_bytes)], np.int64)
-    return choose(scores, row_bytes, room, np.zeros_like(row_bytes), per_layer=per_layer)
+    return choose([(rows,) for rows in scores], row_bytes, room, np.zeros_like(row_bytes), per_layer=per_layer)
 
 
 @method("published")
