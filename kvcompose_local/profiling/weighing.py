@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from kvcompose_local.composing.choice import choose, competing
 from kvcompose_local.composing.policy import LEAST_TAIL
-from kvcompose_local.composing.scorer import Scorer
+from kvcompose_local.composing.scorer import DTYPE, Scorer
 from kvcompose_local.engines.patched import PatchedEngine
 from kvcompose_local.evaluation.harness import kl_divergence
 from kvcompose_local.interfaces import FloatArray, Selection
@@ -46,13 +46,11 @@ def losses(engine: PatchedEngine, file: Path, scorer: Scorer) -> Losses:
     seen, shape = observed(file), engine.shape
     n = seen.n_tokens - LEAST_TAIL
     nothing = np.zeros(seen.n_tokens, np.bool_)
-    logarithms = [
-        competing(scorer, i, scorer.scores(i, seen.keys[i], seen.values[i], 0), np.arange(n), seen.n_tokens, nothing)
-        for i in range(len(shape.layers))
-    ]
+    scores = [scorer.scores(i, seen.keys[i], seen.values[i], 0).astype(DTYPE) for i in range(len(shape.layers))]
+    logarithms = [competing(scorer, i, of, np.arange(n), seen.n_tokens, nothing) for i, of in enumerate(scores)]
     row_bytes = np.array([layer.row_bytes for layer in shape.layers], np.int64)
     room = np.array([int(_KEEP * n) * shape.row_bytes], np.int64)
-    chosen = choose(logarithms, row_bytes, room, np.zeros_like(row_bytes))
+    chosen = choose([(of_layer,) for of_layer in logarithms], row_bytes, room, np.zeros_like(row_bytes))
     all_rows: list[Selection] = [np.tile(np.arange(n), (len(rows), 1)) for rows in chosen]
     engine.clear()
     engine.decode(seen.tokens)
