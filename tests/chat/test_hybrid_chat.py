@@ -140,7 +140,7 @@ def test_a_disturbed_chat_goes_on_as_one_that_never_was(arch: str, tmp_path: Pat
     assert talk.rebuilt == [], "nothing was read again"
     assert same_compactions == compactions
     assert same_tokens == tokens
-    # A window comes back in another order of its cells, and so of sums; of two cells whose scores differ by the rounding
-    # of such a sum either may stay. A state that is a token off is off by a tenth and more.
+    # A window comes back in another order of its cells, and so of sums; of two cells whose scores differ by rounding
+    # either may stay. A state that is a token off is off by a tenth and more.
     np.testing.assert_allclose(same_logits, logits, atol=1e-2 * logits.std())
     print(arch, f"{len(compactions)} compactions, {len(tokens)} tokens", talk.done, np.abs(same_logits - logits).max())
