@@ -19,7 +19,7 @@ from kvcompose_local.interfaces import FloatArray, Progress
 #: The ridge per unit of the features' variance.
 RIDGE = 0.003
 #: The most of Newton's steps, of which five to ten are taken; what the next one must promise; the least share of one.
-_STEPS, _SMALL_GAIN, _SMALLEST_SHARE = 30, 1e-6, 1e-6
+_STEPS, _SMALL_GAIN, _SMALLEST_SHARE = 30, 1e-5, 1e-4
 #: Beyond it, exponentials that are tried would overflow.
 _LARGEST_LOGARITHM = np.float32(30)
 #: The power of a question's attention whose mean a scorer is fitted to.
@@ -121,8 +121,10 @@ def poisson(features: FloatArray, counts: FloatArray, ridge: float) -> npt.NDArr
         if gain < _SMALL_GAIN:
             break
         share = 1.0
-        while (found := expected(b + share * step))[1] > loss - share * gain / 10 and share > _SMALLEST_SHARE:
+        while (found := expected(b + share * step))[1] > loss - share * gain / 10:
             share /= 2
+            if share < _SMALLEST_SHARE:  # what is left to gain is less than what float32 rounds
+                return b
         b += share * step
         means, loss = found
     return b
