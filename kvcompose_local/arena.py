@@ -100,8 +100,8 @@ def default_cache_type(
 def cells_bought(n_ctx: int, budget: float, cache_type: str, token: TokenShape) -> int:
     """Cells that ``budget`` of the bytes of ``n_ctx`` F16 cells buys.
 
-    Cells beyond the first 2,048 also pay for what a compaction takes beside them. Where cells are few, rounding to
-    llama.cpp's padding leaves as much unused already.
+    Cells beyond the first 2,048 also pay for half of the most that a compaction takes beside them, which it takes for
+    milliseconds. Where cells are few, rounding to llama.cpp's padding leaves as much unused already.
     """
     share = share_of_f16(cache_type, token.k_size, token.v_size)
     token_bytes = VALUE_TYPES["f16"].n_bytes * (token.k_size + token.v_size)  # of one head

@@ -250,6 +250,8 @@ class CacheMemory:
         with self._emptied_on_failure(before):
             self.engine.rewrite(selection, n_tail)
             self._scores.keep(selection, live, before.position - before.n_live)
+            if max(self.engine.row_steps) == 1:  # no device reads on meanwhile
+                self._scores.settle()
         after = self.engine.layout()
         return CompactionReport(
             tokens_seen=after.position,

@@ -85,11 +85,12 @@ def profile_command(
         )
         whole_blocks, one_type = has_whole_blocks(engine.model), engine.model.one_type or gpu_layers > 0
         types = (QUANTIZED_ALIKE,) if one_type else (QUANTIZED, QUANTIZED_ALIKE)
-        beside = {}
-        for kind in types if whole_blocks else ():
-            beside[kind] = engine_beside(engine, room_for(length), kind, n_threads=n_threads or default_threads())
-            stack.callback(beside[kind].close_context)
-        measure.watch(engine, measurement, beside=beside, progress=progress)
+        with ExitStack() as compared:
+            beside = {}
+            for kind in types if whole_blocks else ():
+                beside[kind] = engine_beside(engine, room_for(length), kind, n_threads=n_threads or default_threads())
+                compared.callback(beside[kind].close_context)
+            measure.watch(engine, measurement, beside=beside, progress=progress)
         fit = measure.fitted(measurement, progress=progress)
         lost = measure.lost(engine, measurement, fit, progress=progress)
     profile, others = measure.weighed(fit, lost), {}

@@ -33,7 +33,7 @@ from kvcompose_local.interfaces import (
 )
 from kvcompose_local.llama_ffi.cells import PerLayerCells, Turn
 from kvcompose_local.llama_ffi.context import Context
-from kvcompose_local.llama_ffi.library import give_blocks_back, keep_big_blocks
+from kvcompose_local.llama_ffi.library import give_small_blocks_back, keep_big_blocks
 from kvcompose_local.llama_ffi.memory import memory_of
 from kvcompose_local.llama_ffi.model import Model
 
@@ -112,6 +112,8 @@ class PatchedEngine(LlamaEngine):
         self.moves_on = self._has_window or model.is_recurrent
         on_host = [self._cells.arena(i).name == b"CPU" for i in range(info.n_arenas)]
         self.row_steps = tuple(1 if host else DEVICE_ROWS for host in on_host)
+        if not all(on_host):
+            keep_big_blocks()
         slack = [
             2 * (ALIGNMENT + DEVICE_PADDING * (not on_host[i])) * sum(x.arena == i for x in layers)
             for i in range(info.n_arenas)
@@ -211,7 +213,6 @@ class PatchedEngine(LlamaEngine):
 
     def live_products(self, weights: Sequence[FloatArray | HalfArray], n: int) -> Sequence[FloatArray]:
         """See :meth:`Engine.live_products`."""
-        keep_big_blocks()  # for the choice that follows
         rows = self.live_rows(n)
         if any(turn.gain for turn in self._turns) or not self._has_values:
             return [products(of_layer, *rows[i]) for i, of_layer in enumerate(weights)]
@@ -244,7 +245,7 @@ class PatchedEngine(LlamaEngine):
             raise
         self._composed = tuple(composed)
         if max(self.row_steps) == 1:  # what the choice of cells took; its milliseconds are many beside a device
-            give_blocks_back()
+            give_small_blocks_back()
 
     def note_composed(self) -> None:
         """Read how many composed cells each layer has, after the native cache was rewritten."""

@@ -110,7 +110,7 @@ _kvc = {
 #: Types that gguf takes apart block by block.
 _BLOCKS = frozenset({"Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"})
 _kvc_last_error = bind("llama_kvc_last_error", ctypes.c_char_p)
-_KVC_UNSUPPORTED, _KVC_NO_SPACE = -2, -3
+_KVC_INVALID, _KVC_UNSUPPORTED, _KVC_NO_SPACE = -1, -2, -3
 
 
 def library_is_patched() -> bool:
@@ -154,7 +154,8 @@ class PerLayerCells:
         status = _kvc[name](self._context._ctx, *arguments)
         if status != 0:
             reason = _kvc_last_error().decode("utf-8", "replace")
-            kind = {_KVC_NO_SPACE: ContextFull, _KVC_UNSUPPORTED: ModelError}.get(status, EngineError)
+            kinds = {_KVC_INVALID: InvalidInput, _KVC_NO_SPACE: ContextFull, _KVC_UNSUPPORTED: ModelError}
+            kind = kinds.get(status, EngineError)
             raise kind(f"llama_kvc_{name} failed: {reason}")
 
     def info(self) -> Any:

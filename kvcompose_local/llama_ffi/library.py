@@ -22,8 +22,7 @@ _LOG_LEVEL_ERROR = 4
 #: (scripts/side-by-side measures it).
 _SPINS = "1000"
 
-#: glibc's numbers of parameters, and the bytes from which a block gets memory of its own: by default, and while cells
-#: are chosen.
+#: glibc's numbers of parameters, and the bytes from which a block gets memory of its own: by default, and beside a GPU.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _BIG_BLOCK, _HUGE_BLOCK = 64 << 10, 32 << 20
 
@@ -45,16 +44,15 @@ def _give_big_blocks_back() -> None:
 def keep_big_blocks() -> None:
     """Let glibc keep the memory of big blocks that are freed: a new one takes NumPy longer than to compute in it.
 
-    For the choice of cells, whose arrays are many. Beside a device, where milliseconds count, it stays so.
+    For where a compaction's milliseconds count, and the cells are not in the host's memory.
     """
     if mallopt := _libc("mallopt"):
         mallopt(_M_MMAP_THRESHOLD, _HUGE_BLOCK)
         mallopt(_M_TRIM_THRESHOLD, 4 * _HUGE_BLOCK)
 
 
-def give_blocks_back() -> None:
-    """Return the memory of freed blocks, which glibc keeps, and of big ones from now on; takes milliseconds."""
-    _give_big_blocks_back()
+def give_small_blocks_back() -> None:
+    """Return the memory of freed small blocks, which glibc keeps; takes milliseconds."""
     if malloc_trim := _libc("malloc_trim"):
         malloc_trim(0)
 

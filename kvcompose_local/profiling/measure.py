@@ -195,13 +195,19 @@ def lost(
 ) -> list[tuple[str, Losses]]:
     """Kinds of text, and what the profile's choice of cells loses of a text of each; engine: as :func:`watch` has it.
 
-    Measured once, by the profile that knows all kinds, whichever kind :func:`weighed` leaves out.
+    Measured once, by the profile that knows all kinds, whichever kind :func:`weighed` leaves out. What an earlier call
+    measured of the same profile is read from the observations' folder.
     """
     texts = [*zip(measurement.items, measurement.files, strict=True)][:N_WEIGHED]
     found = []
     for number, (item, file) in enumerate(texts):
-        progress(number, len(texts), "texts again")
-        found.append((item.task, losses(engine, file, profile.scorer)))
+        kept = file.with_suffix(f".{profile.scorer.digest}")
+        if not kept.exists():
+            progress(number, len(texts), "texts again")
+            part = file.with_suffix(".part")
+            part.write_text(losses(engine, file, profile.scorer).dump())
+            part.replace(kept)
+        found.append((item.task, Losses.read(kept.read_text())))
     progress(len(texts), len(texts), "texts again")
     return found
 

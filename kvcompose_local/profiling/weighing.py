@@ -8,6 +8,7 @@ Axes: layer L, text X.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from kvcompose_local.profiling.observing import log_probs, observed
 _KEEP = 0.1
 #: The share of a weight's logarithm that counts: the rest would be noise of some twenty answers.
 _TRUSTED = 0.5
-#: Nats a token; less costs nothing.
+#: Less than so many nats a token, or so much attention, counts as that much.
 _LEAST = 1e-5
 
 
@@ -39,6 +40,15 @@ class Losses:
 
     kl: npt.NDArray[np.float64]
     attention: npt.NDArray[np.float64]
+
+    def dump(self) -> str:
+        """As a file's text."""
+        return json.dumps({"kl": self.kl.tolist(), "attention": self.attention.tolist()})
+
+    @classmethod
+    def read(cls, text: str) -> Losses:
+        """What :meth:`dump` gave."""
+        return cls(**{name: np.array(numbers) for name, numbers in json.loads(text).items()})
 
 
 def losses(engine: PatchedEngine, file: Path, scorer: Scorer) -> Losses:
@@ -73,8 +83,8 @@ def losses(engine: PatchedEngine, file: Path, scorer: Scorer) -> Losses:
 
 def layer_weights(texts: Sequence[Losses]) -> npt.NDArray[np.float64]:
     """Logarithms of what attention is worth in each layer, 0 on average: float64 (L,). All texts count alike."""
-    kl = np.stack([np.maximum(text.kl, 0) + _LEAST for text in texts])
-    attention = np.stack([text.attention + _LEAST for text in texts])
+    kl = np.stack([np.maximum(text.kl, _LEAST) for text in texts])
+    attention = np.stack([np.maximum(text.attention, _LEAST) for text in texts])
     worth = np.log(_shares(kl).mean(axis=0) / _shares(attention).mean(axis=0))
     return np.asarray(_TRUSTED * (worth - worth.mean()))
 

@@ -55,6 +55,10 @@ def test_a_measurement_goes_on_where_it_was_stopped(
         assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
         plain = fitted(measurement)
         losses = lost(engine, measurement, plain)
+        times = {path: path.stat().st_mtime_ns for path in measurement.files[0].parent.iterdir()}
+        again = lost(engine, measurement, plain)  # an earlier call's
+        assert {path: path.stat().st_mtime_ns for path in measurement.files[0].parent.iterdir()} == times
+        assert [of.kl.tolist() for _, of in again] == [of.kl.tolist() for _, of in losses]
     profile = weighed(plain, losses)
     assert (profile.n_texts, profile.kinds) == (3, "own,logs")
     assert [kind for kind, _ in losses] == ["own", "logs", "logs"]
