@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 
 import numpy as np
@@ -22,6 +24,17 @@ def test_parts_follow_each_other_and_are_all(monkeypatch: pytest.MonkeyPatch) ->
         assert [i for part, _ in parts for i in range(len(sizes))[part]] == [*range(len(sizes))]
         is_main = [thread is threading.main_thread() for _, thread in parts]
         assert is_main == [sum(sizes) < 20] * len(parts)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks here")
+def test_a_child_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "PART", 10)
+    n_parts = len(in_parts(lambda part: part, [4] * 9))
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)  # it would wait for threads that it has not
+        os._exit(len(in_parts(lambda part: part, [4] * 9)) != n_parts)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def plainly(
