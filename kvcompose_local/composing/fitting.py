@@ -118,8 +118,8 @@ def poisson(features: FloatArray, counts: FloatArray, ridge: float) -> npt.NDArr
         curvature = (features * means[:, None]).T @ features / total + held
         step = np.linalg.solve(curvature, slope)
         gain = float(slope @ step)
-        if gain < _SMALL_GAIN:
-            break
+        if gain < _SMALL_GAIN:  # the last step goes to the end, so that rounding does not tell where it was begun
+            return np.asarray(b + step)
         share = 1.0
         while (found := expected(b + share * step))[1] > loss - share * gain / 10:
             share /= 2

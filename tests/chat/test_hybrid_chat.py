@@ -131,16 +131,17 @@ def test_a_disturbed_chat_goes_on_as_one_that_never_was(arch: str, tmp_path: Pat
         talk.run(disturbed=disturbed)
         answer = talk.chat.ask("And then?", max_tokens=50)
         "".join(answer)
-        compactions = [(report.tokens_seen, report.composed) for report in talk.compactions]
-        found.append((talk.chat.transcript.tokens, compactions, talk.engine.logits()))
+        found.append((talk.chat.transcript.tokens, talk.compactions, talk.engine.logits()))
         talk.engine.close()
     (tokens, compactions, logits), (same_tokens, same_compactions, same_logits) = found
     assert set(talk.done) == {"undo", "regen", "stopped", "stopped_reading", "undo_twice", "saved"}
     assert len(compactions) >= 5
     assert talk.rebuilt == [], "nothing was read again"
-    assert same_compactions == compactions
     assert same_tokens == tokens
-    # A window comes back in another order of its cells, and so of sums; of two cells whose scores differ by rounding
-    # either may stay. A state that is a token off is off by a tenth and more.
+    assert [report.tokens_seen for report in same_compactions] == [report.tokens_seen for report in compactions]
+    # What was taken back was read in pieces, and a window's cells come back in another order: sums differ by rounding. Of
+    # two cells whose scores differ by less either may stay. A state that is a token off is off by a tenth and more.
+    for report, same in zip(compactions, same_compactions, strict=True):
+        np.testing.assert_allclose(same.composed, report.composed, atol=2)
     np.testing.assert_allclose(same_logits, logits, atol=1e-2 * logits.std())
     print(arch, f"{len(compactions)} compactions, {len(tokens)} tokens", talk.done, np.abs(same_logits - logits).max())
