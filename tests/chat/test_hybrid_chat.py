@@ -139,8 +139,8 @@ def test_a_disturbed_chat_goes_on_as_one_that_never_was(arch: str, tmp_path: Pat
     assert talk.rebuilt == [], "nothing was read again"
     assert same_tokens == tokens
     assert [report.tokens_seen for report in same_compactions] == [report.tokens_seen for report in compactions]
-    # What was taken back was read in pieces, and a window's cells come back in another order: sums differ by rounding. Of
-    # two cells whose scores differ by less either may stay. A state that is a token off is off by a tenth and more.
+    # What was taken back was read in pieces, a window's cells come back in another order: sums are rounded otherwise.
+    # Of two cells whose scores differ by less either stays. A state that is a token off is off by a tenth and more.
     for report, same in zip(compactions, same_compactions, strict=True):
         np.testing.assert_allclose(same.composed, report.composed, atol=2)
     np.testing.assert_allclose(same_logits, logits, atol=1e-2 * logits.std())
