@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from kvcompose_local.composing.choice import choose, competing
+from kvcompose_local.composing.choice import competing
 from kvcompose_local.composing.policy import LEAST_TAIL
 from kvcompose_local.composing.scorer import DTYPE, Scorer
 from kvcompose_local.engines.patched import PatchedEngine
 from kvcompose_local.evaluation.harness import kl_divergence
+from kvcompose_local.evaluation.methods.kvcompose import chosen
 from kvcompose_local.interfaces import FloatArray, Selection
 from kvcompose_local.profiling.observing import log_probs, observed
 
@@ -58,10 +59,8 @@ def losses(engine: PatchedEngine, file: Path, scorer: Scorer) -> Losses:
     nothing = np.zeros(seen.n_tokens, np.bool_)
     scores = [scorer.scores(i, seen.keys[i], seen.values[i], 0).astype(DTYPE) for i in range(len(shape.layers))]
     logarithms = [competing(scorer, i, of, np.arange(n), seen.n_tokens, nothing) for i, of in enumerate(scores)]
-    row_bytes = np.array([layer.row_bytes for layer in shape.layers], np.int64)
-    room = np.array([int(_KEEP * n) * shape.row_bytes], np.int64)
-    chosen = choose([(of_layer,) for of_layer in logarithms], row_bytes, room, np.zeros_like(row_bytes))
-    all_rows: list[Selection] = [np.tile(np.arange(n), (len(rows), 1)) for rows in chosen]
+    kept = chosen(shape, logarithms, int(_KEEP * n) * len(shape.layers))
+    all_rows: list[Selection] = [np.tile(np.arange(n), (len(rows), 1)) for rows in kept]
     engine.clear()
     engine.decode(seen.tokens)
     cells = engine.snapshot()
@@ -73,7 +72,7 @@ def losses(engine: PatchedEngine, file: Path, scorer: Scorer) -> Losses:
 
     whole = answered(all_rows)
     kl, attention = [], []
-    for i, rows in enumerate(chosen):
+    for i, rows in enumerate(kept):
         kl.append(float(kl_divergence(whole, answered([*all_rows[:i], rows, *all_rows[i + 1 :]])).mean()))
         expected = np.exp(logarithms[i].astype(np.float64))
         attention.append(expected.sum() - np.take_along_axis(expected, rows.astype(np.int64), axis=1).sum())

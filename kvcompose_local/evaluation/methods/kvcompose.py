@@ -14,7 +14,7 @@ from kvcompose_local.composing.scores import token_scores
 from kvcompose_local.composing.selection import select_composites
 from kvcompose_local.evaluation.methods import method
 from kvcompose_local.evaluation.statistics import Statistics
-from kvcompose_local.interfaces import HalfArray, Selection
+from kvcompose_local.interfaces import HalfArray, ModelShape, Selection
 
 #: The program by a profile that does not know the kind of text.
 LEFT_OUT = "left-out"
@@ -27,9 +27,8 @@ def as_the_program(stats: Statistics, scorer: Scorer | None, scores: Sequence[Ha
     return [competing(scorer, i, rows, positions, stats.n_tokens, newest) for i, rows in enumerate(scores)]
 
 
-def chosen(stats: Statistics, scores: Sequence[HalfArray], n_cells: int, *, per_layer: bool = True) -> list[Selection]:
+def chosen(shape: ModelShape, scores: Sequence[HalfArray], n_cells: int, *, per_layer: bool = True) -> list[Selection]:
     """Composite tokens as the program chooses them, in the bytes of ``n_cells`` cells of all layers' mean size."""
-    shape = stats.engine.shape
     row_bytes = np.array([layer.row_bytes for layer in shape.layers], np.int64)
     room = np.array([n_cells * shape.row_bytes // len(row_bytes)], np.int64)
     return choose([(rows,) for rows in scores], row_bytes, room, np.zeros_like(row_bytes), per_layer=per_layer)
@@ -46,22 +45,22 @@ def published(stats: Statistics, n_cells: int) -> list[Selection]:
 @method("replay")
 def replay(stats: Statistics, n_cells: int) -> list[Selection]:
     """The program with ``--scoring replay``."""
-    return chosen(stats, as_the_program(stats, None, stats.replay), n_cells)
+    return chosen(stats.engine.shape, as_the_program(stats, None, stats.replay), n_cells)
 
 
 @method("kvcompose-local")
 def ours(stats: Statistics, n_cells: int) -> list[Selection]:
     """The program."""
-    return chosen(stats, as_the_program(stats, *stats.cells), n_cells)
+    return chosen(stats.engine.shape, as_the_program(stats, *stats.cells), n_cells)
 
 
 @method(LEFT_OUT)
 def left_out(stats: Statistics, n_cells: int) -> list[Selection]:
     """The program with a profile that was fitted to no text of this kind."""
-    return chosen(stats, as_the_program(stats, *stats.unseen), n_cells)
+    return chosen(stats.engine.shape, as_the_program(stats, *stats.unseen), n_cells)
 
 
 @method("uniform")
 def uniform(stats: Statistics, n_cells: int) -> list[Selection]:
     """The program, with equally many cells in every layer."""
-    return chosen(stats, as_the_program(stats, *stats.cells), n_cells, per_layer=False)
+    return chosen(stats.engine.shape, as_the_program(stats, *stats.cells), n_cells, per_layer=False)
