@@ -109,6 +109,11 @@ _OWN: Mapping[str, Mapping[str, Value]] = {
     "llama-embed": {"attention.causal": False},
     "minicpm3": {"rope.dimension_count": 64},
     "qwen3": {"attention.head_count": 4, "attention.head_count_kv": 1},
+    "deci": {  # a layer without attention, and one whose attention is a matrix
+        "block_count": 4,
+        "attention.head_count": [_N_HEADS, 0, _N_HEADS, _N_HEADS],
+        "attention.head_count_kv": [_N_HEADS, 0, 0, _N_HEADS],
+    },
     "muse-glimmer": {"attention.head_count": 4, "attention.sliding_window_pattern": _ALTERNATING},
     "afmoe": {"attention.head_count": 4},
     "hrm_text": {"block_count": 6, "hrm.layers_per_stack": 1, "hrm.h_cycles": 2, "hrm.l_cycles": 2},

@@ -22,8 +22,12 @@ DIFFERING = [
     ("openelm", (4, 4, 4, 4), (1, 2, 4, 1), "4 query heads, 1-4 KV heads"),
     ("deci", (8, 2, 4), (2, 2, 1), "2-8 query heads, 1-2 KV heads"),
 ]
-#: Without attention, and with a linear one that keeps no cells.
-WITHOUT = [("deci", (4, 0, 4, 8), (2, 0, 1, 2)), ("deci", (4, 4, 8), (2, 0, 2))]
+#: Layers without attention, and with a linear one that keeps no cells; which ones are composed.
+WITHOUT = [
+    ("deci", (4, 0, 4, 8), (2, 0, 1, 2), [0, 2, 3]),
+    ("deci", (4, 4, 8), (2, 0, 2), [0, 2]),
+    ("deci", (4, 8, 0), (2, 2, 0), [0, 1]),
+]
 
 
 def model_of(tiny_model: Callable[..., Path], arch: str, heads: tuple[int, ...], kv_heads: tuple[int, ...]) -> Path:
@@ -50,21 +54,49 @@ def test_each_layer_has_its_heads(
             assert np.isfinite(engine.logits()).all()
 
 
-@pytest.mark.parametrize(("arch", "heads", "kv_heads"), WITHOUT)
-def test_layers_without_attention_run_uncompressed(
-    tiny_model: Callable[..., Path], arch: str, heads: tuple[int, ...], kv_heads: tuple[int, ...]
+@pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
+@pytest.mark.parametrize(("arch", "heads", "kv_heads", "composed"), WITHOUT)
+def test_layers_without_cells_are_left_out(
+    tiny_model: Callable[..., Path],
+    arch: str,
+    heads: tuple[int, ...],
+    kv_heads: tuple[int, ...],
+    composed: list[int],
 ) -> None:
     path = model_of(tiny_model, arch, heads, kv_heads)
-    assert inspect(path).text().endswith("Only --budget 1: layer 1 has no attention.")
-    engine, _ = open_engine(path, n_ctx=512, budget=1, n_threads=1)
+    found = inspect(path)
+    assert found.n_values == sum(kv_heads) * 2 * 32
+    assert "Only --budget 1" not in found.text()
+    for budget in (1.0, 0.25):
+        engine, positions = open_engine(path, n_ctx=1024, budget=budget, n_threads=1)
+        with engine:
+            assert [layer.index for layer in engine.shape.layers] == composed
+            assert engine.shape.uncompressed_row_bytes == 2 * found.n_values
+            memory = CacheMemory(engine, positions, compose=budget < 1)
+            memory.feed(TOKENS)
+            assert bool(memory.reports) == (budget < 1)
+            saved = memory.state()
+            engine.decode(TOKENS[:1])
+            expected = engine.logits().copy()
+            memory.restore(saved)
+            engine.decode(TOKENS[:1])
+            assert np.array_equal(engine.logits(), expected)
+            memory.rewind(600)
+            assert memory.position == 600
+
+
+def test_the_stock_engine_reads_layers_without_cells_and_saves_none(tiny_model: Callable[..., Path]) -> None:
+    arch, heads, kv_heads, _ = WITHOUT[0]
+    path = model_of(tiny_model, arch, heads, kv_heads)
+    engine, _ = open_engine(path, n_ctx=512, budget=1, n_threads=1, engine_name="stock")
     with engine:
         engine.decode(TOKENS[:100])
         assert np.isfinite(engine.logits()).all()
         assert engine.shape.row_bytes == sum(kv_heads) * 2 * 32 * 2
         with pytest.raises(ModelError, match="have no attention, which cannot be saved"):
             engine.snapshot()
-    with pytest.raises(ModelError, match="budget 1"):
-        open_engine(path, n_ctx=1024, budget=0.5, n_threads=1)
+    with pytest.raises(ModelError, match="differ in heads"):
+        open_engine(path, n_ctx=1024, budget=0.5, n_threads=1, cache_type="f16", engine_name="stock")
 
 
 def test_the_stock_engine_refuses_differing_layers_below_budget_1(tiny_model: Callable[..., Path]) -> None:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from hybrid_shapes import HYBRIDS
-from random_models import N_VOCAB, RandomModel, Shape
+from random_models import N_FF, N_VOCAB, RandomModel, Shape
 
 from kvcompose_local.architectures.trial import BUDGET, Length, chat
 
@@ -107,6 +107,20 @@ SHAPES = (
     ),
     _narrow(Shape("OLMo 2 1B", "olmo2", 16, 16, 16, 128)),
     _narrow(Shape("OLMo 2 7B", "olmo2", 32, 32, 32, 128)),
+    Shape(
+        "Llama 3.3 Nemotron Super 49B",
+        "deci",
+        80,
+        64,
+        8,
+        128,
+        {
+            "attention.head_count": [64, 64, 0, 64, 0] * 16,
+            "attention.head_count_kv": [8, 8, 0, 8, 0] * 16,
+            "feed_forward_length": [N_FF] * 80,
+        },
+        note="which layers have no attention is made up",
+    ),
     *HYBRIDS,
 )
 
