@@ -119,7 +119,7 @@ class CacheMemory:
         while done < len(tokens):
             room = self._room()
             if room <= 0:
-                self._compact()
+                self.compact()
                 room = self._room()
                 if room <= 0:
                     raise ContextFull("compaction cannot make room: raise --ctx or --budget")
@@ -169,12 +169,6 @@ class CacheMemory:
 
         Returns None when there is nothing to compose. The logits are gone afterwards.
         """
-        report = self._compact(keep)
-        self._scores.settle()
-        return report
-
-    def _compact(self, keep: float | None = None) -> CompactionReport | None:
-        """The same, but the scores of the cells are not settled yet."""
         if keep is not None and not 0 < keep <= 1:
             raise InvalidInput(f"keep a share in (0, 1], not {keep}")
         if not self.compose:
