@@ -47,20 +47,19 @@ def fit(
     *,
     ridge: float = RIDGE,
     power: float = 1.0,
-    places: bool = True,
     progress: Progress = lambda _done, _total: None,
 ) -> Scorer:
     """The scorer that makes most likely what questions looked at in these texts.
 
-    power: which power of the attention ``looked`` is the mean of; places: whether age and position count; progress gets
-    (layers done, in all). A head that no question looked at gets the lowest score everywhere.
+    power: which power of the attention ``looked`` is the mean of; progress gets (layers done, in all). A head that no
+    question looked at gets the lowest score everywhere.
     """
     n_layers = len(texts[0].keys)
     weights, of_places = [], []
     for layer in range(n_layers):
         progress(layer, n_layers)
         features = np.concatenate([features_of(text.keys[layer], text.values[layer]) for text in texts], axis=1)
-        place = np.concatenate([_places_of(text, layer) for text in texts]) * np.float32(places)
+        place = np.concatenate([_places_of(text, layer) for text in texts])
         looked = np.concatenate([text.looked[layer] for text in texts], axis=1)
         found = np.stack([_fitted(*of_head, place, ridge) for of_head in zip(features, looked, strict=True)]) / power
         found[looked.sum(axis=1) <= 0, -1] = BOUNDS[0]
