@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -148,6 +149,8 @@ def eval_command(model: str | None, request: EvalRequest) -> None:
     status = Status(sys.stderr)
     path = fetched(model, status)
     output = request.output or Path(f"{path.stem}.eval.jsonl")
+    if not os.access(output.resolve().parent, os.W_OK):  # before minutes of work
+        raise InvalidInput(f"cannot write to {output.resolve().parent}: make the folder, or give another path")
     n_cells = room_for(request.length, whole_replay=any(name.startswith("published") for name in request.methods))
     with open_uncompressed(path, request.length, n_cells, request.n_threads, request.gpu_layers) as engine:
         trials = Trials.of(request, engine.model)

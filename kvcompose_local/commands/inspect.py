@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 import click
 
 from kvcompose_local import profiles
-from kvcompose_local.arena import CELL_PADDING, DEFAULT_CTX, TokenShape, cells_for, default_cache_type, share_of_f16
+from kvcompose_local.arena import (
+    CELL_PADDING,
+    DEFAULT_CTX,
+    TokenShape,
+    cells_for,
+    default_cache_type,
+    padded,
+    share_of_f16,
+)
 from kvcompose_local.commands.opening import fetched
 from kvcompose_local.commands.options import cache_type_option, model_argument
 from kvcompose_local.errors import InvalidInput, ModelError
@@ -90,7 +98,8 @@ class Inspection:
     def text(self) -> str:
         """For people."""
         beside = any(self.beside_bytes(budget) for budget in self.memories)
-        token_bytes = self.kv_bytes(1) / max(self.n_cells(1), 1)
+        memory = self.memories.get(1.0)
+        token_bytes = memory.attention_bytes / padded(self.n_ctx) if memory else self.row_bytes(1)
         lines = [
             f"{self.name} ({self.architecture}): {self.n_layers} layers, {self.n_heads} query heads, "
             f"{self.n_kv_heads} KV heads, trained for {self.n_ctx_train} positions",

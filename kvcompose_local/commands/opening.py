@@ -81,6 +81,8 @@ def open_chat(
             load=load or Model,
         )
     with local:
+        if interrupts.requested:  # after anybody had looked at it
+            raise KeyboardInterrupt
         if local.memory.engine.name == "stock" and options.budget < 1:
             status.line(
                 "stock engine: every layer keeps equally many cells, which forgets more than it must; "

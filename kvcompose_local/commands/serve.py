@@ -116,6 +116,7 @@ def serve_command(
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise KVComposeError(f"serving needs {error.name}: pip install 'kvcompose-local[server]'") from error
+    from kvcompose_local.install.models import DEFAULT_MODEL
     from kvcompose_local.server.app import application
     from kvcompose_local.server.guard import Access, is_loopback
     from kvcompose_local.server.hosted import Hosted, Options
@@ -135,9 +136,9 @@ def serve_command(
     )
     hosted: dict[str, Hosted] = {}
     status = Status(sys.stderr)
-    for wanted in models or (None,):
+    for wanted in models or (DEFAULT_MODEL,):
         path = fetched(wanted, status)
-        name = path.stem if wanted is None or os.sep in wanted or wanted.endswith(".gguf") else wanted
+        name = path.stem if os.sep in wanted or wanted.endswith(".gguf") else wanted
         if name in hosted:
             raise InvalidInput(f"two models are called {name}: rename one of the files")
         hosted[name] = Hosted(name, path, served)

@@ -21,6 +21,11 @@ _SIGNATURES = (
     (rb"PK\x03\x04(?s:.{0,200})data\.pkl", "holds PyTorch weights", _CONVERT),
     (rb"PK\x03\x04", "is a zip archive", _UNPACK),
     (rb"\x80[\x02-\x05][\x95\x8a\x8c}\](c]", "is a Python pickle, such as PyTorch weights", _CONVERT),
+    (
+        rb'(?s:.{6})\x00\x00\{"__metadata__": *\{"checksum"(?s:.{0,90})"manifest"',
+        "is a saved session",
+        "give it to `kvcompose-local run --session`",
+    ),
     (rb"(?s:.{6})\x00\x00\{", "holds safetensors", _CONVERT),
     (rb"\x08[\x01-\x14]\x12", "is an ONNX model", _TAKE_GGUF),
     (rb"(?s:.{4})TFL3", "is a TensorFlow Lite model", _TAKE_GGUF),

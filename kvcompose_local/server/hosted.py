@@ -176,8 +176,9 @@ class Hosted:
             said = conversation.transcript
             if request.prompt is None:  # the rest is nobody's chat
                 keeping.tell(kept, said.messages, said.tools, len(said.tokens), said.began.timestamp(), self.name)
-            if job.is_cancelled:
-                log.info("chat %s: nobody waits any more", kept.id)
+            if stats.stopped == "interrupt":  # whoever still waits must not take half an answer for a whole one
+                log.info("chat %s: its answer was stopped", kept.id)
+                raise Refused(503, "the answer was stopped before its end: ask again", retry_after=5)
             job.emit(done)
         except PositionsFull as error:
             raise Refused(400, str(error), code="context_length_exceeded", param="messages") from error

@@ -294,6 +294,8 @@ def left_out(kind: str) -> str:
 
 def internal(message: ChatMessage) -> Message:
     """A message as conversations have it. Raises Refused for what is no text."""
+    if message.role == "user" and message.content is None:
+        raise Refused(400, "a message of the user has content", param="messages")
     content = result_of(message.content or "") if message.role == "tool" else text_of(message.content or "", "messages")
     result = {"role": "system" if message.role == "developer" else message.role, "content": content}
     if message.role == "assistant" and message.reasoning_content:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvcompose_local.chat import sessions
-from kvcompose_local.errors import InvalidInput, KVComposeError, NoHome
+from kvcompose_local.errors import InvalidInput, KVComposeError, NoHome, SessionError
 from kvcompose_local.terminal.figures import MIB
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class Autosave:
         self._version = version if session is not None else _version_of(self._name)
         self._holds_last = session is not None and _is_same(session, sessions.LAST)
         self._wrote = False  # that file, since the chat was begun or loaded
+        self._ours: set[Path] = set()  # files that this chat is from, or was saved to
         self._begun = self._kept = self._now()  # as it was loaded; as it was saved last
 
     def _now(self) -> tuple[Conversation, int]:
@@ -66,6 +67,9 @@ class Autosave:
         """Save the chat under a name or to a path; returns what to say of it. Raises InvalidInput and SessionError."""
         if not name:
             raise InvalidInput("/save takes a name")
+        path = sessions.path_of(name)
+        if path.exists() and path.resolve() not in self._ours and not _is_same(name, self._name):
+            raise InvalidInput(f"{name} holds another chat: give another name, or remove {path}")
         return self._save(name)
 
     def load(self, name: str) -> str:
@@ -74,11 +78,13 @@ class Autosave:
         Raises InvalidInput where that would overwrite what is to be loaded, and SessionError.
         """
         if not name:
-            raise InvalidInput(f"/load takes a name: {', '.join(sessions.names()) or 'nothing is saved yet'}")
+            raise InvalidInput(f"/load takes a name; {_told_names()}")
         if self.is_unsaved and self._now()[0] not in (self._begun[0], self._kept[0]):
             if _is_same(name, self._name):
                 raise InvalidInput(f"this chat would be lost: /save it under another name than {name} first")
             self.status.line(self._save(self._own_name()))
+        if not sessions.path_of(name).exists():
+            raise SessionError(f"there is no saved chat {name}; {_told_names()}")
         told = self._load(name)
         # The loaded chat must not overwrite a session that another chat of this program belongs to.
         self._name = _beside(sessions.LAST) if self._holds_last else sessions.LAST
@@ -127,6 +133,7 @@ class Autosave:
         path = sessions.path_of(name)
         mib = sessions.save(path, self.chat, self.setup, self.status.checking) / MIB
         self._kept = self._now()
+        self._ours.add(path.resolve())
         self._holds_last |= _is_same(name, sessions.LAST)
         if _is_same(name, self._name):
             self._wrote = True
@@ -134,11 +141,19 @@ class Autosave:
         return f"saved ({mib:.1f} MiB): kvcompose-local run --session {shlex.quote(name)} goes on from here"
 
     def _load(self, name: str) -> str:
-        sessions.load(sessions.path_of(name), self.chat, self.setup, self.status.checking)
+        path = sessions.path_of(name)
+        sessions.load(path, self.chat, self.setup, self.status.checking)
+        self._ours = {path.resolve()}
         self._begun = self._kept = self._now()
         self._wrote = False
         n_messages = sum(message["role"] != "system" for message in self.chat.messages)
         return f"loaded {name}: {n_messages} messages, {self.chat.memory.position} tokens"
+
+
+def _told_names() -> str:
+    """What is saved, for people."""
+    names = ", ".join(f'"{name}"' if " " in name else name for name in sessions.names())
+    return f"saved: {names}" if names else "nothing is saved yet"
 
 
 def _version_of(name: str) -> tuple[int, ...]:

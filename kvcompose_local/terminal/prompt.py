@@ -90,6 +90,7 @@ def line_reader(commands: Sequence[str], sessions: Callable[[], Sequence[str]]) 
             completer=CommandCompleter(commands, sessions),
             complete_while_typing=False,
             key_bindings=_no_mouse(),
+            enable_suspend=True,
         )
 
     def read_line(text: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -105,7 +106,9 @@ def test_sigterm_ends_a_running_answer_within_a_second_and_keeps_it(tiny_model: 
             rest = [line for line in lines if line]
             process.wait(10)
             assert time.monotonic() - started < 3  # a second, beside other tests
-        assert rest[-1] == "data: [DONE]"
+        told = [json.loads(line.removeprefix("data: ")) for line in rest if line.startswith("data: {")]
+        assert "stopped before its end" in told[-1]["error"]["message"]  # half an answer is not told as a whole one
+        assert not any(choice["finish_reason"] for chunk in told[:-1] for choice in chunk["choices"])
         assert process.returncode in (0, -signal.SIGTERM)
     with served(model, tmp_path, "--budget", "1", "--ctx", "4096") as (url, _):
         kept = httpx.get(f"{url}/kvc/chats/{chat}").json()

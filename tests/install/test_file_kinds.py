@@ -64,6 +64,10 @@ FORMATS = {
         b"Call me Ishmael.",
         "is not a GGUF file: take the model's GGUF file, or one of `kvcompose-local models",
     ),
+    "session": (
+        safetensors_of({"x": np.ones(3, np.float32)}, {"checksum": "0" * 64, "manifest": "{}"}),
+        "is a saved session, not a GGUF file: give it to `kvcompose-local run --session`",
+    ),
     "safetensors": (safetensors_of({"x": np.ones(3, np.float32)}), "holds safetensors, not a GGUF file: convert it"),
     "torch": (zipped("archive/data.pkl", "archive/data/0"), "holds PyTorch weights, not a GGUF file: convert it"),
     "old torch": (pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2), "is a Python pickle, such as PyTorch weights"),

@@ -134,15 +134,29 @@ def test_a_copy_does_not_make_the_session_ones_own_again(begin: Begin, tmp_path:
 
 def test_a_load_that_fails_saves_once(begin: Begin, tmp_path: Path, told: io.StringIO) -> None:
     autosave = begin("s", "One")[1]
-    with pytest.raises(InvalidInput, match="takes a name: nothing is saved yet"):
+    with pytest.raises(InvalidInput, match="takes a name; nothing is saved yet"):
         autosave.load("")
     for _ in range(2):
-        with pytest.raises(SessionError, match="cannot read"):
+        with pytest.raises(SessionError, match="there is no saved chat typo; saved: s$"):
             autosave.load("typo")
     assert told.getvalue().count("saved (") == 1
     autosave.at_the_end()
     assert "meanwhile" not in told.getvalue()
     assert sessions.names() == ["s"]
+
+
+def test_a_name_that_holds_another_chat_is_not_saved_to(begin: Begin) -> None:
+    begin("a b", "One")[1].at_the_end()
+    autosave = begin("s", "Two")[1]
+    with pytest.raises(InvalidInput, match="^a b holds another chat: give another name, or remove "):
+        autosave.save("a b")
+    assert n_messages(begin, "a b") == 2
+    for _ in range(2):  # its own copy
+        autosave.save("copy")
+    with pytest.raises(InvalidInput, match='/load takes a name; saved: copy, "a b"'):
+        autosave.load("")
+    autosave.load("a b")
+    autosave.save("a b")  # it is from there
 
 
 def test_a_chat_beside_its_session_stays_there(begin: Begin, tmp_path: Path) -> None:

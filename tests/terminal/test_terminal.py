@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
+import shutil
 import signal
 import stat
 import sys
@@ -38,7 +40,7 @@ def terminal(tiny_model: TinyModel, tmp_path: Path) -> Iterator[Terminal]:
     """``terminal(*options)`` starts a chat with a private home and waits for its prompt."""
     children = []
 
-    def start(*options: str, model: Path | None = None) -> Any:
+    def start(*options: str, model: Path | None = None, in_bash: bool = False) -> Any:
         home = tmp_path / "home"
         home.mkdir(exist_ok=True)
         env = {k: v for k, v in os.environ.items() if not k.startswith("XDG_")}
@@ -55,8 +57,12 @@ def terminal(tiny_model: TinyModel, tmp_path: Path) -> Iterator[Terminal]:
             "0",
         ]
         command += ["--budget", "0.21", "--ctx", "1024", "--max-tokens", "20", *options]
+        program = sys.executable
+        if in_bash:  # with job control
+            line = f"{shlex.join([program, *command])}; echo ended by $?"
+            program, command = "bash", ["--norc", "--noprofile", "-i", "-c", line]
         child = pexpect.spawn(
-            sys.executable,
+            program,
             command,
             env=env | {"HOME": str(home), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"},
             encoding="utf-8",
@@ -302,6 +308,13 @@ def test_ctrl_c_at_the_prompt_says_how_to_leave(terminal: Terminal) -> None:
     child.expect_exact(PROMPT)
     assert "positions: 0 of 1024 used" in say(child, "/stats")
     leave(child)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="a shell with job control is needed")
+def test_ctrl_z_at_the_prompt_suspends(terminal: Terminal) -> None:
+    child = terminal(in_bash=True)
+    child.send("\x1a")
+    child.expect_exact(f"ended by {128 + signal.SIGTSTP}")
 
 
 def test_pasted_lines_are_one_message(terminal: Terminal) -> None:
