@@ -175,7 +175,7 @@ def _sessions() -> Check:
     try:
         sessions.check_writable(sessions.path_of(sessions.LAST))
     except KVComposeError as error:
-        text, _, remedy = str(error).rpartition(": ")
+        text, _, remedy = str(error).partition(": ")
         remedy = remedy if isinstance(error, NoHome) else "set XDG_STATE_HOME to a folder you can write"
         return Check("sessions", "warn", f"no chat is saved: {text}", remedy)
     return Check("sessions", "ok", str(sessions.sessions_folder()))

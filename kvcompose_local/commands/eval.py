@@ -142,8 +142,12 @@ def eval_command(model: str | None, request: EvalRequest) -> None:
     from kvcompose_local import profiles
     from kvcompose_local.errors import InvalidInput
     from kvcompose_local.evaluation.harness import Evaluation, room_for
+    from kvcompose_local.evaluation.tasks import TASKS
     from kvcompose_local.install.threads import default_threads
 
+    if request.tasks == ("help",):
+        click.echo("\n".join(TASKS))
+        return
     request = request.checked()
     without = request.profiles_without()
     status = Status(sys.stderr)

@@ -378,11 +378,15 @@ def answer_lines(
         hides_thinking=request.hide_thinking,
     )
     lines = iter([request.prompt]) if request.prompt is not None else inputs.lines()
+    n_answered = 0
     with interrupts.leaving_in_order():
         try:
             while (line := awaited(lines, interrupts)) is not None:
                 if line.strip():
+                    if n_answered == 1:
+                        status.line("each line is a question of its own; -f - reads what is piped in as one text")
                     answer(line, answers, interrupts)
+                    n_answered += 1
         except KVComposeError:
             if not interrupts.leaving:
                 if request.as_json and any(message["role"] == "assistant" for message in local.chat.messages):

@@ -120,7 +120,7 @@ def test_a_conversation_with_every_command(tmp_path: Path) -> None:
         "> /clear\n! forgotten: the conversation is empty\n"
         "> /stats\n! 0 positions\n"
         f"> /help\n{shown_help}"
-        "> /nonsense\n! there is no /nonsense: /help lists the commands, and a space before it sends the line as a "
+        "> /nonsense\n! there is no /nonsense: /help lists the commands, /quit leaves, and a space before it sends the line as a "
         "message\n"
         "> /read\n! error: /read takes a file name\n"
         "> /read /no/such/file\n! error: cannot read /no/such/file: No such file or directory\n"
