@@ -45,7 +45,9 @@ def test_the_command(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     assert "does not fit now" not in done.stdout
     assert re.search(r"^ *1 .* 1024 +f16$", done.stdout, re.MULTILINE)
     assert re.search(r"^ *0\.25 .* 512 +q8_0/q4_0$", done.stdout, re.MULTILINE)
-    told = {inspect(tiny_model(), n_ctx=n).text().partition("cache ")[2].split(" a token")[0] for n in (300, 1024, 2000)}
+    told = {
+        inspect(tiny_model(), n_ctx=n).text().partition("cache ")[2].split(" a token")[0] for n in (300, 1024, 2000)
+    }
     assert len(told) == 1  # whatever --ctx is rounded to
     wrong = CliRunner().invoke(cli, ["inspect", str(tiny_model()), "--ctx", "99999"])
     assert isinstance(wrong.exception, InvalidInput)
