@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 class RunRequest:
     """The options of ``run`` that say what to do with the chat."""
 
-    prompt: str | None
+    prompt: tuple[str, ...]
     files: tuple[Path, ...]
     pin: bool
     hide_thinking: bool
@@ -52,17 +52,17 @@ class RunRequest:
     @property
     def is_interactive(self) -> bool:
         """Whether somebody sits at the terminal."""
-        return self.prompt is None and sys.stdin.isatty()
+        return not self.prompt and sys.stdin.isatty()
 
     def check(self) -> None:
         """Raises UsageError for options that do not go together."""
-        if self.prompt is not None and not self.prompt.strip():
+        if not all(question.strip() for question in self.prompt):
             raise click.BadParameter("there is no question in it", param_hint="-p")
-        if self.prompt is None and sys.stdin is None:
+        if not self.prompt and sys.stdin is None:
             raise click.UsageError("standard input is closed: ask with -p")
         if self.pin and not self.files:
             raise click.UsageError("--pin goes with -f: it keeps the texts read first")
-        if self.prompt is None and Path("-") in self.files:
+        if not self.prompt and Path("-") in self.files:
             raise click.UsageError("-f - reads standard input: ask with -p")
         if self.as_json and self.is_interactive:
             raise click.UsageError("--json goes with -p or with piped input")
@@ -82,7 +82,7 @@ def complete_session(_context: click.Context, _parameter: click.Parameter, begun
     "--budget", type=float, default=0.5, show_default=True, help="Share of the full cache's bytes to use, in (0, 1]."
 )
 @click.option("--ctx", "n_ctx", type=int, help="Positions the chat may span.  [default: 8192, or what the model knows]")
-@click.option("-p", "--prompt", help="Ask this, print the answer and leave.")
+@click.option("-p", "--prompt", multiple=True, help="Ask this, print the answer and leave; may be given again.")
 @click.option(
     "-f",
     "--file",
@@ -193,7 +193,7 @@ def read_documents(request: RunRequest, status: Status) -> list[tuple[str, str]]
     documents, empty = inputs.read_all(request.files)
     for name in empty:
         status.line(f"{name} holds no text: it is left out")
-    if request.prompt is not None and Path("-") not in request.files and is_fed(sys.stdin):
+    if request.prompt and Path("-") not in request.files and is_fed(sys.stdin):
         status.line("what is piped in is not read beside -p: -f - reads it as a text")
     return documents
 
@@ -377,13 +377,13 @@ def answer_lines(
         max_tokens=request.max_tokens,
         hides_thinking=request.hide_thinking,
     )
-    lines = iter([request.prompt]) if request.prompt is not None else inputs.lines()
+    lines = iter(request.prompt) if request.prompt else inputs.lines()
     n_answered = 0
     with interrupts.leaving_in_order():
         try:
             while (line := awaited(lines, interrupts)) is not None:
                 if line.strip():
-                    if n_answered == 1:
+                    if n_answered == 1 and not request.prompt:
                         status.line("each line is a question of its own; -f - reads what is piped in as one text")
                     answer(line, answers, interrupts)
                     n_answered += 1
