@@ -84,8 +84,8 @@ class ChatCommands:
         found, argument = COMMANDS.get(name), argument.strip()
         if found is None:
             self.status.line(
-                f"there is no {name}: /help lists the commands, /quit leaves, and a space before it sends the line as a "
-                "message"
+                f"there is no {name}: /help lists the commands, /quit leaves, and a space before it sends the line as "
+                "a message"
             )
             return False
         if argument and not found.takes_text:

@@ -399,15 +399,15 @@ def test_tab_completes_commands_and_file_names(terminal: Terminal, tmp_path: Pat
 def test_a_chat_is_saved_loaded_and_gone_on_with(terminal: Terminal, tmp_path: Path) -> None:
     child = terminal()
     assert say(child, "/save") == "error: /save takes a name"
-    assert say(child, "/load") == "error: /load takes a name: nothing is saved yet"
+    assert say(child, "/load") == "error: /load takes a name; nothing is saved yet"
     say(child, "Hello")
     positions = f"positions: {1 + len('[user]Hello[/][assistant]') + 20} of 1024 used"
     hint = r"saved \(0\.\d MiB\): kvcompose-local run --session (\S+) goes on from here"
     assert re.fullmatch(hint, say(child, "/save notes"))
     assert re.fullmatch(hint, say(child, f"/save {tmp_path}/elsewhere.kvc"))
     say(child, "/clear")
-    assert say(child, "/load none").startswith("error: cannot read ")
-    assert say(child, "/load") == "error: /load takes a name: notes"
+    assert say(child, "/load none") == "error: there is no saved chat none; saved: notes"
+    assert say(child, "/load") == "error: /load takes a name; saved: notes"
     child.send("/load no\t")
     child.expect_exact("tes")
     child.send("\r")
