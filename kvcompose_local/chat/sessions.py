@@ -16,6 +16,7 @@ checksums were checked.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -137,6 +138,15 @@ def path_of(name: str) -> Path:
     Raises InvalidInput for an impossible name, NoHome for a plain name where there is no such folder.
     """
     path = Path(os.path.expanduser(name))
+    try:
+        os.lstat(path)
+    except ValueError as error:
+        raise InvalidInput(f"{name!r} is no name that a file can have") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise InvalidInput(
+                f"a file name of {len(os.fsencode(name))} bytes is too long: give a shorter one"
+            ) from error
     if os.sep in name or (os.altsep and os.altsep in name) or path.suffix:
         return path
     if not _NAME.fullmatch(name):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import json
 import pickle
 import random
 import re
@@ -65,7 +66,7 @@ FORMATS = {
         "is not a GGUF file: take the model's GGUF file, or one of `kvcompose-local models",
     ),
     "session": (
-        safetensors_of({"x": np.ones(3, np.float32)}, {"checksum": "0" * 64, "manifest": "{}"}),
+        b"\x80\0\0\0\0\0\0\0" + json.dumps({"__metadata__": {"checksum": "0" * 64, "manifest": "{}"}}).encode(),
         "is a saved session, not a GGUF file: give it to `kvcompose-local run --session`",
     ),
     "safetensors": (safetensors_of({"x": np.ones(3, np.float32)}), "holds safetensors, not a GGUF file: convert it"),

@@ -157,6 +157,10 @@ def test_a_name_that_holds_another_chat_is_not_saved_to(begin: Begin) -> None:
         autosave.load("")
     autosave.load("a b")
     autosave.save("a b")  # it is from there
+    for impossible in ("x" * 300, f"{'y' * 300}/a", "a/\0b"):
+        for use in (autosave.save, autosave.load):
+            with pytest.raises(InvalidInput, match="too long|no name"):
+                use(impossible)
 
 
 def test_a_chat_beside_its_session_stays_there(begin: Begin, tmp_path: Path) -> None:
