@@ -140,13 +140,9 @@ def path_of(name: str) -> Path:
     path = Path(os.path.expanduser(name))
     try:
         os.lstat(path)
-    except ValueError as error:
-        raise InvalidInput(f"{name!r} is no name that a file can have") from error
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise InvalidInput(
-                f"a file name of {len(os.fsencode(name))} bytes is too long: give a shorter one"
-            ) from error
+    except (ValueError, OSError) as error:
+        if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+            raise InvalidInput(f"no file can have that name of {len(os.fsencode(name))} bytes: give another") from error
     if os.sep in name or (os.altsep and os.altsep in name) or path.suffix:
         return path
     if not _NAME.fullmatch(name):
