@@ -202,10 +202,11 @@ class Engine(Protocol):
         """
         ...
 
-    def live_products(self, weights: Sequence[FloatArray | HalfArray], n: int) -> Sequence[FloatArray]:
-        """Of each layer what its weights, float (H, numbers of key and value), make of these rows: float32 (H, n).
+    def live_products(self, weights: Sequence[FloatArray | HalfArray], n: int) -> FloatArray:
+        """What each layer's weights, float (H, numbers of key and value), make of these rows: float32 (all heads, n).
 
-        The sums of each head's key and value times their weights, computed where the cells are.
+        The sums of each head's key and value times their weights, computed where the cells are; the heads of all layers
+        stand below each other.
         """
         ...
 

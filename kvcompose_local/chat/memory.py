@@ -25,12 +25,12 @@ from kvcompose_local.chat.report import CompactionReport
 from kvcompose_local.chat.scoring import Learned, Replayed, Scored, Scoring
 from kvcompose_local.chat.spans import n_within, within
 from kvcompose_local.chat.state import MemoryState
-from kvcompose_local.composing.cell_scores import CellScores, kept_shares
-from kvcompose_local.composing.choice import choose, competing
+from kvcompose_local.composing.cell_scores import CellScores, by_layer, kept_shares
+from kvcompose_local.composing.choice import Levels, choose, competing
 from kvcompose_local.composing.policy import Policy, Room
 from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.errors import ContextFull, InvalidInput, PositionsFull
-from kvcompose_local.interfaces import CacheLayout, Engine, FloatArray, HalfArray, IntArray, Progress, Selection
+from kvcompose_local.interfaces import CacheLayout, Engine, FloatArray, IntArray, Progress, Selection
 from kvcompose_local.interrupts import uninterrupted
 
 
@@ -216,10 +216,10 @@ class CacheMemory:
             composed = self._competing_composed(layout)
             live = self.scoring.scores(self.tokens, n_scored, self.policy.n_scratch, self.on_progress)
             selection = self._chosen(layout, composed, live, n_tail, n_bytes)
-            kept = []
-            for layer, rows in enumerate(selection):
-                _, origins = self._scores.rows(layer, live[layer], first)
-                kept.append(np.take_along_axis(origins, rows, axis=1).astype(np.int64))
+            kept = [
+                np.take_along_axis(origins, rows, axis=1).astype(np.int64)
+                for rows, (_, origins) in zip(selection, self._scores.rows(live, first), strict=True)
+            ]
         return kept, n_tail
 
     def _compacted(self, keep: float | None) -> CompactionReport | None:
@@ -259,8 +259,8 @@ class CacheMemory:
             rewrite_seconds=time.perf_counter() - selected,
         )
 
-    def _competing_composed(self, layout: CacheLayout) -> list[HalfArray]:
-        """Logarithms by which the composed cells compete, of each layer float16 (H, K_l).
+    def _competing_composed(self, layout: CacheLayout) -> list[Levels]:
+        """The levels at which the composed cells compete, of each layer uint16 (H, K_l).
 
         A device may read on meanwhile, which live cells wait for.
         """
@@ -273,23 +273,23 @@ class CacheMemory:
     def _chosen(
         self,
         layout: CacheLayout,
-        composed: Sequence[HalfArray],
-        live: Sequence[HalfArray],
+        composed: Sequence[Levels],
+        live: FloatArray,
         n_tail: int,
         at_most: int | None,
     ) -> list[Selection]:
         """The rows that become composed cells, of each layer int (H, K_l).
 
-        composed: of :meth:`_competing_composed`; live: the scores of the live tokens before the tail, float16 (H, n);
-        at_most: bytes that all cells may take.
+        composed: of :meth:`_competing_composed`; live: the scores of the live tokens before the tail, float32
+        (all heads, n); at_most: bytes that all cells may take.
         """
         first, room = layout.position - layout.n_live, self.room
         pinned, scorer = within(self.pins, layout.position), self.scoring.scorer
         places = np.arange(first, layout.position - n_tail)
-        newer = competing(scorer, None, np.concatenate(live), places, layout.position, pinned)
+        newer = competing(scorer, None, live, places, layout.position, pinned)
         n_pinned = int(pinned[: layout.position - n_tail].sum())
         return choose(
-            [*zip(composed, np.split(newer, np.cumsum([len(of_layer) for of_layer in live])[:-1]), strict=True)],
+            [*zip(composed, by_layer(newer, self.engine.shape.layers), strict=True)],
             room.row_bytes,
             room.composed_bytes_within(at_most, n_tail, n_pinned),
             room.device,
@@ -462,7 +462,7 @@ class CacheMemory:
                 if not self.engine.per_layer:  # as many in each as the layer with the fewest has
                     k = min(rows.shape[1] for rows in chosen)
                     chosen = [rows[:, :k] for rows in chosen]
-                none = [np.zeros((layer.n_kv_heads, 0), np.float16) for layer in self.engine.shape.layers]
+                none = np.zeros((sum(layer.n_kv_heads for layer in self.engine.shape.layers), 0), np.float32)
                 self.engine.rewrite(chosen, 0, n_forgotten, way.state)
                 self._scores.keep(chosen, none, 0)
             del self.tokens[way.position :]

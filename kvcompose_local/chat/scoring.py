@@ -12,10 +12,11 @@ from typing import Protocol
 import numpy as np
 
 from kvcompose_local.composing.attention import AttentionMax
+from kvcompose_local.composing.cell_scores import by_layer
 from kvcompose_local.composing.fitting import Observed, fit
-from kvcompose_local.composing.scorer import BOUNDS, DTYPE, Scorer
+from kvcompose_local.composing.scorer import BOUNDS, Scorer
 from kvcompose_local.errors import ContextFull
-from kvcompose_local.interfaces import Engine, FloatArray, HalfArray, Lazy, Progress, even_parts
+from kvcompose_local.interfaces import Engine, FloatArray, Lazy, Progress, even_parts
 
 #: The least attention that a token is said to have; no attention that counts is below it.
 _LEAST = 1e-6
@@ -40,10 +41,8 @@ class Scoring(Protocol):
         """Whether it needs free cells to feed tokens to."""
         ...
 
-    def scores(
-        self, tokens: Sequence[int], n: int, n_scratch: int, progress: Progress | None = None
-    ) -> list[HalfArray]:
-        """Scores of the first ``n`` live cells: L float16 arrays (H, n).
+    def scores(self, tokens: Sequence[int], n: int, n_scratch: int, progress: Progress | None = None) -> FloatArray:
+        """Scores of the first ``n`` live cells: float32 (all heads, n), the heads of all layers below each other.
 
         tokens: all that were seen; n_scratch: free cells that may be used; progress gets (tokens done, in all) and may
         raise KeyboardInterrupt.
@@ -60,9 +59,7 @@ class Scored:
         self._engine = engine
         self.scorer = scorer
 
-    def scores(
-        self, tokens: Sequence[int], n: int, n_scratch: int, progress: Progress | None = None
-    ) -> list[HalfArray]:
+    def scores(self, tokens: Sequence[int], n: int, n_scratch: int, progress: Progress | None = None) -> FloatArray:
         """See :class:`Scoring`."""
         first = len(tokens) - self._engine.layout().n_live
         if progress is not None:
@@ -81,9 +78,7 @@ class Replayed:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def scores(
-        self, tokens: Sequence[int], n: int, n_scratch: int, progress: Progress | None = None
-    ) -> list[HalfArray]:
+    def scores(self, tokens: Sequence[int], n: int, n_scratch: int, progress: Progress | None = None) -> FloatArray:
         """See :class:`Scoring`. Raises ContextFull where there are no free cells."""
         layout, layers = self._engine.layout(), self._engine.shape.layers
         step = min(layout.n_free, self._engine.max_replay, max(n_scratch, 1))
@@ -97,12 +92,10 @@ class Replayed:
             self._engine.replay(tokens[max(first + start - lead_in, 0) : first + stop], seen)
         if progress is not None:
             progress(n, n)
-        return [
-            np.log(np.maximum(seen.of_layer(i)[:, :n], _LEAST)).astype(DTYPE)
-            if n
-            else np.zeros((layer.n_kv_heads, 0), DTYPE)
-            for i, layer in enumerate(layers)
-        ]
+        if not n:
+            return np.zeros((sum(layer.n_kv_heads for layer in layers), 0), np.float32)
+        looked = np.concatenate([seen.of_layer(i)[:, :n] for i in range(len(layers))])
+        return np.asarray(np.log(np.maximum(looked, _LEAST)))
 
 
 class Learned:
@@ -120,21 +113,18 @@ class Learned:
         """See :class:`Scoring`."""
         return self.scorer is None
 
-    def scores(
-        self, tokens: Sequence[int], n: int, n_scratch: int, progress: Progress | None = None
-    ) -> list[HalfArray]:
+    def scores(self, tokens: Sequence[int], n: int, n_scratch: int, progress: Progress | None = None) -> FloatArray:
         """See :class:`Scoring`. Raises ContextFull where there are no free cells."""
         if self.scorer is None:
             self.scorer = self._fitted(tokens, min(n, _MOST_FITTED), n_scratch, progress)
         found = Scored(self._engine, self.scorer).scores(tokens, n, n_scratch, progress)
         n_sinks = max(_N_SINKS - (len(tokens) - self._engine.layout().n_live), 0)
-        for scores in found:
-            scores[:, :n_sinks] = BOUNDS[1]
+        found[:, :n_sinks] = BOUNDS[1]
         return found
 
     def _fitted(self, tokens: Sequence[int], n: int, n_scratch: int, progress: Progress | None) -> Scorer:
         replayed = Replayed(self._engine).scores(tokens, n, n_scratch, progress)
-        looked = [np.exp(scores.astype(np.float32)) for scores in replayed]
+        looked = by_layer(np.exp(replayed), self._engine.shape.layers)
         rows = self._engine.live_rows(n)
 
         def of_cells(which: int) -> Lazy[FloatArray]:

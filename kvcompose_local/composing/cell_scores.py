@@ -33,6 +33,11 @@ def kept_shares(origins: Sequence[Selection], n_tokens: int, n_live: int) -> Flo
     return shares
 
 
+def by_layer(numbers: npt.NDArray[Any], layers: Sequence[LayerShape]) -> list[npt.NDArray[Any]]:
+    """Views of the heads of each layer, which stand below each other: L arrays (H, n) of one (all heads, n)."""
+    return np.split(numbers, np.cumsum([layer.n_kv_heads for layer in layers])[:-1])
+
+
 class CellScores:
     """The scores of all layers. A layer's arrays are joined only when somebody asks for them, which saves memory."""
 
@@ -44,34 +49,37 @@ class CellScores:
         """Forget everything."""
         self._kept = [np.zeros((layer.n_kv_heads, 0), DTYPE) for layer in self._layers]
         self._origins: list[npt.NDArray[np.integer[Any]]] = [np.zeros(kept.shape, np.uint16) for kept in self._kept]
-        self._rewritten: list[tuple[int, Selection, HalfArray, int]] = []  # layer, selection, live, first
+        self._rewritten: list[tuple[int, Selection, FloatArray, int]] = []  # layer, selection, live, first
 
     def composed(self, layer: int) -> tuple[HalfArray, Selection]:
         """Scores float16 (H, K_l) and origins (H, K_l) of a layer's composed cells."""
         self.settle()
         return self._kept[layer], self._origins[layer]
 
-    def rows(self, layer: int, live: HalfArray, first: int) -> tuple[HalfArray, Selection]:
-        """Scores float16 (H, K_l + n) and origins (H, K_l + n) of a layer's composed cells and its first live ones.
+    def rows(self, live: FloatArray, first: int) -> Sequence[tuple[HalfArray, Selection]]:
+        """Scores float16 (H, K_l + n) and origins (H, K_l + n) of each layer's composed cells and its first live ones.
 
-        live: float16 (H, n), scores of tokens at positions from ``first`` on.
+        live: float32 (all heads, n), scores of tokens at positions from ``first`` on. A layer is joined when it is
+        looked at, so this is valid until anything changes.
         """
         self.settle()
-        return self._rows(layer, live, first)
+        of_layers = by_layer(live, self._layers)
+        return Lazy(len(self._layers), lambda layer: self._rows(layer, of_layers[layer], first))
 
-    def _rows(self, layer: int, live: HalfArray, first: int) -> tuple[HalfArray, Selection]:
-        scores = np.concatenate([self._kept[layer], live], axis=1, dtype=DTYPE)
+    def _rows(self, layer: int, live: FloatArray, first: int) -> tuple[HalfArray, Selection]:
+        scores = np.concatenate([self._kept[layer], live], axis=1, dtype=DTYPE, casting="same_kind")
         end = first + live.shape[1]
         new = np.broadcast_to(np.arange(first, end, dtype=_origin_dtype(end)), live.shape)
         return scores, np.concatenate([self._origins[layer], new], axis=1)
 
-    def keep(self, selection: Sequence[Selection], live: Sequence[HalfArray], first: int) -> None:
+    def keep(self, selection: Sequence[Selection], live: FloatArray, first: int) -> None:
         """Follow a rewrite: the rows of :meth:`rows` that ``selection`` names are composed now.
 
         The scores follow at :meth:`settle`, or when somebody asks.
         """
         self.settle()
-        self._rewritten = [(i, chosen, live[i], first) for i, chosen in enumerate(selection)]
+        of_layers = by_layer(live, self._layers)
+        self._rewritten = [(i, chosen, of_layers[i], first) for i, chosen in enumerate(selection)]
 
     def settle(self) -> None:
         """Do what :meth:`keep` left to do: there is time while a device reads on."""

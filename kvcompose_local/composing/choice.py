@@ -8,24 +8,28 @@ exponent 1/2 of their scores. By their worth the composite tokens of all layers 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from functools import lru_cache
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kvcompose_local.composing.budgets import allocate_composites
-from kvcompose_local.composing.scorer import BOUNDS, DTYPE, Scorer
+from kvcompose_local.composing.scorer import BOUNDS, Scorer, within_bounds
 from kvcompose_local.composing.threads import in_parts
 from kvcompose_local.interfaces import FloatArray, HalfArray, IntArray, Selection
 
 #: The logarithm of a pinned token, above any score.
 PINNED = 2 * BOUNDS[1]
+#: Logarithms by which rows compete, as integers: the lowest is the best. NumPy computes with float16 slowly.
+Levels = npt.NDArray[np.uint16]
+#: Levels of a nat, from PINNED on; finer than the float16 that scores are kept in.
+A_NAT = 1600
 
 
 def choose(
-    layers: Sequence[Sequence[HalfArray]],
+    layers: Sequence[Sequence[Levels]],
     row_bytes: IntArray,
     room: IntArray,
     device: IntArray,
@@ -56,81 +60,75 @@ def choose(
 def competing(
     scorer: Scorer | None,
     layer: int | None,
-    scores: HalfArray,
+    scores: FloatArray | HalfArray,
     origins: Selection,
     n_seen: int,
     pinned: npt.NDArray[np.bool_],
-) -> HalfArray:
-    """Logarithms by which the rows of a layer compete: float16 (H, T). Pinned tokens get :data:`PINNED`.
+) -> Levels:
+    """The levels at which the rows of a layer compete: uint16 (H, T). A pinned token has 0.
 
-    scorer: None where age does not count; layer: None for all layers, their heads below each other; scores: float16
-    (H, T), without age; origins: int (H, T) or (T,), positions of the tokens, below ``n_seen``; pinned: bool (n_seen,).
+    scorer: None where age does not count; layer: None for all layers, their heads below each other; scores: (H, T),
+    without age; origins: int (H, T) or (T,), positions of the tokens, below ``n_seen``; pinned: bool (n_seen,).
     """
-    result = np.empty(scores.shape, DTYPE)
+    result = np.empty(scores.shape, np.uint16)
     some_pinned = pinned.any()
 
     def compute(heads: slice) -> None:
         places = origins if origins.ndim == 1 else origins[heads]
-        logarithms = scores[heads].astype(np.float32)
+        numbers = scores[heads].astype(np.float32)
         if scorer is not None:
-            logarithms += scorer.ages(layer, places, n_seen, heads)
-        np.clip(logarithms, *BOUNDS, out=logarithms)
+            numbers += scorer.ages(layer, places, n_seen, heads)
+        within_bounds(numbers)
         if some_pinned:
-            np.copyto(logarithms, np.float32(PINNED), where=pinned.take(places))
-        result[heads] = logarithms
+            np.copyto(numbers, PINNED, where=pinned.take(places))
+        numbers *= -A_NAT
+        numbers += A_NAT * PINNED + 0.5  # which rounds them below
+        result[heads] = numbers
 
     in_parts(compute, [scores.shape[1]] * len(scores))
     return result
 
 
-def ranked(layers: Sequence[Sequence[HalfArray]]) -> tuple[list[Selection], list[FloatArray]]:
+def logarithms_of(levels: npt.NDArray[np.integer[Any]]) -> FloatArray:
+    """What :func:`competing` made levels of, rounded: float32 of the same shape."""
+    logarithms = levels.astype(np.float32)
+    logarithms /= -A_NAT
+    logarithms += PINNED
+    return logarithms
+
+
+def ranked(layers: Sequence[Sequence[Levels]]) -> tuple[list[Selection], list[FloatArray]]:
     """For each layer the rows of its heads, best first: int (H, T), and the worth of each rank: float32 (T,).
 
-    layers: float16 arrays of logarithms, of each layer in parts, (H, T) together. Of equal ones the lower row is
+    layers: what :func:`competing` gives, of each layer in parts, (H, T) together. Of equal ones the lower row is
     better. The worth never rises from rank to rank.
     """
-    found = in_parts(lambda some: _ranked(layers[some]), [sum(part.size for part in parts) for parts in layers])
-    orders, worths = zip(*(layer for some in found for layer in some), strict=True)
-    return list(orders), list(worths)
-
-
-def _ranked(layers: Sequence[Sequence[HalfArray]]) -> list[tuple[Selection, FloatArray]]:
-    """The same of some layers, of each by itself; what is done to all numbers alike is done at once.
-
-    A number's place and its row are sorted as one integer: ten times as fast as an argsort of the numbers.
-    """
     shapes = [(len(parts[0]), sum(part.shape[1] for part in parts)) for parts in layers]
-    edges = list(itertools.pairwise([0, *itertools.accumulate(h * n for h, n in shapes)]))
+    alike = sorted(range(len(layers)), key=shapes.__getitem__)  # what is done to all numbers is done at once
 
-    def by_layer(numbers: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
-        return [numbers[start:stop].reshape(shape) for (start, stop), shape in zip(edges, shapes, strict=True)]
+    def some_ranked(some: slice) -> list[tuple[Selection, FloatArray]]:
+        groups = itertools.groupby(alike[some], key=shapes.__getitem__)
+        return [layer for shape, group in groups for layer in _ranked([layers[i] for i in group], *shape)]
 
-    halves = np.empty(edges[-1][1], DTYPE)
-    for parts, joined in zip(layers, by_layer(halves), strict=True):
-        np.concatenate(parts, axis=1, out=joined)
-    widest = max(n for _, n in shapes)
-    wide, narrow, shift = (np.uint32, np.uint16, 16) if widest <= 2**16 else (np.uint64, np.uint32, 32)
-    places, roots = _of_all_halves(wide, shift)
-    both = places.take(halves.view(np.uint16))
-    for numbers in by_layer(both):
-        numbers |= np.arange(numbers.shape[1], dtype=wide)
-        numbers.sort(axis=1)
-    orders = by_layer(both.astype(narrow))  # the low half
-    both >>= wide(shift)
-    worths = [roots.take(numbers).mean(axis=0).astype(np.float32) for numbers in by_layer(both)]
-    return list(zip(orders, worths, strict=True))
+    found = in_parts(some_ranked, [math.prod(shapes[i]) for i in alike])
+    by_layer = dict(zip(alike, itertools.chain.from_iterable(found), strict=True))
+    return [by_layer[i][0] for i in range(len(layers))], [by_layer[i][1] for i in range(len(layers))]
 
 
-@lru_cache(maxsize=2)
-def _of_all_halves(wide: type, shift: int) -> tuple[npt.NDArray[np.unsignedinteger[Any]], npt.NDArray[np.float64]]:
-    """By the bits of a float16: its place, where the largest number has the first one, and +0 and -0 the same.
+def _ranked(layers: Sequence[Sequence[Levels]], n_heads: int, n_rows: int) -> Iterator[tuple[Selection, FloatArray]]:
+    """The same of layers of one shape.
 
-    Shifted, as integers of a wide type. By its place: the root of its exponential.
+    A level and its row are sorted as one integer: ten times as fast as an argsort.
     """
-    numbers = np.arange(2**16, dtype=np.uint16).view(DTYPE)
-    roots = np.zeros(2**16, np.float64)
-    with np.errstate(all="ignore"):  # some are none, and never asked for
-        bits = (numbers + DTYPE(0)).view(np.uint16)  # the sum makes one zero of both
-        places = np.where(bits & 0x8000, bits, 0x7FFF - bits).astype(np.uint16)
-        roots[places] = np.exp(numbers, dtype=np.float32) ** np.float32(0.5)
-    return places.astype(wide) << wide(shift), roots
+    wide, narrow, shift = (np.uint32, np.uint16, 16) if n_rows <= 2**16 else (np.uint64, np.uint32, 32)
+    both = np.empty((len(layers), n_heads, n_rows), wide)
+    for parts, joined in zip(layers, both, strict=True):
+        np.concatenate(parts, axis=1, out=joined)
+    both <<= wide(shift)
+    both |= np.arange(n_rows, dtype=wide)
+    both.sort(axis=2)
+    orders = both.astype(narrow)  # the low half
+    both >>= wide(shift)
+    roots = logarithms_of(both)
+    roots /= 2
+    return zip(orders, np.exp(roots, out=roots).mean(axis=1), strict=True)

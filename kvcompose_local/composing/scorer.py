@@ -29,6 +29,12 @@ BOUNDS = -30.0, 5.0
 DTYPE = np.float16
 
 
+def within_bounds(logarithms: FloatArray) -> FloatArray:
+    """The same array with no number outside :data:`BOUNDS`; what is not a number is the least."""
+    np.fmax(logarithms, BOUNDS[0], out=logarithms)
+    return np.fmin(logarithms, BOUNDS[1], out=logarithms)
+
+
 def features_of(keys: FloatArray, values: FloatArray) -> FloatArray:
     """The features of a layer's cells: float32 (H, T, F).
 
@@ -97,25 +103,19 @@ class Scorer:
         """
         return self._placed(self.places[layer], products(self.weights[layer], keys, values), first)
 
-    def all_scores(self, sums: Sequence[FloatArray], first: int) -> list[HalfArray]:
-        """The same, rounded, of what :func:`products` gives for each layer: L float16 arrays (H, T)."""
-        together, places = np.concatenate(sums), self._all_places
-        n = together.shape[1]
-        result = np.empty(together.shape, DTYPE)
+    def all_scores(self, sums: FloatArray, first: int) -> FloatArray:
+        """Makes scores of what :func:`products` gives for all layers, their heads below each other: float32 (H, T)."""
 
         def compute(heads: slice) -> None:
-            result[heads] = self._placed(places[heads], together[heads], first)
+            self._placed(self._all_places[heads], sums[heads], first)
 
-        in_parts(compute, [n] * len(together))
-        return np.split(result, np.cumsum([len(of_layer) for of_layer in sums])[:-1])
+        in_parts(compute, [sums.shape[1]] * len(sums))
+        return sums
 
     def _placed(self, places: FloatArray, sums: FloatArray, first: int) -> FloatArray:
-        positions = _positions(first, sums.shape[1], self.furthest)
-        result = places[:, 1:2] * positions  # in place from here on: memory takes longer than numbers
-        result += sums
-        result += places[:, 2:]
-        np.clip(result, *BOUNDS, out=result)
-        return result
+        sums += places[:, 1:2] * _positions(first, sums.shape[1], self.furthest)
+        sums += places[:, 2:]
+        return within_bounds(sums)
 
     def ages(
         self,

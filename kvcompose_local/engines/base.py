@@ -105,7 +105,7 @@ class LlamaEngine(ABC):
         """See :meth:`Engine.live_rows`."""
         raise EngineError(f"the {self.name} engine does not tell how keys were turned")
 
-    def live_products(self, weights: Sequence[FloatArray | HalfArray], n: int) -> Sequence[FloatArray]:
+    def live_products(self, weights: Sequence[FloatArray | HalfArray], n: int) -> FloatArray:
         """See :meth:`Engine.live_products`."""
         raise EngineError(f"the {self.name} engine does not tell how keys were turned")
 

@@ -211,11 +211,11 @@ class PatchedEngine(LlamaEngine):
 
         return Lazy(len(self.shape.layers), rows)
 
-    def live_products(self, weights: Sequence[FloatArray | HalfArray], n: int) -> Sequence[FloatArray]:
+    def live_products(self, weights: Sequence[FloatArray | HalfArray], n: int) -> FloatArray:
         """See :meth:`Engine.live_products`."""
         rows = self.live_rows(n)
         if any(turn.gain for turn in self._turns) or not self._has_values:
-            return [products(of_layer, *rows[i]) for i, of_layer in enumerate(weights)]
+            return np.concatenate([products(of_layer, *rows[i]) for i, of_layer in enumerate(weights)])
         return self._cells.products(weights, n)
 
     def rewrite(

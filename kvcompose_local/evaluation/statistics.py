@@ -10,11 +10,12 @@ import numpy.typing as npt
 
 from kvcompose_local.chat.scoring import Learned, Replayed, Scored, Scoring
 from kvcompose_local.composing.attention import AttentionMax
+from kvcompose_local.composing.cell_scores import by_layer
 from kvcompose_local.composing.policy import Policy
 from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.errors import InvalidInput
-from kvcompose_local.interfaces import FloatArray, HalfArray
+from kvcompose_local.interfaces import FloatArray
 
 #: Queries of a recent-query method (SnapKV, arXiv 2404.14469, uses 32 with short contexts).
 N_RECENT = 32
@@ -49,18 +50,18 @@ class Statistics:
         return len(self.tokens)
 
     @cached_property
-    def cells(self) -> tuple[Scorer, list[HalfArray]]:
-        """The scorer that a chat goes by, and its scores without age: float16 (H, T)."""
+    def cells(self) -> tuple[Scorer, list[FloatArray]]:
+        """The scorer that a chat goes by, and its scores without age: float32 (H, T)."""
         return self._scored(self._model_scorer)
 
     @cached_property
-    def unseen(self) -> tuple[Scorer, list[HalfArray]]:
+    def unseen(self) -> tuple[Scorer, list[FloatArray]]:
         """:attr:`cells` of a scorer that was not fitted to this kind of text. Raises InvalidInput without one."""
         if self._left_out is None:
             raise InvalidInput("no profile was fitted without this kind of text")
         return self._scored(self._left_out)
 
-    def _scored(self, scorer: Scorer | None) -> tuple[Scorer, list[HalfArray]]:
+    def _scored(self, scorer: Scorer | None) -> tuple[Scorer, list[FloatArray]]:
         by: Scoring = Learned(self.engine) if scorer is None else Scored(self.engine, scorer)
         scores = self._by(by)
         if by.scorer is None:
@@ -68,12 +69,12 @@ class Statistics:
         return by.scorer, scores
 
     @cached_property
-    def replay(self) -> list[HalfArray]:
+    def replay(self) -> list[FloatArray]:
         """Logarithms of the most attention that any replayed token pays, replayed in the chat's chunks: (H, T)."""
         return self._by(Replayed(self.engine))
 
-    def _by(self, scoring: Scoring) -> list[HalfArray]:
-        return scoring.scores(self.tokens, self.n_tokens, self._n_scratch)
+    def _by(self, scoring: Scoring) -> list[FloatArray]:
+        return by_layer(scoring.scores(self.tokens, self.n_tokens, self._n_scratch), self.engine.shape.layers)
 
     @cached_property
     def whole_replay(self) -> list[FloatArray]:

@@ -242,10 +242,11 @@ class PerLayerCells:
             numbers = np.asarray(quants.dequantize(rows, kind), np.float32)
         return np.asarray(numbers.reshape(len(rows), layer.n_head_kv, size).transpose(1, 0, 2))
 
-    def products(self, weights: Sequence[FloatArray | HalfArray], n: int) -> list[FloatArray]:
+    def products(self, weights: Sequence[FloatArray | HalfArray], n: int) -> FloatArray:
         """What the oldest ``n`` live cells' keys, as they were before they were turned, and values give by ``weights``.
 
-        Of each layer float32 (H, n), of weights (H, numbers of a key and of a value).
+        float32 (all heads, n), the heads of all layers below each other, of each layer's weights (H, numbers of a key
+        and of a value).
         """
         self._check_layers(weights)
         for i, rows in enumerate(weights):
@@ -253,9 +254,10 @@ class PerLayerCells:
             if rows.shape != (layer.n_head_kv, layer.head_dim_k + layer.head_dim_v):
                 raise InvalidInput("the model's profile is of other heads: measure it again")
         tables = [np.ascontiguousarray(rows, np.float32) for rows in weights]
-        results = [np.empty((len(rows), n), np.float32) for rows in weights]
+        heads = [len(rows) for rows in weights]
+        results = np.empty((sum(heads), n), np.float32)
         self._context.has_logits = False
-        self._call("get_products", n, _addresses(tables), _addresses(results))
+        self._call("get_products", n, _addresses(tables), _addresses(np.split(results, np.cumsum(heads)[:-1])))
         return results
 
     def turn(self, i: int) -> Turn:

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from kvcompose_local.composing.choice import competing
+from kvcompose_local.composing.choice import competing, logarithms_of
 from kvcompose_local.composing.policy import LEAST_TAIL
-from kvcompose_local.composing.scorer import DTYPE, Scorer
+from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.engines.patched import PatchedEngine
 from kvcompose_local.evaluation.harness import kl_divergence
 from kvcompose_local.evaluation.methods.kvcompose import chosen
@@ -57,9 +57,9 @@ def losses(engine: PatchedEngine, file: Path, scorer: Scorer) -> Losses:
     seen, shape = observed(file), engine.shape
     n = seen.n_tokens - LEAST_TAIL
     nothing = np.zeros(seen.n_tokens, np.bool_)
-    scores = [scorer.scores(i, seen.keys[i], seen.values[i], 0).astype(DTYPE) for i in range(len(shape.layers))]
-    logarithms = [competing(scorer, i, of, np.arange(n), seen.n_tokens, nothing) for i, of in enumerate(scores)]
-    kept = chosen(shape, logarithms, int(_KEEP * n) * len(shape.layers))
+    scores = [scorer.scores(i, seen.keys[i], seen.values[i], 0) for i in range(len(shape.layers))]
+    levels = [competing(scorer, i, of, np.arange(n), seen.n_tokens, nothing) for i, of in enumerate(scores)]
+    kept = chosen(shape, levels, int(_KEEP * n) * len(shape.layers))
     all_rows: list[Selection] = [np.tile(np.arange(n), (len(rows), 1)) for rows in kept]
     engine.clear()
     engine.decode(seen.tokens)
@@ -74,7 +74,7 @@ def losses(engine: PatchedEngine, file: Path, scorer: Scorer) -> Losses:
     kl, attention = [], []
     for i, rows in enumerate(kept):
         kl.append(float(kl_divergence(whole, answered([*all_rows[:i], rows, *all_rows[i + 1 :]])).mean()))
-        expected = np.exp(logarithms[i].astype(np.float64))
+        expected = np.exp(logarithms_of(levels[i]).astype(np.float64))
         attention.append(expected.sum() - np.take_along_axis(expected, rows.astype(np.int64), axis=1).sum())
     engine.clear()
     return Losses(np.array(kl), np.array(attention))

@@ -14,7 +14,6 @@ from kvcompose_local.arena import UPKEEP_BYTES
 from kvcompose_local.chat.memory import CacheMemory
 from kvcompose_local.chat.state import MemoryState
 from kvcompose_local.composing import threads
-from kvcompose_local.composing.choice import ranked
 from kvcompose_local.composing.policy import Policy
 from kvcompose_local.composing.scorer import DTYPE, Scorer, products
 from kvcompose_local.interfaces import (
@@ -61,9 +60,9 @@ class FullEngine:
 
         return Lazy(N_LAYERS, rows)
 
-    def live_products(self, weights: Sequence[HalfArray], n: int) -> Sequence[FloatArray]:
+    def live_products(self, weights: Sequence[HalfArray], n: int) -> FloatArray:
         rows = self.live_rows(n)
-        return [products(w, *rows[i]) for i, w in enumerate(weights)]
+        return np.concatenate([products(w, *rows[i]) for i, w in enumerate(weights)])
 
     def restore(self, snapshot: CacheSnapshot) -> None:
         assert (snapshot.composed, snapshot.n_live) == (self.composed, self.n_live)
@@ -74,7 +73,6 @@ class FullEngine:
 
 def test_a_compaction_needs_little_beside_the_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "_pool", lambda: ThreadPoolExecutor(1))  # each thread chooses some layers' cells
-    ranked([(np.zeros((1, 1), DTYPE),)])  # makes the tables that all compactions use
     engine = FullEngine()
     rng = engine.rng
     weights = tuple(rng.standard_normal((N_KV_HEADS, 2 * HEAD)).astype(DTYPE) for _ in range(N_LAYERS))

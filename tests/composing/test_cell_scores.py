@@ -14,24 +14,25 @@ LAYERS = [LayerShape(i, 4, 2, 8) for i in range(2)]
 
 def test_scores_follow_a_rewrite_and_the_next() -> None:
     cells = CellScores(LAYERS)
-    live = [np.float16([[0, 1, 2, 3], [3, 2, 1, 0]]) for _ in LAYERS]
-    scores, origins = cells.rows(0, live[0], 5)
+    live = np.float32([[0, 1, 2, 3], [3, 2, 1, 0]] * 2)
+    scores, origins = cells.rows(live, 5)[0]
     assert origins.tolist() == [[5, 6, 7, 8]] * 2
-    assert scores.tolist() == live[0].tolist()
+    assert scores.tolist() == live[:2].tolist()
+    assert scores.dtype == np.float16
     cells.keep([np.array([[3, 1], [0, 2]]), np.array([[2], [2]])], live, 5)
-    scores, origins = cells.rows(0, np.float16([[9], [8]]), 9)
+    scores, origins = cells.rows(np.float32([[9], [8], [0], [0]]), 9)[0]
     assert scores.tolist() == [[3, 1, 9], [3, 1, 8]]
     assert origins.tolist() == [[8, 6, 9], [5, 7, 9]]
     assert origins.dtype == np.uint16
-    cells.keep([np.array([[2, 0], [1, 2]]), np.array([[0], [0]])], [np.float16([[9], [8]])] * 2, 70_000)
-    scores, origins = cells.rows(0, np.zeros((2, 0), np.float16), 70_001)
+    cells.keep([np.array([[2, 0], [1, 2]]), np.array([[0], [0]])], np.float32([[9], [8]] * 2), 70_000)
+    scores, origins = cells.rows(np.zeros((4, 0), np.float32), 70_001)[0]
     assert scores.tolist() == [[9, 3], [1, 8]]
     assert origins.tolist() == [[70_000, 8], [7, 70_000]]
 
 
 def test_what_is_older_than_a_position_stays_best_first() -> None:
     cells = CellScores(LAYERS)
-    live = [np.float16([[0, 1, 2, 3], [3, 2, 1, 0]]) for _ in LAYERS]
+    live = np.float32([[0, 1, 2, 3], [3, 2, 1, 0]] * 2)
     cells.keep([np.array([[3, 2, 1, 0], [0, 1, 2, 3]]), np.array([[3], [3]])], live, 0)
     one, two = cells.before(2)
     assert one.tolist() == [[2, 3], [0, 1]]
@@ -40,7 +41,7 @@ def test_what_is_older_than_a_position_stays_best_first() -> None:
 
 def test_they_come_back_as_they_were_and_no_others() -> None:
     cells = CellScores(LAYERS)
-    live = [np.float16([[0, 1, 2, 3], [3, 2, 1, 0]]) for _ in LAYERS]
+    live = np.float32([[0, 1, 2, 3], [3, 2, 1, 0]] * 2)
     cells.keep([np.array([[3, 1], [0, 2]]), np.array([[2], [2]])], live, 0)
     kept, origins = (tuple(part) for part in cells.view())
     again = CellScores(LAYERS).restored(kept, origins, (2, 1), 4)

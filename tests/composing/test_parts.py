@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kvcompose_local.composing import threads
-from kvcompose_local.composing.choice import PINNED, choose, competing
+from kvcompose_local.composing.choice import A_NAT, PINNED, choose, competing
 from kvcompose_local.composing.scorer import BOUNDS, Scorer
 from kvcompose_local.composing.threads import in_parts
 
@@ -40,7 +40,7 @@ def test_a_child_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None
 def plainly(
     scorer: Scorer, layer: int, scores: np.ndarray, origins: np.ndarray, pinned: np.ndarray
 ) -> list[tuple[float, ...]]:
-    """The logarithms of a layer's rows, head by head and row by row."""
+    """The logarithms of a layer's rows, in whole levels, head by head and row by row."""
     age = scorer.places[layer][:, 0]
     result = []
     for h, head in enumerate(scores):
@@ -48,7 +48,8 @@ def plainly(
         for score, origin in zip(head, origins[h], strict=True):
             log_age = np.log(np.clip(N_SEEN - origin, 1, scorer.furthest)).astype(np.float32)
             aged = np.clip(np.float32(score) + age[h] * log_age, *BOUNDS)
-            logarithms.append(np.float16(PINNED if pinned[origin] else aged))
+            level = np.floor(aged * np.float32(-A_NAT) + np.float32(A_NAT * PINNED + 0.5))
+            logarithms.append(np.inf if pinned[origin] else -level)
         result.append(tuple(logarithms))
     return result
 
@@ -62,20 +63,21 @@ def test_a_choice_in_parts_is_the_plain_one(part: int, monkeypatch: pytest.Monke
     pinned = rng.random(N_SEEN) < 0.01
     first = N_SEEN - N_LIVE - 8
     sums = [rng.normal(-6, 2, (h, N_LIVE)).astype(np.float32) for h in HEADS]
-    live = scorer.all_scores(sums, first)
+    live = scorer.all_scores(np.concatenate(sums), first)
+    of_layers = np.split(live, np.cumsum(HEADS)[:-1])
     composed, layers, plain = [], [], []
     for i, (h, k) in enumerate(zip(HEADS, N_COMPOSED, strict=True)):
         positions = np.log(np.clip(np.arange(first, first + N_LIVE) + 1, 1, scorer.furthest)).astype(np.float32)
         expected = np.clip(sums[i] + places[i][:, 1:2] * positions + places[i][:, 2:], *BOUNDS)
-        np.testing.assert_array_equal(live[i], expected.astype(np.float16))
+        np.testing.assert_allclose(of_layers[i], expected, rtol=1e-6)
 
         scores = np.round(rng.normal(-6, 2, (h, k)), 1).astype(np.float16)  # with ties
         origins = np.stack([rng.permutation(first)[:k] for _ in range(h)]).astype(np.uint16)
         composed.append(competing(scorer, i, scores, origins, N_SEEN, pinned))
         new = np.broadcast_to(np.arange(first, first + N_LIVE), (h, N_LIVE))
-        joined = np.concatenate([scores, live[i]], axis=1), np.concatenate([origins, new], axis=1)
+        joined = np.concatenate([scores, of_layers[i]], axis=1), np.concatenate([origins, new], axis=1)
         plain.append(plainly(scorer, i, *joined, pinned))
-    newer = competing(scorer, None, np.concatenate(live), np.arange(first, first + N_LIVE), N_SEEN, pinned)
+    newer = competing(scorer, None, live, np.arange(first, first + N_LIVE), N_SEEN, pinned)
     layers = [*zip(composed, np.split(newer, np.cumsum(HEADS)[:-1]), strict=True)]
 
     row_bytes = np.array(HEADS, np.int64)

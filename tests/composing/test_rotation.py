@@ -17,6 +17,7 @@ from random_models import RandomModel
 from real_shapes import SHAPES
 
 from kvcompose_local.architectures.fixtures import metadata, tiny, weights
+from kvcompose_local.composing.cell_scores import by_layer
 from kvcompose_local.composing.rotation import Rope, unjoined
 from kvcompose_local.composing.scorer import products
 from kvcompose_local.engines.patched import PatchedEngine
@@ -125,7 +126,7 @@ def check_rows(engine: PatchedEngine, off: float) -> list[bool]:
     rng, rows = np.random.default_rng(0), engine.live_rows(len(TOKENS))
     sizes = [(len(keys), keys.shape[2] + values.shape[2]) for keys, values in (rows[i] for i in range(len(rows)))]
     multipliers = [rng.standard_normal(size).astype(np.float32) for size in sizes]
-    for i, sums in enumerate(engine.live_products(multipliers, len(TOKENS))):
+    for i, sums in enumerate(by_layer(engine.live_products(multipliers, len(TOKENS)), engine.shape.layers)):
         wanted = products(multipliers[i], *rows[i])
         assert np.abs(sums - wanted).max() < 1e-3 * wanted.std()
     return turned

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from kvcompose_local.composing.choice import PINNED, competing, ranked
+from kvcompose_local.composing.choice import A_NAT, PINNED, competing, logarithms_of, ranked
 from kvcompose_local.composing.fitting import Observed, fit, poisson
 from kvcompose_local.composing.scorer import BOUNDS, Scorer
 from kvcompose_local.composing.scores import as_layers
@@ -134,17 +135,14 @@ def test_the_regression_stands_tokens_far_from_all_others(share: float) -> None:
     np.testing.assert_allclose(x.T @ (y - expected) / y.sum() - held, 0, atol=2e-3)
 
 
-HALVES = st.floats(-30, 5, width=16)
-
-
-@given(arrays(np.float16, st.tuples(st.integers(1, 3), st.integers(0, 9)), elements=HALVES))
-def test_ranks_are_those_of_the_published_selection(logarithms: np.ndarray) -> None:
+@given(arrays(np.uint16, st.tuples(st.integers(1, 3), st.integers(0, 9)), elements=st.integers(0, 64000)))
+def test_ranks_are_those_of_the_published_selection(levels: np.ndarray) -> None:
     """Best first, of equal ones the lower row: as select_composites has them."""
-    (order,), (worth,) = ranked([(logarithms[:, :4], logarithms[:, 4:])])
-    n = logarithms.shape[1]
-    expected = select_composites([logarithms.astype(np.float32)], [n])[0]
+    (order,), (worth,) = ranked([(levels[:, :4], levels[:, 4:])])
+    n = levels.shape[1]
+    expected = select_composites([-levels.astype(np.float32)], [n])[0]
     np.testing.assert_array_equal(order, expected)
-    sorted_ = np.sort(logarithms.astype(np.float64), axis=1)[:, ::-1]
+    sorted_ = np.sort(logarithms_of(levels).astype(np.float64), axis=1)[:, ::-1]
     np.testing.assert_allclose(worth, np.exp(sorted_ / 2).mean(axis=0), rtol=1e-4)
     assert (np.diff(worth) <= 0).all()
     assert as_layers([worth[None]])
@@ -155,5 +153,15 @@ def test_pinned_tokens_compete_above_all_and_age_below() -> None:
     pinned[3] = True
     scores, origins = np.full((2, 3), BOUNDS[1], np.float16), np.array([[3, 4, 9], [0, 3, 9]])
     found = competing(scorer(age=-1.0), 0, scores, origins, 10, pinned)
-    assert found[0, 0] == found[1, 1] == PINNED > BOUNDS[1] == found[0, 2] > found[0, 1] > found[1, 0] - 1
-    assert (competing(None, 0, scores, origins, 10, np.zeros(10, bool)) == BOUNDS[1]).all()
+    best = (PINNED - BOUNDS[1]) * A_NAT
+    assert found[0, 0] == found[1, 1] == 0 < found[0, 2] == best < found[0, 1] < found[1, 0]
+    assert (competing(None, 0, scores, origins, 10, np.zeros(10, bool)) == best).all()
+    assert logarithms_of(found)[0].tolist() == [PINNED, pytest.approx(5 - np.log(6), abs=1 / A_NAT), BOUNDS[1]]
+
+
+def test_what_is_not_a_number_competes_below_all() -> None:
+    scores = np.array([[np.nan, -np.inf, np.inf, -50, 0]], np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = competing(None, 0, scores, np.arange(5), 5, np.zeros(5, bool))
+    assert logarithms_of(found).tolist() == [[BOUNDS[0], BOUNDS[0], BOUNDS[1], BOUNDS[0], 0]]

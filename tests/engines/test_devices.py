@@ -18,6 +18,7 @@ from random_models import N_VOCAB, RandomModel, Shape
 from real_shapes import SHAPES, try_shape
 
 from kvcompose_local.chat.memory import CacheMemory
+from kvcompose_local.composing.cell_scores import by_layer
 from kvcompose_local.composing.scorer import products
 from kvcompose_local.engines import open_engine
 from kvcompose_local.engines.patched import DEVICE_ROWS, PatchedEngine
@@ -89,7 +90,7 @@ def test_place_bytes_and_attention(head: int, cache_type: str, gpu_layers: int) 
 
         weights = [rng.standard_normal((2, 2 * head)).astype(np.float32) for _ in range(N_LAYERS)]
         rows = engine.live_rows(640)
-        for i, sums in enumerate(engine.live_products(weights, 640)):
+        for i, sums in enumerate(by_layer(engine.live_products(weights, 640), engine.shape.layers)):
             wanted = products(weights[i], *rows[i])
             assert np.abs(sums - wanted).max() < 0.01 * wanted.std()
 

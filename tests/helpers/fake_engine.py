@@ -102,8 +102,8 @@ class FakeEngine:
         of_layers = [numbers if i % 2 == 0 else 1 - numbers for i in range(len(self.shape.layers))]
         return [(rows, rows) for rows in of_layers]
 
-    def live_products(self, weights: Sequence[FloatArray | HalfArray], n: int) -> list[FloatArray]:
-        return [products(w, *rows) for w, rows in zip(weights, self.live_rows(n), strict=True)]
+    def live_products(self, weights: Sequence[FloatArray | HalfArray], n: int) -> FloatArray:
+        return np.concatenate([products(w, *rows) for w, rows in zip(weights, self.live_rows(n), strict=True)])
 
     def checkpoint(self) -> ByteArray:
         """Position and state."""

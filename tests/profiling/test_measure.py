@@ -76,7 +76,10 @@ def test_a_measurement_goes_on_where_it_was_stopped(
     assert profiles.read(file).scorer.digest == profile.scorer.digest
     with open_engine(model, n_ctx=256, budget=1.0, n_threads=1)[0] as engine:
         engine.decode([5, 6, 7, 8])
-        assert Scored(engine, profile.scorer).scores([5, 6, 7, 8], 4, 0)[0].shape == (2, 4)
+        assert Scored(engine, profile.scorer).scores([5, 6, 7, 8], 4, 0).shape == (
+            sum(layer.n_kv_heads for layer in engine.shape.layers),
+            4,
+        )
 
 
 @needs_patch

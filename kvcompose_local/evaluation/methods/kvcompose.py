@@ -7,31 +7,31 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvcompose_local.composing.budgets import allocate_bytes
-from kvcompose_local.composing.choice import choose, competing
+from kvcompose_local.composing.choice import Levels, choose, competing
 from kvcompose_local.composing.policy import LEAST_TAIL
 from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.composing.scores import token_scores
 from kvcompose_local.composing.selection import select_composites
 from kvcompose_local.evaluation.methods import method
 from kvcompose_local.evaluation.statistics import Statistics
-from kvcompose_local.interfaces import HalfArray, ModelShape, Selection
+from kvcompose_local.interfaces import FloatArray, ModelShape, Selection
 
 #: The program by a profile that does not know the kind of text.
 LEFT_OUT = "left-out"
 
 
-def as_the_program(stats: Statistics, scorer: Scorer | None, scores: Sequence[HalfArray]) -> list[HalfArray]:
-    """Logarithms by which cells compete in a chat: L float16 arrays (H, T). The newest tokens stay, like a tail."""
+def as_the_program(stats: Statistics, scorer: Scorer | None, scores: Sequence[FloatArray]) -> list[Levels]:
+    """The levels at which cells compete in a chat: L uint16 arrays (H, T). The newest tokens stay, like a tail."""
     positions = np.arange(stats.n_tokens)
     newest = positions >= stats.n_tokens - LEAST_TAIL
     return [competing(scorer, i, rows, positions, stats.n_tokens, newest) for i, rows in enumerate(scores)]
 
 
-def chosen(shape: ModelShape, scores: Sequence[HalfArray], n_cells: int, *, per_layer: bool = True) -> list[Selection]:
+def chosen(shape: ModelShape, levels: Sequence[Levels], n_cells: int, *, per_layer: bool = True) -> list[Selection]:
     """Composite tokens as the program chooses them, in the bytes of ``n_cells`` cells of all layers' mean size."""
     row_bytes = np.array([layer.row_bytes for layer in shape.layers], np.int64)
     room = np.array([n_cells * shape.row_bytes // len(row_bytes)], np.int64)
-    return choose([(rows,) for rows in scores], row_bytes, room, np.zeros_like(row_bytes), per_layer=per_layer)
+    return choose([(rows,) for rows in levels], row_bytes, room, np.zeros_like(row_bytes), per_layer=per_layer)
 
 
 @method("published")
