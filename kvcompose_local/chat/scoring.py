@@ -44,6 +44,8 @@ class Scoring(Protocol):
     def scores(self, tokens: Sequence[int], n: int, n_scratch: int, progress: Progress | None = None) -> FloatArray:
         """Scores of the first ``n`` live cells: float32 (all heads, n), the heads of all layers below each other.
 
+        They may be out of bounds.
+
         tokens: all that were seen; n_scratch: free cells that may be used; progress gets (tokens done, in all) and may
         raise KeyboardInterrupt.
         """
@@ -57,6 +59,7 @@ class Scored:
 
     def __init__(self, engine: Engine, scorer: Scorer) -> None:
         self._engine = engine
+        self._weights = [weights.astype(np.float32) for weights in scorer.weights]  # once: NumPy takes its time for it
         self.scorer = scorer
 
     def scores(self, tokens: Sequence[int], n: int, n_scratch: int, progress: Progress | None = None) -> FloatArray:
@@ -64,7 +67,7 @@ class Scored:
         first = len(tokens) - self._engine.layout().n_live
         if progress is not None:
             progress(0, n)
-        return self.scorer.all_scores(self._engine.live_products(self.scorer.weights, n), first)
+        return self.scorer.all_scores(self._engine.live_products(self._weights, n), first)
 
 
 class Replayed:

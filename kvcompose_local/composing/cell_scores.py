@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvcompose_local.composing.scorer import BOUNDS, DTYPE
+from kvcompose_local.composing.scorer import BOUNDS, DTYPE, within_bounds
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.interfaces import FloatArray, HalfArray, LayerShape, Lazy, Selection
 from kvcompose_local.interrupts import uninterrupted
@@ -67,7 +67,8 @@ class CellScores:
         return Lazy(len(self._layers), lambda layer: self._rows(layer, of_layers[layer], first))
 
     def _rows(self, layer: int, live: FloatArray, first: int) -> tuple[HalfArray, Selection]:
-        scores = np.concatenate([self._kept[layer], live], axis=1, dtype=DTYPE, casting="same_kind")
+        new_scores = within_bounds(live.copy())
+        scores = np.concatenate([self._kept[layer], new_scores], axis=1, dtype=DTYPE, casting="same_kind")
         end = first + live.shape[1]
         new = np.broadcast_to(np.arange(first, end, dtype=_origin_dtype(end)), live.shape)
         return scores, np.concatenate([self._origins[layer], new], axis=1)

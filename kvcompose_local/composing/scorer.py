@@ -101,10 +101,13 @@ class Scorer:
         keys, values: float32 (H, T, D), keys as they were before RoPE, of tokens at positions from ``first`` on. Raises
         InvalidInput for another number of heads or features.
         """
-        return self._placed(self.places[layer], products(self.weights[layer], keys, values), first)
+        return within_bounds(self._placed(self.places[layer], products(self.weights[layer], keys, values), first))
 
     def all_scores(self, sums: FloatArray, first: int) -> FloatArray:
-        """Makes scores of what :func:`products` gives for all layers, their heads below each other: float32 (H, T)."""
+        """Makes scores of what :func:`products` gives for all layers, their heads below each other: float32 (H, T).
+
+        Not within bounds yet.
+        """
 
         def compute(heads: slice) -> None:
             self._placed(self._all_places[heads], sums[heads], first)
@@ -113,9 +116,10 @@ class Scorer:
         return sums
 
     def _placed(self, places: FloatArray, sums: FloatArray, first: int) -> FloatArray:
-        sums += places[:, 1:2] * _positions(first, sums.shape[1], self.furthest)
-        sums += places[:, 2:]
-        return within_bounds(sums)
+        by_place = places[:, 1:2] * _positions(first, sums.shape[1], self.furthest)
+        by_place += places[:, 2:]
+        sums += by_place
+        return sums
 
     def ages(
         self,
@@ -131,7 +135,7 @@ class Scorer:
         """
         places = self._all_places if layer is None else self.places[layer]
         logarithms = _ages(n_seen, self.furthest)  # a table: a logarithm costs more than a look
-        return np.multiply(places[heads, :1], logarithms.take(origins), dtype=np.float32)
+        return places[heads, :1] * logarithms.take(origins)
 
     @cached_property
     def _all_places(self) -> FloatArray:

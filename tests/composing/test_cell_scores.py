@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kvcompose_local.composing.cell_scores import CellScores
+from kvcompose_local.composing.scorer import BOUNDS
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.interfaces import LayerShape
 
@@ -20,13 +21,13 @@ def test_scores_follow_a_rewrite_and_the_next() -> None:
     assert scores.tolist() == live[:2].tolist()
     assert scores.dtype == np.float16
     cells.keep([np.array([[3, 1], [0, 2]]), np.array([[2], [2]])], live, 5)
-    scores, origins = cells.rows(np.float32([[9], [8], [0], [0]]), 9)[0]
-    assert scores.tolist() == [[3, 1, 9], [3, 1, 8]]
+    scores, origins = cells.rows(np.float32([[4], [5], [0], [0]]), 9)[0]
+    assert scores.tolist() == [[3, 1, 4], [3, 1, 5]]
     assert origins.tolist() == [[8, 6, 9], [5, 7, 9]]
     assert origins.dtype == np.uint16
-    cells.keep([np.array([[2, 0], [1, 2]]), np.array([[0], [0]])], np.float32([[9], [8]] * 2), 70_000)
+    cells.keep([np.array([[2, 0], [1, 2]]), np.array([[0], [0]])], np.float32([[40], [np.nan]] * 2), 70_000)
     scores, origins = cells.rows(np.zeros((4, 0), np.float32), 70_001)[0]
-    assert scores.tolist() == [[9, 3], [1, 8]]
+    assert scores.tolist() == [[BOUNDS[1], 3], [1, BOUNDS[0]]]
     assert origins.tolist() == [[70_000, 8], [7, 70_000]]
 
 
