@@ -89,10 +89,11 @@ def test_place_bytes_and_attention(head: int, cache_type: str, gpu_layers: int) 
             engine.decode([1])
 
         weights = [rng.standard_normal((2, 2 * head)).astype(np.float32) for _ in range(N_LAYERS)]
-        rows = engine.live_rows(640)
-        for i, sums in enumerate(by_layer(engine.live_products(weights, 640), engine.shape.layers)):
-            wanted = products(weights[i], *rows[i])
-            assert np.abs(sums - wanted).max() < 0.01 * wanted.std()
+        for n in (640, 301):  # devices may take another kernel for numbers that are not round
+            rows = engine.live_rows(n)
+            for i, sums in enumerate(by_layer(engine.live_products(weights, n), engine.shape.layers)):
+                wanted = products(weights[i], *rows[i])
+                assert np.abs(sums - wanted).max() < 0.003 * wanted.std()
 
         for _ in range(2):  # from a uniform layout, and from a composed one
             layout, before = engine.layout(), engine.snapshot()
