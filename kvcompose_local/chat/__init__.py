@@ -8,12 +8,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvcompose_local.chat.reasoning import Said
     from kvcompose_local.chat.state import ChatState, TurnStats
-    from kvcompose_local.chat.transcript import Message, Place, Step, TextModel, Transcript
+    from kvcompose_local.chat.text_model import Message, TextModel
+    from kvcompose_local.chat.transcript import Place, Step, Transcript
     from kvcompose_local.chat.turns import Chat
 
 __all__ = ["Chat", "ChatState", "Message", "Place", "Said", "Step", "TextModel", "Transcript", "TurnStats"]
 
-_HOMES = {"Chat": "turns", "ChatState": "state", "TurnStats": "state", "Said": "reasoning"}
+_HOMES = {
+    "Chat": "turns",
+    "ChatState": "state",
+    "TurnStats": "state",
+    "Said": "reasoning",
+    "Message": "text_model",
+    "TextModel": "text_model",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Compares texts, leaving out what does not count, and finds places of one in the other."""
+"""Compares texts, leaving out what does not count."""
 
 from __future__ import annotations
 
@@ -9,18 +9,30 @@ from itertools import accumulate
 
 
 class Kept:
-    """The characters of a text that count, and where they stand in the whole text."""
+    """The characters of a text that count, and where they stand in the whole text.
 
-    def __init__(self, text: str, start: int, skipped: re.Pattern[str], is_marker: Callable[[str], bool]) -> None:
+    whole: (begin, end) of parts in which all of them do, in their order.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        start: int,
+        skipped: re.Pattern[str],
+        is_marker: Callable[[str], bool],
+        whole: Sequence[tuple[int, int]] = (),
+    ) -> None:
         spans, place = [], start
-        for found in skipped.finditer(text, start):
-            if found.lastgroup == "maybe" and not is_marker(found.group()):
-                continue
-            if found.start() > place:
-                spans.append((place, found.start()))
-            place = found.end()
-        if place < len(text):
-            spans.append((place, len(text)))
+        for begin, end in [*whole, (len(text), len(text))]:
+            for found in skipped.finditer(text, place, max(begin, place)):
+                if found.lastgroup == "maybe" and not is_marker(found.group()):
+                    continue
+                if found.start() > place:
+                    spans.append((place, found.start()))
+                place = found.end()
+            if max(begin, end) > place:
+                spans.append((place, max(begin, end)))
+                place = max(begin, end)
         self.text = "".join(text[begin:end] for begin, end in spans)
         self._spans = spans
         self._sums = [0, *accumulate(end - begin for begin, end in spans)]
@@ -44,14 +56,6 @@ class Kept:
         """How many kept characters stand before a place in the whole text."""
         i = bisect_right([begin for begin, _ in self._spans], place) - 1
         return self._sums[i] + min(place, self._spans[i][1]) - self._spans[i][0] if i >= 0 else 0
-
-
-def find(want: str, said: str, start: int) -> tuple[int, int]:
-    """Where ``said`` begins and ends in ``want`` from ``start`` on; ``start`` twice where it is not there."""
-    for text in (said, said.strip()):  # templates trim
-        if (begin := want.find(text, start)) >= 0:
-            return begin, begin + len(text)
-    return start, start
 
 
 def join(fed: str, fed_at: int, want: str, at: int) -> int:

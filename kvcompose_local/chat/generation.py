@@ -9,7 +9,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from kvcompose_local.chat.memory import CacheMemory
 from kvcompose_local.chat.reasoning import Format, Reader, Said
 from kvcompose_local.chat.state import TurnStats
-from kvcompose_local.chat.transcript import TextModel, Transcript
+from kvcompose_local.chat.text_model import TextModel
+from kvcompose_local.chat.transcript import Transcript
 from kvcompose_local.errors import ContextFull
 
 #: Models without a template answer as the assistant and then go on as the user.

@@ -2,8 +2,9 @@
 
 A cache only grows, and templates rewrite the past: they trim answers, drop their thinking, add empty markers. So before
 anything is fed, :meth:`Transcript.follow` compares the text that was fed with what the template says now. Differences
-in white space and markers do not count. Where there are no others, the transcript goes on from what was fed; otherwise
-it goes back to the last place that both share, and feeds the rest as the template has it now.
+in white space and markers do not count, except in what users said. Where there are no others, the transcript goes on
+from what was fed; otherwise it goes back to the last place that both share, and feeds the rest as the template has it
+now.
 """
 
 from __future__ import annotations
@@ -13,14 +14,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
-from kvcompose_local.chat.comparing import Kept, find, join, n_common
-from kvcompose_local.chat.reasoning import Format
+from kvcompose_local.chat.comparing import Kept, join, n_common
+from kvcompose_local.chat.locating import Located, Span, located
+from kvcompose_local.chat.text_model import Message, TextModel
 from kvcompose_local.errors import InvalidInput
-
-#: A message of the conversation: role, content, and as "reasoning" what the model thought before an answer.
-Message = dict[str, str]
 
 #: A placeholder for what the user has yet to type when a document is read ahead of the question.
 _REST_OF_MESSAGE = "\x00rest of the message\x00"
@@ -30,50 +29,6 @@ _THE_ANSWER = "\x00the answer\x00"
 _MAYBE_MARKER = r"<[^<>\s]{1,60}>|\[[^\[\]\s]{1,20}\]"
 #: No marker is longer.
 _LONGEST_MARKER = 64
-
-
-class TextModel(Protocol):
-    """The part of a model that a chat needs beside the engine (:class:`kvcompose_local.llama_ffi.model.Model`)."""
-
-    @property
-    def adds_bos(self) -> bool: ...
-
-    @property
-    def has_template(self) -> bool: ...
-
-    @property
-    def template_name(self) -> str: ...
-
-    @property
-    def folds_system(self) -> bool: ...
-
-    @property
-    def reasoning_format(self) -> Format: ...
-
-    def use_template(self, name: str) -> None: ...
-
-    def use_format(self, form: Format) -> None: ...
-
-    def render_chat(
-        self,
-        messages: Sequence[Message],
-        *,
-        add_generation_prompt: bool,
-        now: datetime | None = None,
-        tools: Sequence[Any] = (),
-    ) -> str: ...
-
-    def special_text(self, which: str) -> str: ...
-
-    def tokenize(self, text: str, *, add_bos: bool = False, special: bool = True) -> list[int]: ...
-
-    def token_bytes(self, token: int) -> bytes: ...
-
-    def control_text(self, token: int) -> str: ...
-
-    def is_marker(self, text: str) -> bool: ...
-
-    def is_end(self, token: int) -> bool: ...
 
 
 class Place(NamedTuple):
@@ -125,6 +80,7 @@ class Saved(NamedTuple):
     steps: tuple[Step, ...]
     edges: tuple[Place, ...]
     tools: str = ""
+    exact: tuple[tuple[int, int], ...] | None = None
 
 
 #: Whether the cache can go back to a position without reading everything again.
@@ -150,8 +106,10 @@ class Transcript:
         self.tokens: list[int] = []
         self.steps: list[Step] = []
         self._edges = [Place(0, 0)]  # where pieces that were tokenized by themselves meet
+        self._exact: list[tuple[int, int]] = []  # what users said, in what was fed
         self._markers: dict[str, bool] = {}
         self._held: dict[str, bool] = {}  # whether what was said holds markers
+        self._found: tuple[str, list[Message], list[Located]] = ("", [], [])  # what was located last
 
     @classmethod
     def of(cls, model: TextModel, saved: Saved, began: datetime | None) -> Transcript:
@@ -166,13 +124,14 @@ class Transcript:
         """All that changes, for :meth:`put_back`."""
         messages, tokens = tuple(self.messages), tuple(self.tokens)
         steps, edges = tuple(self.steps), tuple(self._edges)
-        return Saved(self.system, self.draft, self.fed, messages, tokens, steps, edges, self.tools)
+        return Saved(self.system, self.draft, self.fed, messages, tokens, steps, edges, self.tools, tuple(self._exact))
 
     def put_back(self, before: Saved) -> None:
         """Go back to what was saved."""
         self.system, self.draft, self.fed, self.tools = before.system, before.draft, before.fed, before.tools
         self.messages, self.tokens = [*before.messages], [*before.tokens]
         self.steps, self._edges = [*before.steps], [*before.edges]
+        self._exact = [*(self._exact_in(self.fed, self._told) if before.exact is None else before.exact)]
 
     def set_system(self, text: str | None) -> None:
         """Another system prompt, or none; what was fed stays until :meth:`follow`."""
@@ -217,6 +176,7 @@ class Transcript:
         """Forget all text from a place on."""
         del self.tokens[place.n_tokens :]
         self.fed = self.fed[: place.n_chars]
+        self._exact = [(begin, min(end, place.n_chars)) for begin, end in self._exact if begin < place.n_chars]
         self._edges = [edge for edge in self._edges if edge <= place] or [Place(0, 0)]
         if self._edges[-1] != place:
             self._edges.append(place)
@@ -275,19 +235,22 @@ class Transcript:
         """
         if want.startswith(self.fed):
             return Reread(0, self._go_on(want, len(self.fed)))
-        edge, at, agrees = self._last_shared(want)
+        edge, at, agrees = self._last_shared(want, self._told)
         if agrees:
             return Reread(0, self._go_on(want, at))
         begin = self.after_last_answer(want)
-        before = self.tokens, self._edges, self.fed, self.steps
+        before = self.tokens, self._edges, self.fed, self.steps, self._exact
         self.tokens, self._edges, self.steps = [*self.tokens], [*self._edges], [*self.steps]
         n_new = self._rewrite(edge, want, at, max(begin, at))
         n_shared = n_common(before[0], self.tokens)
         if n_shared >= n_held or can_rewind(n_shared):
             return Reread(max(len(self.tokens) - n_shared - n_new, 0), n_new, n_shared)
-        self.tokens, self._edges, self.fed, self.steps = before
+        self.tokens, self._edges, self.fed, self.steps, self._exact = before
         self.steps = [replace(step, begin=min(step.begin, self.end)) for step in self.steps]
-        return Reread(0, self.queue(want, begin) if begin else self.queue(self._last_alone()), is_kept=True)
+        if begin:
+            return Reread(0, self.queue(want, begin), is_kept=True)
+        alone, messages = self._last_alone()
+        return Reread(0, self.queue(alone, messages=messages), is_kept=True)
 
     def follow_text(self, text: str) -> None:
         """Say this text, which is no conversation: what was fed of it stays."""
@@ -298,30 +261,52 @@ class Transcript:
         self.queue(text, edge.n_chars)
         self.steps = [Step(Place(0, 0), 0, "", self.end)]
 
-    def shared(self, want: str) -> int:
-        """Tokens of the transcript that stay where the template says ``want`` now."""
-        return self._place_in(want)[0].n_tokens
+    def shared(self, want: str, messages: Sequence[Message]) -> int:
+        """Tokens of the transcript that stay where the template says ``want`` of these messages."""
+        return self._place_in(want, messages)[0].n_tokens
 
-    def n_tokens_of(self, want: str) -> int:
-        """Tokens of ``want``, of which only what the transcript does not have is tokenized."""
-        edge, at = self._place_in(want)
-        return edge.n_tokens + len(self.model.tokenize(want[at:], add_bos=not at and self.adds_bos(want)))
+    def n_tokens_of(self, want: str, messages: Sequence[Message]) -> int:
+        """Tokens of ``want``, the text of these messages; only what the transcript does not have is tokenized."""
+        edge, at = self._place_in(want, messages)
+        add_bos = not at and self.adds_bos(want)
+        return edge.n_tokens + len(self._tokenized(want, at, len(want), messages, add_bos=add_bos))
 
-    def _place_in(self, want: str) -> tuple[Place, int]:
+    def _place_in(self, want: str, messages: Sequence[Message]) -> tuple[Place, int]:
         """The last place that stays where the template says ``want`` now, and where that is in ``want``."""
-        return (self.end, len(self.fed)) if want.startswith(self.fed) else self._last_shared(want)[:2]
+        return (self.end, len(self.fed)) if want.startswith(self.fed) else self._last_shared(want, messages)[:2]
 
-    def _last_alone(self) -> str:
-        """The last message rendered alone, for templates that hide where it begins."""
+    def _last_alone(self) -> tuple[str, list[Message]]:
+        """The last message rendered alone, for templates that hide where it begins, and that message."""
         if self.messages and self.messages[-1]["role"] == "user":
-            return self.render(self.messages[-1:])
-        return self.render([{"role": "user", "content": self.draft + _REST_OF_MESSAGE}]).partition(_REST_OF_MESSAGE)[0]
+            return self.render(self.messages[-1:]), self.messages[-1:]
+        text = self.render([{"role": "user", "content": self.draft + _REST_OF_MESSAGE}]).partition(_REST_OF_MESSAGE)[0]
+        return text, [{"role": "user", "content": self.draft}]
 
-    def _last_shared(self, want: str) -> tuple[Place, int, bool]:
-        """The last edge that ``want`` shares, where that is in ``want``, and whether it is the end of what was fed."""
+    @property
+    def _told(self) -> list[Message]:
+        """The messages, and what was read of the next one."""
+        return [*self.messages, {"role": "user", "content": self.draft}] if self.draft else self.messages
+
+    def _contents(self, want: str) -> dict[int, Span]:
+        """Where messages stand in ``want``, by their number; what was read of the next one is one, too."""
+        return {x.message: x.span for x in reversed(self._located(want, self._told)) if x.part == "content"}
+
+    def _located(self, want: str, messages: Sequence[Message]) -> list[Located]:
+        """All that was said in ``want``, which the template makes of these messages."""
+        if self._found[:2] != (want, [*messages]):
+            rest = _REST_OF_MESSAGE if self.draft and messages and messages[-1]["content"] == self.draft else ""
+            found = located(want, messages, self.render, rest)
+            self._found = want, [dict(message) for message in messages], found
+        return self._found[2]
+
+    def _last_shared(self, want: str, messages: Sequence[Message]) -> tuple[Place, int, bool]:
+        """The last edge that ``want``, the text of these messages, shares, where that is in ``want``, and whether it is
+        the end of what was fed.
+        """
         n = n_common(self.fed, want)
         start = max(n - _LONGEST_MARKER, 0)  # a marker or white space may begin before the first difference
-        ours, theirs = self._kept(self.fed, start), self._kept(want, start)
+        ours = self._kept(self.fed, start, self._exact)
+        theirs = self._kept(want, start, self._exact_in(want, messages))
         n_same = n_common(ours.text, theirs.text)
         if n_same == len(ours.text):  # all that was fed
             return self.end, join(self.fed, ours.place(n_same), want, theirs.place(n_same)), True
@@ -332,9 +317,21 @@ class Transcript:
         n_before = ours.n_before(edge.n_chars)
         return edge, join(self.fed[: edge.n_chars], ours.place(n_before), want, theirs.place(n_before)), False
 
-    def _kept(self, text: str, start: int) -> Kept:
-        """The part of a text from ``start`` on that counts: no white space, no markers, no empty thinking."""
-        return Kept(text, start, self._skipped, self._is_marker)
+    def _kept(self, text: str, start: int, exact: Sequence[tuple[int, int]]) -> Kept:
+        """The part of a text from ``start`` on that counts: no white space, no markers, no empty thinking.
+
+        In what users said, ``exact``, all of it counts.
+        """
+        return Kept(text, start, self._skipped, self._is_marker, exact)
+
+    def _exact_in(self, text: str, messages: Sequence[Message]) -> list[tuple[int, int]]:
+        """(begin, end) of all in a text of these messages that the model did not say, without white space around it."""
+        found = []
+        for i, _, (begin, end, _) in self._located(text, messages):
+            said = text[begin:end]
+            if messages[i]["role"] != "assistant" and said.strip():
+                found.append((begin + len(said) - len(said.lstrip()), begin + len(said.rstrip())))
+        return found
 
     @property
     def _skipped(self) -> re.Pattern[str]:
@@ -361,6 +358,12 @@ class Transcript:
         self.steps = steps[: inside + 1]
 
         n_new = 0
+        spans = self._contents(want)
+
+        def content(i: int, n: int | None = None) -> int:
+            """Where the first ``n`` characters of what a message says end, or all of them."""
+            span = spans.get(i)
+            return at if span is None else span.end if n is None else span.at(n)
 
         def queue_to(place: int) -> None:
             nonlocal at, n_new
@@ -376,15 +379,15 @@ class Transcript:
             after = steps[i + 1] if i + 1 < len(steps) else None
             said = self.messages[step.n_messages : after.n_messages if after else None]
             if not said:  # a document
-                queue_to(find(want, (after.draft if after else self.draft)[len(step.draft) :], at)[1])
+                queue_to(content(step.n_messages, len(after.draft if after else self.draft)))
                 continue
             if step.answer is None or step.answer > edge:
-                queue_to(find(want, said[0]["content"][len(step.draft) :], at)[1])
+                queue_to(content(step.n_messages))
                 if len(said) > 1:
-                    queue_to(find(want, said[1]["content"], at)[0])
+                    queue_to(content(step.n_messages + 1, 0))
                 self.steps[-1] = replace(self.steps[-1], answer=self.end)
             if len(said) > 1:
-                queue_to(find(want, said[1]["content"], at)[1])
+                queue_to(content(step.n_messages + 1))
         queue_to(len(want))
         return n_new
 
@@ -394,14 +397,15 @@ class Transcript:
         Returns the number of tokens.
         """
         before = len(self.tokens)
+        spans = self._contents(want) if any(step.begin == UNPLACED for step in self.steps) else {}
         for i, step in enumerate(self.steps):
             if step.begin != UNPLACED:
                 continue
             begin, answer = self.end, None
-            after = self.steps[i + 1].n_messages if i + 1 < len(self.steps) else None
-            for message in self.messages[step.n_messages : after]:
-                start, end = find(want, message["content"], at)
-                if message["role"] == "assistant" and answer is None:
+            after = self.steps[i + 1].n_messages if i + 1 < len(self.steps) else len(self.messages)
+            for k in range(step.n_messages, after):
+                start, end, _ = spans.get(k, Span(at, at))
+                if self.messages[k]["role"] == "assistant" and answer is None:
                     self.queue(want, at, max(start, at))
                     at, answer = max(start, at), self.end
                 self.queue(want, at, max(end, at))
@@ -412,46 +416,57 @@ class Transcript:
 
     # -- text into tokens ---------------------------------------------------------------------------------------------
 
-    def queue(self, text: str, start: int = 0, stop: int | None = None) -> int:
-        """Add a part of a rendered text, in which messages stand; returns the number of its tokens."""
+    def queue(
+        self, text: str, start: int = 0, stop: int | None = None, messages: Sequence[Message] | None = None
+    ) -> int:
+        """Add a part of a text; returns the number of its tokens. messages: those of the text, if not all."""
         stop = len(text) if stop is None else stop
         if start == stop:  # not even what a transcript begins with
             return 0
         self.mark_edge()
-        before, at = len(self.tokens), start
-        add_bos = not self.fed and self.adds_bos(text)
-        for begin, end in [*self._said_with_markers(text), (stop, stop)]:
-            begin, end = min(max(begin, at), stop), min(max(end, at), stop)
-            self.tokens += self.model.tokenize(text[at:begin], add_bos=add_bos and at == start)
-            self.tokens += self.model.tokenize(text[begin:end], special=False)
-            at = end
+        messages = self._told if messages is None else messages
+        tokens = self._tokenized(text, start, stop, messages, add_bos=not self.fed and self.adds_bos(text))
+        moved = len(self.fed) - start
+        for begin, end in self._exact_in(text, messages):
+            if begin < start < end and self._exact:  # the message goes on
+                self._exact[-1] = self._exact[-1][0], min(end, stop) + moved
+            elif start <= begin < stop:
+                self._exact.append((begin + moved, min(end, stop) + moved))
+        self.tokens += tokens
         self.fed += text[start:stop]
         self.mark_edge()
-        return len(self.tokens) - before
+        return len(tokens)
+
+    def _tokenized(self, text: str, start: int, stop: int, messages: Sequence[Message], *, add_bos: bool) -> list[int]:
+        """A part of a text of these messages as tokens, where markers that were said are text."""
+        tokens, at = [], start
+        for begin, end in [*self._said_with_markers(text, messages), (stop, stop)]:
+            begin, end = min(max(begin, at), stop), min(max(end, at), stop)
+            tokens += self.model.tokenize(text[at:begin], add_bos=add_bos and at == start)
+            tokens += self.model.tokenize(text[begin:end], special=False)
+            at = end
+        return tokens
 
     def mark_edge(self) -> None:
         """Let the next piece be tokenized by itself."""
         if self._edges[-1] != self.end:
             self._edges.append(self.end)
 
-    def _said_with_markers(self, text: str) -> Iterator[tuple[int, int]]:
-        """(begin, end) of each message that holds markers like ``<|im_end|>``, in a text of the whole conversation.
+    def _said_with_markers(self, text: str, messages: Sequence[Message]) -> Iterator[tuple[int, int]]:
+        """(begin, end) of all in a text of these messages that was said and holds markers like ``<|im_end|>``.
 
         Such markers are tokenized as text: a document must not be able to begin a turn of its own.
         """
-        texts = [said for message in self.messages for said in (message.get("reasoning", ""), message["content"])]
-        start = 0
-        for said in filter(None, map(str.strip, [*texts, self.draft])):
-            begin = text.find(said, start)
-            if begin >= 0:
-                start = begin + len(said)
-                if self._holds_marker(said):
-                    yield begin, start
+        parts = [text for message in messages for text in (message.get("reasoning", ""), message["content"])]
+        if any(map(self._holds_marker, parts)):
+            for i, part, span in self._located(text, messages):
+                if self._holds_marker(messages[i][part]):
+                    yield span.begin, span.end
 
     def _holds_marker(self, said: str) -> bool:
-        if said not in self._held:
+        if said and said not in self._held:
             self._held[said] = self.model.tokenize(said) != self.model.tokenize(said, special=False)
-        return self._held[said]
+        return bool(said) and self._held[said]
 
     def adds_bos(self, text: str) -> bool:
         """Whether a transcript that begins with ``text`` begins with a token that is not in it."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from kvcompose_local.chat.reasoning import Format
     from kvcompose_local.chat.template import ChatTemplate
-    from kvcompose_local.chat.transcript import Message
+    from kvcompose_local.chat.text_model import Message
 
 #: The template of models that bring none. Base models have mostly seen roles on lines of their own.
 PLAIN_TEMPLATE = (

@@ -58,12 +58,12 @@ class Conversation(Chat):
         """The same of a request."""
         return self.want(request.messages, request.tools) if request.prompt is None else request.prompt
 
-    def check_length(self, want: str) -> int:
-        """Tokens of a text. Raises PositionsFull where they are more than there are positions.
+    def check_length(self, want: str, messages: Sequence[Message]) -> int:
+        """Tokens of a text of these messages. Raises PositionsFull where they are more than there are positions.
 
         By these words Anthropic's and OpenAI's clients know that they must compact the conversation.
         """
-        n_tokens, n_ctx = self.transcript.n_tokens_of(want), self.memory.n_ctx
+        n_tokens, n_ctx = self.transcript.n_tokens_of(want, messages), self.memory.n_ctx
         if n_tokens >= n_ctx:
             raise PositionsFull(
                 f"prompt is too long: {n_tokens} tokens > {n_ctx} maximum; this model's maximum context length is "
@@ -123,7 +123,7 @@ class Conversation(Chat):
                 self._follow(said.prompt(), stats, go_back=not went_on)
                 said.begin_answer()
                 if self.forced:
-                    said.queue(said.fed + self.forced, len(said.fed))
+                    said.queue(said.fed + self.forced, len(said.fed), messages=())
             self._begin(stats, on_begin)
         self.turns = [stats]  # a server's chats have no end
         self._constraint, self._n_logprobs, self._chances = constraint, request.n_logprobs, []

@@ -1,0 +1,92 @@
+"""Finds where what was said stands in the text that a template makes of it.
+
+A search would find a short message in the template's own markers, and a marker that somebody typed in those before it.
+So the template is asked: the same conversation with marks in place of all that was said tells what stands between.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from kvcompose_local.chat.text_model import Message
+from kvcompose_local.errors import ModelError
+
+
+class Span(NamedTuple):
+    """A place in a text. n_trimmed: characters that were said before it and that the template leaves out."""
+
+    begin: int
+    end: int
+    n_trimmed: int = 0
+
+    def at(self, n: int) -> int:
+        """Where the first ``n`` characters of what was said end."""
+        return min(max(self.begin + n - self.n_trimmed, self.begin), self.end)
+
+
+class Located(NamedTuple):
+    """Where something stands that was said. part: ``content`` or ``reasoning`` of a message."""
+
+    message: int
+    part: str
+    span: Span
+
+
+def located(
+    want: str, messages: Sequence[Message], render: Callable[[Sequence[Message]], str], rest: str = ""
+) -> list[Located]:
+    """All that stands in ``want`` of what was said, in its order.
+
+    want: what ``render`` makes of these messages, or the beginning of it; rest: what else the last message holds.
+    """
+    said = [(i, part) for i, message in enumerate(messages) for part in ("reasoning", "content") if message.get(part)]
+    name = f"said{secrets.token_hex(8)}at"  # which nobody says, and no template changes
+    marked = [dict(message) for message in messages]
+    for n, (i, part) in enumerate(said):
+        marked[i][part] = f"{name}{n}."
+    if rest:
+        marked[-1]["content"] += rest
+    try:
+        pieces = re.split(rf"{name}(\d+)\.", render(marked))
+    except ModelError:  # it refuses marks: then all is searched for
+        pieces = ["", *(text for n in range(len(said)) for text in (str(n), ""))]
+    found, at = [], 0  # at: in want, behind what was found last
+    for before, n, after in zip(pieces[:-2:2], map(int, pieces[1::2]), pieces[2::2], strict=True):
+        i, part = said[n]
+        text, begin = messages[i][part], at + len(before)
+        if before and want.startswith(before, at):
+            span = _at(want, text, begin) or _until(want, after, begin)
+        else:
+            span = _searched(want, text, at)
+        if span:
+            found.append(Located(i, part, span))
+            at = span.end
+    return found
+
+
+def _ways(text: str) -> list[tuple[str, int]]:
+    """What a template may make of a text by trimming it, and how many characters it takes from its beginning."""
+    n_leading = len(text) - len(text.lstrip())
+    ways = [(text, 0), (text.rstrip(), 0), (text.lstrip(), n_leading), (text.strip(), n_leading)]
+    return [(way, n) for way, n in ways if way]
+
+
+def _at(want: str, text: str, begin: int) -> Span | None:
+    """The text that stands at ``begin``."""
+    found = ((way, n) for way, n in _ways(text) if want.startswith(way, begin))
+    return next((Span(begin, begin + len(way), n) for way, n in found), None)
+
+
+def _until(want: str, after: str, begin: int) -> Span | None:
+    """Whatever the template makes of a text that stands at ``begin``, before what comes behind it."""
+    end = want.find(after, begin) if after else -1
+    return Span(begin, end) if end >= 0 else None
+
+
+def _searched(want: str, text: str, start: int) -> Span | None:
+    """The first place from ``start`` on where the text stands."""
+    found = ((want.find(way, start), way, n) for way, n in _ways(text))
+    return next((Span(begin, begin + len(way), n) for begin, way, n in found if begin >= 0), None)
