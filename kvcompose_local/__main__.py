@@ -13,7 +13,7 @@ def main() -> None:
         from kvcompose_local.commands import cli
     except KeyboardInterrupt:
         sys.stderr.write("error: stopped\n")
-        sys.exit(1)
+        sys.exit(130)
     cli.main()
 
 

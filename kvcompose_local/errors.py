@@ -9,6 +9,7 @@
     ├── BuildError            llama.cpp could not be built
     ├── NoHome                the user has no home folder to keep files in (also an OSError)
     ├── SessionError          a saved chat could not be written, read or verified
+    ├── Stopped               Ctrl-C; exit code 130, as of what the signal ends
     └── EngineError           llama.cpp refused or failed; names the call
         ├── ContextFull       the tokens do not fit, and compaction cannot make room
         │   └── PositionsFull there are not as many positions left
@@ -28,6 +29,12 @@ class InvalidInput(KVComposeError, ValueError):
     """An argument is out of its documented range."""
 
     exit_code = 2
+
+
+class Stopped(KVComposeError):
+    """The user has stopped it."""
+
+    exit_code = 128 + 2  # the number of SIGINT
 
 
 class ModelError(KVComposeError):

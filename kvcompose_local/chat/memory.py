@@ -146,14 +146,17 @@ class CacheMemory:
         if position + n_more > self.n_ctx:
             raise PositionsFull(
                 f"{n_more} more tokens do not fit: {position} of --ctx {self.n_ctx} positions are used; "
-                f"{self.way_to_more_positions}"
+                f"{self.way_to_more_positions(position + n_more)}"
             )
 
-    @property
-    def way_to_more_positions(self) -> str:
-        """What to do where they do not suffice."""
+    def way_to_more_positions(self, n_wanted: int = 0) -> str:
+        """What to do where they do not suffice for ``n_wanted`` tokens."""
         known = self.engine.shape.n_ctx_train
-        return f"start again with --ctx up to {known}" if known > self.n_ctx else "the model knows no more: send less"
+        if known <= self.n_ctx:
+            return "the model knows no more: send less"
+        if known < n_wanted:
+            return f"send less, or start again with --ctx up to {known}, which is all that the model knows"
+        return f"start again with --ctx up to {known}"
 
     def _room(self) -> int:
         layout = self.engine.layout()

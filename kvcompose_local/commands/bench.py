@@ -95,6 +95,8 @@ def bench_command(
                     progress=lambda what, done, total: status.progress(what, done, total, ""),
                 )
             )
+    except InvalidInput as error:  # it names options of a chat
+        raise InvalidInput(str(error).replace("--budget", "--budgets").replace("--ctx", "--lengths")) from error
     finally:  # what was measured is shown, whatever stopped the rest
         if results:
             click.echo(measure.tables(results, size_of(path), bandwidth, matmul))

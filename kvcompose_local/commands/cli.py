@@ -26,7 +26,7 @@ from kvcompose_local.commands.rpc_server import rpc_server_command
 from kvcompose_local.commands.run import run_command
 from kvcompose_local.commands.serve import serve_command
 from kvcompose_local.commands.version import version_option
-from kvcompose_local.errors import KVComposeError
+from kvcompose_local.errors import KVComposeError, Stopped
 from kvcompose_local.terminal.shown import show_on_terminals
 
 #: Shells set this to ask for their completion script (``bash_source``, ``zsh_source``, ``fish_source``) or for words.
@@ -105,7 +105,7 @@ def _told(error: BaseException) -> int:
     elif isinstance(error, KVComposeError):
         message, code = str(error), error.exit_code
     elif isinstance(error, KeyboardInterrupt):
-        message = "stopped"
+        message, code = "stopped", Stopped.exit_code
     elif isinstance(error, MemoryError):
         message = "out of memory: lower --ctx or --budget"
     elif isinstance(error, BrokenPipeError):

@@ -12,7 +12,7 @@ from kvcompose_local.chat import inputs
 from kvcompose_local.chat_options import ChatOptions
 from kvcompose_local.commands.opening import fetched, open_chat
 from kvcompose_local.commands.options import Real, cache_type_option, gathered, gpu_layers_option, threads_option
-from kvcompose_local.errors import InvalidInput, KVComposeError
+from kvcompose_local.errors import InvalidInput, Stopped
 from kvcompose_local.interrupts import Interrupts
 from kvcompose_local.terminal.figures import MIB
 from kvcompose_local.terminal.status import Status
@@ -57,7 +57,7 @@ def compress_command(model: str, file: str, output: str, keep: float, options: C
     ):
         stats = local.read(text)
         if stats.stopped:
-            raise KVComposeError("stopped while reading; nothing is written")
+            raise Stopped("stopped while reading; nothing is written")
         memory = local.memory
         least = 2 * memory.policy.n_tail / memory.position
         if least < keep:

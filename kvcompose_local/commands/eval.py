@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -143,6 +142,7 @@ def eval_command(model: str | None, request: EvalRequest) -> None:
     from kvcompose_local.errors import InvalidInput
     from kvcompose_local.evaluation.harness import Evaluation, room_for
     from kvcompose_local.evaluation.tasks import TASKS
+    from kvcompose_local.install.files import check_folder
     from kvcompose_local.install.threads import default_threads
 
     if request.tasks == ("help",):
@@ -153,8 +153,7 @@ def eval_command(model: str | None, request: EvalRequest) -> None:
     status = Status(sys.stderr)
     path = fetched(model, status)
     output = request.output or Path(f"{path.stem}.eval.jsonl")
-    if not os.access(output.resolve().parent, os.W_OK):  # before minutes of work
-        raise InvalidInput(f"cannot write to {output.resolve().parent}: make the folder, or give another path")
+    check_folder(output)
     n_cells = room_for(request.length, whole_replay=any(name.startswith("published") for name in request.methods))
     with open_uncompressed(path, request.length, n_cells, request.n_threads, request.gpu_layers) as engine:
         trials = Trials.of(request, engine.model)

@@ -24,7 +24,7 @@ from kvcompose_local.chat import inputs
 from kvcompose_local.chat_options import SCORINGS, ChatOptions, Sampling
 from kvcompose_local.commands.opening import begin_loading, fetched, open_chat
 from kvcompose_local.commands.options import Real, gathered, gpu_layers_option, model_argument, threads_option
-from kvcompose_local.errors import KVComposeError
+from kvcompose_local.errors import KVComposeError, Stopped
 from kvcompose_local.interrupts import Interrupts
 from kvcompose_local.terminal.status import Status
 
@@ -134,7 +134,7 @@ def complete_session(_context: click.Context, _parameter: click.Parameter, begun
     "--rpc",
     "workers",
     metavar="HOST:PORT[,…]",
-    callback=lambda _context, _option, value: tuple(value.split(",")) if value else (),
+    callback=lambda _context, _option, value: () if value is None else tuple(value.split(",")),
     help="Spread layers and their cells over these workers (rpc-server).",
 )
 @click.option(
@@ -303,7 +303,7 @@ def feed(local: LocalChat, documents: Sequence[tuple[str, str]], request: RunReq
     for i, (name, text) in enumerate(documents):
         stats = local.chat.read(text, pin=request.pin and local.memory.compose)
         if stats.stopped and not request.is_interactive:
-            raise KVComposeError(f"stopped while reading {name}")
+            raise Stopped(f"stopped while reading {name}")
         if stats.stopped:
             unread = f"the other {local.chat.unread_tokens} tokens of {name} are read before your next message"
             status.line(f"stopped; {unread}{', the files after it are not' if i + 1 < len(documents) else ''}")
@@ -387,6 +387,8 @@ def answer_lines(
                         status.line("each line is a question of its own; -f - reads what is piped in as one text")
                     answer(line, answers, interrupts)
                     n_answered += 1
+            if not n_answered and not interrupts.leaving:
+                status.line("nothing was asked: -p asks a question, and so does each line of standard input")
         except KVComposeError:
             if not interrupts.leaving:
                 if request.as_json and any(message["role"] == "assistant" for message in local.chat.messages):
@@ -401,7 +403,7 @@ def answer(line: str, answers: Answers, interrupts: Interrupts) -> None:
     with interrupts.caught():
         stats = answers.answer(line)
     if stats.stopped == "interrupt":
-        raise KVComposeError("stopped")
+        raise Stopped("stopped")
     answers.explain_end(stats)
 
 
@@ -432,4 +434,4 @@ def awaited(lines: Iterator[str], interrupts: Interrupts) -> str | None:
         with interrupts.waiting():
             return next(lines, None)
     except KeyboardInterrupt as error:
-        raise KVComposeError("stopped") from error
+        raise Stopped("stopped") from error

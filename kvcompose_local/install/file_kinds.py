@@ -73,6 +73,8 @@ def complaint(path: Path) -> str | None:
     """
     if path.is_dir():
         return f"is a folder, not a GGUF file: {_in_folder(path)}"
+    if path.exists() and not path.is_file():
+        return "is not a plain file"
     with open(path, "rb") as file:
         head = file.read(512)
         if not head:

@@ -11,12 +11,19 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from kvcompose_local.errors import DownloadError, KVComposeError, SessionError
+from kvcompose_local.errors import DownloadError, InvalidInput, KVComposeError, SessionError
 from kvcompose_local.install.resources import CACHE_VARIABLE
 
 #: Called with (bytes done, bytes in all, 0 where unknown). May raise to stop; what was fetched stays.
 ByteProgress = Callable[[int, int], None]
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def check_folder(path: Path) -> None:
+    """Raises InvalidInput where no file can be written to ``path``: before minutes of work."""
+    folder = path.resolve().parent
+    if not os.access(folder, os.W_OK):
+        raise InvalidInput(f"cannot write to {folder}: make the folder, or give another path")
 
 
 @contextmanager

@@ -67,7 +67,7 @@ class Conversation(Chat):
         if n_tokens >= n_ctx:
             raise PositionsFull(
                 f"prompt is too long: {n_tokens} tokens > {n_ctx} maximum; this model's maximum context length is "
-                f"{n_ctx} tokens here: {self.memory.way_to_more_positions}"
+                f"{n_ctx} tokens here: {self.memory.way_to_more_positions(n_tokens)}"
             )
         return n_tokens
 

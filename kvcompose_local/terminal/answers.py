@@ -123,15 +123,12 @@ class Answers:
         return self.chat.turns[-1]
 
     def warn_of_the_end(self, line_begins: bool = True) -> None:
-        """Say once that few positions are left, perhaps too few for an answer, and once that very few are.
-
-        The first of these waits for a line to begin.
-        """
+        """Say once that few positions are left, perhaps too few for an answer, and once that very few are."""
         memory = self.chat.memory
         n_ctx, left = memory.n_ctx, memory.n_ctx - memory.position
         few = min(max(n_ctx // 10, 256, self.max_tokens), n_ctx // 2)
         level = 2 if left < n_ctx // 50 else 1 if left < few else 0
-        if left > 0 and level > self._warned and (line_begins or level == 2):
+        if left > 0 and level > self._warned and line_begins:
             self.status.line(f"{left} of {n_ctx} positions are left: {self._more_positions()}")
             self._warned = level
         self._warned = min(self._warned, level)
@@ -140,7 +137,7 @@ class Answers:
         """What can be done about positions."""
         n_ctx, known = self.chat.memory.n_ctx, self.chat.memory.engine.shape.n_ctx_train
         if not self.takes_commands:
-            return self.chat.memory.way_to_more_positions
+            return self.chat.memory.way_to_more_positions()
         if known <= n_ctx:
             return "/undo or /clear make room, or another model: this one knows no more than that"
         return (

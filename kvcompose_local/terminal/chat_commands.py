@@ -166,8 +166,16 @@ class ChatCommands:
             keep = float(argument) if argument else 0.5
         except ValueError as error:
             raise InvalidInput(f"/compress takes a share in (0, 1], not {argument!r}") from error
-        if self.chat.memory.compact(keep) is None:
+        memory = self.chat.memory
+        report = memory.compact(keep)
+        if report is None:
             self.status.line("there is nothing to compress yet")
+        elif memory.n_pinned and report.bytes_after > 1.01 * keep * report.bytes_before:
+            share = report.bytes_after / report.bytes_before
+            self.status.line(
+                f"{memory.n_pinned} pinned tokens take {share:.2f} of the bytes: of all that is not pinned, only the "
+                "newest is left"
+            )
 
     @command("/read FILE…", "read text files now; your next message asks about them")
     def _read(self, argument: str) -> None:

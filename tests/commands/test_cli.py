@@ -294,7 +294,7 @@ def test_ctrl_c_during_a_long_answer(tiny_model: TinyModel) -> None:
         process.send_signal(signal.SIGINT)
         rest = process.stdout.read()
         assert process.stderr.read().decode() == "error: stopped\n"
-        assert process.wait(30) == 1
+        assert process.wait(30) == 128 + signal.SIGINT
     assert rest.endswith(b"\n"), "the shell's prompt must begin on a line of its own"
 
 
@@ -372,7 +372,7 @@ def test_ctrl_c_while_a_file_is_read(tiny_model: TinyModel, tmp_path: Path) -> N
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
     assert err.decode() == "error: stopped\n"
-    assert process.returncode == 1
+    assert process.returncode == 128 + signal.SIGINT
 
 
 # The set-up
@@ -683,4 +683,4 @@ def test_ctrl_c_while_the_program_is_imported_ends_in_one_line() -> None:
         main()
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: stopped\n")
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGINT, "", "error: stopped\n")
