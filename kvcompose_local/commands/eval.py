@@ -142,7 +142,7 @@ def eval_command(model: str | None, request: EvalRequest) -> None:
     from kvcompose_local.errors import InvalidInput
     from kvcompose_local.evaluation.harness import Evaluation, room_for
     from kvcompose_local.evaluation.tasks import TASKS
-    from kvcompose_local.install.files import check_folder
+    from kvcompose_local.install.files import check_folders
     from kvcompose_local.install.threads import default_threads
 
     if request.tasks == ("help",):
@@ -153,7 +153,7 @@ def eval_command(model: str | None, request: EvalRequest) -> None:
     status = Status(sys.stderr)
     path = fetched(model, status)
     output = request.output or Path(f"{path.stem}.eval.jsonl")
-    check_folder(output)
+    check_folders(output)
     n_cells = room_for(request.length, whole_replay=any(name.startswith("published") for name in request.methods))
     with open_uncompressed(path, request.length, n_cells, request.n_threads, request.gpu_layers) as engine:
         trials = Trials.of(request, engine.model)

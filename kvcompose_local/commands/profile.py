@@ -57,15 +57,14 @@ def profile_command(
     from kvcompose_local.errors import InvalidInput
     from kvcompose_local.evaluation.harness import engine_beside, room_for
     from kvcompose_local.evaluation.tasks import TASKS
-    from kvcompose_local.install.files import check_folder, own_folder, replacing
+    from kvcompose_local.install.files import check_folders, own_folder, replacing
     from kvcompose_local.install.model_files import model_digest
     from kvcompose_local.install.threads import default_threads
     from kvcompose_local.profiling import measure
 
     if set(tasks) - set(TASKS):
         raise InvalidInput(f"the tasks are {', '.join(TASKS)}")
-    for target in filter(None, (output, left_out)):
-        check_folder(target)
+    check_folders(output, left_out)
     own_texts = [text for _, text in inputs.read_all(files)[0]]
     status = Status(sys.stderr)
     path = fetched(model, status)

@@ -387,8 +387,6 @@ def answer_lines(
                         status.line("each line is a question of its own; -f - reads what is piped in as one text")
                     answer(line, answers, interrupts)
                     n_answered += 1
-            if not n_answered and not interrupts.leaving:
-                status.line("nothing was asked: -p asks a question, and so does each line of standard input")
         except KVComposeError:
             if not interrupts.leaving:
                 if request.as_json and any(message["role"] == "assistant" for message in local.chat.messages):

@@ -19,11 +19,11 @@ ByteProgress = Callable[[int, int], None]
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def check_folder(path: Path) -> None:
-    """Raises InvalidInput where no file can be written to ``path``: before minutes of work."""
-    folder = path.resolve().parent
-    if not os.access(folder, os.W_OK):
-        raise InvalidInput(f"cannot write to {folder}: make the folder, or give another path")
+def check_folders(*paths: Path | None) -> None:
+    """Raises InvalidInput where no file can be written to one of the paths: before minutes of work."""
+    for folder in (path.resolve().parent for path in paths if path is not None):
+        if not os.access(folder, os.W_OK):
+            raise InvalidInput(f"cannot write to {folder}: make the folder, or give another path")
 
 
 @contextmanager

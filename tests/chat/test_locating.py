@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 from llama_cpp_templates import templates
-from test_templates import _MARKER, TemplateModel, names
+from template_models import MARKER, TemplateModel, names
 
 from kvcompose_local.chat.locating import located
 from kvcompose_local.chat.transcript import UNPLACED, Step, Transcript
@@ -20,7 +20,7 @@ class MarkerModel(TemplateModel):
     """Markers are tokens of their own, unless they were said."""
 
     def tokenize(self, text: str, *, add_bos: bool = False, special: bool = True) -> list[int]:
-        parts = re.split(f"({_MARKER.pattern})", text) if special else [text]
+        parts = re.split(f"({MARKER.pattern})", text) if special else [text]
         ids = ([1000 + sum(part.encode())] if i % 2 else [*part.encode()] for i, part in enumerate(parts))
         return [token for part in ids for token in part]
 
@@ -46,7 +46,7 @@ def neutral(name: str) -> tuple[list[int], list[Step], str]:
 
 @cache
 def own_markers(name: str) -> list[str]:
-    return sorted(set(_MARKER.findall(neutral(name)[2])))[:6]
+    return sorted(set(MARKER.findall(neutral(name)[2])))[:6]
 
 
 @pytest.mark.parametrize("name", names())

@@ -6,14 +6,13 @@ once, the transcript says what the template says, and nothing is read again with
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from datetime import datetime
-from functools import cache
 
 import pytest
 from fake_engine import FakeEngine, FakeModel
 from llama_cpp_templates import templates
+from template_models import TemplateModel, names
 
 from kvcompose_local.chat import Chat
 from kvcompose_local.chat.memory import CacheMemory
@@ -21,45 +20,8 @@ from kvcompose_local.chat.reasoning import FORMATS, Format, Reader, format_of
 from kvcompose_local.chat.template import ChatTemplate
 from kvcompose_local.errors import ModelError
 
-#: It adds a list of functions to a text before it looks whether there is one.
-_NEEDS_TOOLS = {"fireworks-ai-llama-3-firefunction-v2"}
 #: It repeats its instructions after the last message, and takes those of the turn before back.
 _MOVES_INSTRUCTIONS = {"CohereForAI-c4ai-command-r-plus-tool_use"}
-_MARKER = re.compile(
-    r"<\|[^<>\s]+\|?>|<[^<>\s]+\|>|</?s>|\[/?[A-Z_]+\]|<｜[^<>]+｜>|<(?:start|end)_of_turn>|<SPECIAL_\d+>"
-)
-
-
-@cache
-def names() -> list[str]:
-    return sorted(set(templates()) - _NEEDS_TOOLS)
-
-
-class TemplateModel(FakeModel):
-    """Bytes as tokens, and a real template."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.source = ChatTemplate(source, bos="<s>", eos="</s>")
-
-    def use_format(self, form: Format) -> None:
-        self.source.format = form
-
-    @property
-    def folds_system(self) -> bool:  # type: ignore[override]
-        return self.source.folds_system
-
-    @property
-    def reasoning_format(self) -> Format:  # type: ignore[override]
-        return self.source.format
-
-    def is_marker(self, text: str) -> bool:
-        return bool(_MARKER.fullmatch(text))
-
-    def render_chat(
-        self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool, now: datetime | None = None
-    ) -> str:
-        return self.source.render(messages, add_generation_prompt=add_generation_prompt, now=now)
 
 
 def as_the_model_says_it(form: Format, prompt: str, thought: str, answer: str) -> str:

@@ -74,7 +74,7 @@ def attention_on_host(engine: PatchedEngine, token: int) -> list[bool]:
     return seen
 
 
-@pytest.mark.parametrize("gpu_layers", [2, 999])
+@pytest.mark.parametrize("gpu_layers", [0, 2, 999])
 @pytest.mark.parametrize(("head", "cache_type"), KINDS)
 def test_place_bytes_and_attention(head: int, cache_type: str, gpu_layers: int) -> None:
     rng = np.random.default_rng(2)
@@ -83,6 +83,8 @@ def test_place_bytes_and_attention(head: int, cache_type: str, gpu_layers: int) 
         n_on_host = max(N_LAYERS + 1 - gpu_layers, 0)  # llama.cpp counts the output as a layer, and takes the last ones
         assert [name == "CPU" for name in arenas] == [i < n_on_host for i in range(N_LAYERS)]
         engine.decode(TOKENS[:700])
+        # layers on the host are multiplied on a device, too, where many tokens come: then rows cross to the host
+        turns = [engine._cells.turn(i) for i in range(N_LAYERS)]
         if cache_type != "q8_0/q4_0":  # for which some backends have no kernel
             assert attention_on_host(engine, 1) == [i < n_on_host for i in range(N_LAYERS)]
         else:
@@ -120,6 +122,8 @@ def test_place_bytes_and_attention(head: int, cache_type: str, gpu_layers: int) 
         host.restore(cells)
         host.decode(TOKENS[720:723])
         wanted = host.logits()
+        assert turns == [host._cells.turn(i) for i in range(N_LAYERS)]
+        assert all(turn.rope.n_rotated for turn in turns)
     assert np.isfinite(found).all()
     assert np.abs(found - wanted).max() < 0.05 * wanted.std()
 
