@@ -30,9 +30,9 @@ class Kept:
                 if found.start() > place:
                     spans.append((place, found.start()))
                 place = found.end()
-            if max(begin, end) > place:
-                spans.append((place, max(begin, end)))
-                place = max(begin, end)
+            if end > place:
+                spans.append((place, end))
+                place = end
         self.text = "".join(text[begin:end] for begin, end in spans)
         self._spans = spans
         self._sums = [0, *accumulate(end - begin for begin, end in spans)]

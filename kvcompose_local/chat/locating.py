@@ -52,12 +52,12 @@ def located(
     try:
         pieces = re.split(rf"{name}(\d+)\.", render(marked))
     except ModelError:  # it refuses marks: then all is searched for
-        pieces = ["", *(text for n in range(len(said)) for text in (str(n), ""))]
+        pieces = [name, *(text for n in range(len(said)) for text in (str(n), name))]
     found, at = [], 0  # at: in want, behind what was found last
     for before, n, after in zip(pieces[:-2:2], map(int, pieces[1::2]), pieces[2::2], strict=True):
         i, part = said[n]
         text, begin = messages[i][part], at + len(before)
-        if before and want.startswith(before, at):
+        if want.startswith(before, at):
             span = _at(want, text, begin) or _until(want, after, begin)
         else:
             span = _searched(want, text, at)

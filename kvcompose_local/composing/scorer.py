@@ -104,9 +104,9 @@ class Scorer:
         return within_bounds(self._placed(self.places[layer], products(self.weights[layer], keys, values), first))
 
     def all_scores(self, sums: FloatArray, first: int) -> FloatArray:
-        """Makes scores of what :func:`products` gives for all layers, their heads below each other: float32 (H, T).
+        """The scores of what :func:`products` gives for all layers, their heads below each other: float32 (H, T).
 
-        Not within bounds yet.
+        They take the place of ``sums``, and are not within bounds yet.
         """
 
         def compute(heads: slice) -> None:

@@ -115,6 +115,14 @@ def test_what_a_template_makes_of_a_message_is_found_whatever_it_is() -> None:
     assert [x.message for x in located(half, messages, render)] == [0, 1, 2], "the beginning of a conversation"
 
 
+def test_a_text_that_begins_with_a_message_is_not_searched() -> None:
+    def render(messages: Sequence[dict[str, str]]) -> str:
+        return "".join(message["content"].strip() + "|" for message in messages)
+
+    messages = [{"role": "user", "content": text} for text in (" a", "b a", " ")]
+    assert [x.span[:2] for x in located(render(messages), messages, render)] == [(0, 1), (2, 5), (6, 6)]
+
+
 def test_a_template_that_changes_or_refuses_marks_is_searched() -> None:
     def render(messages: Sequence[dict[str, str]]) -> str:
         texts = [message["content"] for message in messages]
