@@ -26,6 +26,8 @@ PINNED = 2 * BOUNDS[1]
 Levels = npt.NDArray[np.uint16]
 #: Levels of a nat, from PINNED on; finer than the float16 that scores are kept in.
 A_NAT = 1600
+#: Where ranks compete by the hundred, the worth of one in so many tells enough of them.
+_SOME = 8
 
 
 def choose(
@@ -46,7 +48,7 @@ def choose(
     False where every layer is to keep equally many, or all of its rows where they are fewer; steps, n_beside, at_least:
     of :func:`~kvcompose_local.composing.budgets.allocate_composites`.
     """
-    orders, worths = ranked(layers)
+    orders, worths = ranked(layers, every=_SOME if max(steps, default=1) > 1 else 1)
     if per_layer:
         counts = allocate_composites(
             worths, row_bytes, room.tolist(), device, steps=steps, n_beside=n_beside, at_least=at_least
@@ -99,25 +101,28 @@ def logarithms_of(levels: npt.NDArray[np.integer[Any]]) -> FloatArray:
     return logarithms
 
 
-def ranked(layers: Sequence[Sequence[Levels]]) -> tuple[list[Selection], list[FloatArray]]:
+def ranked(layers: Sequence[Sequence[Levels]], *, every: int = 1) -> tuple[list[Selection], list[FloatArray]]:
     """For each layer the rows of its heads, best first: int (H, T), and the worth of each rank: float32 (T,).
 
-    layers: what :func:`competing` gives, of each layer in parts, (H, T) together. Of equal ones the lower row is
-    better. The worth never rises from rank to rank.
+    layers: what :func:`competing` gives, of each layer in parts, (H, T) together; every: of so many ranks that follow
+    each other all have the worth of the first. Of equal ones the lower row is better. The worth never rises from rank
+    to rank.
     """
     shapes = [(len(parts[0]), sum(part.shape[1] for part in parts)) for parts in layers]
     alike = sorted(range(len(layers)), key=shapes.__getitem__)  # what is done to all numbers is done at once
 
     def some_ranked(some: slice) -> list[tuple[Selection, FloatArray]]:
         groups = itertools.groupby(alike[some], key=shapes.__getitem__)
-        return [layer for shape, group in groups for layer in _ranked([layers[i] for i in group], *shape)]
+        return [layer for shape, group in groups for layer in _ranked([layers[i] for i in group], *shape, every)]
 
     found = in_parts(some_ranked, [math.prod(shapes[i]) for i in alike])
     by_layer = dict(zip(alike, itertools.chain.from_iterable(found), strict=True))
     return [by_layer[i][0] for i in range(len(layers))], [by_layer[i][1] for i in range(len(layers))]
 
 
-def _ranked(layers: Sequence[Sequence[Levels]], n_heads: int, n_rows: int) -> Iterator[tuple[Selection, FloatArray]]:
+def _ranked(
+    layers: Sequence[Sequence[Levels]], n_heads: int, n_rows: int, every: int
+) -> Iterator[tuple[Selection, FloatArray]]:
     """The same of layers of one shape.
 
     A level and its row are sorted as one integer: ten times as fast as an argsort.
@@ -128,12 +133,14 @@ def _ranked(layers: Sequence[Sequence[Levels]], n_heads: int, n_rows: int) -> It
     both |= np.arange(n_rows, dtype=wide)
     both.sort(axis=2)
     orders = both.astype(narrow)  # the low half
-    both >>= wide(shift)
-    levels = both.astype(np.uint16)
-    del both  # the largest of all these, before more is computed
+    some = both[:, :, ::every]
+    some >>= wide(shift)
+    levels = some.astype(np.uint16)
+    del both, some  # the largest of all these, before more is computed
     roots = logarithms_of(levels)
     roots /= 2
-    return zip(orders, np.exp(roots, out=roots).mean(axis=1), strict=True)
+    worths = np.exp(roots, out=roots).mean(axis=1)
+    return zip(orders, np.repeat(worths, every, axis=1)[:, :n_rows] if every > 1 else worths, strict=True)
 
 
 def _joined(

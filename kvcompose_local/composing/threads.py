@@ -16,7 +16,7 @@ from kvcompose_local.install.threads import default_threads
 T = TypeVar("T")
 
 #: Numbers of a part: they fit into a core's cache, and take NumPy much longer than threads take to take turns.
-PART = 1 << 17
+PART = 1 << 18
 #: More threads than this wait for each other.
 _MOST = 6
 
@@ -32,12 +32,14 @@ def in_parts(function: Callable[[slice], T], sizes: Sequence[int]) -> list[T]:
     ends = np.cumsum(sizes)
     cuts = np.searchsorted(ends, ends[-1] * np.arange(1, n_parts) // n_parts) + 1
     edges = sorted({0, *cuts.tolist(), len(sizes)})
-    return list(_pool().map(function, itertools.starmap(slice, itertools.pairwise(edges))))
+    own, *others = itertools.starmap(slice, itertools.pairwise(edges))
+    found = [_pool().submit(function, part) for part in others]
+    return [function(own), *(part.result() for part in found)]  # others take some time to wake up
 
 
 @lru_cache(maxsize=1)
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(default_threads(), _MOST), "composing")
+    return ThreadPoolExecutor(max(min(default_threads(), _MOST) - 1, 1), "composing")
 
 
 if hasattr(os, "register_at_fork"):  # a child has none of the threads
