@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvcompose_local.chat.reasoning import Said
     from kvcompose_local.chat.state import ChatState, TurnStats
+    from kvcompose_local.chat.steps import Place, Step
     from kvcompose_local.chat.text_model import Message, TextModel
-    from kvcompose_local.chat.transcript import Place, Step, Transcript
+    from kvcompose_local.chat.transcript import Transcript
     from kvcompose_local.chat.turns import Chat
 
 __all__ = ["Chat", "ChatState", "Message", "Place", "Said", "Step", "TextModel", "Transcript", "TurnStats"]
@@ -19,6 +20,8 @@ _HOMES = {
     "ChatState": "state",
     "TurnStats": "state",
     "Said": "reasoning",
+    "Place": "steps",
+    "Step": "steps",
     "Message": "text_model",
     "TextModel": "text_model",
 }

@@ -1,38 +1,29 @@
-"""Compares texts, leaving out what does not count."""
+"""Compares texts and messages, leaving out what does not count."""
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
+from kvcompose_local.chat.text_model import Message
+
 
 class Kept:
-    """The characters of a text that count, and where they stand in the whole text.
+    """The characters of a text that count, and where they stand in the whole text."""
 
-    whole: (begin, end) of parts in which all of them do, in their order.
-    """
-
-    def __init__(
-        self,
-        text: str,
-        start: int,
-        skipped: re.Pattern[str],
-        is_marker: Callable[[str], bool],
-        whole: Sequence[tuple[int, int]] = (),
-    ) -> None:
+    def __init__(self, text: str, start: int, skipped: re.Pattern[str], is_marker: Callable[[str], bool]) -> None:
         spans, place = [], start
-        for begin, end in [*whole, (len(text), len(text))]:
-            for found in skipped.finditer(text, place, max(begin, place)):
-                if found.lastgroup == "maybe" and not is_marker(found.group()):
-                    continue
-                if found.start() > place:
-                    spans.append((place, found.start()))
-                place = found.end()
-            if end > place:
-                spans.append((place, end))
-                place = end
+        for found in skipped.finditer(text, start):
+            if found.lastgroup == "maybe" and not is_marker(found.group()):
+                continue
+            if found.start() > place:
+                spans.append((place, found.start()))
+            place = found.end()
+        if place < len(text):
+            spans.append((place, len(text)))
         self.text = "".join(text[begin:end] for begin, end in spans)
         self._spans = spans
         self._sums = [0, *accumulate(end - begin for begin, end in spans)]
@@ -75,3 +66,25 @@ def n_common(one: Sequence[object], other: Sequence[object]) -> int:
         else:
             high = middle - 1
     return low
+
+
+def n_same_messages(ours: Sequence[Message], theirs: Sequence[Message]) -> int:
+    """How many messages two conversations begin with that are the same."""
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    return next((i for i, (one, other) in pairs if not _is_same(one, other)), min(len(ours), len(theirs)))
+
+
+def _is_same(ours: Message, theirs: Message) -> bool:
+    """Whether two messages are the same.
+
+    Of answers the white space around them and the thinking before them do not count: clients and protocols drop both.
+    """
+    return ours["role"] == theirs["role"] and told(ours) == told(theirs)
+
+
+def told(message: Message) -> tuple[str, list[tuple[str, str]]]:
+    """What a message says: its text, and the names and arguments of its calls."""
+    calls = [
+        (c["name"], json.dumps(c["arguments"], sort_keys=True)) for c in json.loads(message.get("tool_calls") or "[]")
+    ]
+    return message["content"].strip() if message["role"] == "assistant" else message["content"], calls

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from kvcompose_local.chat.checkpoints import Checkpoint
+from kvcompose_local.chat.steps import Step
 from kvcompose_local.chat.text_model import Message
-from kvcompose_local.chat.transcript import Step
 from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.errors import ContextFull, InvalidInput
 from kvcompose_local.interfaces import CacheSnapshot, Engine, FloatArray, Selection

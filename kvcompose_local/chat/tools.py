@@ -221,11 +221,14 @@ class CallReader:
             yield from self._say(said)
             self._is_open = True
 
-    def finish(self) -> Iterator[str | Call]:
-        """What was held back."""
-        held, self._held, self._is_open = self._held, "", False
-        if held:
-            yield from self._closed(held)
+    def finish(self, *, is_cut: bool = False) -> Iterator[str | Call]:
+        """What was held back. is_cut: the answer ended early; a call that was begun then is no call, and no text."""
+        held, self._held, was_open, self._is_open = self._held, "", self._is_open, False
+        if not held or (is_cut and was_open and "<function=" in held and "</function>" not in held):
+            return
+        for part in self._closed(held):
+            if isinstance(part, Call) or not (is_cut and was_open):
+                yield part
 
     def _may_be_bare(self) -> bool:
         """Whether the answer so far may be nothing but a call, without a mark before it."""

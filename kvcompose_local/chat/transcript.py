@@ -2,9 +2,9 @@
 
 A cache only grows, and templates rewrite the past: they trim answers, drop their thinking, add empty markers. So before
 anything is fed, :meth:`Transcript.follow` compares the text that was fed with what the template says now. Differences
-in white space and markers do not count, except in what users said. Where there are no others, the transcript goes on
-from what was fed; otherwise it goes back to the last place that both share, and feeds the rest as the template has it
-now.
+in white space and markers do not count, up to the first message that somebody tells otherwise than before. Where there
+are no others, the transcript goes on from what was fed; otherwise it goes back to the last place that both share, and
+feeds the rest as the template has it now.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
-from typing import NamedTuple
 
-from kvcompose_local.chat.comparing import Kept, join, n_common
+from kvcompose_local.chat.comparing import Kept, join, n_common, n_same_messages
 from kvcompose_local.chat.locating import Located, Span, located
+from kvcompose_local.chat.steps import UNPLACED, Place, Reread, Saved, Step
 from kvcompose_local.chat.text_model import Message, TextModel
 from kvcompose_local.errors import InvalidInput
 
@@ -29,58 +29,6 @@ _THE_ANSWER = "\x00the answer\x00"
 _MAYBE_MARKER = r"<[^<>\s]{1,60}>|\[[^\[\]\s]{1,20}\]"
 #: No marker is longer.
 _LONGEST_MARKER = 64
-
-
-class Place(NamedTuple):
-    """A place in the transcript: how many tokens and how many characters stand before it."""
-
-    n_tokens: int
-    n_chars: int
-
-
-#: Where a step begins that is told but not queued yet.
-UNPLACED = Place(2**31, 2**31)
-
-
-@dataclass(frozen=True)
-class Step:
-    """A message with its answer, or a document, with all that is needed to take it back.
-
-    begin: where it begins; n_messages, draft: the messages and the draft before it; answer: where its answer begins,
-    None for a document.
-    """
-
-    begin: Place
-    n_messages: int
-    draft: str
-    answer: Place | None = None
-
-
-class Reread(NamedTuple):
-    """The cost of following the template, in tokens.
-
-    n_again: tokens that are read again; n_new: tokens that are new; n_shared: tokens that were read and stay, None for
-    all of them; is_kept: whether the template changes the past, and the cache cannot go back to change it.
-    """
-
-    n_again: int
-    n_new: int
-    n_shared: int | None = None
-    is_kept: bool = False
-
-
-class Saved(NamedTuple):
-    """A transcript as it was at some time."""
-
-    system: str | None
-    draft: str
-    fed: str
-    messages: tuple[Message, ...]
-    tokens: tuple[int, ...]
-    steps: tuple[Step, ...]
-    edges: tuple[Place, ...]
-    tools: str = ""
-    exact: tuple[tuple[int, int], ...] | None = None
 
 
 #: Whether the cache can go back to a position without reading everything again.
@@ -106,10 +54,10 @@ class Transcript:
         self.tokens: list[int] = []
         self.steps: list[Step] = []
         self._edges = [Place(0, 0)]  # where pieces that were tokenized by themselves meet
-        self._exact: list[tuple[int, int]] = []  # what users said, in what was fed
+        self._n_alike: int | None = None  # characters of ``fed`` that are told as before, None for all of them
         self._markers: dict[str, bool] = {}
         self._held: dict[str, bool] = {}  # whether what was said holds markers
-        self._found: tuple[str, list[Message], list[Located]] = ("", [], [])  # what was located last
+        self._found: tuple[str, list[Message], str, list[Located]] = ("", [], "", [])  # what was located last
 
     @classmethod
     def of(cls, model: TextModel, saved: Saved, began: datetime | None) -> Transcript:
@@ -124,22 +72,54 @@ class Transcript:
         """All that changes, for :meth:`put_back`."""
         messages, tokens = tuple(self.messages), tuple(self.tokens)
         steps, edges = tuple(self.steps), tuple(self._edges)
-        return Saved(self.system, self.draft, self.fed, messages, tokens, steps, edges, self.tools, tuple(self._exact))
+        return Saved(self.system, self.draft, self.fed, messages, tokens, steps, edges, self.tools)
 
     def put_back(self, before: Saved) -> None:
         """Go back to what was saved."""
         self.system, self.draft, self.fed, self.tools = before.system, before.draft, before.fed, before.tools
         self.messages, self.tokens = [*before.messages], [*before.tokens]
         self.steps, self._edges = [*before.steps], [*before.edges]
-        self._exact = [*(self._exact_in(self.fed, self._told) if before.exact is None else before.exact)]
+        self._n_alike = None
 
     def set_system(self, text: str | None) -> None:
         """Another system prompt, or none; what was fed stays until :meth:`follow`."""
         without = self.messages[1:] if self.system else self.messages
         n = bool(text) - bool(self.system)
+        self._n_alike = None if text == self.system else 0
         self.system = text
         self.messages = [{"role": "system", "content": text}, *without] if text else [*without]
         self.steps = [replace(step, n_messages=step.n_messages + n) for step in self.steps]
+
+    def tell(self, messages: Sequence[Message], tools: str) -> bool:
+        """Be of these messages and tools, of which the cache is yet to be told; returns whether they go on from ours.
+
+        What the model thought before answers that are the same is kept: protocols do not send it back.
+        """
+        ours, theirs = self.messages, [dict(message) for message in messages]
+        self._n_alike = self._n_chars_alike(theirs, tools)
+        n_same = n_same_messages(ours, theirs)
+        went_on = n_same == len(ours) and self.tools == tools
+        self.messages = ours[:n_same] + theirs[n_same:]
+        self.system = theirs[0]["content"] if theirs and theirs[0]["role"] == "system" else None
+        self.tools, self.draft = tools, ""
+        asks = [m["role"] in ("user", "tool") or (m["role"] == "system" and i > 0) for i, m in enumerate(theirs)]
+        begins = [i for i, asking in enumerate(asks) if asking and not (i and asks[i - 1])] or [len(theirs)]
+        self.steps = [step for step in self.steps if step.n_messages < n_same]
+        self.steps += [Step(UNPLACED, i, "") for i in begins if i >= n_same]
+        return went_on
+
+    def _n_chars_alike(self, messages: Sequence[Message], tools: str) -> int:
+        """Characters of what was fed before the first message that is none of these."""
+        if tools != self.tools or not (self.messages or tools):
+            return 0
+        n_same = n_same_messages(self.messages, messages)
+        if n_same == len(self.messages):
+            return len(self.fed)
+        step = next((step for step in reversed(self.steps) if step.n_messages <= n_same), None)
+        if step is None:
+            return 0
+        is_answer = self.messages[n_same]["role"] == "assistant"
+        return (step.answer or step.begin if is_answer else step.begin).n_chars
 
     # -- places -------------------------------------------------------------------------------------------------------
 
@@ -176,7 +156,6 @@ class Transcript:
         """Forget all text from a place on."""
         del self.tokens[place.n_tokens :]
         self.fed = self.fed[: place.n_chars]
-        self._exact = [(begin, min(end, place.n_chars)) for begin, end in self._exact if begin < place.n_chars]
         self._edges = [edge for edge in self._edges if edge <= place] or [Place(0, 0)]
         if self._edges[-1] != place:
             self._edges.append(place)
@@ -190,8 +169,9 @@ class Transcript:
 
     # -- what the template says ---------------------------------------------------------------------------------------
 
-    def render(self, messages: Sequence[Message], *, prompt: bool = True) -> str:
-        options = {"tools": json.loads(self.tools)} if self.tools else {}
+    def render(self, messages: Sequence[Message], *, prompt: bool = True, tools: str | None = None) -> str:
+        tools = self.tools if tools is None else tools
+        options = {"tools": json.loads(tools)} if tools else {}
         return self.model.render_chat(messages, add_generation_prompt=prompt, now=self.began, **options)
 
     def prompt(self) -> str:
@@ -234,18 +214,20 @@ class Transcript:
         answer is added.
         """
         if want.startswith(self.fed):
+            self._n_alike = None
             return Reread(0, self._go_on(want, len(self.fed)))
-        edge, at, agrees = self._last_shared(want, self._told)
+        n_alike, self._n_alike = len(self.fed) if self._n_alike is None else self._n_alike, None
+        edge, at, agrees = self._last_shared(want, n_alike)
         if agrees:
             return Reread(0, self._go_on(want, at))
         begin = self.after_last_answer(want)
-        before = self.tokens, self._edges, self.fed, self.steps, self._exact
+        before = self.tokens, self._edges, self.fed, self.steps
         self.tokens, self._edges, self.steps = [*self.tokens], [*self._edges], [*self.steps]
         n_new = self._rewrite(edge, want, at, max(begin, at))
         n_shared = n_common(before[0], self.tokens)
         if n_shared >= n_held or can_rewind(n_shared):
             return Reread(max(len(self.tokens) - n_shared - n_new, 0), n_new, n_shared)
-        self.tokens, self._edges, self.fed, self.steps, self._exact = before
+        self.tokens, self._edges, self.fed, self.steps = before
         self.steps = [replace(step, begin=min(step.begin, self.end)) for step in self.steps]
         if begin:
             return Reread(0, self.queue(want, begin), is_kept=True)
@@ -261,19 +243,21 @@ class Transcript:
         self.queue(text, edge.n_chars)
         self.steps = [Step(Place(0, 0), 0, "", self.end)]
 
-    def shared(self, want: str, messages: Sequence[Message]) -> int:
-        """Tokens of the transcript that stay where the template says ``want`` of these messages."""
-        return self._place_in(want, messages)[0].n_tokens
+    def shared(self, want: str, messages: Sequence[Message], tools: str) -> int:
+        """Tokens of the transcript that stay where the template says ``want`` of these messages and tools."""
+        return self._place_in(want, messages, tools)[0].n_tokens
 
-    def n_tokens_of(self, want: str, messages: Sequence[Message]) -> int:
+    def n_tokens_of(self, want: str, messages: Sequence[Message], tools: str) -> int:
         """Tokens of ``want``, the text of these messages; only what the transcript does not have is tokenized."""
-        edge, at = self._place_in(want, messages)
+        edge, at = self._place_in(want, messages, tools)
         add_bos = not at and self.adds_bos(want)
-        return edge.n_tokens + len(self._tokenized(want, at, len(want), messages, add_bos=add_bos))
+        return edge.n_tokens + len(self._tokenized(want, at, len(want), messages, tools, add_bos=add_bos))
 
-    def _place_in(self, want: str, messages: Sequence[Message]) -> tuple[Place, int]:
+    def _place_in(self, want: str, messages: Sequence[Message], tools: str) -> tuple[Place, int]:
         """The last place that stays where the template says ``want`` now, and where that is in ``want``."""
-        return (self.end, len(self.fed)) if want.startswith(self.fed) else self._last_shared(want, messages)[:2]
+        if want.startswith(self.fed):
+            return self.end, len(self.fed)
+        return self._last_shared(want, self._n_chars_alike(messages, tools))[:2]
 
     def _last_alone(self) -> tuple[str, list[Message]]:
         """The last message rendered alone, for templates that hide where it begins, and that message."""
@@ -289,49 +273,44 @@ class Transcript:
 
     def _contents(self, want: str) -> dict[int, Span]:
         """Where messages stand in ``want``, by their number; what was read of the next one is one, too."""
-        return {x.message: x.span for x in reversed(self._located(want, self._told)) if x.part == "content"}
+        found = self._located(want, self._told, self.tools)
+        return {x.message: x.span for x in reversed(found) if x.part == "content"}
 
-    def _located(self, want: str, messages: Sequence[Message]) -> list[Located]:
-        """All that was said in ``want``, which the template makes of these messages."""
-        if self._found[:2] != (want, [*messages]):
+    def _located(self, want: str, messages: Sequence[Message], tools: str) -> list[Located]:
+        """All that was said in ``want``, which the template makes of these messages and tools."""
+        if self._found[:3] != (want, [*messages], tools):
             rest = _REST_OF_MESSAGE if self.draft and messages and messages[-1]["content"] == self.draft else ""
-            found = located(want, messages, self.render, rest)
-            self._found = want, [dict(message) for message in messages], found
-        return self._found[2]
+            found = located(
+                want, messages, tools, lambda said, about: self.render(said, tools=about), self._holds_marker, rest
+            )
+            self._found = want, [dict(message) for message in messages], tools, found
+        return self._found[3]
 
-    def _last_shared(self, want: str, messages: Sequence[Message]) -> tuple[Place, int, bool]:
-        """The last edge that ``want``, the text of these messages, shares, where that is in ``want``, and whether it is
-        the end of what was fed.
+    def _last_shared(self, want: str, n_alike: int) -> tuple[Place, int, bool]:
+        """The last edge that ``want`` shares, where that is in ``want``, and whether it is the end of what was fed.
+
+        n_alike: characters of what was fed in which white space, markers and empty thinking do not count.
         """
-        n = n_common(self.fed, want)
-        start = max(n - _LONGEST_MARKER, 0)  # a marker or white space may begin before the first difference
-        ours = self._kept(self.fed, start, self._exact)
-        theirs = self._kept(want, start, self._exact_in(want, messages))
+        start = max(min(n_common(self.fed, want), n_alike) - _LONGEST_MARKER, 0)  # a marker may begin before
+        ours, theirs = self._kept(self.fed[:n_alike], start), self._kept(want, start)
         n_same = n_common(ours.text, theirs.text)
-        if n_same == len(ours.text):  # all that was fed
-            return self.end, join(self.fed, ours.place(n_same), want, theirs.place(n_same)), True
         differs = ours.starts_at(n_same)
+        if n_same == len(ours.text):
+            at = join(self.fed[:n_alike], ours.place(n_same), want, theirs.place(n_same))
+            differs = n_alike + n_common(self.fed[n_alike:], want[at:])
+            if differs == len(self.fed):
+                return self.end, at + differs - n_alike, True
         edge = max(edge for edge in self._edges if edge.n_chars <= differs)
         if edge.n_chars <= start:
             return edge, edge.n_chars, False
+        if edge.n_chars >= n_alike:
+            return edge, at + edge.n_chars - n_alike, False
         n_before = ours.n_before(edge.n_chars)
         return edge, join(self.fed[: edge.n_chars], ours.place(n_before), want, theirs.place(n_before)), False
 
-    def _kept(self, text: str, start: int, exact: Sequence[tuple[int, int]]) -> Kept:
-        """The part of a text from ``start`` on that counts: no white space, no markers, no empty thinking.
-
-        In what users said, ``exact``, all of it counts.
-        """
-        return Kept(text, start, self._skipped, self._is_marker, exact)
-
-    def _exact_in(self, text: str, messages: Sequence[Message]) -> list[tuple[int, int]]:
-        """(begin, end) of all in a text of these messages that the model did not say, without white space around it."""
-        found = []
-        for i, _, (begin, end, _) in self._located(text, messages):
-            said = text[begin:end]
-            if messages[i]["role"] != "assistant" and said.strip():
-                found.append((begin + len(said) - len(said.lstrip()), begin + len(said.rstrip())))
-        return found
+    def _kept(self, text: str, start: int) -> Kept:
+        """The part of a text from ``start`` on that counts: no white space, no markers, no empty thinking."""
+        return Kept(text, start, self._skipped, self._is_marker)
 
     @property
     def _skipped(self) -> re.Pattern[str]:
@@ -425,22 +404,26 @@ class Transcript:
             return 0
         self.mark_edge()
         messages = self._told if messages is None else messages
-        tokens = self._tokenized(text, start, stop, messages, add_bos=not self.fed and self.adds_bos(text))
-        moved = len(self.fed) - start
-        for begin, end in self._exact_in(text, messages):
-            if begin < start < end and self._exact:  # the message goes on
-                self._exact[-1] = self._exact[-1][0], min(end, stop) + moved
-            elif start <= begin < stop:
-                self._exact.append((begin + moved, min(end, stop) + moved))
+        add_bos = not self.fed and self.adds_bos(text)
+        tokens = self._tokenized(text, start, stop, messages, self.tools, add_bos=add_bos)
         self.tokens += tokens
         self.fed += text[start:stop]
         self.mark_edge()
         return len(tokens)
 
-    def _tokenized(self, text: str, start: int, stop: int, messages: Sequence[Message], *, add_bos: bool) -> list[int]:
-        """A part of a text of these messages as tokens, where markers that were said are text."""
+    def say(self, text: str) -> None:
+        """Add a text in which no markers are."""
+        self.mark_edge()
+        self.tokens += self.model.tokenize(text, special=False)
+        self.fed += text
+        self.mark_edge()
+
+    def _tokenized(
+        self, text: str, start: int, stop: int, messages: Sequence[Message], tools: str, *, add_bos: bool
+    ) -> list[int]:
+        """A part of a text of these messages and tools as tokens, where markers that were said are text."""
         tokens, at = [], start
-        for begin, end in [*self._said_with_markers(text, messages), (stop, stop)]:
+        for begin, end in [*self._said_with_markers(text, messages, tools), (stop, stop)]:
             begin, end = min(max(begin, at), stop), min(max(end, at), stop)
             tokens += self.model.tokenize(text[at:begin], add_bos=add_bos and at == start)
             tokens += self.model.tokenize(text[begin:end], special=False)
@@ -452,16 +435,18 @@ class Transcript:
         if self._edges[-1] != self.end:
             self._edges.append(self.end)
 
-    def _said_with_markers(self, text: str, messages: Sequence[Message]) -> Iterator[tuple[int, int]]:
-        """(begin, end) of all in a text of these messages that was said and holds markers like ``<|im_end|>``.
+    def _said_with_markers(self, text: str, messages: Sequence[Message], tools: str) -> Iterator[tuple[int, int]]:
+        """(begin, end) of all in a text of these messages and tools that was said and holds markers (``<|im_end|>``).
 
         Such markers are tokenized as text: a document must not be able to begin a turn of its own.
         """
-        parts = [text for message in messages for text in (message.get("reasoning", ""), message["content"])]
+        parts = [message.get(part, "") for message in messages for part in ("reasoning", "content", "name")]
+        told = filter(None, (tools, *(message.get("tool_calls") for message in messages)))
+        parts += (json.dumps(json.loads(text), ensure_ascii=False) for text in told)
         if any(map(self._holds_marker, parts)):
-            for i, part, span in self._located(text, messages):
-                if self._holds_marker(messages[i][part]):
-                    yield span.begin, span.end
+            for found in self._located(text, messages, tools):
+                if self._holds_marker(found.text):
+                    yield found.span.begin, found.span.end
 
     def _holds_marker(self, said: str) -> bool:
         if said and said not in self._held:

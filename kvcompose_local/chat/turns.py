@@ -14,8 +14,9 @@ from kvcompose_local.chat.generation import PLAIN_STOP, generate
 from kvcompose_local.chat.memory import CacheMemory
 from kvcompose_local.chat.reasoning import CLOSE, OPEN, Format, Reader, Said
 from kvcompose_local.chat.state import ChatState, TurnStats
+from kvcompose_local.chat.steps import Place, Saved
 from kvcompose_local.chat.text_model import Message, TextModel
-from kvcompose_local.chat.transcript import Place, Saved, Transcript
+from kvcompose_local.chat.transcript import Transcript
 from kvcompose_local.errors import ContextFull, InvalidInput, KVComposeError
 from kvcompose_local.interfaces import Progress
 

@@ -195,7 +195,7 @@ def _in_steps(worths: list[FloatArray], cost: IntArray, limit: int, step: int, n
         return None
     counts = [(x.size - first) // step for x in worths]
     whole = np.concatenate([x[first : first + n * step] for x, n in zip(worths, counts, strict=True)])
-    groups = np.split(whole.reshape(-1, step).mean(axis=1), np.cumsum(counts)[:-1])  # at once: a step takes microseconds
+    groups = np.split(whole.reshape(-1, step).mean(axis=1), np.cumsum(counts)[:-1])  # all at once
     evenly = max(int(limit * SHARED_EVENLY) // int(cost.sum()) - first, 0) // step
     limits = _Limits(cost * step, np.zeros_like(cost), (left,))
     return np.asarray(first + step * _allocate(groups, limits, evenly))

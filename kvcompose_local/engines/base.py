@@ -247,9 +247,12 @@ class LlamaEngine(ABC):
         """Let :meth:`sample` draw like this from now on."""
         self._context.set_sampling(sampling)
 
-    def set_grammar(self, gbnf: str) -> None:
-        """What :meth:`sample` may draw from now on, anything where it is empty. Raises InvalidInput for no grammar."""
-        self._context.set_grammar(gbnf)
+    def set_grammar(self, gbnf: str, markers: frozenset[str] = frozenset()) -> None:
+        """What :meth:`sample` may draw from now on, anything where it is empty. Raises InvalidInput for no grammar.
+
+        markers: texts of control tokens that may be a part of it.
+        """
+        self._context.set_grammar(gbnf, markers)
 
     def replay(self, tokens: Sequence[int], seen: AttentionSink) -> None:
         layout = self.layout()

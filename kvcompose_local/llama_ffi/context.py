@@ -274,9 +274,12 @@ class Context:
                 lib.llama_sampler_chain_add(chain, sampler)
         self._sampler = chain
 
-    def set_grammar(self, gbnf: str) -> None:
-        """Draw what this grammar allows from now on, anything where it is empty. Raises InvalidInput for no grammar."""
-        grammar = Grammar(self.model, gbnf) if gbnf else None
+    def set_grammar(self, gbnf: str, markers: frozenset[str] = frozenset()) -> None:
+        """Draw what this grammar allows from now on, anything where it is empty. Raises InvalidInput for no grammar.
+
+        markers: of :class:`Grammar`.
+        """
+        grammar = Grammar(self.model, gbnf, markers) if gbnf else None
         if self._grammar is not None:
             self._grammar.close()
         self._grammar = grammar

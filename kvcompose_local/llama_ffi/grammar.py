@@ -25,11 +25,13 @@ _SECOND_BYTES = {0xE0: (0xA0, 0xBF), 0xED: (0x80, 0x9F), 0xF0: (0x90, 0xBF), 0xF
 class Grammar:
     """A grammar in llama.cpp's notation (GBNF), which follows what is drawn: text of it, in UTF-8 that is valid.
 
-    Raises InvalidInput where llama.cpp cannot read it.
+    markers: texts of control tokens that it may hold; no others are text, whatever they are written as. Raises
+    InvalidInput where llama.cpp cannot read it.
     """
 
-    def __init__(self, model: Model, gbnf: str) -> None:
+    def __init__(self, model: Model, gbnf: str, markers: frozenset[str] = frozenset()) -> None:
         self._model = model
+        self._refused = [t for t in model.control_tokens if model.control_text(t) not in markers]
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         clear_log()
         self._pointer = lib.llama_sampler_init_grammar(model._vocab, gbnf.encode(), b"root")
@@ -52,7 +54,7 @@ class Grammar:
             candidates = _candidates(logits)
             array = _array_of(candidates)
             lib.llama_sampler_apply(self._pointer, ctypes.byref(array))
-            candidates["logit"][self._model.control_tokens] = -np.inf  # a marker is no text, whatever it is written as
+            candidates["logit"][self._refused] = -np.inf
             token = _drawn(chain, candidates.copy())
             while not self._is_text(token):  # llama.cpp takes any byte for a character
                 candidates["logit"][token] = -np.inf
@@ -79,9 +81,7 @@ class Grammar:
         return len(begun) < 2 or low <= begun[1] <= high
 
     def _allows(self, token: int) -> bool:
-        if self._model.control_text(token) and not lib.llama_vocab_is_eog(self._model._vocab, token):
-            return False
-        if not self._is_text(token):
+        if token in self._refused or not self._is_text(token):
             return False
         one = np.zeros(1, _TOKEN_DATA)
         one["id"] = token

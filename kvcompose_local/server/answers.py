@@ -12,7 +12,7 @@ from kvcompose_local.chat import Message, TurnStats
 from kvcompose_local.chat.tools import Call, CallReader, ToolFormat
 from kvcompose_local.server.conversation import Constraint, Conversation
 from kvcompose_local.server.requests import Done, Job, Piece, Request, ToolCall
-from kvcompose_local.server.schemas import grammar_of, grammar_of_call
+from kvcompose_local.server.schemas import arguments_of, grammar_of, grammar_of_call, grammar_of_either
 
 _LETTERS = string.ascii_letters + string.digits
 #: Headers of gpt-oss's calls, which are part of what is said where there are tools.
@@ -34,16 +34,22 @@ def answer(
     max_tokens = conversation.memory.n_ctx if request.max_tokens is None else request.max_tokens
     before, conversation.stops = conversation.stops, (*conversation.stops, *request.stops)
     reader, forced = _calls_of(conversation, request)
-    constraint = Constraint(request.grammar, waits=_waits(conversation, request))
+    constraint = Constraint(_grammar(conversation, request), waits=_waits(conversation, request))
     if forced:
         constraint = Constraint(forced[1])
         conversation.forced = forced[0]
+    elif request.begun:
+        is_harmony = conversation.model.reasoning_format.name == "harmony"
+        header = "<|channel|>final<|message|>" if is_harmony else _end_of_thinking(conversation, request)
+        conversation.forced, conversation.begun = header, request.begun
     calls: list[ToolCall] = []
     n_reasoning, said = 0, ""
 
     def emit(parts: Iterable[str | Call]) -> None:
         nonlocal said
         for part in parts:
+            if calls and not request.parallel_calls:
+                return
             if isinstance(part, Call):
                 calls.append(ToolCall(_new_id(), part.name, json.dumps(part.arguments, ensure_ascii=False)))
                 job.emit(calls[-1])
@@ -63,17 +69,20 @@ def answer(
             emit(reader.take(str(piece)))
             if calls and not request.parallel_calls:
                 break
+        is_cut = stats.stopped in ("length", "context")
         if reader is not None:
-            emit(reader.finish())
+            rest = reader.finish(is_cut=is_cut)
+            emit(part for part in rest if isinstance(part, Call) or not (is_cut and forced))
     finally:
         pieces.close()
-        conversation.stops, conversation.forced = before, ""
+        conversation.stops, conversation.forced, conversation.begun = before, "", ""
         conversation.shown, conversation.call_markers = frozenset(), ()
     if reader is not None:
         _note_calls(conversation, said, calls)
-    finish = "length" if stats.stopped in ("length", "context") else "stop"
+    if request.begun and conversation.messages[-1]["role"] == "assistant":
+        conversation.messages[-1]["content"] = request.begun + conversation.messages[-1]["content"]
     return Done(
-        "tool_calls" if calls else finish,
+        "length" if is_cut else "tool_calls" if calls else "stop",
         stats.stop,
         stats.prompt_tokens,
         stats.generated_tokens,
@@ -108,14 +117,28 @@ def _calls_of(conversation: Conversation, request: Request) -> tuple[CallReader 
     begun = _opening(form, [function["name"] for function in functions])
     arguments_alone = begun.endswith(("[ARGS]", "<|message|>")) and len(functions) == 1
     if arguments_alone and not begun.endswith("final<|message|>"):
-        grammar = grammar_of(functions[0].get("parameters") or {"type": "object"})
+        grammar = grammar_of(arguments_of(functions[0]))
     else:
         grammar = grammar_of_call(form, functions)
+    return reader, (_end_of_thinking(conversation, request) + begun, grammar)
+
+
+def _end_of_thinking(conversation: Conversation, request: Request) -> str:
+    """What stands before an answer that is begun, where the template has the model think first; else nothing."""
     thinking = conversation.model.reasoning_format
-    if opened := thinking.opens_at_end(conversation.want_of(request)):
-        closed = thinking.answers[thinking.opens.index(opened)] if len(thinking.answers) > 1 else thinking.answers[0]
-        begun = f"{closed}\n\n{begun}"
-    return reader, (begun, grammar)
+    opened = thinking.opens_at_end(conversation.want_of(request))
+    if not opened:
+        return ""
+    closed = thinking.answers[thinking.opens.index(opened)] if len(thinking.answers) > 1 else thinking.answers[0]
+    return f"{closed}\n\n"
+
+
+def _grammar(conversation: Conversation, request: Request) -> str:
+    """The grammar of an answer that has a form; where there are tools it may call them instead."""
+    form = conversation.model.template.tool_format
+    if not request.grammar or not request.tools or request.tool_choice != "auto" or form.name == "harmony":
+        return request.grammar  # gpt-oss calls in a channel of its own
+    return grammar_of_either(request.grammar, form, [tool["function"] for tool in json.loads(request.tools)])
 
 
 def _opening(form: ToolFormat, names: list[str]) -> str:

@@ -177,8 +177,14 @@ class MessagesRequest(CountRequest):
         told = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k")}
         sampling = replace(service.defaults, **{name: value for name, value in told.items() if value is not None})
         user = self.metadata.user_id if self.metadata and self.metadata.user_id else ""
+        asked = self.internal()
+        *before, last = asked.messages
+        if before and last["role"] == "assistant" and "tool_calls" not in last:
+            asked = replace(asked, messages=tuple(before), begun=last["content"])  # the answer goes on from it
+        if asked.begun and asked.grammar:
+            raise Refused(400, "an answer that is begun already cannot be given a form", param="messages")
         return replace(
-            self.internal(),
+            asked,
             sampling=sampling,
             max_tokens=self.max_tokens,
             stops=tuple(stops),

@@ -88,10 +88,17 @@ def application(service: Service, access: Access) -> ASGIApp:
         first = error.errors()[0]
         place = ".".join(str(x) for x in first["loc"] if x != "body")
         what = f"{place or 'body'}: {first['msg']}"
-        if not place:
+        if first["type"] == "json_invalid":
+            what, place = f"the body is no JSON: {first['ctx']['error']} at character {first['loc'][-1]}", ""
+        elif not place:
             what = "the body is to be a JSON object, sent with Content-Type: application/json"
         told = Refused(400, what, param=place or None)
         return JSONResponse(refusal(http.url.path, told), 400)
+
+    @app.exception_handler(Exception)
+    async def broken(http: HttpRequest, error: Exception) -> Response:
+        told = Refused(500, f"the server failed at this request: {type(error).__name__}")
+        return JSONResponse(refusal(http.url.path, told), 500)
 
     return Guard(app, access)
 

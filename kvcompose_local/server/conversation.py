@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from kvcompose_local.chat import Chat, Message, Said, Step, Transcript, TurnStats
+from kvcompose_local.chat import Chat, Message, Said, Transcript, TurnStats
 from kvcompose_local.chat.comparing import n_common
 from kvcompose_local.chat.reasoning import Format, Reader
-from kvcompose_local.chat.transcript import UNPLACED
 from kvcompose_local.errors import PositionsFull
 from kvcompose_local.llama_ffi.model import Model
 from kvcompose_local.server.requests import Request, TokenChance
@@ -38,7 +37,8 @@ class Conversation(Chat):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.tells_tags = False
-        self.forced = ""  # what the next answer begins with
+        self.forced = ""  # what the next answer begins with, as the model would
+        self.begun = ""  # what somebody else said of it
         self.call_markers: tuple[str, ...] = ()  # of tools, as :class:`Format` has them
         self._constraint = Constraint()
         self._n_logprobs: int | None = None
@@ -58,12 +58,12 @@ class Conversation(Chat):
         """The same of a request."""
         return self.want(request.messages, request.tools) if request.prompt is None else request.prompt
 
-    def check_length(self, want: str, messages: Sequence[Message]) -> int:
-        """Tokens of a text of these messages. Raises PositionsFull where they are more than there are positions.
+    def check_length(self, want: str, messages: Sequence[Message], tools: str) -> int:
+        """Tokens of a text of these messages and tools. Raises PositionsFull where there are fewer positions.
 
         By these words Anthropic's and OpenAI's clients know that they must compact the conversation.
         """
-        n_tokens, n_ctx = self.transcript.n_tokens_of(want, messages), self.memory.n_ctx
+        n_tokens, n_ctx = self.transcript.n_tokens_of(want, messages, tools), self.memory.n_ctx
         if n_tokens >= n_ctx:
             raise PositionsFull(
                 f"prompt is too long: {n_tokens} tokens > {n_ctx} maximum; this model's maximum context length is "
@@ -117,18 +117,20 @@ class Conversation(Chat):
             if request.prompt is not None:
                 said.follow_text(request.prompt)
             else:
-                went_on = self._tell(request.messages, request.tools)
+                went_on = said.tell(request.messages, request.tools)
                 if not said.fed and (head := self.head(request.messages, request.tools)):
                     self._follow(head)  # where other chats may part from this one
                 self._follow(said.prompt(), stats, go_back=not went_on)
                 said.begin_answer()
                 if self.forced:
                     said.queue(said.fed + self.forced, len(said.fed), messages=())
+                if self.begun:
+                    said.say(self.begun)
             self._begin(stats, on_begin)
         self.turns = [stats]  # a server's chats have no end
         self._constraint, self._n_logprobs, self._chances = constraint, request.n_logprobs, []
         if constraint.grammar and not constraint.waits:
-            self.memory.engine.set_grammar(constraint.grammar)  # type: ignore[attr-defined]
+            self.memory.engine.set_grammar(constraint.grammar, self.shown)  # type: ignore[attr-defined]
         try:
             yield from self._answer(stats, max_tokens)
         finally:
@@ -167,33 +169,13 @@ class Conversation(Chat):
         self.memory.pins = []
         self._pin_system()
 
-    def _tell(self, messages: Sequence[Message], tools: str) -> bool:
-        """Be of these messages, of which the cache is yet to be told; returns whether they go on from ours.
-
-        What the model thought before answers that are the same is kept: protocols do not send it back.
-        """
-        said = self.transcript
-        ours, theirs = said.messages, [dict(message) for message in messages]
-        n_same = 0
-        while n_same < min(len(ours), len(theirs)) and same(ours[n_same], theirs[n_same]):
-            n_same += 1
-        went_on = n_same == len(ours) and said.tools == tools
-        said.messages = ours[:n_same] + theirs[n_same:]
-        said.system = theirs[0]["content"] if theirs and theirs[0]["role"] == "system" else None
-        said.tools, said.draft = tools, ""
-        asks = [m["role"] in ("user", "tool") or (m["role"] == "system" and i > 0) for i, m in enumerate(theirs)]
-        begins = [i for i, asking in enumerate(asks) if asking and not (i and asks[i - 1])] or [len(theirs)]
-        said.steps = [step for step in said.steps if step.n_messages < n_same]
-        said.steps += [Step(UNPLACED, i, "") for i in begins if i >= n_same]
-        return went_on
-
     def _format(self) -> Format:
         return replace(self.model.reasoning_format, calls=self.call_markers)
 
     def _draw(self, reader: Reader) -> int:
         engine = self.memory.engine
         if self._constraint.waits and not reader.is_reasoning and reader.has_answered:
-            engine.set_grammar(self._constraint.grammar)  # type: ignore[attr-defined]
+            engine.set_grammar(self._constraint.grammar, self.shown)  # type: ignore[attr-defined]
             self._constraint = replace(self._constraint, waits=False)
         if self._n_logprobs is None:
             return engine.sample()
@@ -214,11 +196,3 @@ class Conversation(Chat):
     def raw(self, token: int) -> bytes:
         """The bytes of a token, a marker's text where it is one."""
         return self.model.control_text(token).encode() or self.model.token_bytes(token)
-
-
-def same(ours: Message, theirs: Message) -> bool:
-    """Whether two messages are the same; white space around them and the model's thinking do not count."""
-    if ours["role"] != theirs["role"] or ours["content"].strip() != theirs["content"].strip():
-        return False
-    ours_calls, their_calls = (json.loads(m.get("tool_calls") or "[]") for m in (ours, theirs))
-    return bool([(c["name"], c["arguments"]) for c in ours_calls] == [(c["name"], c["arguments"]) for c in their_calls])

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from kvcompose_local.chat import ChatState, TurnStats, sessions
-from kvcompose_local.chat.transcript import Saved, Transcript
+from kvcompose_local.chat.steps import Saved
+from kvcompose_local.chat.transcript import Transcript
 from kvcompose_local.errors import ContextFull, InvalidInput, KVComposeError
 from kvcompose_local.server.conversation import Conversation
 from kvcompose_local.server.keeping import Keeping, Kept, bytes_of_waiting, marks_of, n_alike
@@ -176,7 +177,7 @@ class Exchange:
         saved = Saved(state.system, state.draft, state.fed, state.messages, tokens, state.steps, (), state.tools)
         began = datetime.fromtimestamp(state.began) if state.began else datetime.now()
         said = Transcript.of(self.conversation.model, saved, began)
-        place = min(said.shared(self._want(request, began), request.messages), cells.position)
+        place = min(said.shared(self._want(request, began), request.messages, request.tools), cells.position)
         if place == cells.position:
             return place
         start, first_live = place, cells.position - cells.n_live
@@ -192,7 +193,7 @@ class Exchange:
         conversation, best = self.conversation, Choice()
         if self.current is not None and conversation.transcript.fed:
             memory, said = conversation.memory, conversation.transcript
-            place = min(said.shared(self._want(request, said.began), request.messages), memory.position)
+            place = min(said.shared(self._want(request, said.began), request.messages, request.tools), memory.position)
             n_held = place - (memory.n_again(place) if place < memory.position else 0)
             best = Choice(self.current, None, n_held) if n_held else best
         marks = marks_of(request.messages, request.tools)

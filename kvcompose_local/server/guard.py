@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hmac
 import ipaddress
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +16,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvcompose_local.server.requests import Refused
+
+log = logging.getLogger("kvcompose_local.server")
 
 #: Bytes of a body: 20 times the longest conversation that models know.
 LARGEST_BODY = 32 << 20
@@ -101,7 +103,7 @@ class Guard:
             await _answer(guarded_send, error.status, refusal(scope["path"], error))
             return
         if scope["method"] == "OPTIONS" and origin in self._access.origins:
-            await _preflight(guarded_send)
+            await _preflight(guarded_send, headers.get("access-control-request-headers", ""))
             return
 
         async def bounded_receive() -> Message:
@@ -120,8 +122,13 @@ class Guard:
                     raise cut
             return message
 
-        with contextlib.suppress(Refused):
+        try:
             await self._app(scope, bounded_receive, guarded_send)
+        except Refused:  # of a body, below
+            pass
+        except Exception as error:  # a fault of ours, of which the application has told the client
+            log.error("%s %s failed: %s: %s", scope["method"], scope["path"], type(error).__name__, error)
+            log.debug("where it failed", exc_info=error)
         if cut is not None:
             await _answer(send, cut.status, refusal(scope["path"], cut))
 
@@ -140,7 +147,8 @@ class Guard:
         if self._access.key and not _OPEN.fullmatch(path) and method != "OPTIONS":
             kind, _, told = headers.get("authorization", "").partition(" ")
             given = told if kind.lower() == "bearer" else headers.get("x-api-key", "")
-            if not hmac.compare_digest(given.strip().encode(), self._access.key.encode()):
+            as_bytes = given.strip().encode("latin-1"), given.strip().encode()  # a header is bytes, read as Latin-1
+            if not any(hmac.compare_digest(told, self._access.key.encode()) for told in as_bytes):
                 raise Refused(401, "this server wants an API key", code="invalid_api_key")
 
 
@@ -184,11 +192,14 @@ async def _answer(send: Send, status: int, body: dict[str, object]) -> None:
     await send({"type": "http.response.body", "body": raw})
 
 
-async def _preflight(send: Send) -> None:
-    allowed = b"authorization, content-type, x-api-key, anthropic-version, anthropic-beta, x-kvcompose-client"
+async def _preflight(send: Send, wanted: str) -> None:
+    """An allowed origin may send what headers it likes: clients add their own, such as ``x-stainless-os``."""
+    allowed = ", ".join(
+        name for name in map(str.strip, wanted.split(",")) if re.fullmatch(r"[A-Za-z0-9-]{1,100}", name)
+    )
     headers = [
         (b"access-control-allow-methods", b"GET, POST, DELETE"),
-        (b"access-control-allow-headers", allowed),
+        (b"access-control-allow-headers", allowed.encode()),
         (b"access-control-max-age", b"600"),
         (b"content-length", b"0"),
     ]

@@ -163,7 +163,7 @@ class Hosted:
         exchange.should_stop = lambda: job.is_cancelled
         stats = TurnStats()
         try:
-            conversation.check_length(_want_of(request, conversation), request.messages)
+            conversation.check_length(_want_of(request, conversation), request.messages, request.tools)
             conversation.on_read = lambda done, total: job.emit(Reading(done, total))
             kept = exchange.change_to(request, stats)
 
@@ -190,7 +190,7 @@ class Hosted:
     def count(self, request: Request) -> int:
         """Tokens of a request's conversation. Raises KVComposeError."""
         conversation = self.exchange.conversation
-        return conversation.transcript.n_tokens_of(_want_of(request, conversation), request.messages)
+        return conversation.transcript.n_tokens_of(_want_of(request, conversation), request.messages, request.tools)
 
     def is_current(self, kept: Kept) -> bool:
         """Whether the engine holds its cells."""

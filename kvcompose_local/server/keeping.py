@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcompose_local.chat import ChatState, Message
+from kvcompose_local.chat.comparing import told
 from kvcompose_local.chat.memory import CacheMemory
 from kvcompose_local.composing.scorer import DTYPE
 from kvcompose_local.errors import KVComposeError
@@ -52,8 +53,7 @@ def marks_of(messages: Sequence[Message], tools: str) -> Marks:
 
 
 def _mark(message: Message) -> tuple[bytes, int]:
-    calls = [(c["name"], c["arguments"]) for c in json.loads(message.get("tool_calls") or "[]")]
-    text = json.dumps([message["role"], message["content"].strip(), calls], sort_keys=True)
+    text = json.dumps([message["role"], *told(message)])
     return _digest(text), len(text)
 
 

@@ -18,16 +18,17 @@ from kvcompose_local.chat_options import Sampling
 class Request:
     """A conversation to answer.
 
-    messages, tools: of :class:`kvcompose_local.chat.Transcript`; prompt: a text to go on with instead of a
-    conversation; max_tokens: None for as many as there are positions; grammar: in llama.cpp's notation; tool_choice:
-    ``auto``, ``none``, ``required`` or a function's name; parallel_calls: whether there may be several; n_logprobs: of
-    how many likeliest tokens they are told, None for none; chat_id: the kept chat to go on with; client: whose turn it
-    takes.
+    messages, tools: of :class:`kvcompose_local.chat.Transcript`; begun: what the answer begins with, and is to go on
+    from; prompt: a text to go on with instead of a conversation; max_tokens: None for as many as there are positions;
+    grammar: in llama.cpp's notation; tool_choice: ``auto``, ``none``, ``required`` or a function's name;
+    parallel_calls: whether there may be several; n_logprobs: of how many likeliest tokens they are told, None for none;
+    chat_id: the kept chat to go on with; client: whose turn it takes.
     """
 
     model: str
     messages: tuple[Message, ...] = ()
     tools: str = ""
+    begun: str = ""
     prompt: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int | None = None

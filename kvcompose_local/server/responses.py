@@ -139,6 +139,8 @@ class ResponsesRequest(Sampled):
                     messages[-1]["tool_calls"] = f"{before[:-1]}, {call[1:]}" if before else call
                 else:
                     messages.append({"role": "assistant", "content": "", "tool_calls": call})
+                    if thought:
+                        messages[-1]["reasoning"], thought = thought, ""
             elif item.type == "function_call_output":
                 output = result_of(item.output or "")
                 messages.append({"role": "tool", "content": output, "tool_call_id": item.call_id or ""})
@@ -197,6 +199,8 @@ class _Response:
     def told(self, begun: Begun | None = None, done: Done | None = None) -> dict[str, Any]:
         """The response by now."""
         status = "in_progress" if done is None else "incomplete" if done.finish == "length" else "completed"
+        if status == "incomplete" and self.output and self.output[-1]["type"] == "message":
+            self.output[-1]["status"] = status
         usage = None
         if begun is not None and done is not None:
             usage = {

@@ -17,6 +17,8 @@ from kvcompose_local.llama_ffi.grammar import gbnf_of_schema
 
 Schema = dict[str, Any]
 
+#: Keywords of which one says all.
+_COMBINING = ("$ref", "anyOf", "oneOf", "allOf")
 #: Keywords that say nothing of what is valid.
 _ANNOTATIONS = frozenset(
     "title description default examples example $schema $id $comment deprecated readOnly writeOnly discriminator "
@@ -47,47 +49,87 @@ _EXPONENT = "[eE] [-+]? [0-9] [0-9]?"
 
 def grammar_of(schema: Any) -> str:
     """A grammar whose texts are all valid by the schema. Raises InvalidInput, with the reason, where there is none."""
-    gbnf = gbnf_of_schema(_Narrowed(schema).root)
-    gbnf = re.sub(r"^char ::= .*$", lambda _: _CHAR, gbnf, flags=re.MULTILINE)
-    return gbnf.replace("[eE] [-+]? integral-part", _EXPONENT)
+    narrowed = _Narrowed()
+    return _gbnf(narrowed.whole(narrowed.add(schema)))
 
 
 def grammar_of_call(form: ToolFormat, functions: Sequence[Any]) -> str:
     """A grammar of a call of one of these functions, as a JSON object of name and arguments."""
+    narrowed = _Narrowed()
     calls = [
         {
             "type": "object",
-            "properties": {
-                "name": {"const": function["name"]},
-                form.arguments: function.get("parameters") or {"type": "object"},
-            },
+            "properties": {"name": {"enum": [function["name"]]}, form.arguments: narrowed.add(arguments_of(function))},
             "required": ["name", form.arguments],
             "additionalProperties": False,
         }
         for function in functions
     ]
-    for call, function in zip(calls, functions, strict=True):  # its references are to its own definitions
-        parameters = function.get("parameters") or {}
-        for key in ("$defs", "definitions"):
-            if isinstance(parameters, dict) and key in parameters:
-                call[key] = parameters[key]
-    if len(calls) == 1:
-        return grammar_of(calls[0])
-    if any("$ref" in json.dumps(call) for call in calls):
-        raise InvalidInput("schemas with $ref can be forced for one function at a time: name it in tool_choice")
-    return grammar_of({"anyOf": calls})
+    return _gbnf(narrowed.whole(calls[0] if len(calls) == 1 else {"anyOf": calls}))
+
+
+def arguments_of(function: Any) -> Any:
+    """The schema of a function's arguments; one that tells none has none."""
+    schema = function.get("parameters") or {"type": "object"}
+    if isinstance(schema, dict) and not schema.keys() & {"properties", "additionalProperties", *_COMBINING}:
+        return {**schema, "additionalProperties": False}
+    if isinstance(schema, dict) and schema.get("properties") == {} and "additionalProperties" not in schema:
+        return {**schema, "additionalProperties": False}
+    return schema
+
+
+def grammar_of_either(answer: str, form: ToolFormat, functions: Sequence[Any]) -> str:
+    """A grammar of what one allows, and of calls of these functions as models write them.
+
+    A function whose arguments no grammar can say takes any.
+    """
+    sayable = []
+    for function in functions:
+        try:
+            grammar_of(arguments_of(function))
+        except InvalidInput:
+            function = {"name": function["name"], "parameters": {"type": "object", "additionalProperties": True}}
+        sayable.append(function)
+    call = "call-root"
+    if form.opens:
+        closed = f' "\\n"? {json.dumps(form.close)} "\\n"?' if form.close else ""
+        call += f' | ({json.dumps(form.opens[0])} "\\n"? call-root{closed})+'
+    parts = (_renamed(answer, "answer-"), _renamed(grammar_of_call(form, sayable), "call-"))
+    return "\n".join((f"root ::= answer-root | {call}", *parts))
+
+
+def _renamed(gbnf: str, prefix: str) -> str:
+    """The same grammar, whose rules have longer names."""
+    parts = re.compile(r'"(?:[^"\\]|\\.)*"|\[(?:[^\]\\]|\\.)*\]|([A-Za-z][\w-]*)')
+    return parts.sub(lambda found: prefix + found[1] if found[1] else found[0], gbnf)
+
+
+def _gbnf(schema: Schema) -> str:
+    gbnf = gbnf_of_schema(schema)
+    gbnf = re.sub(r"^char ::= .*$", lambda _: _CHAR, gbnf, flags=re.MULTILINE)
+    pair = r"\\u(d[89ab][0-9a-f]{2})\\u(d[c-f][0-9a-f]{2})"  # one character, of which the converter makes two
+    gbnf = re.sub(pair, lambda found: bytes.fromhex(found[1] + found[2]).decode("utf-16-be"), gbnf)
+    return gbnf.replace("[eE] [-+]? integral-part", _EXPONENT)
 
 
 class _Narrowed:
-    """A schema that says no more than the given one, in words that the converter gets right."""
+    """Schemas that say no more than the given ones, in words that the converter gets right."""
 
-    def __init__(self, schema: Any) -> None:
-        self._whole = schema
+    def __init__(self) -> None:
+        self._given: Any = None
         self._names: dict[str, str] = {}
         self._definitions: Schema = {}
-        self._n_parts = 0
-        root = self._visit(schema, "", 0)
-        self.root = {**root, "$defs": self._definitions} if self._definitions else root
+        self._n_names = self._n_parts = 0
+
+    def add(self, schema: Any) -> Schema:
+        """One more schema, whose references are to its own parts, as a part of :meth:`whole`."""
+        self._given, self._names = schema, {}
+        return self._visit(schema, "", 0)
+
+    def whole(self, root: Schema) -> Schema:
+        """A schema of what :meth:`add` made."""
+        root = {"anyOf": [root]} if "$ref" in root else root  # the converter knows none at the root
+        return {**root, "$defs": self._definitions} if self._definitions else root
 
     def _fail(self, place: str, reason: str) -> InvalidInput:
         return InvalidInput(f"the schema cannot be followed: {place or 'its root'} {reason}")
@@ -105,7 +147,7 @@ class _Narrowed:
         told.pop("definitions", None)
         if not told:
             return dict(_ANYTHING)
-        for key in ("$ref", "anyOf", "oneOf", "allOf"):
+        for key in _COMBINING:
             if key in told:
                 return self._combined(key, told, place, depth)
         if "const" in told or "enum" in told:
@@ -137,12 +179,13 @@ class _Narrowed:
         return parts[0] if len(parts) == 1 else {"anyOf": parts}
 
     def _reference(self, ref: Any, place: str, depth: int) -> Schema:
-        if not isinstance(ref, str) or not ref.startswith("#/"):
+        if not isinstance(ref, str) or not (ref == "#" or ref.startswith("#/")):
             raise self._fail(place, "refers to what is not in it")
         if ref not in self._names:
-            name = self._names[ref] = f"part-{len(self._names)}"
-            target = self._whole
-            for step in ref[2:].split("/"):
+            name = self._names[ref] = f"part-{self._n_names}"
+            self._n_names += 1
+            target = self._given
+            for step in ref[2:].split("/") if ref != "#" else ():
                 step = step.replace("~1", "/").replace("~0", "~")
                 if not isinstance(target, dict) or step not in target:
                     raise self._fail(place, f"refers to {ref[:80]}, which is not there")
@@ -184,7 +227,7 @@ class _Narrowed:
         properties, required = told.get("properties", {}), told.get("required", [])
         if not isinstance(properties, dict) or not isinstance(required, list):
             raise self._fail(place, "has properties that are none")
-        if not set(required) <= properties.keys():
+        if not all(isinstance(name, str) and name in properties for name in required):
             raise self._fail(place, "requires what is not among its properties")
         more = told.get("additionalProperties", True)
         if not properties:
@@ -193,6 +236,8 @@ class _Narrowed:
             value = False if more is False else self._visit(more, f"{place}/additionalProperties", depth + 1)
             return {"type": "object", "properties": {}, "additionalProperties": value}
         for name in properties:
+            if not name:  # the converter would call its rule as it calls the whole
+                raise self._fail(place, "has a property without a name")
             if not _is_plain(name):
                 raise self._fail(place, "has a property with quotes, backslashes or control characters in its name")
         parts = {name: self._visit(part, f"{place}/properties/{name}", depth + 1) for name, part in properties.items()}
@@ -204,6 +249,8 @@ class _Narrowed:
         items = told.get("items", True)
         tuple_items = told.get("prefixItems", items if isinstance(items, list) else None)
         if tuple_items is not None:
+            if not isinstance(tuple_items, list):
+                raise self._fail(place, "has prefixItems that are no list")
             n = len(tuple_items)
             if not n or n < (least or 0) or n > (n if most is None else most):
                 raise self._fail(place, "has a list of items, and another number of them")
@@ -225,7 +272,10 @@ class _Narrowed:
                 raise self._fail(place, "has a pattern and a length")
             if not isinstance(pattern, str) or not _PATTERN.fullmatch(pattern) or "(?" in pattern:
                 raise self._fail(place, "has a pattern that a grammar cannot say: ^…$ of letters, digits and classes")
-            if any(int(n) > _MOST_ITEMS for n in re.findall(r"\d+", "".join(re.findall(r"\{[^}]*\}", pattern)))):
+            if any(
+                len(n) > 4 or int(n) > _MOST_ITEMS
+                for n in re.findall(r"\d+", "".join(re.findall(r"\{[^}]*\}", pattern)))
+            ):
                 raise self._fail(place, "has a pattern that repeats too often")
             try:
                 re.compile(pattern)
@@ -244,11 +294,13 @@ class _Narrowed:
         value = told.get(key)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 0:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise self._fail(place, f"has a {key} that is no number of things")
         if value > most:
             raise self._fail(place, f"has a {key} above {most}, which is too much for a grammar")
-        return int(value)
+        return value
 
 
 def _is_plain(value: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, Literal
 
@@ -62,12 +63,22 @@ class JsonRoute(APIRoute):
 
 class _JsonRequest(HttpRequest):
     async def json(self) -> Any:
-        told = await super().json()
         body = await self.body()
+        told = json.loads(body, parse_constant=_refused_number, parse_float=_finite)
         if b"\\ud" in body or b"\\uD" in body:
             raw = json.dumps(told, ensure_ascii=False).encode("utf-16", "surrogatepass")
             told = json.loads(raw.decode("utf-16", "replace"))
         return told
+
+
+def _refused_number(text: str) -> float:
+    """NaN and infinities, which Python reads and JSON does not know: nobody could be told them."""
+    raise json.JSONDecodeError("a number that is none", text, 0)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _refused_number(text)
 
 
 class Loose(BaseModel):

@@ -14,10 +14,10 @@ log = logging.getLogger("kvcompose_local.server")
 
 #: The work of a job, which emits its own events.
 Work = Callable[[Job], None]
-#: Jobs that may wait. More would wait for minutes without a word to their clients.
-BOUND = 64
+#: Jobs that may wait. More would wait for long, and clients give up.
+BOUND = 512
 #: Jobs of one client that may wait, so that others find room.
-BOUND_OF_ONE = 32
+BOUND_OF_ONE = 256
 
 
 class FairQueue:
@@ -39,8 +39,11 @@ class FairQueue:
             own = self._waiting.get(job.client, ())
             if self._closed:
                 raise Refused(503, "the server is stopping", retry_after=5)
-            if sum(map(len, self._waiting.values())) >= self.bound or len(own) >= self._bound_of_one:
-                raise Refused(503, f"{len(own)} of your requests and others wait already", retry_after=10)
+            n_waiting = sum(map(len, self._waiting.values()))
+            if n_waiting >= self.bound or len(own) >= self._bound_of_one:
+                bounds = f"at most {self._bound_of_one} of one client's may, and {self.bound} in all"
+                what = f"{n_waiting} requests wait already, {len(own)} of them yours: {bounds}"
+                raise Refused(503, what, retry_after=10)
             self._waiting.setdefault(job.client, deque()).append((job, work))
             self._changed.notify()
 

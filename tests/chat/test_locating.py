@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import pytest
 from llama_cpp_templates import templates
 from template_models import MARKER, TemplateModel, names
 
-from kvcompose_local.chat.locating import located
-from kvcompose_local.chat.transcript import UNPLACED, Step, Transcript
+from kvcompose_local.chat.locating import Located, located
+from kvcompose_local.chat.steps import UNPLACED, Step
+from kvcompose_local.chat.transcript import Transcript
 from kvcompose_local.errors import ModelError
 
 
@@ -80,17 +83,54 @@ CHANGES = [
 @pytest.mark.parametrize("name", names())
 def test_another_text_is_read_though_only_white_space_or_markers_differ(name: str) -> None:
     for one, two in CHANGES:
+        for before, after in (((), ("Yes.", "And?")), (("Why?",), ("And?",))):  # of a user, and of an answer
+            transcript = Transcript(MarkerModel(templates()[name]), None)
+            for said in (one, two, one):
+                messages = conversation(*before, said, *after)
+                want = transcript.render(messages)
+                assert transcript.n_tokens_of(want, messages, "") == len(tokens_of(name, *before, said, *after)[0])
+                transcript.tell(messages, "")
+                transcript.follow(want, len(transcript.tokens), lambda _position: True)
+                assert transcript.fed == want, (one, two)
+                assert not transcript.tell(messages[:-1], "")
+                assert transcript.tell(messages, "")
+                transcript.follow(want, len(transcript.tokens), lambda _position: True)
+                assert transcript.fed == want, (one, two)
+
+
+def tool(described: str) -> dict[str, Any]:
+    of = {"type": "string", "description": described, "enum": ["a", described]}
+    parameters = {"type": "object", "properties": {"path": of, described: {"type": "string"}}, "required": ["path"]}
+    return {"type": "function", "function": {"name": "look", "description": described, "parameters": parameters}}
+
+
+@pytest.mark.parametrize("name", names())
+def test_markers_in_tools_and_calls_are_text(name: str) -> None:
+    def tokens_with(said: str) -> tuple[list[int], str]:
         transcript = Transcript(MarkerModel(templates()[name]), None)
-        for said in (one, two, one):
-            transcript.messages = conversation(said, "Yes.", "And?")
-            transcript.steps = [Step(UNPLACED, 0, ""), Step(UNPLACED, 2, "")]
-            want = transcript.prompt()
-            n_held = len(transcript.tokens)
-            assert transcript.n_tokens_of(want, transcript.messages) == len(tokens_of(name, said, "Yes.", "And?")[0])
-            transcript.follow(want, n_held, lambda _position: True)
-            assert transcript.fed == want, (one, two)
-            n_held = len(transcript.tokens)
-            assert transcript.follow(want, n_held, lambda _position: True) == (0, 0, None, False)
+        calls = [{"id": "123456789", "name": "look", "arguments": {"path": said, "more": [{said: said}]}}]
+        answer = {"role": "assistant", "content": "", "tool_calls": json.dumps(calls)}
+        came = {"role": "tool", "content": said, "tool_call_id": "123456789", "name": "look"}
+        tools = json.dumps([tool(said)])
+        messages = [{"role": "user", "content": "Go."}, answer, came, {"role": "user", "content": "And?"}]
+        transcript.tell(messages, tools)
+        transcript.follow(transcript.prompt(), 0, lambda _position: True)
+        return transcript.tokens, transcript.fed
+
+    tokens, text = tokens_with("quagga")
+    markers = sorted(set(MARKER.findall(text)))[:4]
+    for said in (*markers, "".join(markers), f'\\ "{"".join(markers[:2])}"\n\u00e9'):
+        found, fed = tokens_with(said)
+        ways = {said, json.dumps(said)[1:-1], json.dumps(said, ensure_ascii=False)[1:-1]}
+        if sum(map(fed.count, ways)) < text.count("quagga"):
+            continue  # a template that takes out what looks like its own
+        assert sum(token >= 1000 for token in found) == sum(token >= 1000 for token in tokens), (said, fed)
+
+
+def found_in(
+    want: str, messages: Sequence[dict[str, str]], render: Callable[[Sequence[dict[str, str]]], str]
+) -> list[Located]:
+    return located(want, messages, "", lambda said, _tools: render(said), lambda _text: False)
 
 
 def test_what_a_template_makes_of_a_message_is_found_whatever_it_is() -> None:
@@ -106,13 +146,13 @@ def test_what_a_template_makes_of_a_message_is_found_whatever_it_is() -> None:
     said = [("trims", "  a "), ("trims", "<|end|>"), ("twice", "end"), ("hides", "end"), ("trims", "\n|")]
     messages = [{"role": role, "content": text} for role, text in said]
     want = render(messages)
-    found = located(want, messages, render)
+    found = found_in(want, messages, render)
     assert [want[x.span.begin : x.span.end] for x in found] == ["a", "<|end|>", "end", "end", "|"]
     assert [x.message for x in found] == [0, 1, 2, 2, 4]
     assert [want[: x.span.begin].count("<|trims|>") for x in found] == [1, 2, 2, 2, 3]
     assert [found[0].span.at(n) - found[0].span.begin for n in range(5)] == [0, 0, 0, 1, 1]
     half = want[: want.index("<|twice|>") + len("<|twice|>") + 3]
-    assert [x.message for x in located(half, messages, render)] == [0, 1, 2], "the beginning of a conversation"
+    assert [x.message for x in found_in(half, messages, render)] == [0, 1, 2], "the beginning of a conversation"
 
 
 def test_a_text_that_begins_with_a_message_is_not_searched() -> None:
@@ -120,7 +160,7 @@ def test_a_text_that_begins_with_a_message_is_not_searched() -> None:
         return "".join(message["content"].strip() + "|" for message in messages)
 
     messages = [{"role": "user", "content": text} for text in (" a", "b a", " ")]
-    assert [x.span[:2] for x in located(render(messages), messages, render)] == [(0, 1), (2, 5), (6, 6)]
+    assert [x.span[:2] for x in found_in(render(messages), messages, render)] == [(0, 1), (2, 5), (6, 6)]
 
 
 def test_a_template_that_changes_or_refuses_marks_is_searched() -> None:
@@ -132,5 +172,5 @@ def test_a_template_that_changes_or_refuses_marks_is_searched() -> None:
 
     messages = [{"role": "user", "content": text} for text in ("one", "two", "one", "three")]
     want = render(messages)
-    assert [want[x.span.begin : x.span.end] for x in located(want, messages, render)] == ["one", "two", "one", "three"]
-    assert [x.span.begin for x in located(want, messages, render)] == [2, 9, 16, 23]
+    assert [want[x.span.begin : x.span.end] for x in found_in(want, messages, render)] == ["one", "two", "one", "three"]
+    assert [x.span.begin for x in found_in(want, messages, render)] == [2, 9, 16, 23]

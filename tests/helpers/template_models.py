@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from datetime import datetime
 from functools import cache
+from typing import Any
 
 from fake_engine import FakeModel
 from llama_cpp_templates import templates
@@ -47,7 +48,12 @@ class TemplateModel(FakeModel):
     def is_marker(self, text: str) -> bool:
         return bool(MARKER.fullmatch(text))
 
-    def render_chat(
-        self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool, now: datetime | None = None
+    def render_chat(  # type: ignore[override]
+        self,
+        messages: Sequence[dict[str, str]],
+        *,
+        add_generation_prompt: bool,
+        now: datetime | None = None,
+        tools: Sequence[Any] = (),
     ) -> str:
-        return self.source.render(messages, add_generation_prompt=add_generation_prompt, now=now)
+        return self.source.render(messages, add_generation_prompt=add_generation_prompt, now=now, tools=tools)

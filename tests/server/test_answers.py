@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from programs import PROSE, TinyModel, endless
 from scripted_model import write_scripted_model
@@ -70,6 +71,72 @@ def test_calls_that_are_not_forced(tmp_path: Path) -> None:
         server.chat(QUESTION, max_tokens=30, tools=[TOOL])
         after = server.chat(history, max_tokens=2, tools=[TOOL])
         assert after["timings"]["prompt_n"] < 80
+
+
+def test_one_call_where_several_are_not_wanted_and_none_that_is_cut(tmp_path: Path) -> None:
+    bare = ['{"name": "look", ', '"arguments": {"at": "it"}}', '\n{"name": "look", "arguments": ', '{"at": "that"}}']
+    with serving(write_scripted_model(tmp_path / "bare.gguf", bare)) as server:
+        calls = server.chat(QUESTION, max_tokens=30, tools=[TOOL])["choices"][0]["message"]["tool_calls"]
+        assert [json.loads(call["function"]["arguments"])["at"] for call in calls] == ["it", "that"]
+        one = server.chat(QUESTION, max_tokens=30, tools=[TOOL], parallel_tool_calls=False)["choices"][0]
+        assert [call["function"]["arguments"] for call in one["message"]["tool_calls"]] == ['{"at": "it"}']
+        claude = {"name": "look", "input_schema": TOOL["function"]["parameters"]}
+        choice = {"type": "auto", "disable_parallel_tool_use": True}
+        told = server.post("/v1/messages", messages=QUESTION, max_tokens=30, tools=[claude], tool_choice=choice).json()
+        assert [block["type"] for block in told["content"]] == ["tool_use"]
+        cut = server.chat(QUESTION, max_tokens=3, tools=[TOOL])["choices"][0]
+        assert (cut["finish_reason"], len(cut["message"]["tool_calls"])) == ("length", 1), "another was begun"
+
+    tagged = ["I look.", "<tool_call>", '{"name": "look", ', '"arguments": {"at": "it"}}', "</tool_call>"]
+    with serving(write_scripted_model(tmp_path / "tagged.gguf", tagged)) as server:
+        for n in (2, 3):
+            cut = server.chat(QUESTION, max_tokens=n, tools=[TOOL])["choices"][0]
+            assert (cut["message"]["content"], cut["finish_reason"]) == ("I look.", "length")
+            assert "tool_calls" not in cut["message"]
+        told = server.post(
+            "/v1/responses", input="What is it?", max_output_tokens=3, tools=[{"type": "function", **TOOL["function"]}]
+        ).json()
+        assert [(item["type"], item["status"]) for item in told["output"]] == [("message", "incomplete")]
+        assert told["output"][0]["content"][0]["text"] == "I look."
+
+
+def test_an_answer_that_is_begun_goes_on(tmp_path: Path) -> None:
+    with serving(write_scripted_model(tmp_path / "counts.gguf", ["one ", "two ", "three ", "four"])) as server:
+        begun: Messages = [*QUESTION, {"role": "assistant", "content": "one two "}]
+        told = server.post("/v1/messages", messages=begun, max_tokens=30, temperature=0).json()
+        whole = "one two " + "".join(block["text"] for block in told["content"])
+        (chat,) = server.chats().values()
+        said = httpx.get(f"{server.url}/kvc/chats/{chat['id']}").json()["messages"]
+        assert said[-1]["content"] == whole
+        after: Messages = [*QUESTION, {"role": "assistant", "content": whole}, {"role": "user", "content": "More."}]
+        held = server.post("/v1/messages", messages=after, max_tokens=2).json()["usage"]["cache_read_input_tokens"]
+        assert held >= told["usage"]["input_tokens"] + told["usage"]["cache_read_input_tokens"]
+        form = {"format": {"type": "json_schema", "schema": {"type": "object"}}}
+        refused = server.post("/v1/messages", messages=begun, max_tokens=30, output_config=form)
+        assert refused.status_code == 400
+
+
+def test_a_chat_that_differs_in_white_space_or_markers_is_another(tiny_model: TinyModel) -> None:
+    def answers(*told: Messages) -> list[str]:
+        with serving(tiny_model("llama")) as server:
+            return [texts(server.chat(messages, max_tokens=12, temperature=0)) for messages in told]
+
+    def chat(answer: str, at: str) -> Messages:
+        call = {
+            "id": "123456789",
+            "type": "function",
+            "function": {"name": "look", "arguments": json.dumps({"at": at})},
+        }
+        return [
+            *QUESTION,
+            {"role": "assistant", "content": answer},
+            {"role": "user", "content": "Look."},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "123456789", "content": "a cat"},
+        ]
+
+    told = [chat(answer, at) for answer in ("12 345", "1 2345", "12345") for at in ("x y", "x  y")]
+    assert answers(*told) == [answers(messages)[0] for messages in told]
 
 
 @pytest.mark.parametrize(("stop", "said"), [(["three"], "one two "), ([" two", "three"], "one"), (["ne tw"], "o")])

@@ -63,10 +63,11 @@ def test_the_page_itself_may_ask(client: httpx.Client, server: Serving) -> None:
 
 
 def test_a_preflight_is_answered_for_whom_it_is_allowed(server: Serving) -> None:
-    asked = {"Access-Control-Request-Method": "POST"}
+    wanted = "authorization, x-stainless-os, anthropic-dangerous-direct-browser-access"
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": f"{wanted}, a:b"}
     allowed = httpx.options(f"{server.url}/v1/models", headers={"Origin": "http://localhost:3000", **asked})
     assert allowed.status_code == 204
-    assert "authorization" in allowed.headers["access-control-allow-headers"]
+    assert allowed.headers["access-control-allow-headers"] == wanted, "clients add headers of their own"
     assert (
         httpx.options(f"{server.url}/v1/models", headers={"Origin": "http://evil.example", **asked}).status_code == 403
     )

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from tiny_models import write_tiny_model
 
+from kvcompose_local.chat.tools import HERMES, Call, CallReader
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.llama_ffi.grammar import Grammar
 from kvcompose_local.llama_ffi.library import lib
 from kvcompose_local.llama_ffi.model import Model
-from kvcompose_local.server.schemas import grammar_of
+from kvcompose_local.server.schemas import grammar_of, grammar_of_call, grammar_of_either
 
 N_SCHEMAS = 200
 _NAMES = ["a", "b", "c-d", "e f", "name", "string", "char", "value", "root", "é", "space", "object"]
@@ -64,6 +65,18 @@ def schema_of(rng: random.Random, depth: int = 0) -> dict[str, Any]:
             ]
         }
     return {"anyOf": [schema_of(rng, depth + 1) for _ in range(2)]}
+
+
+LIST = {
+    "$defs": {
+        "Node": {
+            "type": "object",
+            "properties": {"v": {"type": "integer"}, "next": {"anyOf": [{"$ref": "#/$defs/Node"}, {"type": "null"}]}},
+            "required": ["v", "next"],
+        }
+    },
+    "$ref": "#/$defs/Node",
+}
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +145,12 @@ def test_an_answer_that_ends_by_itself_is_valid(model: Model) -> None:
         ({"type": "nothing"}, "type"),
         ({"properties": {"a": False}}, "allows nothing"),
         ("string", "no schema"),
+        ({"type": "array", "minItems": float("inf")}, "minItems"),
+        ({"type": "array", "maxItems": float("nan")}, "maxItems"),
+        ({"type": "array", "prefixItems": 5}, "prefixItems"),
+        ({"type": "object", "properties": {"a": {}}, "required": [["a"]]}, "requires"),
+        ({"type": "object", "properties": {"": {}}}, "without a name"),
+        ({"type": "string", "pattern": f"^a{{{'9' * 5000}}}$"}, "too often"),
     ],
 )
 def test_what_a_grammar_cannot_say_is_refused(schema: Any, reason: str) -> None:
@@ -147,6 +166,57 @@ def test_a_schema_that_refers_to_itself(model: Model) -> None:
     assert ended
     for value in ended:
         jsonschema.validate(value, schema)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        LIST,
+        {"type": "object", "properties": {"in": {"type": "array", "items": {"$ref": "#"}}}, "required": ["in"]},
+        {"enum": ["😀 happy", "𝒳", "é"]},
+        {"type": "object", "properties": {"😀": {"const": "𠀀"}}, "required": ["😀"]},
+    ],
+)
+def test_references_at_the_root_and_characters_beyond_16_bits(model: Model, schema: Any) -> None:
+    said = [drawn(model, grammar_of(schema), seed) for seed in range(10)]
+    ended = [json.loads(text) for text in said if text is not None]
+    assert ended
+    for value in ended:
+        jsonschema.validate(value, schema)
+
+
+def test_calls_of_functions_that_refer_to_their_own_parts(model: Model) -> None:
+    other = json.loads(json.dumps(LIST).replace('"v"', '"w"'))
+    parameters = {"one": LIST, "other": other, "none": {"type": "object", "properties": {}}, "nothing": None}
+    functions = [{"name": name, "parameters": of} for name, of in parameters.items()]
+    said = [drawn(model, grammar_of_call(HERMES, functions), seed) for seed in range(40)]
+    calls = [json.loads(text) for text in said if text is not None]
+    assert {call["name"] for call in calls} == parameters.keys()
+    for call in calls:
+        if parameters[call["name"]] in (LIST, other):
+            jsonschema.validate(call["arguments"], parameters[call["name"]])
+        else:
+            assert call["arguments"] == {}
+
+
+def test_an_answer_of_a_form_or_calls(model: Model) -> None:
+    answer = {"type": "object", "properties": {"answer": {"type": "integer"}}, "required": ["answer"]}
+    functions = [{"name": "look", "parameters": LIST}, {"name": "any", "parameters": {"not": {}}}]
+    gbnf = grammar_of_either(grammar_of(answer), HERMES, functions)
+    kinds = set()
+    for seed in range(60):
+        said = drawn(model, gbnf, seed)
+        if said is None:
+            continue
+        reader = CallReader(HERMES, ["look", "any"])
+        parts = [*reader.take(said), *reader.finish()]
+        kinds |= {type(part) for part in parts}
+        for part in parts:
+            if isinstance(part, Call):
+                jsonschema.validate(part.arguments, LIST if part.name == "look" else {"type": "object"})
+            elif part.strip():
+                jsonschema.validate(json.loads(part), answer)
+    assert kinds == {str, Call}
 
 
 def test_endless_recursion_is_refused_in_time(model: Model) -> None:
