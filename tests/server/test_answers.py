@@ -117,9 +117,10 @@ def test_an_answer_that_is_begun_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_chat_that_differs_in_white_space_or_markers_is_another(tiny_model: TinyModel) -> None:
-    def answers(*told: Messages) -> list[str]:
-        with serving(tiny_model("llama")) as server:
-            return [texts(server.chat(messages, max_tokens=12, temperature=0)) for messages in told]
+    def answers(*told: Messages) -> list[tuple[str, int]]:
+        with serving(tiny_model("llama"), on_disk=False) as server:
+            found = [server.chat(messages, max_tokens=12, temperature=0) for messages in told]
+            return [(texts(answer), answer["usage"]["prompt_tokens"]) for answer in found]
 
     def chat(answer: str, at: str) -> Messages:
         call = {
