@@ -15,7 +15,7 @@ from kvcompose_local.composing.attention import AttentionMax
 from kvcompose_local.composing.cell_scores import by_layer
 from kvcompose_local.composing.fitting import Observed, fit
 from kvcompose_local.composing.scorer import BOUNDS, Scorer
-from kvcompose_local.errors import ContextFull
+from kvcompose_local.errors import ContextFull, EngineError, InvalidInput
 from kvcompose_local.interfaces import Engine, FloatArray, Lazy, Progress, even_parts
 
 #: The least attention that a token is said to have; no attention that counts is below it.
@@ -92,7 +92,10 @@ class Replayed:
         for start, stop in even_parts(n, step - lead_in) if n else []:
             if progress is not None:
                 progress(start, n)
-            self._engine.replay(tokens[max(first + start - lead_in, 0) : first + stop], seen)
+            try:
+                self._engine.replay(tokens[max(first + start - lead_in, 0) : first + stop], seen)
+            except InvalidInput as error:  # nobody has told us these numbers but the model
+                raise EngineError(f"the model's file is damaged, fetch it again: {error}") from error
         if progress is not None:
             progress(n, n)
         if not n:

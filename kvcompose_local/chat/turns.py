@@ -198,15 +198,17 @@ class Chat:
         step = said.last_message_step()
         stats, before = TurnStats(), said.saved()
         pins = self.memory.pins
-        said.messages.pop()
-        if step.answer is not None:  # an answer of nothing but white space is none that the template tells
-            said.cut(step.answer)
-        self._follow(said.prompt(), go_back=True)
-        said.begin_answer()
-        self._read(stats, for_logits=True)
+        with self._taken_back_on_failure():
+            said.messages.pop()
+            if step.answer is not None:  # an answer of nothing but white space is none that the template tells
+                said.cut(step.answer)
+            self._follow(said.prompt(), go_back=True)
+            said.begin_answer()
+            self._read(stats, for_logits=True)
         self.turns.append(stats)
         if stats.stopped:
             self._put_back(before, pins)
+            self._read(TurnStats(), go_on=False)
         else:
             yield from self._answer(stats, max_tokens)
 
@@ -350,6 +352,8 @@ class Chat:
         memory, tokens = self.memory, self.transcript.tokens
         n_shared = min(n_common(memory.tokens, tokens), len(tokens) if n_kept is None else n_kept)
         if for_logits:
+            if not tokens:
+                raise InvalidInput("in this model's vocabulary the message is no token")
             n_shared = min(n_shared, len(tokens) - 1)
         if go_on:
             memory.check_positions(n_shared, len(tokens) - n_shared)

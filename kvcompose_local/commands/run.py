@@ -177,7 +177,7 @@ def run_command(context: click.Context, model: str | None, options: ChatOptions,
         if session.manifest is not None:
             resume(local, options, autosave, status)
         with interrupts.caught():
-            feed(local, documents, request, status)
+            feed(local, documents, request, autosave, status)
         if request.is_interactive:
             talk(local, request, autosave, interrupts, status)
         else:
@@ -185,7 +185,7 @@ def run_command(context: click.Context, model: str | None, options: ChatOptions,
         if interrupts.leaving:
             context.exit(128 + interrupts.leaving)
         if request.as_json:
-            print_result(local.chat)
+            print_result(local.chat, hides_thinking=request.hide_thinking)
 
 
 def read_documents(request: RunRequest, status: Status) -> list[tuple[str, str]]:
@@ -295,7 +295,9 @@ def resume(local: LocalChat, options: ChatOptions, autosave: Autosave, status: S
     status.line(loaded)
 
 
-def feed(local: LocalChat, documents: Sequence[tuple[str, str]], request: RunRequest, status: Status) -> None:
+def feed(
+    local: LocalChat, documents: Sequence[tuple[str, str]], request: RunRequest, autosave: Autosave, status: Status
+) -> None:
     """Let the chat read the documents. Raises PositionsFull, before the first is read, where they do not all fit."""
     from kvcompose_local.terminal.answers import check_room
 
@@ -303,6 +305,7 @@ def feed(local: LocalChat, documents: Sequence[tuple[str, str]], request: RunReq
     for i, (name, text) in enumerate(documents):
         stats = local.chat.read(text, pin=request.pin and local.memory.compose)
         if stats.stopped and not request.is_interactive:
+            autosave.at_the_end()
             raise Stopped(f"stopped while reading {name}")
         if stats.stopped:
             unread = f"the other {local.chat.unread_tokens} tokens of {name} are read before your next message"
@@ -390,7 +393,7 @@ def answer_lines(
         except KVComposeError:
             if not interrupts.leaving:
                 if request.as_json and any(message["role"] == "assistant" for message in local.chat.messages):
-                    print_result(local.chat)
+                    print_result(local.chat, hides_thinking=request.hide_thinking)
                 raise
         finally:  # one line that fails does not take the others with it
             autosave.at_the_end()
@@ -405,11 +408,11 @@ def answer(line: str, answers: Answers, interrupts: Interrupts) -> None:
     answers.explain_end(stats)
 
 
-def print_result(chat: Chat) -> None:
+def print_result(chat: Chat, *, hides_thinking: bool) -> None:
     """Print the JSON object of ``--json``."""
     from kvcompose_local.terminal.figures import result
 
-    click.echo(json.dumps(result(chat), ensure_ascii=False))
+    click.echo(json.dumps(result(chat, hides_thinking=hides_thinking), ensure_ascii=False))
 
 
 def is_fed(stream: TextIO) -> bool:

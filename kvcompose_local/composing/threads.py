@@ -16,7 +16,7 @@ from kvcompose_local.install.threads import default_threads
 T = TypeVar("T")
 
 #: Numbers of a part: they fit into a core's cache, and take NumPy much longer than threads take to take turns.
-PART = 1 << 18
+PART = 1 << 17
 #: More threads than this wait for each other.
 _MOST = 6
 

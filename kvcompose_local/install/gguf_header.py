@@ -40,13 +40,15 @@ class Header:
     """The header of a GGUF file.
 
     values: by key, arrays as lists; arrays of more than 4,096 elements, and texts above 16 MiB, are None. kinds: their
-    GGUF types. tensors: their names. Where the reading stopped early, some values and all names are missing.
+    GGUF types. tensors: their names; n_bytes: more than so many the file has, if it is whole. Where the reading stopped
+    early, some values and all names are missing.
     """
 
     n_tensors: int
     values: dict[str, Any] = field(default_factory=dict)
     kinds: dict[str, int] = field(default_factory=dict)
     tensors: frozenset[str] = frozenset()
+    n_bytes: int = 0
 
     @property
     def architecture(self) -> str:
@@ -96,7 +98,8 @@ def read_header(file: BinaryIO, *, whole: bool = False) -> Header:
             return header
         header.values[key] = reader.array(kind, n)
     if whole:
-        header.tensors = frozenset(reader.tensor_name() for _ in range(n_tensors))
+        places = dict(reader.tensor() for _ in range(n_tensors))
+        header.tensors, header.n_bytes = frozenset(places), reader.at + max(places.values(), default=-1)
     return header
 
 
@@ -158,14 +161,14 @@ class _Reader:
             self._skip(n * size)
         return None
 
-    def tensor_name(self) -> str:
-        """The name in an entry of the tensors' table; the rest of it is passed over."""
+    def tensor(self) -> tuple[str, int]:
+        """The name in an entry of the tensors' table, and where the tensor begins, counted from behind that."""
         name = self.text(_LONGEST_KEY)
         n_axes = int(_UINT32.unpack_from(*self._span(4))[0])
         if name is None or n_axes > _MOST_AXES:
             raise BadHeader("has a tensor of no possible name or shape")
-        self._skip(8 * n_axes + 4 + 8)  # sizes, type, offset
-        return name
+        self._skip(8 * n_axes + 4)  # sizes, type
+        return name, int(_LENGTH.unpack_from(*self._span(8))[0])
 
     def _skip(self, n: int) -> None:
         if n > self._size - self.at:

@@ -92,6 +92,8 @@ def files_of(path: Path) -> tuple[Path, ...]:
         # llama.cpp asserts that the number is of this type
         if found is None or found.number("split.no") != i or found.kinds["split.no"] != _UINT16:
             raise ModelError(f"{shard} is not file {i + 1} of the model, as its name says: fetch it again")
+        if found.n_bytes >= (size := shard.stat().st_size):
+            raise ModelError(f"{shard} is cut off after {size} bytes: fetch it again")
     return shards
 
 

@@ -90,6 +90,7 @@ class Context:
         self.tap: SoftmaxTap | None = None
         self.tap_prefix = _SOFTMAX_PREFIX
         self.has_logits = False
+        self._is_checked = False  # whether the logits are of numbers
         self._n_queries = 0
         self._callback_error: BaseException | None = None
         self._callback = lib.ggml_backend_sched_eval_callback(self._on_tensor)
@@ -237,6 +238,7 @@ class Context:
             reason = {1: "no free cells", 2: "stopped"}.get(code, f"code {code}")
             raise EngineError(f"llama_decode failed: {reason}{last_log()}")
         self.has_logits = logits or all_logits
+        self._is_checked &= len(tokens) == 1  # at the beginning of an answer is often enough
 
     def logits(self) -> FloatArray:
         """float32 (n_vocab,): a copy of the last token's logits."""
@@ -285,9 +287,13 @@ class Context:
         self._grammar = grammar
 
     def sample(self) -> int:
-        """Draw a token from the last logits."""
+        """Draw a token from the last logits. Raises EngineError where they are none."""
         if not self.has_logits:
             raise EngineError("there are no logits: decode a token first")
+        if not self._is_checked:
+            if np.isnan(self.logits()).any():
+                raise EngineError("the model computes NaN, no numbers: its file is damaged, fetch it again")
+            self._is_checked = True
         if self._sampler is None:
             self.set_sampling(Sampling())
         if self._grammar is not None:

@@ -440,6 +440,7 @@ class Model:
         if kind == lib.LLAMA_VOCAB_TYPE_BPE:
             tokens = [token for part in parts_of(text) for token in self._tokens_of(part, special)]
         elif kind == lib.LLAMA_VOCAB_TYPE_SPM:
+            self._check_characters(text)
             first, *others = sentencepiece_parts_of(text)
             tokens = self._tokens_of(first, special)
             for part in others:
@@ -447,6 +448,27 @@ class Model:
         else:
             tokens = self._tokens_of(text, special)
         return tokens if bos is None else [bos, *tokens]
+
+    def _check_characters(self, text: str) -> None:
+        """llama.cpp would end the program at a byte that a vocabulary has no token for. Raises ModelError."""
+        unknown = {*text.replace(" ", "\u2581")} - self._characters if self._missing_bytes else set()
+        if lost := {char for char in unknown if self._missing_bytes & {*char.encode("utf-8", "replace")}}:
+            what = f"no token for {min(lost)!r}, nor for all of its bytes"
+            raise ModelError(f"the model's vocabulary has {what}: fetch another file of the model")
+
+    @cached_property
+    def _missing_bytes(self) -> set[int]:
+        """Bytes that there are no tokens for, as there should be."""
+        missing = {f"<0x{byte:02X}>": byte for byte in range(256)}
+        for token in itertools.takewhile(lambda _: missing, range(self.n_vocab)):  # they come first
+            if lib.llama_vocab_get_attr(self._vocab, token) & lib.LLAMA_TOKEN_ATTR_BYTE:
+                missing.pop(self._text_of(token), None)
+        return {*missing.values()}
+
+    @cached_property
+    def _characters(self) -> set[str]:
+        """All characters that there are tokens for."""
+        return {text for token in range(self.n_vocab) if len(text := self._text_of(token)) == 1}
 
     def _tokens_behind(self, part: str, special: bool) -> list[int]:
         """Tokens of a part that continues a text, without the space that SentencePiece puts at a text's beginning."""

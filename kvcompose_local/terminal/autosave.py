@@ -68,9 +68,11 @@ class Autosave:
         if not name:
             raise InvalidInput("/save takes a name")
         path = sessions.path_of(name)
-        if path.exists() and path.resolve() not in self._ours and not _is_same(name, self._name):
-            raise InvalidInput(f"{name} holds another chat: give another name, or remove {path}")
-        return self._save(name)
+        sessions.check_writable(path)
+        with sessions.alone():
+            if path.exists() and path.resolve() not in self._ours and not _is_same(name, self._name):
+                raise InvalidInput(f"{name} holds another chat: give another name, or remove {path}")
+            return self._save(name)
 
     def load(self, name: str) -> str:
         """Save this chat, and put a saved one in its place; returns what to say of it.
@@ -82,7 +84,8 @@ class Autosave:
         if self.is_unsaved and self._now()[0] not in (self._begun[0], self._kept[0]):
             if _is_same(name, self._name):
                 raise InvalidInput(f"this chat would be lost: /save it under another name than {name} first")
-            self.status.line(self._save(self._own_name()))
+            with sessions.alone():
+                self.status.line(self._save(self._own_name()))
         if not sessions.path_of(name).exists():
             raise SessionError(f"there is no saved chat {name}; {_told_names()}")
         told = self._load(name)
@@ -103,15 +106,16 @@ class Autosave:
         if not self.is_unsaved:
             return
         try:
-            with self.interrupts.caught():
+            with self.interrupts.caught(), sessions.alone():
                 told = self._save(self._own_name())
         except (KVComposeError, KeyboardInterrupt) as error:
             elsewhere = self._saved_elsewhere() if isinstance(error, KVComposeError) else ""
-            if elsewhere:
-                self.status.line(f"not where it should be, but {elsewhere}")
+            reason = str(error) or "stopped"
             if self._session is not None:
-                raise
-            told = f"the chat is not saved: {str(error) or 'stopped'}"
+                if not elsewhere:
+                    raise
+                raise SessionError(f"{reason}; elsewhere the chat is {elsewhere}") from error
+            told = f"{reason}; elsewhere the chat is {elsewhere}" if elsewhere else f"the chat is not saved: {reason}"
         self.status.line(told)
 
     def _saved_elsewhere(self) -> str:

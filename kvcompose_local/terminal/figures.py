@@ -33,7 +33,7 @@ def left(chat: Chat, width: int) -> str:
     return "\n".join(["what is left of what was read, its tokens, and how it begins:", *lines])
 
 
-def result(chat: Chat) -> dict[str, Any]:
+def result(chat: Chat, *, hides_thinking: bool = False) -> dict[str, Any]:
     """What ``--json`` prints: the last answer, counts over all turns, and the cache's measured size."""
     memory, turns = chat.memory, chat.turns
     engine = memory.engine
@@ -43,11 +43,12 @@ def result(chat: Chat) -> dict[str, Any]:
     prompt_tokens = sum(turn.prompt_tokens for turn in turns)
     generated = sum(turn.generated_tokens for turn in turns)
     said = [message for message in chat.messages if message["role"] == "assistant"]
-    answers = [shown(message.get("reasoning", ""), message["content"]) for message in said]
+    reasoning = ["" if hides_thinking else message.get("reasoning", "") for message in said]
+    answers = [shown(thought, message["content"]) for thought, message in zip(reasoning, said, strict=True)]
     return {
         "text": answers[-1] if answers else "",
         "answer": said[-1]["content"] if said else "",
-        "reasoning": said[-1].get("reasoning", "") if said else "",
+        "reasoning": reasoning[-1] if said else "",
         "answers": answers,
         "stopped": turns[-1].stopped if turns else "",
         "prompt_tokens": prompt_tokens,

@@ -264,6 +264,20 @@ def test_another_answer_reads_one_token_and_another_text_what_differs() -> None:
     assert stands(chat) == b"[u]DOC\n\nHo[/][a]three"
 
 
+def test_another_answer_that_is_stopped_while_it_is_read_leaves_the_conversation_as_it_was() -> None:
+    stop = [False]
+    chat, engine = make(["one", "two"], should_stop=lambda: stop[0])
+    list(chat.ask("Hello there", max_tokens=9))
+    before = bytes(engine.live)
+    chat.transcript.set_system("Another")  # as by another template: all is read again
+    chat.on_read = lambda n, of: stop.__setitem__(0, n >= 4)
+    assert list(chat.ask_again(max_tokens=9)) == []
+    said = chat.state()
+    assert bytes(engine.live) == bytes(chat.transcript.tokens[: len(engine.live)]), "no token of what was not kept"
+    assert before.startswith(bytes(engine.live))
+    assert bytes(said.memory.tokens) + bytes(said.pending) == before
+
+
 def test_a_text_that_does_not_fit_leaves_the_old_one_in_place() -> None:
     chat, engine = make(["one", "two"], n_cells=60, n_ctx=60)
     list(chat.ask("Hi", max_tokens=9))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import tracemalloc
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,8 +72,16 @@ class FullEngine:
         self.composed, self.n_live = tuple(rows.shape[1] for rows in selection), n_tail  # read as it is by llama.cpp
 
 
+class OneByOne:
+    """A pool without threads: what is submitted is done when its result is wanted."""
+
+    def submit(self, function: Callable[[slice], Any], part: slice) -> OneByOne:
+        self.result = lambda: function(part)
+        return copy.copy(self)
+
+
 def test_a_compaction_needs_little_beside_the_cells(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "_pool", lambda: ThreadPoolExecutor(1))  # each thread chooses some layers' cells
+    monkeypatch.setattr(threads, "_pool", OneByOne)  # each thread chooses some layers' cells
     engine = FullEngine()
     rng = engine.rng
     weights = tuple(rng.standard_normal((N_KV_HEADS, 2 * HEAD)).astype(DTYPE) for _ in range(N_LAYERS))

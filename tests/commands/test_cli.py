@@ -18,7 +18,8 @@ import click
 import gguf
 import numpy as np
 import pytest
-from programs import FAST, RUN, endless, program, refused
+from programs import FAST, PROSE, RUN, endless, program, refused
+from scripted_model import write_scripted_model
 
 from kvcompose_local import __version__
 from kvcompose_local.commands.cli import cli
@@ -667,6 +668,87 @@ def test_a_line_that_fails_leaves_the_session_the_others(tiny_model: TinyModel, 
     again = program("run", *session, "-p", "More", "--json")
     assert "loaded" in again.stderr
     assert len(json.loads(again.stdout)["answers"]) == 2
+
+
+def test_chats_that_end_together_are_both_saved(tiny_model: TinyModel, tmp_path: Path) -> None:
+    command = [*RUN, "run", str(tiny_model()), *FAST, "--session", str(tmp_path / "s.kvc"), "-p"]
+    chats = [subprocess.Popen([*command, text], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for text in "abc"]
+    told = [chat.communicate(timeout=60)[1] for chat in chats]
+    assert [chat.returncode for chat in chats] == [0, 0, 0], told
+    said = [
+        json.loads(program("run", "--session", path, "-p", "x", "--json", "--no-autosave").stdout)["answers"]
+        for path in tmp_path.glob("s*.kvc")
+    ]
+    assert len(said) == 3
+
+
+def test_what_was_read_before_ctrl_c_is_saved(tiny_model: TinyModel, tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text(PROSE[:3000])
+    arguments = [
+        "--ctx",
+        "4096",
+        "--threads",
+        "1",
+        "--session",
+        str(tmp_path / "s.kvc"),
+        "-f",
+        str(tmp_path / "long.txt"),
+    ]
+    code = """if True:
+        import os, signal, sys
+        from kvcompose_local.engines.base import LlamaEngine
+        decode, n = LlamaEngine.decode, [0]
+
+        def stopped(self, tokens, progress=None, **options):
+            def told(done, total):
+                progress(done, total)
+                if done > 500 and not n[0]:
+                    n[0] = 1
+                    os.kill(os.getpid(), signal.SIGINT)
+            decode(self, tokens, told, **options)
+
+        LlamaEngine.decode = stopped
+        from kvcompose_local.__main__ import main
+        main()
+    """
+    command = [sys.executable, "-c", code, "run", str(tiny_model()), *arguments, "-p", "hi"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 128 + signal.SIGINT
+    assert "goes on from here" in done.stderr
+    told = json.loads(program("run", "--session", tmp_path / "s.kvc", "-p", "x", "--json").stdout)
+    assert told["positions"] > 500
+
+
+def test_thinking_is_hidden_in_json_too(tmp_path: Path) -> None:
+    model = write_scripted_model(tmp_path / "thinks.gguf", ["<think>", "Let me", " see.", "</think>", "It is", " so."])
+    shown = json.loads(program("run", model, *FAST, "--json", "-p", "a", "-p", "b").stdout)
+    assert shown["answers"] == ["<think>Let me see.</think>It is so."] * 2
+    hidden = json.loads(program("run", model, *FAST, "--json", "--hide-thinking", "-p", "a", "-p", "b").stdout)
+    assert (hidden["answers"], hidden["text"], hidden["reasoning"]) == (["It is so."] * 2, "It is so.", "")
+
+
+def test_a_model_that_computes_no_numbers(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model = tiny_model()
+    reader = gguf.GGUFReader(model, "r+")
+    next(t for t in reader.tensors if t.name == "token_embd.weight").data[:] = np.nan
+    reader.data.flush()
+    refused(program("run", model, *FAST, "-p", "hi"), 1, "NaN", "fetch it again")
+    (tmp_path / "long.txt").write_text(PROSE[:3000])
+    done = program(
+        "run", model, "--ctx", "4096", "--budget", "0.1", "--threads", "1", "-f", tmp_path / "long.txt", "-p", "hi"
+    )
+    assert done.returncode == 1
+    assert "the model's file is damaged" in done.stderr.splitlines()[-1]
+
+
+def test_a_vocabulary_without_bytes(tmp_path: Path) -> None:
+    model = write_scripted_model(tmp_path / "bytes.gguf", ["one", "two"])
+    raw = model.read_bytes()
+    for byte in range(128, 256):  # tokens of another name
+        raw = raw.replace(f"<0x{byte:02X}>".encode(), f"<0y{byte:02X}>".encode())
+    model.write_bytes(raw)
+    program("run", model, *FAST, "-p", "naive").check_returncode()
+    refused(program("run", model, *FAST, "-p", "na\u00efve"), 1, "no token for '\u00ef', nor for all of its bytes")
 
 
 def test_ctrl_c_while_the_program_is_imported_ends_in_one_line() -> None:

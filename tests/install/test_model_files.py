@@ -86,6 +86,9 @@ def test_a_shard_that_is_missing_or_of_another_model_is_named(tmp_path: Path, ti
         shards[1].write_bytes(wrong)
         with pytest.raises(ModelError, match=rf"{shards[1].name} is not file 2 of the model"):
             check_gguf(shards[0])
+    shards[1].write_bytes(saved[1][: len(saved[1]) // 4])
+    with pytest.raises(ModelError, match=rf"{shards[1].name} is cut off after {len(saved[1]) // 4} bytes"):
+        check_gguf(shards[0])
     shutil.copy(other[0], shards[0])
     with pytest.raises(ModelError, match="is one of 4 files by its header, and of 3 by its name"):
         check_gguf(shards[0])

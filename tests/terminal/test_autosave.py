@@ -114,12 +114,40 @@ def test_a_chat_that_cannot_be_saved_in_its_place_is_saved_elsewhere(
             return save(path, *rest)
 
         monkeypatch.setattr(sessions, "save", refuse)
-    with pytest.raises(SessionError, match="make the folder"):
+    with pytest.raises(SessionError, match="make the folder") as error:
         autosave.at_the_end()
     name = str(next(other.iterdir())) if state_folder_is_full else "last-2"
-    assert told.getvalue().startswith("not where it should be, but saved (")
-    assert f"--session {name} goes on from here" in told.getvalue()
+    assert "; elsewhere the chat is saved (" in str(error.value)
+    assert str(error.value).endswith(f"--session {name} goes on from here")
     assert n_messages(begin, name) == 2
+
+
+def test_an_unnamed_chat_that_is_saved_elsewhere_is_not_called_lost(
+    begin: Begin, tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = sessions.save
+
+    def refuse(path: Path, *rest: Any) -> int:
+        if path.parent == tmp_path:
+            raise SessionError("the disk is full")
+        return save(path, *rest)
+
+    monkeypatch.setattr(sessions, "save", refuse)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "other"))
+    (tmp_path / "other").mkdir()
+    begin(None, "Hi")[1].at_the_end()
+    assert told.getvalue().startswith("the disk is full; elsewhere the chat is saved (")
+    assert len(told.getvalue().splitlines()) == 1
+
+
+def test_a_file_that_is_no_session_is_not_called_a_chat(begin: Begin, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    autosave = begin(None, "Hi")[1]
+    for name in (str(tmp_path / "notes.txt"), "/dev/null"):
+        with pytest.raises(SessionError, match="give another name") as error:
+            autosave.save(name)
+        assert "remove" not in str(error.value)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_a_copy_does_not_make_the_session_ones_own_again(begin: Begin, tmp_path: Path, told: io.StringIO) -> None:
