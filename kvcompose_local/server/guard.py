@@ -127,7 +127,9 @@ class Guard:
         except Refused:  # of a body, below
             pass
         except Exception as error:  # a fault of ours, of which the application has told the client
-            log.error("%s %s failed: %s: %s", scope["method"], scope["path"], type(error).__name__, error)
+            log.error(
+                "%s %s failed: %s", scope["method"], scope["path"], type(error).__name__
+            )  # its words may be a user's
             log.debug("where it failed", exc_info=error)
         if cut is not None:
             await _answer(send, cut.status, refusal(scope["path"], cut))

@@ -10,6 +10,7 @@ from programs import TinyModel
 from serving import Serving, serving
 
 from kvcompose_local.server.guard import LARGEST_BODY, Access, is_loopback
+from kvcompose_local.server.service import Service
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
 
@@ -92,6 +93,12 @@ def test_bodies_are_bounded(client: httpx.Client) -> None:
         ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": "x"}], "n": 2}'),
         ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": "x"}], "stop": [""]}'),
         ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": "x"}], "tool_choice": "required"}'),
+        ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}'),
+        ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": "x"}], "metadata": {"a": 1e999}}'),
+        (
+            "/v1/responses",
+            b'{"input": "x", "tools": [{"type": "function", "name": "f", "parameters": {"a": -Infinity}}]}',
+        ),
         ("/v1/completions", b'{"prompt": ""}'),
         ("/v1/completions", b'{"prompt": "x", "echo": true}'),
         ("/v1/responses", b'{"input": []}'),
@@ -115,6 +122,29 @@ def test_bad_bodies_are_told_in_the_protocols_own_shape(client: httpx.Client, pa
 )
 def test_nothing_but_the_page_is_served(client: httpx.Client, path: str) -> None:
     assert client.get(path).status_code == 404
+
+
+def test_a_key_may_hold_any_character(tiny_model: TinyModel) -> None:
+    with serving(tiny_model(), access=Access.of("127.0.0.1", "sécret", []), on_disk=False) as server:
+        for told in ("sécret".encode(), b"s?cret", "sécre".encode()):
+            response = httpx.get(f"{server.url}/v1/models", headers={b"Authorization": b"Bearer " + told})
+            assert response.status_code == (200 if told == "sécret".encode() else 401)
+
+
+def test_a_fault_of_ours_is_told_and_the_connection_stays(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a user's words")
+
+    monkeypatch.setattr(Service, "props", fail)
+    for _ in range(2):
+        response = client.get("/props")
+        assert response.status_code == 500
+        assert response.json()["error"]["type"] == "api_error"
+    assert client.get("/health").status_code == 200
+    assert "RuntimeError" in caplog.text
+    assert "a user's words" not in caplog.text
 
 
 def test_a_models_name_is_no_path(client: httpx.Client) -> None:

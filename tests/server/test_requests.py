@@ -16,6 +16,7 @@ from programs import PROSE, TinyModel, endless
 from serving import Serving, serving, texts
 
 from kvcompose_local.server.requests import PIECE_SECONDS, Job, Piece, Refused, Result, TokenChance
+from kvcompose_local.server.responses import ResponsesRequest
 from kvcompose_local.server.worker import FairQueue
 
 
@@ -40,6 +41,18 @@ def test_the_queue_takes_clients_in_turn() -> None:
         return taken
 
     assert "".join(asyncio.run(run())) == "abcdabaa"
+
+
+def test_thinking_before_a_call_stays_before_it() -> None:
+    told = [
+        {"role": "user", "content": "What time is it?"},
+        {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "I must look."}]},
+        {"type": "function_call", "call_id": "c1", "name": "clock", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": "9"},
+        {"role": "assistant", "content": "It is 9."},
+    ]
+    messages = ResponsesRequest.model_validate({"input": told})._messages()
+    assert [message.get("reasoning") for message in messages] == [None, "I must look.", None, None]
 
 
 def test_pieces_that_come_fast_go_together_and_nothing_is_lost_or_changes_places() -> None:
