@@ -22,7 +22,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -171,21 +171,6 @@ def names() -> list[str]:
     with suppress(OSError):
         found = [(path.stat().st_mtime_ns, path.stem) for path in sessions_folder().glob(f"*{SUFFIX}")]
     return [name for _, name in sorted(found, reverse=True) if _NAME.fullmatch(name)]
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """In this block no other program of this user's that asks for the same looks which sessions there are, or writes.
-
-    Two chats that end together would find the same name free.
-    """
-    with ExitStack() as stack:
-        with suppress(KVComposeError, OSError, ImportError):  # without it they are rarely so quick
-            import fcntl  # not on Windows
-
-            own_folder(sessions_folder())
-            fcntl.flock(stack.enter_context(open(sessions_folder() / "lock", "ab")), fcntl.LOCK_EX)
-        yield
 
 
 def check_writable(path: Path) -> None:

@@ -175,8 +175,8 @@ class Model:
 
     @property
     def name(self) -> str:
-        """In one line, whatever the header says."""
-        return " ".join((self.metadata("general.name") or "").split()) or self.path.stem
+        """In one short line, whatever the header says."""
+        return " ".join((self.metadata("general.name") or "").split())[:100] or self.path.stem
 
     @property
     def n_ctx_train(self) -> int:

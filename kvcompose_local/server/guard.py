@@ -126,10 +126,8 @@ class Guard:
             await self._app(scope, bounded_receive, guarded_send)
         except Refused:  # of a body, below
             pass
-        except Exception as error:  # a fault of ours, of which the application has told the client
-            log.error(
-                "%s %s failed: %s", scope["method"], scope["path"], type(error).__name__
-            )  # its words may be a user's
+        except Exception as error:  # a fault of ours, of which the client was told; its words may be a user's
+            log.error("%s %s failed: %s", scope["method"], scope["path"], type(error).__name__)
             log.debug("where it failed", exc_info=error)
         if cut is not None:
             await _answer(send, cut.status, refusal(scope["path"], cut))

@@ -6,11 +6,13 @@ import contextlib
 import os
 import shlex
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvcompose_local.chat import sessions
 from kvcompose_local.errors import InvalidInput, KVComposeError, NoHome, SessionError
+from kvcompose_local.install.files import own_folder
 from kvcompose_local.terminal.figures import MIB
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ class Autosave:
             raise InvalidInput("/save takes a name")
         path = sessions.path_of(name)
         sessions.check_writable(path)
-        with sessions.alone():
+        with _alone():
             if path.exists() and path.resolve() not in self._ours and not _is_same(name, self._name):
                 raise InvalidInput(f"{name} holds another chat: give another name, or remove {path}")
             return self._save(name)
@@ -84,7 +86,7 @@ class Autosave:
         if self.is_unsaved and self._now()[0] not in (self._begun[0], self._kept[0]):
             if _is_same(name, self._name):
                 raise InvalidInput(f"this chat would be lost: /save it under another name than {name} first")
-            with sessions.alone():
+            with _alone():
                 self.status.line(self._save(self._own_name()))
         if not sessions.path_of(name).exists():
             raise SessionError(f"there is no saved chat {name}; {_told_names()}")
@@ -106,7 +108,7 @@ class Autosave:
         if not self.is_unsaved:
             return
         try:
-            with self.interrupts.caught(), sessions.alone():
+            with self.interrupts.caught(), _alone():
                 told = self._save(self._own_name())
         except (KVComposeError, KeyboardInterrupt) as error:
             elsewhere = self._saved_elsewhere() if isinstance(error, KVComposeError) else ""
@@ -152,6 +154,22 @@ class Autosave:
         self._wrote = False
         n_messages = sum(message["role"] != "system" for message in self.chat.messages)
         return f"loaded {name}: {n_messages} messages, {self.chat.memory.position} tokens"
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """In this block no other program of this user's looks which sessions there are, or writes one at its end.
+
+    Two chats that end together would find the same name free.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(KVComposeError, OSError, ImportError):  # without it they are rarely so quick
+            import fcntl  # not on Windows
+
+            folder = sessions.sessions_folder()
+            own_folder(folder)
+            fcntl.flock(stack.enter_context(open(folder / "lock", "ab")), fcntl.LOCK_EX)
+        yield
 
 
 def _told_names() -> str:

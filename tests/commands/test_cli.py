@@ -670,16 +670,25 @@ def test_a_line_that_fails_leaves_the_session_the_others(tiny_model: TinyModel, 
     assert len(json.loads(again.stdout)["answers"]) == 2
 
 
-def test_chats_that_end_together_are_both_saved(tiny_model: TinyModel, tmp_path: Path) -> None:
-    command = [*RUN, "run", str(tiny_model()), *FAST, "--session", str(tmp_path / "s.kvc"), "-p"]
-    chats = [subprocess.Popen([*command, text], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for text in "abc"]
-    told = [chat.communicate(timeout=60)[1] for chat in chats]
-    assert [chat.returncode for chat in chats] == [0, 0, 0], told
+def test_chats_that_end_together_are_all_saved(tiny_model: TinyModel, tmp_path: Path) -> None:
+    command = [*RUN, "run", str(tiny_model()), *FAST, "--session", str(tmp_path / "s.kvc")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    chats = [subprocess.Popen(command, text=True, **pipes) for _ in "abc"]  # type: ignore[call-overload]
+    for chat in chats:  # all have begun before one ends
+        assert chat.stderr.readline().startswith("a new session")
+    for chat, text in zip(chats, "abc", strict=True):
+        chat.stdin.write(f"{text}\n")
+    for chat in chats:
+        chat.stdin.close()
+    assert [chat.wait(60) for chat in chats] == [0, 0, 0]
+    told = [chat.stderr.read() for chat in chats]
+    for chat in chats:
+        chat.stderr.close()
     said = [
         json.loads(program("run", "--session", path, "-p", "x", "--json", "--no-autosave").stdout)["answers"]
         for path in tmp_path.glob("s*.kvc")
     ]
-    assert len(said) == 3
+    assert [len(answers) for answers in said] == [2, 2, 2], told
 
 
 def test_what_was_read_before_ctrl_c_is_saved(tiny_model: TinyModel, tmp_path: Path) -> None:
