@@ -190,6 +190,8 @@ def measure(
     with ExitStack() as stack:
         model = Model(path, gpu_layers=gpu_layers)
         stack.callback(model.close)
+        if n_tokens > model.n_ctx_train:
+            raise InvalidInput(f"--ctx {n_tokens} is beyond the {model.n_ctx_train} positions {model.name} knows")
         profile = profiles.of_file(path)
         cache_type = cache_type or _usual_type(model, profile)
         token = token_of(model)

@@ -72,7 +72,8 @@ class Autosave:
         path = sessions.path_of(name)
         sessions.check_writable(path)
         with _alone():
-            if path.exists() and path.resolve() not in self._ours and not _is_same(name, self._name):
+            is_own = self._is_free() if _is_same(name, self._name) else path.resolve() in self._ours
+            if path.exists() and not is_own:
                 raise InvalidInput(f"{name} holds another chat: give another name, or remove {path}")
             return self._save(name)
 
@@ -130,10 +131,14 @@ class Autosave:
 
     def _own_name(self) -> str:
         """Where the chat is saved unasked: beside its session where another chat was saved there meanwhile."""
-        if _version_of(self._name) not in (self._version, ()):  # one that was deleted can be written
+        if not self._is_free():
             name, self._name, self._version = self._name, _beside(self._name), ()
             self.status.line(f"another chat was saved as {name} meanwhile: this one is saved as {self._name}")
         return self._name
+
+    def _is_free(self) -> bool:
+        """Whether no other chat was saved under our name meanwhile; one that was deleted can be written."""
+        return _version_of(self._name) in (self._version, ())
 
     def _save(self, name: str) -> str:
         path = sessions.path_of(name)

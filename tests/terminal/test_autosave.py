@@ -150,6 +150,18 @@ def test_a_file_that_is_no_session_is_not_called_a_chat(begin: Begin, tmp_path: 
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_what_another_chat_saved_meanwhile_is_not_overwritten_on_demand(begin: Begin) -> None:
+    begin("s", "Zero")[1].at_the_end()
+    first, second = begin("s", "One")[1], begin("s", "Two", "Three")[1]
+    second.at_the_end()
+    with pytest.raises(InvalidInput, match="s holds another chat"):
+        first.save("s")
+    second.save("s")
+    assert n_messages(begin, "s") == 6
+    first.save("t")
+    assert n_messages(begin, "t") == 4
+
+
 def test_a_copy_does_not_make_the_session_ones_own_again(begin: Begin, tmp_path: Path, told: io.StringIO) -> None:
     """Another chat wrote the session meanwhile, and a /save elsewhere changes nothing about that."""
     first, second = begin("s", "One")[1], begin("s", "Two", "Three")[1]
