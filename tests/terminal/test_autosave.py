@@ -55,6 +55,18 @@ def begin(tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch) ->
     return start
 
 
+def saving_but_in(full: Path) -> Callable[..., int]:
+    """``sessions.save``, and a folder whose disk is full."""
+    save = sessions.save
+
+    def refuse(path: Path, *rest: Any) -> int:
+        if path.parent == full:
+            raise SessionError("the disk is full")
+        return save(path, *rest)
+
+    return refuse
+
+
 def n_messages(begin: Begin, session: str) -> int:
     return len(begin(session)[0].messages)
 
@@ -106,14 +118,7 @@ def test_a_chat_that_cannot_be_saved_in_its_place_is_saved_elsewhere(
     autosave = begin(str(folder / "s.kvc"), "Hi")[1]
     folder.rmdir()
     if state_folder_is_full:
-        save = sessions.save
-
-        def refuse(path: Path, *rest: Any) -> int:
-            if path.parent == tmp_path:
-                raise SessionError("the disk is full")
-            return save(path, *rest)
-
-        monkeypatch.setattr(sessions, "save", refuse)
+        monkeypatch.setattr(sessions, "save", saving_but_in(tmp_path))
     with pytest.raises(SessionError, match="make the folder") as error:
         autosave.at_the_end()
     name = str(next(other.iterdir())) if state_folder_is_full else "last-2"
@@ -125,14 +130,7 @@ def test_a_chat_that_cannot_be_saved_in_its_place_is_saved_elsewhere(
 def test_an_unnamed_chat_that_is_saved_elsewhere_is_not_called_lost(
     begin: Begin, tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = sessions.save
-
-    def refuse(path: Path, *rest: Any) -> int:
-        if path.parent == tmp_path:
-            raise SessionError("the disk is full")
-        return save(path, *rest)
-
-    monkeypatch.setattr(sessions, "save", refuse)
+    monkeypatch.setattr(sessions, "save", saving_but_in(tmp_path))
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "other"))
     (tmp_path / "other").mkdir()
     begin(None, "Hi")[1].at_the_end()
