@@ -381,10 +381,11 @@ def answer_lines(
         hides_thinking=request.hide_thinking,
     )
     lines = iter(request.prompt) if request.prompt else inputs.lines()
-    n_answered = 0
+    n_answered = n_taken = 0
     with interrupts.leaving_in_order():
         try:
             while (line := awaited(lines, interrupts)) is not None:
+                n_taken += 1
                 if line.strip():
                     if n_answered == 1 and not request.prompt:
                         status.line("each line is a question of its own; -f - reads what is piped in as one text")
@@ -392,6 +393,8 @@ def answer_lines(
                     n_answered += 1
         except KVComposeError:
             if not interrupts.leaving:
+                if (n_left := len(request.prompt) - n_taken) > 0:
+                    status.line(f"-p: the {n_left} after this one are not asked")
                 if request.as_json and any(message["role"] == "assistant" for message in local.chat.messages):
                     print_result(local.chat, hides_thinking=request.hide_thinking)
                 raise

@@ -89,7 +89,8 @@ def application(service: Service, access: Access) -> ASGIApp:
         place = ".".join(str(x) for x in first["loc"] if x != "body")
         what = f"{place or 'body'}: {first['msg']}"
         if first["type"] == "json_invalid":
-            what, place = f"the body is no JSON: {first['ctx']['error']} at character {first['loc'][-1]}", ""
+            at = f" at character {first['loc'][-1]}" if first["loc"][-1] else ""
+            what, place = f"the body is no JSON: {first['ctx']['error']}{at}", ""
         elif not place:
             what = "the body is to be a JSON object, sent with Content-Type: application/json"
         told = Refused(400, what, param=place or None)

@@ -73,7 +73,7 @@ class _JsonRequest(HttpRequest):
 
 def _refused_number(text: str) -> float:
     """NaN and infinities, which Python reads and JSON does not know: nobody could be told them."""
-    raise json.JSONDecodeError("a number that is none", text, 0)
+    raise json.JSONDecodeError(f"{text[:20]} is no number", text, 0)
 
 
 def _finite(text: str) -> float:

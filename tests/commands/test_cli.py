@@ -670,6 +670,13 @@ def test_a_line_that_fails_leaves_the_session_the_others(tiny_model: TinyModel, 
     assert len(json.loads(again.stdout)["answers"]) == 2
 
 
+def test_questions_behind_one_that_fails_are_counted(tiny_model: TinyModel) -> None:
+    questions = [part for text in ("Hello", "x" * 3000, "one", "two") for part in ("-p", text)]
+    done = program("run", tiny_model(), *FAST, *questions)
+    assert done.returncode == 1
+    assert "-p: the 2 after this one are not asked\n" in done.stderr
+
+
 def test_chats_that_end_together_are_all_saved(tiny_model: TinyModel, tmp_path: Path) -> None:
     command = [*RUN, "run", str(tiny_model()), *FAST, "--session", str(tmp_path / "s.kvc")]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
