@@ -46,6 +46,21 @@ class Tab:
         expect(self.answers).to_have_count(n)
         expect(self.button("Send")).to_be_visible(timeout=60_000)
 
+    def reload(self) -> None:
+        """Load the page again, once what it has begun to write is written: transactions come one after another."""
+        self.page.evaluate(
+            """() => new Promise((settled, failed) => {
+                const opening = indexedDB.open("kvcompose-local", 1);
+                opening.onerror = failed;
+                opening.onsuccess = () => {
+                    const all = opening.result.transaction(["chats", "messages"], "readwrite");
+                    all.objectStore("chats").count();
+                    all.oncomplete = () => { opening.result.close(); settled(); };
+                };
+            })"""
+        )
+        self.page.reload()
+
     def takes_model(self, name: str) -> None:
         self.button("Settings of this chat").click()
         self.page.get_by_label("Model", exact=True).select_option(name)

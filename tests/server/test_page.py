@@ -91,7 +91,7 @@ def test_a_chat_is_answered_and_still_there_after_a_reload(tab: Tab) -> None:
         expect(tab.answers.last.locator("table td").first).to_have_text("one")
         expect(tab.answers.last.locator(".figures")).to_contain_text("known")  # not read twice
         expect(tab.page.get_by_role("heading", level=1)).to_have_text("What is a ring buffer?")
-        tab.page.reload()
+        tab.reload()
     tab.answers.last.get_by_role("button", name="Copy the code").click()
     assert tab.page.evaluate("navigator.clipboard.readText()") == "ring = [0] * 8"
     expect(tab.answers.last.locator("pre .hljs-number").first).to_have_text("0")
@@ -112,7 +112,7 @@ def test_an_answer_can_be_stopped(tab: Tab) -> None:
     expect(tab.answers.last).to_contain_text("Stopped.")
     said = tab.answers.last.locator(".markdown").last.inner_text()
     assert not tab.is_busy()
-    tab.page.reload()
+    tab.reload()
     expect(tab.answers.last.locator(".markdown").last).to_have_text(said, use_inner_text=True)
     expect(tab.answers.last).to_contain_text("Stopped.")
 
@@ -131,7 +131,7 @@ def test_an_edited_question_becomes_a_branch(tab: Tab) -> None:
     expect(tab.questions.first.get_by_role("group")).to_have_accessible_name("Version 2 of 2")
     tab.questions.first.get_by_role("button", name="Earlier version").click()
     expect(tab.questions).to_have_text([re.compile("First wording"), re.compile("Second question")])
-    tab.page.reload()
+    tab.reload()
     expect(tab.questions).to_have_count(2)  # the branch that was shown
     tab.page.keyboard.press("Alt+Period")
     expect(tab.questions).to_have_text([re.compile("Other wording")])
@@ -220,7 +220,7 @@ def test_a_hostile_answer_is_text(tab: Tab) -> None:
         links = tab.answers.last.locator("a[href]").evaluate_all("all => all.map(a => [a.protocol, a.rel])")
         assert {protocol for protocol, _ in links} <= {"https:"}
         assert {rel for _, rel in links} == {"noopener noreferrer nofollow"}
-        tab.page.reload()
+        tab.reload()
     tab.button("Memory").click()
     expect(tab.page.get_by_role("region", name="What the model still remembers")).to_contain_text(
         "<script>window.hacked = 1</script>"
@@ -345,7 +345,7 @@ def test_light_and_dark(tab: Tab) -> None:
     assert brightness() < 150
     tab.page.get_by_role("button", name=re.compile("^Colours")).click()
     assert brightness() > 600  # light, whatever the system says
-    tab.page.reload()
+    tab.reload()
     assert brightness() > 600
     for colours in ("light", "dark"):
         tab.page.emulate_media(color_scheme=colours)
