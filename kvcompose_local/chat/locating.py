@@ -55,13 +55,10 @@ def located(
     for that tools, calls and names hold; rest: what else the last message holds.
     """
     name = f"said{secrets.token_hex(8)}at"  # which nobody says, and no template changes
-    said: list[tuple[int, str, str]] = []
+    said: dict[tuple[int, str, str], int] = {}
 
     def mark(message: int, part: str, text: str) -> str:
-        entry = (message, part, text)
-        if entry not in said:
-            said.append(entry)
-        return f"{name}{said.index(entry)}."
+        return f"{name}{said.setdefault((message, part, text), len(said))}."
 
     def marked_strings(message: int, part: str, value: Any) -> Any:
         if isinstance(value, str):
@@ -89,15 +86,15 @@ def located(
         pieces = re.split(rf"{name}(\d+)\.", render(marked, about))
     except ModelError:  # it refuses marks: then all is searched for
         pieces = [name, *(text for n in range(len(said)) for text in (str(n), name))]
-    found, at = [], 0  # at: in want, behind what was found last
+    entries, found, at = [*said], [], 0  # at: in want, behind what was found last
     for before, n, after in zip(pieces[:-2:2], map(int, pieces[1::2]), pieces[2::2], strict=True):
-        text, begin = said[n][2], at + len(before)
+        text, begin = entries[n][2], at + len(before)
         if want.startswith(before, at):
             span = _at(want, text, begin) or _until(want, after, begin)
         else:
             span = _searched(want, text, at)
         if span:
-            found.append(Located(*said[n], span))
+            found.append(Located(*entries[n], span))
             at = span.end
     return found
 

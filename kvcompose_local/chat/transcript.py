@@ -57,6 +57,7 @@ class Transcript:
         self._n_alike: int | None = None  # characters of ``fed`` that are told as before, None for all of them
         self._markers: dict[str, bool] = {}
         self._held: dict[str, bool] = {}  # whether what was said holds markers
+        self._decoded: dict[str, str] = {}  # JSON of tools and calls, without escapes that hide markers
         self._found: tuple[str, list[Message], str, list[Located]] = ("", [], "", [])  # what was located last
 
     @classmethod
@@ -441,8 +442,10 @@ class Transcript:
         Such markers are tokenized as text: a document must not be able to begin a turn of its own.
         """
         parts = [message.get(part, "") for message in messages for part in ("reasoning", "content", "name")]
-        told = filter(None, (tools, *(message.get("tool_calls") for message in messages)))
-        parts += (json.dumps(json.loads(text), ensure_ascii=False) for text in told)
+        for told in filter(None, (tools, *(message.get("tool_calls") for message in messages))):
+            if told not in self._decoded:  # a long conversation is looked at for each of its pieces
+                self._decoded[told] = json.dumps(json.loads(told), ensure_ascii=False)
+            parts.append(self._decoded[told])
         if any(map(self._holds_marker, parts)):
             for found in self._located(text, messages, tools):
                 if self._holds_marker(found.text):

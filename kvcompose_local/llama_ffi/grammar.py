@@ -31,7 +31,8 @@ class Grammar:
 
     def __init__(self, model: Model, gbnf: str, markers: frozenset[str] = frozenset()) -> None:
         self._model = model
-        self._refused = [t for t in model.control_tokens if model.control_text(t) not in markers]
+        allowed = {t for t in model.control_tokens if model.control_text(t) in markers} if markers else set()
+        self._refused = frozenset(model.control_tokens) - allowed
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         clear_log()
         self._pointer = lib.llama_sampler_init_grammar(model._vocab, gbnf.encode(), b"root")
@@ -54,7 +55,7 @@ class Grammar:
             candidates = _candidates(logits)
             array = _array_of(candidates)
             lib.llama_sampler_apply(self._pointer, ctypes.byref(array))
-            candidates["logit"][self._refused] = -np.inf
+            candidates["logit"][[*self._refused]] = -np.inf
             token = _drawn(chain, candidates.copy())
             while not self._is_text(token):  # llama.cpp takes any byte for a character
                 candidates["logit"][token] = -np.inf

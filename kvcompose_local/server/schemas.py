@@ -71,9 +71,9 @@ def grammar_of_call(form: ToolFormat, functions: Sequence[Any]) -> str:
 def arguments_of(function: Any) -> Any:
     """The schema of a function's arguments; one that tells none has none."""
     schema = function.get("parameters") or {"type": "object"}
-    if isinstance(schema, dict) and not schema.keys() & {"properties", "additionalProperties", *_COMBINING}:
-        return {**schema, "additionalProperties": False}
-    if isinstance(schema, dict) and schema.get("properties") == {} and "additionalProperties" not in schema:
+    if isinstance(schema, dict) and not (
+        schema.get("properties") or schema.keys() & {"additionalProperties", *_COMBINING}
+    ):
         return {**schema, "additionalProperties": False}
     return schema
 
