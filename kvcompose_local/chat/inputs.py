@@ -130,10 +130,19 @@ def lines() -> Iterator[str]:
     number = 0
     while raw := stream.readline(MOST_BYTES):
         number += 1
-        if number == 1 and (_encoding_of_bom(raw) not in (None, "utf-8") or _kind_of(raw) or b"\0" in raw):
+        if number == 1 and (_encoding_of_bom(raw) not in (None, "utf-8") or not _is_text(raw)):
             raw += stream.read(MOST_BYTES)  # its lines do not end as ours do, or it takes more to say what it is
         text = text_of(raw, STDIN, line=number)
         yield from text.removesuffix("\n").split("\n")
+
+
+def _is_text(raw: bytes) -> bool:
+    """Whether bytes are UTF-8 without signature of something else."""
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return False
+    return not _kind_of(raw) and b"\0" not in raw
 
 
 def standard_input() -> BinaryIO:
@@ -289,6 +298,15 @@ def _reads_well(raw: bytes, encoding: str) -> bool:
     return bool(text) and odd * 100 <= len(text) and len(scripts) <= 8 + len(text) // 4
 
 
+def _is_cut(raw: bytes) -> bool:
+    """Whether bytes are UTF-8 beyond ASCII that ends in the middle of a character."""
+    try:
+        raw.decode()
+    except UnicodeDecodeError as error:
+        return error.reason == "unexpected end of data" and not raw[: error.start].isascii()
+    return False
+
+
 def _conversion(raw: bytes, path: Path) -> str:
     """A command that makes UTF-8 of other bytes, where they tell their encoding."""
     n_high = sum(byte > 127 for byte in raw[: 1 << 16])
@@ -298,7 +316,7 @@ def _conversion(raw: bytes, path: Path) -> str:
         return "it is a binary file"
     valid = part.decode("utf-8", "ignore")
     n_lost = len(part) - len(valid.encode())
-    if n_lost * 20 < n_high:
+    if n_lost * 20 < n_high or _is_cut(raw):
         return _command("`iconv -c -f UTF-8 -t UTF-8 {file} > {out}` leaves out what is broken", path)
     fits = [name for name in _DENSE if _reads_well(part, name)] if n_high * 3 > len(part) else []
     encoding = fits[0] if fits else "WINDOWS-1252"

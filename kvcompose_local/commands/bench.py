@@ -12,6 +12,8 @@ from kvcompose_local.commands.opening import fetched
 from kvcompose_local.commands.options import gpu_layers_option, model_argument, threads_option
 from kvcompose_local.terminal.status import Status
 
+_PICTURES = (".png", ".svg", ".pdf")
+
 
 def _lengths(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...]:
     try:
@@ -49,7 +51,9 @@ def _budgets(_context: click.Context, _parameter: click.Parameter, value: str) -
 @click.option("--tokens", type=click.IntRange(4, 200), default=24, show_default=True, help="Tokens decoded in a round.")
 @threads_option
 @gpu_layers_option
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw decode speed against length into this PNG file.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path), help="Draw decode speed against length into this PNG, SVG or PDF file."
+)
 def bench_command(
     model: str | None,
     lengths: tuple[int, ...],
@@ -69,10 +73,14 @@ def bench_command(
     from kvcompose_local.bench import measure
     from kvcompose_local.errors import InvalidInput
     from kvcompose_local.evaluation.tasks import prose
+    from kvcompose_local.install.files import check_folders
     from kvcompose_local.install.model_files import size_of
     from kvcompose_local.llama_ffi.cells import library_is_patched
     from kvcompose_local.llama_ffi.devices import layers_to_offload
 
+    check_folders(plot)
+    if plot is not None and plot.suffix.lower() not in _PICTURES:
+        raise InvalidInput(f"{plot} is no {', '.join(_PICTURES[:-1])} or {_PICTURES[-1]} file")
     status = Status(sys.stderr)
     path = fetched(model, status)
     if not library_is_patched():
@@ -100,7 +108,7 @@ def bench_command(
     finally:  # what was measured is shown, whatever stopped the rest
         if results:
             click.echo(measure.tables(results, size_of(path), bandwidth, matmul))
+            click.echo(json.dumps(measure.as_json(results, size_of(path), bandwidth, matmul)))
             if plot is not None:
                 measure.plot(results, plot)
                 status.line(f"drew {plot}")
-            click.echo(json.dumps(measure.as_json(results, size_of(path), bandwidth, matmul)))

@@ -113,6 +113,8 @@ def _told(error: BaseException) -> int:
         return 128 + signal.SIGPIPE  # the exit code of programs that the signal ends
     elif isinstance(error, OSError):
         message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        if isinstance(error, FileNotFoundError) and not error.filename:  # of os.getcwd
+            message = "the folder that this was started in is gone: cd to another"
         _give_up(sys.stdout)
     else:
         message = f"unexpected {type(error).__name__}: {error} (`kvcompose-local --debug …` shows where)"

@@ -26,7 +26,13 @@ from kvcompose_local.terminal.status import Status
     "--budget", type=float, default=0.5, show_default=True, help="Share of the full cache's bytes to use, below 1."
 )
 @click.option("--ctx", "n_ctx", type=int, help="Positions: text and chat.  [default: 8192, or what the model knows]")
-@click.option("--keep", type=Real(0, 1, min_open=True), default=0.5, show_default=True, help="Share of bytes to keep.")
+@click.option(
+    "--keep",
+    type=Real(0, 1, min_open=True),
+    default=0.5,
+    show_default=True,
+    help="Share to keep of the bytes that the document takes under the budget.",
+)
 @cache_type_option
 @click.option("--system", help="System prompt, which stands before the document.")
 @threads_option

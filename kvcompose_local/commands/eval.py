@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from kvcompose_local.commands.opening import fetched
 from kvcompose_local.commands.options import cpu_first_option, gathered, model_argument, names, threads_option
@@ -27,6 +28,17 @@ KEEPS = (0.75, 0.5, 0.25, 0.15, 0.1, 0.05)
 OURS = "kvcompose-local+q8_0/q4_0"
 QUICK_TASKS = ("niah_multikey_1", "needles_8", "qa")
 QUICK_BUDGETS = (0.5, 0.25, 0.1)
+_QUICK_CHOOSES = {"tasks", "methods", "keeps", "length", "items", "left_out"}
+
+
+def _refuse_beside_quick(context: click.Context) -> None:
+    """Raises UsageError where an option is given that ``--quick`` chooses."""
+    for parameter in context.command.params:
+        if (
+            parameter.name in _QUICK_CHOOSES
+            and context.get_parameter_source(parameter.name) == ParameterSource.COMMANDLINE
+        ):
+            raise click.UsageError(f"--quick chooses {parameter.opts[-1]} itself: leave out one of the two")
 
 
 def _numbers(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[float, ...]:
@@ -98,14 +110,18 @@ class EvalRequest:
 
 @click.command("eval", short_help="Measure answer quality against budget.")
 @model_argument
-@click.option("--quick", is_flag=True, help="A few minutes: three tasks, our method, and a recommended budget.")
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="A few minutes: three tasks, our method, and a recommended budget; not beside what it chooses.",
+)
 @click.option("--tasks", callback=names, default="", help="Comma-separated; --tasks help lists them.  [default: all]")
 @click.option(
     "--methods",
     callback=names,
     default=OURS,
     show_default=True,
-    help="Comma-separated; `all`. NAME+q8_0 keeps its cells in that "
+    help="Comma-separated; `all`; `help` lists them. NAME+q8_0 keeps its cells in that "
     "type, NAME+q8_0/q4_0 keys and values in two (full+q8_0: all of them), `streaming` reads turn by turn as the chat "
     "does.",
 )
@@ -141,6 +157,7 @@ def eval_command(model: str | None, request: EvalRequest) -> None:
     from kvcompose_local import profiles
     from kvcompose_local.errors import InvalidInput
     from kvcompose_local.evaluation.harness import Evaluation, room_for
+    from kvcompose_local.evaluation.methods import method_names
     from kvcompose_local.evaluation.tasks import TASKS
     from kvcompose_local.install.files import check_folders
     from kvcompose_local.install.threads import default_threads
@@ -148,6 +165,11 @@ def eval_command(model: str | None, request: EvalRequest) -> None:
     if request.tasks == ("help",):
         click.echo("\n".join(TASKS))
         return
+    if request.methods == ("help",):
+        click.echo("\n".join(method_names()))
+        return
+    if request.quick:
+        _refuse_beside_quick(click.get_current_context())
     request = request.checked()
     without = request.profiles_without()
     status = Status(sys.stderr)

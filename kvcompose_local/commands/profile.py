@@ -64,7 +64,7 @@ def profile_command(
 
     if set(tasks) - set(TASKS):
         raise InvalidInput(f"the tasks are {', '.join(TASKS)}")
-    check_folders(output, left_out)
+    check_folders(output, folder=left_out)
     own_texts = [text for _, text in inputs.read_all(files)[0]]
     status = Status(sys.stderr)
     path = fetched(model, status)
@@ -110,5 +110,14 @@ def profile_command(
     measure.forget(measurement)
     for kind, cost in profile.kl.items():
         status.line(f"{kind} cells cost {cost:.4f} nats a token beside F16")
+    shipped = profiles.shipped(profile.model_bytes, digest)
     kind = default_cache_type(0.5, whole_blocks=whole_blocks, one_type=one_type, patched=True, kl=profile.kl)
+    if output is not None:
+        status.line(f"wrote {file}: chats go by it once it stands at {profiles.user_path(digest)}")
+        return
     status.line(f"wrote {file}: chats of this model keep their cells in {kind}")
+    if shipped is not None and shipped.n_tokens > profile.n_tokens:
+        status.line(
+            f"it was measured on {profile.n_tokens} tokens, and the one that comes with the program on "
+            f"{shipped.n_tokens}, which counts again once the file is removed"
+        )

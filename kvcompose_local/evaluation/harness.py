@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +241,7 @@ class Evaluation:
             selection = None if base == FULL else find_method(base)(stats, int(keep * n_full))
             seconds = time.perf_counter() - started
             if kind not in full:
-                full[kind] = self._quantized(full[""][1], kind)
+                full[kind] = self._quantized(full[""][1], kind, tokens)
             other, cells = full[kind]
             kept = (
                 1.0 if selection is None else _n_bytes(selection, engine.shape) / (len(tokens) * engine.shape.row_bytes)
@@ -250,9 +250,14 @@ class Evaluation:
             starts[name, keep] = _Start(other, cells, selection, kept, seconds)
         return starts
 
-    def _quantized(self, cells: CacheSnapshot, kind: str) -> tuple[PatchedEngine, CacheSnapshot]:
+    def _quantized(self, cells: CacheSnapshot, kind: str, tokens: Sequence[int]) -> tuple[PatchedEngine, CacheSnapshot]:
         """The context in a cache of another type."""
-        return self._engine_of(kind), quantized(cells, self.engine.shape, kind)
+        other, found = self._engine_of(kind), quantized(cells, self.engine.shape, kind)
+        if other.moves_on:  # windows are of that type, too: those of a cache that has read the text itself
+            other.clear()
+            other.decode(tokens, logits=False)
+            found = replace(found, state=other.checkpoint())
+        return other, found
 
     def _engine_of(self, kind: str) -> PatchedEngine:
         """An engine as large as this evaluation's, of another cache type."""

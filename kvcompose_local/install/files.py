@@ -19,11 +19,14 @@ ByteProgress = Callable[[int, int], None]
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def check_folders(*paths: Path | None) -> None:
-    """Raises InvalidInput where no file can be written to one of the paths: before minutes of work."""
-    for folder in (path.resolve().parent for path in paths if path is not None):
-        if not os.access(folder, os.W_OK):
-            raise InvalidInput(f"cannot write to {folder}: make the folder, or give another path")
+def check_folders(*files: Path | None, folder: Path | None = None) -> None:
+    """Raises InvalidInput where a file, or a folder, cannot be written to its path: before minutes of work."""
+    for path in (path for path in (*files, folder) if path is not None):
+        if path is not folder and path.is_dir():
+            raise InvalidInput(f"{path} is a folder: name a file in it")
+        parent = path.resolve().parent
+        if not os.access(parent, os.W_OK):
+            raise InvalidInput(f"cannot write to {parent}: make the folder, or give another path")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import difflib
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -393,22 +394,43 @@ def _fetch_source(source: str, work: Path, progress: ByteProgress) -> Path:
     return done
 
 
+class _Once(logging.Filter):
+    """One line in place of two for each time that the hub's client tries again."""
+
+    told = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = "huggingface.co does not answer yet: trying again for half a minute", ()
+        told, self.told = self.told, True
+        return not told
+
+
 def _from_hub(repository: str, file: str, done: Path, *, commit: str | None = None) -> None:
     """Fetch through the hub's own client, which shows its progress and goes on where it stopped."""
     try:
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
     except ImportError as error:
         raise DownloadError(
             "this model comes from the Hugging Face hub: pip install 'kvcompose-local[hf]', then try again"
         ) from error
     folder = done.with_suffix(".hub")
+    log, once = logging.getLogger("huggingface_hub.utils._http"), _Once()
+    log.addFilter(once)
     try:
         fetched = hf_hub_download(repository, file, revision=commit, local_dir=folder)
+    except LocalEntryNotFoundError as error:  # by which it means that it reached nobody
+        raise DownloadError(
+            f"cannot fetch {file}: huggingface.co does not answer. Check the connection; a file that was fetched by "
+            "other means is run by its path"
+        ) from error
     except Exception as error:  # its client raises many kinds, of several libraries
         if is_disk_full(error):
             with cache_errors(done):
                 raise
         raise DownloadError(f"cannot fetch {repository}/{file}: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        log.removeFilter(once)
     with cache_errors(done):
         os.replace(fetched, done)
     shutil.rmtree(folder, ignore_errors=True)

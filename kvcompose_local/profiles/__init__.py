@@ -9,7 +9,7 @@ count first.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,8 +71,7 @@ def read(path: Path) -> Profile:
             return Profile(**facts, scorer=scorer, kl=kl)  # type: ignore[arg-type]
     except (SafetensorError, InvalidInput, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise InvalidInput(
-            f"{path} is no profile of this version ({str(error)[:80]}): remove it, or measure it again with "
-            "`kvcompose-local profile`"
+            f"{path} is no profile of this version ({str(error)[:80]}): `kvcompose-local profile` measures one"
         ) from error
 
 
@@ -94,7 +93,16 @@ def find(n_bytes: int, digest: Callable[[], str]) -> Profile | None:
 
     digest: gives the file's sha256, asked only where some profile is of a file as large, since it may take seconds.
     """
-    candidates = [path for path in _files() if _n_bytes_of(path) == n_bytes]
+    return _among(_files(), n_bytes, digest)
+
+
+def shipped(n_bytes: int, model_sha256: str) -> Profile | None:
+    """The profile of a model file that comes with the program, whether or not the user has an own one."""
+    return _among(_shipped_files(), n_bytes, lambda: model_sha256)
+
+
+def _among(files: Iterable[Path], n_bytes: int, digest: Callable[[], str]) -> Profile | None:
+    candidates = [path for path in files if _n_bytes_of(path) == n_bytes]
     model_sha256 = digest() if candidates else ""
     for path in candidates:
         with suppress(InvalidInput):
@@ -112,7 +120,11 @@ def of_file(path: Path) -> Profile | None:
 def _files() -> Iterator[Path]:
     with suppress(NoHome, OSError):
         yield from sorted((cache_folder() / "profiles").glob(f"*{SUFFIX}"))
-    yield from sorted(Path(__file__).parent.glob(f"*{SUFFIX}"))
+    yield from _shipped_files()
+
+
+def _shipped_files() -> list[Path]:
+    return sorted(Path(__file__).parent.glob(f"*{SUFFIX}"))
 
 
 def _n_bytes_of(path: Path) -> int | None:

@@ -120,10 +120,12 @@ def describe(chat: Chat) -> str:
         buffers = "" if n_bytes is None else f"; beside the cache, {n_bytes / MIB:.1f} MiB of buffers to compute in"
         lines += [
             f"cells a layer: {composed} composed, {layout.n_live} live, {layout.n_free} free",
-            f"speed: prefill {numbers['prefill_tokens_per_second']} tokens/s, "
-            f"decode {numbers['decode_tokens_per_second']} tokens/s",
-            f"compactions: {numbers['compactions']}, {numbers['compaction_seconds']:.1f} s in all; "
-            f"{memory.n_pinned} tokens pinned",
+            f"since the chat was opened: prefill {numbers['prefill_tokens_per_second']} tokens/s, "
+            f"decode {numbers['decode_tokens_per_second']} tokens/s, "
+            f"{numbers['compactions']} compactions of {numbers['compaction_seconds']:.1f} s in all"
+            if chat.turns or memory.reports
+            else "since the chat was opened: nothing read",
+            f"{memory.n_pinned} tokens pinned{', the system prompt too' if memory.n_pinned and chat.system else ''}",
             f"memory of this process: {peak_rss_bytes() / MIB:.0f} MiB at its peak{buffers}",
         ]
     return "\n".join(lines)

@@ -20,6 +20,19 @@ from kvcompose_local.llama_ffi.library import library_path
 pytestmark = pytest.mark.skipif(not library_is_patched(), reason="the library of this run has no patch series")
 
 
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [("none/b.png", "make the folder"), ("b.txt", "is no .png, .svg or .pdf file"), (".", "is a folder")],
+)
+def test_where_to_draw_is_asked_before_anything_is_measured(
+    tiny_model: Callable[..., Path], tmp_path: Path, file: str, told: str
+) -> None:
+    done = CliRunner().invoke(cli, ["bench", str(tiny_model("llama")), "--plot", str(tmp_path / file)])
+    assert type(done.exception).__name__ == "InvalidInput"
+    assert told in str(done.exception)
+    assert not done.stdout
+
+
 def test_a_run_and_its_json(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     model = tiny_model("llama", n_ctx=8192)
     options = ["--lengths", "600,1100", "--budgets", "0.4,0.25", "--rounds", "2", "--tokens", "4", "--threads", "1"]

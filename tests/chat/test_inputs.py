@@ -87,6 +87,7 @@ NOT_TEXT = {
     "nul.log": (b"one\0two\n", "text with 1 NUL bytes, the first at byte 3: `tr -d '\\000' < nul.log > nul.txt`"),
     "nul16.txt": ("\ufeffa\0b".encode("utf-16-le"), "a binary file"),
     "latin.txt": ("Käse".encode("latin-1"), "not UTF-8 text (byte 1): `iconv -f WINDOWS-1252 -t UTF-8 latin.txt >"),
+    "half.txt": ("Grüße und Käse".encode()[:-3], "not UTF-8 text (byte 13): `iconv -c -f UTF-8 -t UTF-8 half.txt >"),
     "cp1252.txt": ("“Grüße” to all of you".encode("cp1252"), "not UTF-8 text (byte 0): `iconv -f WINDOWS-1252"),
     "gbk.txt": (CHINESE.encode("gbk"), "`iconv -f GB18030"),
     "cyrillic.txt": ("Привет, как дела?\n".encode("cp1251") * 3, "WINDOWS-1251"),
@@ -200,6 +201,7 @@ def test_lines_are_given_as_they_come() -> None:
 @pytest.mark.parametrize(
     ("raw", "told"),
     [
+        (b"\x89PNG\r\n\x1a\n\0\0\0", "standard input is a PNG image, not text"),
         (b"fine\nK\xe4se\n", "standard input is not UTF-8 text (line 2, byte 1): `iconv -f WINDOWS-1252"),
         (zipped("word/document.xml", "b"), "standard input is a Word document, not text: `pandoc FILE"),
         ("hi\nthere\n".encode("utf-16-le"), "standard input is UTF-16LE text without a byte order mark"),

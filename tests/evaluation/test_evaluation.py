@@ -236,6 +236,34 @@ def test_quantized_and_streaming_trials(tiny_model: Callable[..., Path], tmp_pat
 
 
 @needs_patch
+def test_quantized_windows_are_of_a_cache_that_has_read_the_text(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    item = make_item("recall", 0, 256, words)
+    trials = [("full+q8_0", 1.0), ("kvcompose-local+q8_0/q4_0", 1.0), ("kvcompose-local+q8_0", 0.5)]
+    model = tiny_model("gemma3", n_ctx=16384, n_layers=7)
+    engine, _ = open_engine(model, n_ctx=room_for(3000), budget=1.0, n_threads=1, n_outputs=64)
+    with engine:
+        evaluation = Evaluation(engine, tmp_path / "out.jsonl")
+        evaluation.run(item, 256, trials)
+        evaluation.close()
+    assert {(r["method"], r["question"]) for r in evaluation.records} == {
+        (name, i) for name, _ in trials for i in range(len(item.questions))
+    }
+    assert max(r["kl"] for r in evaluation.records) < 0.01  # this model's answers hardly depend on what it has read
+
+
+@needs_patch
+@pytest.mark.parametrize(
+    "option", [["--tasks", "qa"], ["--methods", "full"], ["--keep", "0.5"], ["--length", "512"], ["--items", "3"]]
+)
+def test_quick_is_not_given_beside_what_it_chooses(tiny_model: Callable[..., Path], option: list[str]) -> None:
+    done = CliRunner().invoke(cli, ["eval", str(tiny_model("llama")), "--quick", *option])
+    assert done.exit_code == 2
+    assert f"--quick chooses {option[0]} itself" in done.output
+
+
+@needs_patch
 @pytest.mark.parametrize("head", [64, 40])
 def test_quick_asks_what_the_chat_would_do(tiny_model: Callable[..., Path], tmp_path: Path, head: int) -> None:
     model, out = tiny_model("llama", n_ctx=16384, n_layers=2, head=head), tmp_path / "out.jsonl"

@@ -236,9 +236,23 @@ def test_a_commit_of_the_hub(private_cache: Path, monkeypatch: pytest.MonkeyPatc
         return str(local_dir / "x")
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(hf_hub_download=hf_hub_download))
+    errors = SimpleNamespace(LocalEntryNotFoundError=FileNotFoundError)
+    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
     fetched = fetch_model(entry_of(f"hf:some/model-GGUF{f'@{commit}' if commit else ''}/folder/m.gguf"))
     assert fetched.read_bytes() == CONTENT
     assert asked == [("some/model-GGUF", "folder/m.gguf", commit)]
+
+
+def test_a_hub_that_does_not_answer_is_told_in_one_line(
+    private_cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    http = pytest.importorskip("huggingface_hub.utils._http")
+    monkeypatch.setattr(http.time, "sleep", lambda _seconds: None)  # some 23 seconds, between five attempts
+    monkeypatch.setattr("huggingface_hub.file_download.hf_hub_url", lambda *_, **__: "http://127.0.0.1:1/m.gguf")
+    with pytest.raises(DownloadError, match=r"cannot fetch folder/m\.gguf: huggingface\.co does not answer"):
+        fetch_model(entry_of("hf:some/model-GGUF/folder/m.gguf"))
+    told = capfd.readouterr().err.splitlines()
+    assert told == ["huggingface.co does not answer yet: trying again for half a minute"]
 
 
 def test_ctrl_c_keeps_what_was_fetched(site: Site, private_cache: Path) -> None:
