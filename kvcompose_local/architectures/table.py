@@ -103,8 +103,9 @@ def _verdict(row: Row) -> str:
 def summary(found: Sequence[Row]) -> str:
     """The number of composed architectures, and the classes of the others."""
     others = Counter(row.memory or "no model made" for row in found if row.why)
-    told = ", ".join(f"{n} {memory}" for memory, n in others.most_common())
-    return f"{sum(not row.why for row in found)} of {len(found)} architectures are composed; not: {told}"
+    told = "; ".join(f"{memory} ({n})" for memory, n in others.most_common())
+    n_composed = sum(not row.why for row in found)
+    return f"{n_composed} of {len(found)} architectures are composed. Memory of the others: {told}"
 
 
 def page(found: Sequence[Row]) -> str:

@@ -371,6 +371,10 @@ def _locked(path: Path, report: Progress) -> Iterator[None]:
         yield
 
 
+#: What CMake says where the library is not found.
+_NO_CUBLAS = "CUDA::cublas"
+
+
 def _run(
     command: Sequence[str],
     environment: Mapping[str, str],
@@ -397,8 +401,13 @@ def _run(
             raise
     if process.returncode != 0:
         log.flush()
-        tail = Path(log.name).read_text(encoding="utf-8").splitlines()[-15:]
-        print("\n".join(tail), file=sys.stderr)
+        told = Path(log.name).read_text(encoding="utf-8")
+        if _NO_CUBLAS in told:
+            raise BuildError(
+                "NVIDIA's cuBLAS is missing beside nvcc: install the whole CUDA toolkit, or libcublas with its headers "
+                f"(the log is {log.name})"
+            )
+        print("\n".join(told.splitlines()[-15:]), file=sys.stderr)
         name = Path(command[0]).name
         raise BuildError(f"llama.cpp did not build ({name} exit {process.returncode}): the whole log is {log.name}")
 

@@ -155,7 +155,7 @@ def test_the_command_prints_a_line_for_each(monkeypatch: pytest.MonkeyPatch) -> 
     assert "no: attention biased by distance" in told["bloom"]
     assert "no: it is recurrent" in told["mamba"]
     assert "no: an index of its own" in told["deepseek4"]
-    assert lines[-1].startswith("2 of 7 architectures are composed; not: ")
+    assert lines[-1].startswith("2 of 7 architectures are composed. Memory of the others: ")
 
 
 def test_an_abort_takes_no_other_trial_with_it(tmp_path: Path) -> None:

@@ -566,3 +566,10 @@ def test_progress_is_one_line_on_a_terminal_that_can_redraw_it(
     show("compiling", 1, 2)
     show("compiling", 2, 2)
     assert stream.getvalue() == shown
+
+
+def test_a_missing_cublas_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    script = "echo links to: CUDA::cublas; exit 1"
+    with open(tmp_path / "log", "w") as log, pytest.raises(BuildError, match="cuBLAS is missing beside nvcc: install"):
+        build._run(["sh", "-c", script], {"PATH": os.environ["PATH"]}, log)
+    assert not capfd.readouterr().err
