@@ -82,9 +82,8 @@ def profile_command(
         earlier = f", {measurement.n_done} of them are done" if measurement.n_done else ""
         time = f"{left / 60:.0f} minutes" if left >= 90 else f"{left:.0f} seconds"
         n_texts = len(measurement.items)
-        status.line(
-            f"{n_texts} text{'s' if n_texts > 1 else ''}{earlier}: about {time}; Ctrl-C stops, and the same command goes on"
-        )
+        texts_left = f"{n_texts} text{'s' if n_texts > 1 else ''}{earlier}"
+        status.line(f"{texts_left}: about {time}; Ctrl-C stops, and the same command goes on")
         whole_blocks, one_type = has_whole_blocks(engine.model), engine.model.one_type or gpu_layers > 0
         types = (QUANTIZED_ALIKE,) if one_type else (QUANTIZED, QUANTIZED_ALIKE)
         with ExitStack() as compared:
