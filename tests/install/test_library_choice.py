@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -283,10 +284,11 @@ def test_a_build_for_a_device_goes_before_one_for_the_cpu() -> None:
 
 def test_bindings_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Callable[..., str]) -> None:
     link_libraries(put_build(build_dir()) / "lib")
-    import llama_cpp.llama_cpp as installed
-
+    installed = importlib.util.find_spec("llama_cpp")  # the package itself would take llama.cpp's log over
+    assert installed is not None
+    assert installed.origin is not None
     site = tmp_path / "site"
-    shutil.copytree(Path(installed.__file__).parent, site / "llama_cpp", ignore=shutil.ignore_patterns("lib"))
+    shutil.copytree(Path(installed.origin).parent, site / "llama_cpp", ignore=shutil.ignore_patterns("lib"))
     metadata = site / "llama_cpp_python-0.2.90.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: llama-cpp-python\nVersion: 0.2.90\n")
