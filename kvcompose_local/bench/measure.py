@@ -183,9 +183,8 @@ def measure(
 
     sentences: the text, repeated where it is too short; budgets: shares of the uncompressed F16 cache, in cells of
     ``cache_type``, by default the chat's; rounds, n_decode: how often each mode decodes how many tokens; gpu_layers:
-    the model's layers on a GPU, which reads as often, too, and the median is told. The unpatched library is measured
-    where it was built (``build --stock``) and no layer is on a GPU. Raises InvalidInput, before anything is read, for a
-    budget of too few cells.
+    the model's layers on a GPU, which reads as often. The unpatched library is measured where it was built (``build
+    --stock``) and no layer is on a GPU. Raises InvalidInput, before anything is read, for a budget of too few cells.
     """
     threads = n_threads or default_threads()
     with ExitStack() as stack:
@@ -203,17 +202,14 @@ def measure(
         engines: dict[str, LlamaEngine | Worker] = {}
 
         def read(name: str, opened: Callable[[], AbstractContextManager[PatchedEngine]]) -> PatchedEngine:
-            earlier: list[Mode] = []
-            for _ in range(rounds if gpu_layers else 0):  # which read in a second, the first time with kernels to load
-                with opened() as engine:
-                    earlier.append(_read(name, engine, tokens, progress, profile))
+            earlier = []
+            for _ in range(rounds if gpu_layers else 0):  # which reads in seconds, the first time with kernels to load
+                with opened() as other:
+                    earlier.append(_read(name, other, tokens, progress, profile))
             free = sum(gpu.free for gpu in gpus())
             engines[name] = engine = stack.enter_context(opened())
-            last = _read(name, engine, tokens, progress, profile)
-            readings = sorted([*earlier[1:], last], key=lambda mode: mode.read_seconds or 0)
-            mode = replace(readings[(len(readings) - 1) // 2], compute_bytes=last.compute_bytes)
-            mode.device_bytes = free - sum(gpu.free for gpu in gpus()) if gpu_layers else None
-            modes.append(mode)
+            modes.append(_median_of(earlier[1:], _read(name, engine, tokens, progress, profile)))
+            modes[-1].device_bytes = free - sum(gpu.free for gpu in gpus()) if gpu_layers else None
             return engine
 
         full = read(UNCOMPRESSED, partial(_patched, model, n_cells, threads, micro_batch(model, 1)))
@@ -305,6 +301,12 @@ def _read(
         select_seconds=sum(r.select_seconds for r in reports),
         rewrite_seconds=sum(r.rewrite_seconds for r in reports),
     )
+
+
+def _median_of(earlier: Sequence[Mode], last: Mode) -> Mode:
+    """The reading that took as long as most, with the buffers of the last, which are those that are there."""
+    readings = sorted([*earlier, last], key=lambda mode: mode.read_seconds or 0)
+    return replace(readings[(len(readings) - 1) // 2], compute_bytes=last.compute_bytes)
 
 
 def _rewrite_seconds(engine: PatchedEngine, whole: CacheSnapshot) -> float:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +14,9 @@ from kvcompose_local.commands.eval import open_uncompressed
 from kvcompose_local.commands.opening import fetched
 from kvcompose_local.commands.options import cpu_first_option, model_argument, names, threads_option
 from kvcompose_local.terminal.status import Status
+
+if TYPE_CHECKING:
+    from kvcompose_local.profiles import Profile
 
 
 @click.command("profile", short_help="Measure a model once, so that its chats forget less.")
@@ -57,7 +62,7 @@ def profile_command(
     from kvcompose_local.errors import InvalidInput
     from kvcompose_local.evaluation.harness import engine_beside, room_for
     from kvcompose_local.evaluation.tasks import TASKS
-    from kvcompose_local.install.files import check_folders, own_folder, replacing
+    from kvcompose_local.install.files import check_folders
     from kvcompose_local.install.model_files import model_digest
     from kvcompose_local.install.threads import default_threads
     from kvcompose_local.profiling import measure
@@ -102,23 +107,39 @@ def profile_command(
             without = measure.weighed(measure.fitted(measurement, without=kind), lost, without=kind)
             others[left_out / f"{kind}{profiles.SUFFIX}"] = without
         status.progress("leaving out:", len(others), len(others), "kinds")
-    file = output or profiles.user_path(digest)
+    file = _written(output, profile, others)
+    measure.forget(measurement)
+    for kind, cost in profile.kl.items():
+        status.line(f"{kind} cells cost {cost:.4f} nats a token beside F16")
+    kind = default_cache_type(0.5, whole_blocks=whole_blocks, one_type=one_type, patched=True, kl=profile.kl)
+    if output is None:
+        status.line(f"wrote {file}: chats of this model keep their cells in {kind}{_beside_the_shipped(profile)}")
+    else:
+        status.line(f"wrote {file}: chats go by it once it stands at {profiles.user_path(digest)}")
+
+
+def _written(output: Path | None, profile: Profile, others: Mapping[Path, Profile]) -> Path:
+    """Write profiles, the first to ``output`` or where chats look for it; returns its file."""
+    from kvcompose_local import profiles
+    from kvcompose_local.install.files import own_folder, replacing
+
+    file = output or profiles.user_path(profile.model_sha256)
     if output is None:
         own_folder(file.parent)
     for target, found in {file: profile, **others}.items():
         with replacing(target) as stream:
             stream.write(found.dump())
-    measure.forget(measurement)
-    for kind, cost in profile.kl.items():
-        status.line(f"{kind} cells cost {cost:.4f} nats a token beside F16")
-    shipped = profiles.shipped(profile.model_bytes, digest)
-    kind = default_cache_type(0.5, whole_blocks=whole_blocks, one_type=one_type, patched=True, kl=profile.kl)
-    if output is not None:
-        status.line(f"wrote {file}: chats go by it once it stands at {profiles.user_path(digest)}")
-        return
-    status.line(f"wrote {file}: chats of this model keep their cells in {kind}")
-    if shipped is not None and shipped.n_tokens > profile.n_tokens:
-        status.line(
-            f"it was measured on {profile.n_tokens} tokens, and the one that comes with the program on "
-            f"{shipped.n_tokens}, which counts again once the file is removed"
-        )
+    return file
+
+
+def _beside_the_shipped(profile: Profile) -> str:
+    """Tells of the profile that comes with the program, where that was measured on more."""
+    from kvcompose_local import profiles
+
+    shipped = profiles.shipped(profile.model_bytes, profile.model_sha256)
+    if shipped is None or shipped.n_tokens <= profile.n_tokens:
+        return ""
+    return (
+        f". It was measured on {profile.n_tokens} tokens, and the one that comes with the program, which counts again "
+        f"once this file is removed, on {shipped.n_tokens}"
+    )
