@@ -32,7 +32,7 @@ class Grammar:
     def __init__(self, model: Model, gbnf: str, markers: frozenset[str] = frozenset()) -> None:
         self._model = model
         allowed = {t for t in model.control_tokens if model.control_text(t) in markers} if markers else set()
-        self._refused = frozenset(model.control_tokens) - allowed
+        self._refused = np.array(sorted(set(model.control_tokens) - allowed), np.int64)
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         clear_log()
         self._pointer = lib.llama_sampler_init_grammar(model._vocab, gbnf.encode(), b"root")
@@ -55,7 +55,7 @@ class Grammar:
             candidates = _candidates(logits)
             array = _array_of(candidates)
             lib.llama_sampler_apply(self._pointer, ctypes.byref(array))
-            candidates["logit"][[*self._refused]] = -np.inf
+            candidates["logit"][self._refused] = -np.inf
             token = _drawn(chain, candidates.copy())
             while not self._is_text(token):  # llama.cpp takes any byte for a character
                 candidates["logit"][token] = -np.inf
@@ -82,7 +82,7 @@ class Grammar:
         return len(begun) < 2 or low <= begun[1] <= high
 
     def _allows(self, token: int) -> bool:
-        if token in self._refused or not self._is_text(token):
+        if (self._refused == token).any() or not self._is_text(token):
             return False
         one = np.zeros(1, _TOKEN_DATA)
         one["id"] = token

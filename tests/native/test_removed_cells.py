@@ -39,11 +39,10 @@ def cells(tiny_model: Callable[..., Path]) -> Iterator[Callable[[], tuple[Contex
         context.close()
 
 
-def compose(cells: PerLayerCells, n_forgotten: int = 0) -> None:
-    """Compose the oldest tokens, each cell of its own token in all heads: attention is what it was."""
-    sources = [
-        np.tile(np.arange(N_COMPOSED, dtype=np.uint16), (cells.layer(i).n_head_kv, 1)) for i in range(cells.n_layers)
-    ]
+def compose(cells: PerLayerCells, n_forgotten: int = 0, first: int = 0) -> None:
+    """Compose tokens from ``first`` on, each cell of its own token in all heads: attention is what it was."""
+    which = np.arange(first, first + N_COMPOSED, dtype=np.uint16)
+    sources = [np.tile(which, (cells.layer(i).n_head_kv, 1)) for i in range(cells.n_layers)]
     cells.rewrite(60, 0 if n_forgotten else N_READ - N_COMPOSED, sources, n_forgotten)
 
 
@@ -67,22 +66,23 @@ def test_composed_cells_that_were_removed_are_not_looked_at(
     assert np.abs(found[0] - found[1]).max() < 0.02 < 0.2 < np.abs(found[0] - whole).max()
 
 
-def test_nothing_is_looked_at_where_all_was_removed(cells: Callable[[], tuple[Context, PerLayerCells]]) -> None:
-    context, table = cells()
-    compose(table)
-    context.remove(0)
-    other, _ = cells()
-    other.clear()
-    again = [logits_after(x, TOKENS[50:60]) for x in (context, other)]
-    assert np.abs(again[0] - again[1]).max() < 0.02
+def remove_all(memory: int) -> None:
+    lib.llama_memory_seq_rm(memory, 0, 0, -1)
 
 
-def test_cells_of_another_sequence_are_not_looked_at(cells: Callable[[], tuple[Context, PerLayerCells]]) -> None:
-    context, table = cells()
-    compose(table)
-    memory = lib.llama_get_memory(context._ctx)
+def give_away(memory: int) -> None:
+    """Let another sequence have all cells."""
     lib.llama_memory_seq_cp(memory, 0, 3, -1, -1)
     lib.llama_memory_seq_keep(memory, 3)
+
+
+@pytest.mark.parametrize("leave_none", [remove_all, give_away])
+def test_cells_that_are_not_of_the_sequence_are_not_looked_at(
+    cells: Callable[[], tuple[Context, PerLayerCells]], leave_none: Callable[[int], None]
+) -> None:
+    context, table = cells()
+    compose(table)
+    leave_none(lib.llama_get_memory(context._ctx))
     other, _ = cells()
     other.clear()
     again = [logits_after(x, TOKENS[50:60]) for x in (context, other)]
@@ -93,7 +93,7 @@ def test_what_is_forgotten_is_not_composed(cells: Callable[[], tuple[Context, Pe
     context, table = cells()
     before = table.info()
     with pytest.raises(KVComposeError):
-        compose(table, n_forgotten=N_READ - N_COMPOSED + 1)  # the last of the cells is among them
+        compose(table, n_forgotten=N_READ - N_COMPOSED, first=1)  # the last of the cells is among them
     after = table.info()
     assert (after.composed, after.n_live, after.pos_next) == (before.composed, before.n_live, before.pos_next)
     compose(table, n_forgotten=N_READ - N_COMPOSED)
