@@ -15,6 +15,10 @@ __all__ = ["ChatOptions", "KVComposeError", "LocalChat", "Sampling", "__version_
 _HOMES = {"LocalChat": "api", "KVComposeError": "errors", "Sampling": "chat_options", "ChatOptions": "chat_options"}
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     """Import on first use: the pure modules and ``--help`` need no llama.cpp."""
     if name not in _HOMES:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Generator, Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,7 +25,7 @@ from kvcompose_local import profiles
 from kvcompose_local.chat import Chat, TurnStats, inputs, sessions
 from kvcompose_local.chat.memory import CacheMemory
 from kvcompose_local.chat.report import CompactionReport
-from kvcompose_local.chat_options import SCORINGS, ChatOptions
+from kvcompose_local.chat_options import SCORINGS, ChatOptions, Sampling, check_number
 from kvcompose_local.engines import open_engine
 from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.errors import InvalidInput
@@ -70,16 +71,39 @@ def memory_of(engine: LlamaEngine, n_ctx: int, *, scoring: str = SCORINGS[0], **
     return CacheMemory(engine, n_ctx, scorer=profile.scorer if profile else None, **options)
 
 
+def _with_chosen(options: ChatOptions, chosen: Mapping[str, Any]) -> ChatOptions:
+    """Options with some fields replaced by name. Raises InvalidInput for what none can be, or no field is called."""
+    names = [field.name for field in fields(ChatOptions)]
+    for name in chosen:
+        if name in names:
+            continue
+        if name in {field.name for field in fields(Sampling)}:
+            raise InvalidInput(f"there is no option {name}: give sampling=Sampling({name}=…)")
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0.5) or [n for n in names if n.endswith(name)]
+        raise InvalidInput(f"there is no option {name}: " + (f"{close[0]}?" if close else ", ".join(names)))
+    options = replace(options, **chosen)
+    options.check()
+    return options
+
+
+def _check_text(what: str, text: object) -> None:
+    if not isinstance(text, str):
+        raise InvalidInput(f"{what} is a str, not {type(text).__name__}")
+
+
 class LocalChat:
     """One chat with one model. Close it, or use it in a ``with`` block: it holds native memory.
+
+    Threads may share it, and wait for each other. A stream is one thread's until it is done: meanwhile others are
+    refused.
 
     model: a GGUF file or a name of ``models.txt``, which is fetched, None for the small default; options: see
     :class:`ChatOptions`, whose fields may be given by name instead, as in ``LocalChat(model, budget=0.25)``.
     on_compaction gets a report of each compaction; on_rebuild gets the number of tokens that are read again because a
     turn was taken back; on_note gets lines that a user should know about the chat template; on_loading, on_reading and
     on_compacting get (done, in all), and may raise KeyboardInterrupt; should_stop is asked between tokens, and
-    ``chat.turns[-1].stopped`` says where it stopped something; load: a :class:`Loading` of the same model, begun
-    earlier.
+    ``turns[-1].stopped`` of the attribute ``chat`` says where it stopped something; load: a :class:`Loading` of the
+    same model, begun earlier.
 
     A KeyboardInterrupt in the middle of reading or answering loses nothing: text that was read or said stays, and
     unread text is read before the next message.
@@ -102,8 +126,8 @@ class LocalChat:
         load: Callable[..., Model] = Model,
         **chosen: Any,
     ) -> None:
-        self.options = options = replace(options or ChatOptions(), **chosen)
-        options.check()
+        self.options = options = _with_chosen(options or ChatOptions(), chosen)
+        self._lock = threading.RLock()
         path = models.resolve(None if model is None else str(model), pull=True)
         check_gguf(path)
         add_workers(list(options.workers))
@@ -152,8 +176,9 @@ class LocalChat:
         self.close()
 
     def close(self) -> None:
-        """Free the model and its cache."""
-        self._engine.close()
+        """Free the model and its cache, once no thread is using them."""
+        with self._lock:
+            self._engine.close()
 
     @property
     def layout(self) -> CacheLayout:
@@ -168,9 +193,10 @@ class LocalChat:
     def use_template(self, template: str | None) -> None:
         """Render by another template from now on; None changes nothing. Raises InvalidInput and ModelError."""
         model = self._engine.model
-        if template is not None:
-            model.use_template(template_of(template, model.template_names()))
-        model.check_template()
+        with self._lock:
+            if template is not None:
+                model.use_template(template_of(template, model.template_names()))
+            model.check_template()
 
     @contextmanager
     def at_temperature(self, temperature: float) -> Iterator[None]:
@@ -184,20 +210,35 @@ class LocalChat:
 
     def read(self, text: str) -> TurnStats:
         """Read a document now: the next question is about it. Raises ContextFull where the positions run out."""
-        stats = self.chat.read(text)
-        self._raise_interrupt()
+        _check_text("a document", text)
+        with self._lock:
+            stats = self.chat.read(text)
+            self._raise_interrupt()
         return stats
 
     def ask(self, message: str, *, max_tokens: int = 1024) -> str:
-        """The whole answer to a message."""
-        return "".join(self.stream(message, max_tokens=max_tokens))
+        """The whole answer to a message. Another thread's question waits for it."""
+        with self._lock:
+            return "".join(self.stream(message, max_tokens=max_tokens))
 
     def stream(self, message: str, *, max_tokens: int = 1024) -> Generator[str]:
         """The answer in pieces of whole characters, as they come.
 
         Take all of it, or close it, before anything else.
         """
-        yield from self.chat.ask(message, max_tokens=max_tokens)
+        _check_text("a message", message)
+        check_number("max_tokens", max_tokens, 1, whole=True)
+        pieces = self.chat.ask(message, max_tokens=max_tokens)
+        try:
+            while True:
+                with self._lock:  # for a piece at a time: whoever takes them may never go on
+                    piece = next(pieces, None)
+                if piece is None:
+                    break
+                yield piece
+        finally:
+            with self._lock:
+                pieces.close()
         self._raise_interrupt()
 
     def _raise_interrupt(self) -> None:
@@ -207,12 +248,15 @@ class LocalChat:
 
     def compress(self, keep: float) -> CompactionReport | None:
         """Compress now, to at most the share ``keep`` in (0, 1] of the bytes in use; None where nothing is new."""
-        return self.memory.compact(keep)
+        with self._lock:
+            return self.memory.compact(keep)
 
     def save(self, path: str | Path) -> None:
         """Keep the chat and its cells in a file. Raises SessionError where it cannot be written."""
-        sessions.save(Path(path), self.chat, self.setup)
+        with self._lock:
+            sessions.save(Path(path), self.chat, self.setup)
 
     def load(self, path: str | Path) -> None:
         """Go on from a file. Raises SessionError, with this chat untouched, where it does not belong or fit."""
-        sessions.load(Path(path), self.chat, self.setup)
+        with self._lock:
+            sessions.load(Path(path), self.chat, self.setup)

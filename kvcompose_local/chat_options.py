@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from dataclasses import dataclass, field
 
 from kvcompose_local.arena import CACHE_TYPES, cells_for
@@ -26,6 +28,30 @@ class Sampling:
     repeat_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+
+    def check(self) -> None:
+        """Raises InvalidInput for what llama.cpp would take in silence, and mean something else by."""
+        check_number("top_k", self.top_k, 0, whole=True)
+        check_number("top_p", self.top_p, 0, 1)
+        check_number("min_p", self.min_p, 0, 1)
+        check_number("temperature", self.temperature, 0)
+        if self.seed is not None:
+            check_number("seed", self.seed, 0, 2**32 - 1, whole=True)
+        for name in ("repeat_penalty", "frequency_penalty", "presence_penalty"):
+            check_number(name, getattr(self, name), -math.inf)
+
+
+def check_number(name: str, value: object, least: float, most: float = math.inf, *, whole: bool = False) -> None:
+    """Raises InvalidInput for what is no number in [least, most]; whole: or no int."""
+    kind = numbers.Integral if whole else numbers.Real
+    if isinstance(value, kind) and not isinstance(value, bool):
+        number = float(value)
+        if math.isfinite(number) and least <= number <= most:
+            return
+    told = (
+        f"a {'whole ' * whole}number" + f" from {least:g}" * (least > -math.inf) + f" to {most:g}" * (most < math.inf)
+    )
+    raise InvalidInput(f"{name} is {told}, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -54,10 +80,17 @@ class ChatOptions:
 
     def check(self) -> None:
         """Raises InvalidInput for what no model can run with."""
+        check_number("budget", self.budget, -math.inf)
         if not 0 < self.budget <= 1:
             raise InvalidInput(f"--budget is a share in (0, 1], not {self.budget}")
+        for name, least in (("n_ctx", -math.inf), ("n_threads", 1), ("gpu_layers", 0)):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), least, whole=True)
         if self.n_ctx is not None:
             cells_for(self.n_ctx, 1.0)
+        if not isinstance(self.sampling, Sampling):
+            raise InvalidInput(f"sampling is a Sampling, such as Sampling(temperature=0), not {self.sampling!r}")
+        self.sampling.check()
         if self.cache_type is not None and self.cache_type not in CACHE_TYPES:
             raise InvalidInput(f"there is no cache type {self.cache_type}: {', '.join(CACHE_TYPES)}")
         if self.scoring not in SCORINGS:

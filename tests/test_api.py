@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +17,7 @@ import kvcompose_local
 from kvcompose_local import LocalChat, Sampling, profiles
 from kvcompose_local.api import template_of
 from kvcompose_local.chat.sessions import model_digest
-from kvcompose_local.errors import InvalidInput, SessionError
+from kvcompose_local.errors import InvalidInput, KVComposeError, ModelError, SessionError
 from kvcompose_local.llama_ffi.cells import library_is_patched
 from kvcompose_local.llama_ffi.library import library_path
 
@@ -150,6 +153,122 @@ def test_a_chat_goes_by_the_models_own_profile(
         assert len(report.composed) == len(layers)
     with LocalChat(model, budget=1, n_ctx=512, n_threads=1) as chat:
         assert chat.memory.scoring.scorer is None
+
+
+def test_threads_share_a_chat(tiny_model: Callable[..., Path]) -> None:
+    """They wait for each other; a stream that nobody takes further refuses the others; closing waits, too."""
+    with LocalChat(tiny_model(), n_ctx=2048, n_threads=1, sampling=Sampling(temperature=0)) as chat:
+        answers: list[str] = []
+        asking = [threading.Thread(target=lambda: answers.append(chat.ask("what?", max_tokens=50))) for _ in range(4)]
+        for thread in asking:
+            thread.start()
+        chat.read("some words " * 20)
+        for thread in asking:
+            thread.join()
+        roles = [message["role"] for message in chat.chat.messages if message["role"] != "system"]
+        assert len(answers) == 4
+        assert roles == ["user", "assistant"] * 4
+        stream = chat.stream("and?", max_tokens=20)
+        next(stream)
+        refused: list[str] = []
+
+        def ask() -> None:
+            with pytest.raises(InvalidInput) as error:
+                chat.ask("now?")
+            refused.append(str(error.value))
+
+        other = threading.Thread(target=ask)
+        other.start()
+        other.join()
+        assert "an answer is still being given" in refused[0]
+        stream.close()
+        told: list[str] = []
+
+        def be_closed_upon() -> None:
+            try:
+                while True:
+                    chat.ask("more?", max_tokens=100)
+            except KVComposeError as error:
+                told.append(str(error))
+
+        other = threading.Thread(target=be_closed_upon)
+        other.start()
+        chat.close()
+        other.join()
+        assert told
+
+
+@pytest.mark.parametrize(
+    ("chosen", "told"),
+    [
+        ({"ctx": 2048}, "there is no option ctx: n_ctx?"),
+        ({"threads": 2}, "there is no option threads: n_threads?"),
+        ({"temperature": 0}, r"there is no option temperature: give sampling=Sampling\(temperature=…\)"),
+        ({"session": "x"}, "there is no option session: budget, n_ctx"),
+        ({"n_ctx": "2048"}, "n_ctx is a whole number, not '2048'"),
+        ({"n_ctx": 2048.5}, "n_ctx is a whole number, not 2048.5"),
+        ({"budget": None}, "budget is a number, not None"),
+        ({"budget": float("nan")}, "budget is a number, not nan"),
+        ({"n_threads": 0}, "n_threads is a whole number from 1, not 0"),
+        ({"gpu_layers": -5}, "gpu_layers is a whole number from 0, not -5"),
+        ({"sampling": {"temperature": 0}}, "sampling is a Sampling"),
+        ({"sampling": Sampling(temperature=-1)}, "temperature is a number from 0, not -1"),
+        ({"sampling": Sampling(top_p=7)}, "top_p is a number from 0 to 1, not 7"),
+        ({"sampling": Sampling(seed=-1)}, "seed is a whole number from 0 to"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(
+    tiny_model: Callable[..., Path], chosen: dict[str, object], told: str
+) -> None:
+    with pytest.raises(InvalidInput, match=f"^{told}"):
+        LocalChat(tiny_model(), **chosen)
+
+
+def test_questions_that_cannot_be_are_refused(tiny_model: Callable[..., Path]) -> None:
+    with LocalChat(tiny_model(), n_ctx=512, n_threads=1) as chat:
+        for wrong in (None, 3, b"what?"):
+            with pytest.raises(InvalidInput, match="is a str, not"):
+                chat.ask(wrong)
+            with pytest.raises(InvalidInput, match="is a str, not"):
+                chat.read(wrong)
+        for most in (0, -5, "5"):
+            with pytest.raises(InvalidInput, match="max_tokens is a whole number from 1"):
+                chat.ask("what?", max_tokens=most)
+        assert not chat.chat.turns
+    assert {"LocalChat", "Sampling", "ChatOptions", "KVComposeError"} <= {*dir(kvcompose_local)}
+
+
+def test_a_model_that_is_written_to_meanwhile(
+    tiny_model: Callable[..., Path], tmp_path: Path, private_cache: Path
+) -> None:
+    """A chat must not be saved as another model's, nor end with the program where the file is cut."""
+    path = tmp_path / "live.gguf"
+    for known in (False, True):
+        shutil.copy(tiny_model(), path)
+        if known:
+            digest = model_digest(path)
+        with LocalChat(path, n_ctx=512, n_threads=1) as chat:
+            chat.ask("what?", max_tokens=4)
+            os.utime(path)
+            chat.ask("touched?", max_tokens=4)
+            with path.open("r+b") as file:
+                file.write(bytes(1 << 16) if known else b"")
+                file.truncate(path.stat().st_size // 2)
+            with pytest.raises(
+                ModelError, match=r"live.gguf was written to while it is in use: leave"
+            ):
+                chat.ask("and now?")
+            if known:
+                chat.save(tmp_path / "x.kvc")
+            else:
+                with pytest.raises(ModelError, match="nobody knows whose chat this is"):
+                    chat.save(tmp_path / "x.kvc")
+                assert not (tmp_path / "x.kvc").exists()
+    shutil.copy(tiny_model(), path)
+    assert model_digest(path) == digest
+    with LocalChat(path, n_ctx=512, n_threads=1) as chat:
+        chat.load(tmp_path / "x.kvc")
+        assert len(chat.chat.messages) >= 4
 
 
 def test_another_template_is_a_name_or_a_file(tmp_path: Path) -> None:

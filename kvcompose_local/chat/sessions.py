@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +42,7 @@ from kvcompose_local.composing.scorer import DTYPE as SCORER_DTYPE
 from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.errors import InvalidInput, KVComposeError, NoHome, SessionError
 from kvcompose_local.install.files import own_folder, part_of
-from kvcompose_local.install.model_files import model_digest
+from kvcompose_local.install.model_files import OpenFiles, model_digest
 from kvcompose_local.install.pin import read_pin
 from kvcompose_local.install.resources import data_file, state_folder
 from kvcompose_local.interfaces import CacheSnapshot, Lazy, ModelShape, Progress
@@ -70,13 +70,13 @@ Array = npt.NDArray[Any]
 class Setup:
     """What a chat runs with and its engine does not know: the model's file, ``--cache-type`` and ``--budget``.
 
-    files: the model's open files; by now another model may stand at its path, or none.
+    files: of the model, where it is loaded.
     """
 
     model: Path
     cache_type: str
     budget: float
-    files: tuple[BinaryIO, ...] = ()
+    files: OpenFiles | None = None
 
 
 @dataclass(frozen=True)

@@ -134,33 +134,62 @@ def _version_of(status: os.stat_result) -> tuple[int, ...]:
 # -- identity ---------------------------------------------------------------------------------------------------------
 
 
-def model_digest(path: Path, progress: ByteProgress | None = None, files: Sequence[BinaryIO] = ()) -> str:
+class OpenFiles:
+    """A model's open files, as they were when it was loaded: llama.cpp goes on reading, and anybody may write to them.
+
+    handles: by now another model may stand at their paths, or none; digest: as :func:`model_digest`, None where nobody
+    has asked for it yet; to make one would take as long as reading the files. Raises OSError.
+    """
+
+    def __init__(self, handles: Sequence[BinaryIO]) -> None:
+        self.handles = tuple(handles)
+        self._written, self._samples = self._when_written(), [_sample_of(file) for file in handles]
+        self.digest = _kept_digest(handles)[1]
+
+    def _when_written(self) -> list[tuple[int, int]]:
+        """Another name or other rights do not matter."""
+        return [(status.st_size, status.st_mtime_ns) for status in (os.fstat(file.fileno()) for file in self.handles)]
+
+    def are_changed(self) -> bool:
+        """Whether any of them holds something else by now, as far as sizes, times and samples tell."""
+        if (written := self._when_written()) == self._written:
+            return False
+        is_cut = [size for size, _ in written] != [size for size, _ in self._written]
+        if is_cut or [_sample_of(file) for file in self.handles] != self._samples:
+            return True
+        self._written = written
+        return False
+
+
+def model_digest(path: Path, progress: ByteProgress | None = None, files: OpenFiles | None = None) -> str:
     """The sha256 of a model's files, one after another, in hexadecimal.
 
     The cache folder keeps it under the files' identities and samples of their content. So another model is noticed even
     if it has the same place, size and time, and a cached digest costs milliseconds.
 
-    progress gets (MiB read, MiB in all); files: the model's open files, in place of what stands at the path. Raises
-    ModelError when they cannot be read.
+    progress gets (MiB read, MiB in all); files: where the model is loaded. Raises ModelError when they cannot be
+    read, or were written to since, and nobody had asked before.
     """
 
     def in_mib(done: int, total: int) -> None:
         if progress is not None:
             progress(done >> 20, total >> 20)
 
-    if any(file.closed for file in files):
+    if files is not None and any(file.closed for file in files.handles):
         raise ModelError("the model is closed")
+    if files is not None and files.are_changed():
+        if files.digest is None:
+            raise ModelError(f"{path.name} was written to while it is in use: nobody knows whose chat this is")
+        return files.digest
     try:
         with ExitStack() as stack:
-            files = files or [stack.enter_context(open(file, "rb")) for file in files_of(path)]
-            before = [_version_of(os.fstat(file.fileno())) for file in files]
-            key = json.dumps([before, [_sample_of(file) for file in files]])
-            kept = _kept_at(hashlib.sha256(key.encode()).hexdigest())
-            with suppress(OSError, UnicodeDecodeError):
-                if kept and re.fullmatch("[0-9a-f]{64}", digest := kept.read_text(encoding="ascii")):
-                    return digest
-            digest = sha256_of(*files, progress=in_mib)
-            if kept is None or before != [_version_of(os.fstat(file.fileno())) for file in files]:
+            opened = files.handles if files else [stack.enter_context(open(file, "rb")) for file in files_of(path)]
+            before = [_version_of(os.fstat(file.fileno())) for file in opened]
+            kept, digest = _kept_digest(opened)
+            if digest is not None:
+                return digest
+            digest = sha256_of(*opened, progress=in_mib)
+            if kept is None or before != [_version_of(os.fstat(file.fileno())) for file in opened]:
                 return digest  # somebody wrote meanwhile
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
@@ -169,6 +198,17 @@ def model_digest(path: Path, progress: ByteProgress | None = None, files: Sequen
         with replacing(kept) as file:
             file.write(digest.encode())
     return digest
+
+
+def _kept_digest(files: Sequence[BinaryIO]) -> tuple[Path | None, str | None]:
+    """Where the digest of open files is kept, and what stands there; None where the user has no cache, or nothing."""
+    versions = [_version_of(os.fstat(file.fileno())) for file in files]
+    key = json.dumps([versions, [_sample_of(file) for file in files]])
+    kept = _kept_at(hashlib.sha256(key.encode()).hexdigest())
+    with suppress(OSError, UnicodeDecodeError):
+        if kept and re.fullmatch("[0-9a-f]{64}", digest := kept.read_text(encoding="ascii")):
+            return kept, digest
+    return kept, None
 
 
 def _kept_at(name: str) -> Path | None:

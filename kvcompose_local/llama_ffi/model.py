@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvcompose_local.errors import EngineError, ModelError
 from kvcompose_local.install.gguf_header import Header
-from kvcompose_local.install.model_files import files_of, whole_header
+from kvcompose_local.install.model_files import OpenFiles, files_of, whole_header
 from kvcompose_local.llama_ffi.builtin_templates import builtin_renderer, builtin_templates
 from kvcompose_local.llama_ffi.library import clear_log, last_log, lib
 from kvcompose_local.llama_ffi.text_parts import parts_of, sentencepiece_parts_of
@@ -91,7 +91,7 @@ class Model:
         params.progress_callback = on_progress
         with ExitStack() as stack:
             try:  # they stay open as long as the model: what its path names may change
-                self.files = tuple(stack.enter_context(open(file, "rb")) for file in files_of(path))
+                self.files = OpenFiles([stack.enter_context(open(file, "rb")) for file in files_of(path)])
             except OSError as error:
                 raise ModelError(f"cannot load {path.name}: {error.strerror or error}") from error
             weakref.finalize(self, stack.pop_all().close)  # Python warns of open files that are dropped, not of a model
@@ -138,7 +138,7 @@ class Model:
         if getattr(self, "_pointer", None):
             lib.llama_model_free(self._pointer)
             self._pointer = None
-        for file in self.files:
+        for file in self.files.handles:
             file.close()
 
     def metadata(self, key: str) -> str | None:
