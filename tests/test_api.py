@@ -254,9 +254,7 @@ def test_a_model_that_is_written_to_meanwhile(
             with path.open("r+b") as file:
                 file.write(bytes(1 << 16) if known else b"")
                 file.truncate(path.stat().st_size // 2)
-            with pytest.raises(
-                ModelError, match=r"live.gguf was written to while it is in use: leave"
-            ):
+            with pytest.raises(ModelError, match=r"live.gguf was written to while it is in use: leave"):
                 chat.ask("and now?")
             if known:
                 chat.save(tmp_path / "x.kvc")

@@ -199,10 +199,10 @@ class LlamaEngine(ABC):
 
     def decode(self, tokens: Sequence[int], progress: Progress | None = None, *, logits: bool = True) -> None:
         """See :meth:`Engine.decode`. Raises ModelError where the model's file is another one by now."""
+        layout = self.layout()
         if self.model.files.are_changed():  # a file that was cut would end the program, and all that was said with it
             name = self.model.path.name
             raise ModelError(f"{name} was written to while it is in use: leave, and start again when it is whole")
-        layout = self.layout()
         if len(tokens) > layout.n_free:
             raise ContextFull(f"{len(tokens)} tokens do not fit in {layout.n_free} free cells")
         for start, stop in self._micro_batches(len(tokens)):

@@ -18,6 +18,7 @@ from kvcompose_local.errors import EngineError, ModelError
 from kvcompose_local.install.gguf_header import Header
 from kvcompose_local.install.model_files import OpenFiles, files_of, whole_header
 from kvcompose_local.llama_ffi.builtin_templates import builtin_renderer, builtin_templates
+from kvcompose_local.llama_ffi.endings import Endings
 from kvcompose_local.llama_ffi.library import clear_log, last_log, lib
 from kvcompose_local.llama_ffi.text_parts import parts_of, sentencepiece_parts_of
 
@@ -39,11 +40,6 @@ _ADVICE = (
     ("file bounds|failed to read|incomplete", ": the file is cut off or damaged, fetch it again"),
     ("unknown (model architecture|pre-tokenizer|tokenizer)", ": a newer kvcompose-local may know it"),
     ("(invalid|illegal) split", ": it is one of several files, name it as it was: NAME-00001-of-00003.gguf or such"),
-)
-#: Texts of tokens that do end an answer, among the tokens that llama.cpp takes for EOS by default.
-_ENDS = frozenset(
-    """</s> <eos> <EOS> [EOS] <|eos|> <|plamo:eos|> <|endoftext|> <|end_of_text|> <|im_end|> <|eot_id|> <|eom_id|>
-    <|end|> <|return|> <end_of_turn> <turn|> <EOT> [EOT] <｜end▁of▁sentence｜> <end_of_utterance>""".split()
 )
 #: Architectures whose header gives all layers the same heads, though only every so manyth has attention; the header may
 #: tell another interval.
@@ -70,6 +66,7 @@ class Model:
         self.path = path
         self.gpu_layers = gpu_layers
         self._template: ChatTemplate | None = None
+        self._endings: Endings | None = None
         self._template_name = ""
         params = lib.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
@@ -306,7 +303,7 @@ class Model:
     def use_template(self, template: str) -> None:
         """Render by another template: one of :meth:`template_names`, Jinja source, or, empty, the GGUF's own again."""
         if template != self._template_name:
-            self._template_name, self._template = template, None
+            self._template_name, self._template, self._endings = template, None, None
 
     def template_names(self) -> list[str]:
         """The names of templates: ``plain``, the GGUF's own, and llama.cpp's."""
@@ -375,7 +372,7 @@ class Model:
 
     def control_text(self, token: int) -> str:
         """The text of a control token, such as ``<|channel|>``; empty for all others."""
-        return self._text_of(token) if lib.llama_vocab_is_control(self._vocab, token) else ""
+        return self.token_text(token) if lib.llama_vocab_is_control(self._vocab, token) else ""
 
     @cached_property
     def control_tokens(self) -> list[int]:
@@ -398,9 +395,10 @@ class Model:
     def special_text(self, which: str) -> str:
         """Text of the ``bos`` or ``eos`` token, empty where the header names none."""
         token = self.special_token(which)
-        return "" if token is None else self._text_of(token)
+        return "" if token is None else self.token_text(token)
 
-    def _text_of(self, token: int) -> str:
+    def token_text(self, token: int) -> str:
+        """The text of a token, with its marks: ``<|…|>``, ``▁``."""
         return lib.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace")  # type: ignore[no-any-return]
 
     @property
@@ -409,25 +407,19 @@ class Model:
         return self.special_token("bos") is not None and bool(lib.llama_vocab_get_add_bos(self._vocab))
 
     def is_end(self, token: int) -> bool:
-        """Whether ``token`` ends an answer: the header says so, or its text does."""
-        is_end = bool(lib.llama_vocab_is_eog(self._vocab, token))
-        if is_end and token == self._default_end:
-            return False
-        return is_end or token in self._further_ends
+        """Whether ``token`` ends an answer: the header says so, its text does, or the chat template."""
+        if self._endings is None:
+            self._endings = Endings(self)
+        return self._endings.holds(token)
 
-    @cached_property
-    def _default_end(self) -> int | None:
-        """The token that llama.cpp takes for EOS for no other reason than the vocabulary's type; None without one."""
-        token = int(lib.llama_vocab_eos(self._vocab))
-        if token < 0 or self.special_token("eos") is not None or self._text_of(token) in _ENDS:
-            return None
-        named = (self.metadata(f"tokenizer.ggml.{which}_token_id") for which in ("eot", "eom"))
-        return None if str(token) in named else token
+    def is_listed_end(self, token: int) -> bool:
+        """Whether llama.cpp has ``token`` among the ends of an answer."""
+        return bool(lib.llama_vocab_is_eog(self._vocab, token))
 
-    @cached_property
-    def _further_ends(self) -> frozenset[int]:
-        """More ends of an answer, which Ollama's converter lists and llama.cpp does not read."""
-        return frozenset(self.numbers("tokenizer.ggml.eos_token_ids"))
+    @property
+    def eos_by_type(self) -> int:
+        """EOS as llama.cpp has it, which may be no more than usual for the vocabulary's type; negative without one."""
+        return int(lib.llama_vocab_eos(self._vocab))
 
     def tokenize(self, text: str, *, add_bos: bool = False, special: bool = True) -> list[int]:
         """Token ids of ``text``; ``special`` reads ``<|…|>`` markers as the tokens they name.
@@ -462,13 +454,13 @@ class Model:
         missing = {f"<0x{byte:02X}>": byte for byte in range(256)}
         for token in itertools.takewhile(lambda _: missing, range(self.n_vocab)):  # they come first
             if lib.llama_vocab_get_attr(self._vocab, token) & lib.LLAMA_TOKEN_ATTR_BYTE:
-                missing.pop(self._text_of(token), None)
+                missing.pop(self.token_text(token), None)
         return {*missing.values()}
 
     @cached_property
     def _characters(self) -> set[str]:
         """All characters that there are tokens for."""
-        return {text for token in range(self.n_vocab) if len(text := self._text_of(token)) == 1}
+        return {text for token in range(self.n_vocab) if len(text := self.token_text(token)) == 1}
 
     def _tokens_behind(self, part: str, special: bool) -> list[int]:
         """Tokens of a part that continues a text, without the space that SentencePiece puts at a text's beginning."""

@@ -33,9 +33,11 @@ VOCABULARIES = {
 }
 
 
-def header_of(folder: Path, kind: str, **values: int | bool | list[int]) -> Model:
-    """A header with a vocabulary of that type, and ``tokenizer.ggml`` values, where "<s>" stands for its number."""
-    tokens = VOCABULARIES[kind]
+def header_of(
+    folder: Path, kind: str, *, template: str = "", markers: tuple[str, ...] = (), **values: int | bool | list[int]
+) -> Model:
+    """A header with a vocabulary of that type, more control tokens behind it, and ``tokenizer.ggml`` values."""
+    tokens = [*VOCABULARIES[kind], *markers]
     writer = gguf.GGUFWriter(str(folder / f"{kind}.gguf"), "llama")
     writer.add_context_length(64)
     writer.add_embedding_length(32)
@@ -51,8 +53,13 @@ def header_of(folder: Path, kind: str, **values: int | bool | list[int]) -> Mode
     writer.add_token_scores([0.0] * len(tokens))
     types = gguf.TokenType
     writer.add_token_types(
-        [types.CONTROL if t in ("<s>", "</s>") else types.BYTE if t.startswith("<0x") else types.NORMAL for t in tokens]
+        [
+            types.CONTROL if t in ("<s>", "</s>", *markers) else types.BYTE if t.startswith("<0x") else types.NORMAL
+            for t in tokens
+        ]
     )
+    if template:
+        writer.add_chat_template(template)
     for name, value in values.items():
         if isinstance(value, bool):
             writer.add_bool(f"tokenizer.ggml.{name}", value)
@@ -98,6 +105,33 @@ def test_further_ends(tmp_path: Path) -> None:
     ends = {token for token in range(model.n_vocab) if model.is_end(token)}
     assert ends == {3, 11, 7, 257}
     assert model.token_bytes(11) == b","
+
+
+TURNS = "{% for m in messages %}{{ BEGIN }}{{ m.role }}:{{ m.content }}{{ END }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "ends"),
+    [
+        ("''", "'<|stop_here|>\\n'", {"<|stop_here|>"}),  # behind every message
+        ("'<|speaker|>'", "'\\n'", {"<|speaker|>"}),  # nothing but the next one's begin
+        ("'<|speaker|>'", "'<|stop_here|>'", {"<|stop_here|>"}),
+        ("''", "eos_token", set()),  # what the header says ends them
+        ("'<|speaker|>'", "'</s>'", set()),
+        ("'' if m.role != 'last' else '</s>'", "'<|stop_here|>'", set()),  # gpt-oss: may stand within an answer
+        ("''", "'\\n'", set()),
+        ("raise_exception('no') + ''", "'<|stop_here|>'", set()),
+    ],
+)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_template_tells_what_ends_a_turn(tmp_path: Path, kind: str, begin: str, end: str, ends: set[str]) -> None:
+    """llama.cpp has no list of such markers: without this, an answer runs on until it is cut."""
+    template = TURNS.replace("BEGIN", begin).replace("END", end)
+    markers = ("<|speaker|>", "<|stop_here|>")
+    model = header_of(tmp_path, kind, template=template, markers=markers, eos_token_id=VOCABULARIES[kind].index("</s>"))
+    assert {model.token_text(t) for t in range(model.n_vocab) if model.is_end(t)} == {"</s>", *ends}
+    model.use_template("plain")
+    assert {model.token_text(t) for t in range(model.n_vocab) if model.is_end(t)} == {"</s>"}
 
 
 def test_a_closed_model_says_so(tiny_model: Callable[..., Path]) -> None:
