@@ -61,6 +61,9 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+_FORM = "application/x-www-form-urlencoded"
+
+
 class Guard:
     """ASGI middleware that refuses what it must, and adds headers that keep browsers in order."""
 
@@ -74,6 +77,11 @@ class Guard:
         if scope["method"] == "HEAD":  # some look so whether anybody is there; what is no header uvicorn leaves out
             scope = {**scope, "method": "GET"}
         headers = Headers(scope=scope)
+        if (
+            headers.get("content-type", _FORM) == _FORM
+        ):  # what curl says of -d; pages of other origins are refused below
+            others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+            scope = {**scope, "headers": [*others, (b"content-type", b"application/json")]}
         origin = headers.get("origin", "")
 
         n_read, is_whole = 0, False
@@ -149,7 +157,8 @@ class Guard:
             given = told if kind.lower() == "bearer" else headers.get("x-api-key", "")
             as_bytes = given.strip().encode("latin-1"), given.strip().encode()  # a header is bytes, read as Latin-1
             if not any(hmac.compare_digest(told, self._access.key.encode()) for told in as_bytes):
-                raise Refused(401, "this server wants an API key", code="invalid_api_key")
+                what = "this is not the API key that this server wants" if given else "this server wants an API key"
+                raise Refused(401, what, code="invalid_api_key")
 
 
 def kind_of(error: Refused) -> str:

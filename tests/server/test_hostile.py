@@ -86,8 +86,18 @@ def test_what_is_no_text_is_refused(server: Serving, raw: bytes) -> None:
     assert server.client.post(CHAT, content=raw, headers={"Content-Type": "application/json"}).status_code == 400
 
 
-def test_who_forgets_the_content_type_is_told(server: Serving) -> None:
-    response = server.client.post(CHAT, content=one("").encode())
+@pytest.mark.parametrize("kind", [None, "application/x-www-form-urlencoded"])
+def test_a_body_is_json_where_nothing_else_is_said(server: Serving, kind: str | None) -> None:
+    """As curl sends what stands behind -d. A page of another origin could do so, too, and is refused by its origin."""
+    headers = {"Content-Type": kind} if kind else {}
+    body = b'{"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}'
+    assert server.client.post(CHAT, content=body, headers=headers).status_code == 200
+    headers |= {"Origin": "https://example.com"}
+    assert server.client.post(CHAT, content=body, headers=headers).status_code == 403
+
+
+def test_who_tells_another_content_type_is_told(server: Serving) -> None:
+    response = server.client.post(CHAT, content=one("").encode(), headers={"Content-Type": "text/plain"})
     assert response.status_code == 400
     assert "Content-Type: application/json" in response.json()["error"]["message"]
 
