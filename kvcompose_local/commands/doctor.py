@@ -18,8 +18,8 @@ from typing import Literal
 import click
 
 from kvcompose_local.errors import KVComposeError, NoHome
-from kvcompose_local.install.library_choice import BUILD, Library, Problem, bindings_problem, build_facts, find_library
-from kvcompose_local.install.pin import read_pin
+from kvcompose_local.install.library_choice import BUILD, Library, Problem, bindings_problem, find_library
+from kvcompose_local.install.pin import build_facts, cpu_features, read_pin
 from kvcompose_local.install.resources import CACHE_VARIABLE, cache_folder, data_file
 
 State = Literal["ok", "warn", "fail"]
@@ -119,7 +119,12 @@ def _library(library: Library, kind: Problem | str) -> Check:
     facts = build_facts(library.folder.parent)
     if not facts:
         return Check("library", "ok", f"{kind}, not built by us: {library.folder}")
-    return Check("library", "ok", f"{kind}, {facts['pin']}, key {facts['key']}, {facts['date']}: {library.folder}")
+    text = f"{kind}, {facts['pin']}, key {facts['key']}, {facts['date']}: {library.folder}"
+    built_for = set(facts.get("cpu", "").split())
+    if built_for and (more := set(cpu_features().split()) - built_for):
+        text += f" (built for a processor without {', '.join(sorted(more))})"
+        return Check("library", "warn", text, f"{BUILD}, which may make it faster")
+    return Check("library", "ok", text)
 
 
 def _device(folder: Path | None, devices: list[str]) -> Check:

@@ -42,7 +42,7 @@ from kvcompose_local.install.pin import (
     build_key,
     cmake_flags,
     cpu_features,
-    library_dir,
+    is_finished,
     output_of,
     patch_series,
     read_pin,
@@ -277,7 +277,7 @@ def build(
     patches = patches_dir or data_file("patches")
     target = build_dir(patched=patched, sanitize=sanitize, device=device, patches_dir=patches)
     finished = target / "lib"
-    if library_dir(patched, sanitize=sanitize, device=device, patches_dir=patches) is not None:
+    if is_finished(target):
         return finished
     if sys.platform == "win32":
         raise BuildError("llama.cpp is built on Linux and macOS: use WSL, or a llama-cpp-python with its own library")
@@ -291,7 +291,7 @@ def build(
     with cache_errors(cache_folder(), BuildError):
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target.with_suffix(".lock"), report):
-            if library_dir(patched, sanitize=sanitize, device=device, patches_dir=patches) is not None:
+            if is_finished(target):
                 return finished
             if (free := shutil.disk_usage(target.parent).free) < _FREE_BYTES_NEEDED:
                 raise BuildError(

@@ -6,7 +6,6 @@ This looks at files only; :func:`why_not_loaded` explains what goes wrong in loa
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 import sys
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvcompose_local.errors import KVComposeError
-from kvcompose_local.install.pin import cpu_features, preferred_library_dir, read_pin
+from kvcompose_local.install.pin import build_facts, cpu_features, preferred_library_dir, read_pin
 from kvcompose_local.install.resources import CACHE_VARIABLE, cache_folder, data_file
 
 #: Read by llama-cpp-python when it is imported; a library that the user names there wins.
@@ -134,21 +133,12 @@ def why_not_loaded(error: BaseException, library: Library) -> Problem:
     return Problem(f"no usable llama.cpp library in {library.folder} ({told})", remedy)
 
 
-def build_facts(folder: Path) -> dict[str, str]:
-    """The content of a build's ``build.json``, empty for a build that is not ours."""
-    try:
-        facts = json.loads((folder / "build.json").read_text(encoding="utf-8"))
-        return {"cpu": "", **{name: str(value) for name, value in facts.items()}} if "key" in facts else {}
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
 def _why_not_built() -> Problem:
     """Why our build is not in the cache; where there are others, what the newest of them was made for."""
     builds = sorted((cache_folder() / "llama").glob("*/build.json"), key=lambda path: path.stat().st_mtime)
     facts = next((facts for path in reversed(builds) if (facts := build_facts(path.parent))), {})
     text = "llama.cpp is not built"
-    if facts and facts["cpu"] not in ("", cpu_features()):
+    if facts and not set(facts.get("cpu", "").split()) <= set(cpu_features().split()):
         text = "llama.cpp was built for another machine, whose processor has other instructions"
     elif facts:
         text = f"llama.cpp was built for another pin, patch series or machine ({facts['key']})"

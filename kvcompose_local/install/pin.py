@@ -1,8 +1,9 @@
 """The pinned release of llama.cpp, the patches and the flags, and the folder of the library that is built of them.
 
 The folder is named by a hash of everything that shapes the library, so a build is made once and a stale one is never
-loaded. Every start needs it, and ``scripts/setup`` before anything is installed: only quick parts of the standard
-library are imported.
+loaded. The processor is a part of it: machines that share a cache folder have a build each, and one made for less than
+a processor has runs on it, too. Every start needs it, and ``scripts/setup`` before anything is installed: only quick
+parts of the standard library are imported.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kvcompose_local.errors import BuildError, InvalidInput
 from kvcompose_local.install.cpu import instruction_sets
@@ -123,11 +125,14 @@ def cpu_features() -> str:
     """The processor features that ``-march=native`` uses: machines that share a cache folder may differ in them."""
     if sys.platform == "darwin":
         return output_of(["sysctl", "-n", "machdep.cpu.brand_string"])
-    return " ".join(instruction_sets(platform.machine())) or platform.processor()
+    return " ".join(instruction_sets(platform.machine()))
 
 
-def build_key(patches_dir: Path, flags: Sequence[str], *, patched: bool = True) -> str:
-    """16 hex digits over the pin, the patches' bytes in order, CMake's flags, the platform and the CPU's features."""
+def build_key(patches_dir: Path, flags: Sequence[str], *, patched: bool = True, cpu: str | None = None) -> str:
+    """16 hex digits over the pin, the patches' bytes in order, CMake's flags, the platform and the CPU's features.
+
+    cpu: the features of another processor than this one.
+    """
     pin = read_pin(patches_dir)
     parts = [
         str(pin),
@@ -135,7 +140,7 @@ def build_key(patches_dir: Path, flags: Sequence[str], *, patched: bool = True) 
         "\0".join(flags),
         platform.system(),
         platform.machine(),
-        cpu_features(),
+        cpu_features() if cpu is None else cpu,
     ]
     digest = hashlib.sha256(json.dumps(parts).encode())
     for patch in patch_series(patches_dir) if patched else ():
@@ -158,10 +163,43 @@ def library_dir(
     device: str | None = None,
     patches_dir: Path | None = None,
 ) -> Path | None:
-    """The folder with the finished libraries (for ``LLAMA_CPP_LIB_PATH``), None when this build was not made yet."""
-    folder = build_dir(patched=patched, sanitize=sanitize, device=device, patches_dir=patches_dir)
-    # build.json is written last, and the folder is renamed into place with it.
-    return folder / "lib" if (folder / "build.json").is_file() else None
+    """The folder with the finished libraries (for ``LLAMA_CPP_LIB_PATH``), None when this build was not made yet.
+
+    Where the build for this very processor is missing, the one for most of its features is taken: a newer kernel may
+    list more of them than at the time of the build. Where no features are known, as in a sandbox, the least demanding
+    build is tried.
+    """
+    patches = patches_dir or data_file("patches")
+    folder = build_dir(patched=patched, sanitize=sanitize, device=device, patches_dir=patches)
+    if is_finished(folder):
+        return folder / "lib"
+    flags, here = cmake_flags(sanitize, device), set(cpu_features().split())
+    fitting: list[tuple[int, Path]] = []
+    for record in sorted(folder.parent.glob("*/build.json")):
+        facts = build_facts(record.parent)
+        cpu = str(facts.get("cpu", ""))
+        features = set(cpu.split())
+        if facts.get("flags") != flags or (here and not features <= here):
+            continue
+        # What the record says is in the folder's name as well, together with the pin and the patches.
+        if build_key(patches, flags, patched=patched, cpu=cpu) == record.parent.name:
+            fitting.append((len(features), record.parent / "lib"))
+    best = max if here else min
+    return best(fitting)[1] if fitting else None
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a build stands in its folder: build.json is written last, and the folder renamed into place with it."""
+    return (folder / "build.json").is_file()
+
+
+def build_facts(folder: Path) -> dict[str, Any]:
+    """The content of a build's ``build.json``, empty for a folder that is no build of ours."""
+    try:
+        facts = json.loads((folder / "build.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) and "key" in facts else {}
 
 
 def preferred_library_dir() -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,8 +16,10 @@ from pathlib import Path
 import pytest
 
 from kvcompose_local.commands import doctor
+from kvcompose_local.install import pin
 from kvcompose_local.install.library_choice import Problem, find_library, why_not_loaded
-from kvcompose_local.install.pin import DEVICES, build_dir, cpu_features
+from kvcompose_local.install.pin import DEVICES, build_dir, build_key, cmake_flags, cpu_features
+from kvcompose_local.install.resources import data_file
 from kvcompose_local.llama_ffi.library import library_path
 
 TinyModel = Callable[..., Path]
@@ -61,12 +64,21 @@ def link_libraries(folder: Path) -> Path:
     return folder
 
 
-def put_build(folder: Path, **facts: str) -> Path:
+def put_build(folder: Path, **facts: object) -> Path:
     """A build of our own in the cache, as its ``build.json`` says."""
     (folder / "lib").parent.mkdir(parents=True)
     known = {"key": folder.name, "pin": "llama-cpp-python 0.3.36", "date": "2026-01-01T00:00:00+00:00"}
     (folder / "build.json").write_text(json.dumps({**known, "cpu": cpu_features(), **facts}))
     return folder
+
+
+def build_for(cpu: str, cache: Path) -> Path:
+    """The folder of a build for another processor, with the libraries in it."""
+    flags = cmake_flags()
+    key = build_key(data_file("patches"), flags, cpu=cpu)
+    folder = put_build(cache / "llama" / key, cpu=cpu, flags=flags)
+    link_libraries(folder / "lib")
+    return folder / "lib"
 
 
 def bindings_have_none() -> bool:
@@ -201,6 +213,61 @@ def test_a_build_that_is_no_longer_looked_for(
     assert told() == "llama.cpp is not built: run `kvcompose-local build`"
     put_build(private_cache / "llama/0123456789abcdef", **facts)
     assert told() == f"{words}: run `kvcompose-local build`"
+
+
+def test_a_build_for_less_than_the_processor_has_runs(
+    private_cache: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: TinyModel
+) -> None:
+    """A newer kernel lists instruction sets that were there all the time."""
+    less, more = cpu_features(), f"{cpu_features()} amx_fp16 avx10_1"
+    lib = build_for(less, private_cache)
+    build_for("sse made_up", private_cache)  # another machine's, in a home folder that both use
+    monkeypatch.setattr(pin, "cpu_features", lambda: more)
+    assert find_library().folder == lib
+    richer = build_for(more, private_cache)
+    assert find_library().folder == richer
+    monkeypatch.setattr(pin, "cpu_features", lambda: less)
+    assert find_library().folder == lib
+    monkeypatch.setattr(pin, "cpu_features", lambda: f"{less} zzz")
+    assert find_library().folder == lib
+    monkeypatch.setattr(pin, "cpu_features", lambda: "sse")
+    assert find_library().folder != lib
+
+
+def test_where_nothing_is_known_of_the_processor_the_least_demanding_build_is_tried(
+    private_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_for(f"{cpu_features()} amx_fp16", private_cache)
+    lib = build_for(cpu_features(), private_cache)
+    monkeypatch.setattr(pin, "cpu_features", lambda: "")
+    assert find_library().folder == lib
+
+
+def test_a_build_of_other_patches_is_not_taken_for_its_processor(
+    private_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_build(private_cache / "llama/0123456789abcdef", cpu="sse", flags=cmake_flags())
+    (private_cache / "llama/0123456789abcdef/lib").mkdir()
+    monkeypatch.setattr(pin, "cpu_features", lambda: "sse sse2")
+    assert find_library().folder is None or "0123456789abcdef" not in str(find_library().folder)
+
+
+@linux
+@pytest.mark.skipif(not is_root, reason="mounting takes root")
+@pytest.mark.parametrize("cpuinfo", ["more", "empty"])
+def test_what_the_kernel_lists_is_not_needed_to_run(tmp_path: Path, private_cache: Path, cpuinfo: str) -> None:
+    build_for(cpu_features(), private_cache)
+    told = re.sub(r"(?m)^((?:flags|Features)\s*:.*)$", r"\1 amx_fp16 sha512 apx", Path("/proc/cpuinfo").read_text())
+    (tmp_path / "cpuinfo").write_text(told if cpuinfo == "more" else "")
+    script = f'mount --bind {tmp_path / "cpuinfo"} /proc/cpuinfo && exec "$@"'
+    mounted = ["unshare", "-m", "sh", "-c", script, "sh"]
+    if subprocess.run([*mounted, "true"], check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+    command = [*mounted, sys.executable, "-m", "kvcompose_local", "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "   ok  engine: patched" in done.stdout
+    assert ("built for a processor without amx_fp16" in done.stdout) == (cpuinfo == "more")
 
 
 def test_a_damaged_build(private_cache: Path, told: Callable[..., str]) -> None:
