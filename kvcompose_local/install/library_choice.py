@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvcompose_local.errors import KVComposeError
+from kvcompose_local.install.elf import fault_of
 from kvcompose_local.install.pin import build_facts, cpu_features, preferred_library_dir, read_pin
 from kvcompose_local.install.resources import CACHE_VARIABLE, cache_folder, data_file
 
@@ -83,6 +84,12 @@ def libllama(folder: Path) -> Path | None:
     return next((folder / name for name in _NAMES if (folder / name).is_file()), None)
 
 
+def ggml_libraries(folder: Path) -> list[Path]:
+    """The libraries that libllama needs, on Linux, in the order in which they need each other."""
+    found = folder.glob("libggml*.so") if sys.platform == "linux" else ()
+    return sorted(found, key=lambda path: (path.name == "libggml.so", path.name != "libggml-base.so", path.name))
+
+
 def _problem_of_named(folder: Path) -> Problem | None:
     remedy = f"unset it, or name the folder that holds {_NAMES[sys.platform == 'darwin']}"
     if not os.path.lexists(folder):
@@ -109,6 +116,9 @@ def _problem_of_file(folder: Path, *, is_named: bool = False) -> Problem | None:
             f"{folder} is on a file system mounted noexec, from which no library is loaded",
             _ANOTHER if is_named else _ELSEWHERE,
         )
+    for file in (library, *ggml_libraries(folder)):
+        if fault := fault_of(file):
+            return Problem(f"{file} {fault}", _ANOTHER if is_named else _again(folder))
     return None
 
 
@@ -125,6 +135,9 @@ def why_not_loaded(error: BaseException, library: Library) -> Problem:
     if "failed to map segment" in told:
         remedy = remedy if library.is_named else _ELSEWHERE
         return Problem(f"the system lets no library be loaded from {library.folder} (mounted noexec?)", remedy)
+    if os.environ.get("LD_LIBRARY_PATH") and re.search(r"undefined symbol|version .* not found", told):
+        found = f"{library.folder} and what LD_LIBRARY_PATH brings may not fit each other ({told})"
+        return Problem(found, f"unset LD_LIBRARY_PATH, or {remedy}")
     if missing := re.search(r"([\w.+-]+\.so[\w.]*): cannot open shared object", told):
         return Problem(f"{library.folder} needs {missing[1]}, which is missing here", f"install it, or {remedy}")
     if isinstance(error, AttributeError):

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from kvcompose_local.errors import EngineError
-from kvcompose_local.install.library_choice import VARIABLE, Library, bindings_problem, find_library, why_not_loaded
+from kvcompose_local.install.library_choice import (
+    VARIABLE,
+    Library,
+    bindings_problem,
+    find_library,
+    ggml_libraries,
+    why_not_loaded,
+)
 
 _LOG_LEVEL_ERROR = 4
 #: How often a thread of libgomp checks whether the others are done before it sleeps: some tens of microseconds, as long
@@ -85,6 +92,9 @@ def _import_library(found: Library) -> Any:
     if found.folder is not None:
         os.environ[VARIABLE] = str(found.folder)
     try:
+        if found.folder is not None:
+            for needed in ggml_libraries(found.folder):
+                ctypes.CDLL(str(needed))  # by name they would be looked for in LD_LIBRARY_PATH first
         with without_high_level():
             import llama_cpp.llama_cpp as lib
     except (ImportError, FileNotFoundError, RuntimeError, OSError, AttributeError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -86,7 +87,7 @@ def bindings_have_none() -> bool:
 
 
 def compiled(folder: Path, source: str, *flags: str) -> Path:
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "source.c").write_text(source)
     command = [
         shutil.which("cc") or "c++",
@@ -153,6 +154,55 @@ def test_a_library_that_needs_a_missing_one(
     line = told()
     assert line.startswith(f"{tmp_path} needs libggml")
     assert "which is missing here: install it, or unset LLAMA_CPP_LIB_PATH" in line
+
+
+@linux
+@pytest.mark.parametrize("name", ["libllama.so", "libggml-base.so"])
+def test_a_library_that_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Callable[..., str], name: str
+) -> None:
+    """The loader maps it, and the process dies where a page behind the end is read."""
+    shutil.copytree(LIBRARIES, tmp_path / "lib", symlinks=True)
+    os.truncate((tmp_path / "lib" / name).resolve(), 100_000)
+    monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(tmp_path / "lib"))
+    line = told()
+    assert line.startswith(f"{tmp_path / 'lib' / name} is cut off after 100000 of at least ")
+    assert line.endswith("unset LLAMA_CPP_LIB_PATH, or name another folder")
+
+
+@linux
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="another processor than x86-64 is wanted")
+def test_a_library_for_another_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Callable[..., str]
+) -> None:
+    content = bytearray((LIBRARIES / "libllama.so").read_bytes())
+    content[18:20] = (183).to_bytes(2, "little")
+    (tmp_path / "libllama.so").write_bytes(content)
+    monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(tmp_path))
+    assert told().startswith(f"{tmp_path}/libllama.so is for AArch64, and this Python is for x86-64: unset LLAMA_CPP_")
+
+
+@linux
+def test_the_librarys_own_ggml_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Callable[..., str]
+) -> None:
+    """Another program's ggml in LD_LIBRARY_PATH has the same names."""
+    foreign = tmp_path / "foreign"
+    for name in ("libggml-base.so.0", "libggml-cpu.so.0", "libggml.so.0"):
+        compiled(foreign, "void foreign(void) {}", f"-Wl,-soname,{name}")
+        (foreign / library_path().name).rename(foreign / name)
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(foreign))
+    link_libraries(put_build(build_dir()) / "lib")
+    code = "import kvcompose_local.llama_ffi.library as library; print(library.library_path())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == (f"{build_dir() / 'lib/libllama.so'}\n", "")
+
+    shutil.copy(LIBRARIES / "libllama.so", tmp_path / "libllama.so")  # without a ggml of its own
+    shutil.copy(LIBRARIES / "libggml-base.so", tmp_path / "libggml-base.so.0")
+    monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(tmp_path))
+    line = told()
+    assert line.startswith(f"{tmp_path} and what LD_LIBRARY_PATH brings may not fit each other (")
+    assert ": unset LD_LIBRARY_PATH, or unset LLAMA_CPP_LIB_PATH, or name another folder" in line
 
 
 def test_an_empty_variable_names_nothing(private_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
