@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import re
+import shlex
 from pathlib import Path
 
 from kvcompose_local.install.gguf_header import MAGIC, VERSIONS, BadHeader, Header, read_header
+from kvcompose_local.install.holes import hole_in
 
 _FETCH_AGAIN = "fetch it again"
 _TAKE_GGUF = "take the model's GGUF file, or one of `kvcompose-local models list`"
@@ -44,6 +47,12 @@ _SIGNATURES = (
 )
 _COMPILED = tuple((re.compile(pattern), what, advice) for pattern, what, advice in _SIGNATURES)
 
+#: Names of the parts of a file that was split by bytes: x.gguf.part1of2, x.gguf-split-a, x.gguf.aa, x.gguf.001.
+_PART = re.compile(
+    r"(?P<whole>.+\.gguf)(?:(?P<joint>[._-]?(?:part|split)[._-]?|\.)(?P<number>[0-9]{1,5}(?:of[0-9]+)?|[a-z]{1,3}))",
+    re.IGNORECASE,
+)
+
 #: Architectures of GGUF files that are no language models, as patterns.
 _OTHERS = (
     (r"clip|mmproj", "is a projector for pictures or sound (mmproj), which only goes beside a model"),
@@ -71,6 +80,8 @@ def complaint(path: Path) -> str | None:
     The text continues a sentence that begins with the file's name. Reading the header takes milliseconds. Raises
     OSError.
     """
+    if (part := _PART.fullmatch(path.name)) and path.is_file() and _is_part(path):
+        return _of_part(path, part)
     if path.is_dir():
         return f"is a folder, not a GGUF file: {_in_folder(path)}"
     if path.exists() and not path.is_file():
@@ -97,9 +108,33 @@ def complaint(path: Path) -> str | None:
             header = read_header(file)
             if not header.n_tensors:  # a first shard may hold none, and tells so behind the vocabulary
                 header = read_header(file, whole=True)
+            missing = hole_in(file)
         except BadHeader as error:
             return f"is damaged, its header {error}: {_FETCH_AGAIN}"
-    return _other_kind(header)
+    return _other_kind(header) or (f"{missing}: {_FETCH_AGAIN}" if missing else None)
+
+
+def _is_part(path: Path) -> bool:
+    """Whether a file is cut off, or holds what nothing tells of: as the first part of a file, and another."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+        if not head.startswith(MAGIC):
+            return not any(pattern.match(head) for pattern, _, _ in _COMPILED)
+        try:
+            return read_header(file, whole=True).n_bytes >= path.stat().st_size
+        except BadHeader:
+            return True
+
+
+def _of_part(path: Path, name: re.Match[str]) -> str:
+    """What to do with a part of a file, whose parts have names that tell their order."""
+    others = "*" if len(name["joint"]) > 1 else "?" * len(name["number"])
+    names = sorted(p.name for p in path.parent.glob(f"{glob.escape(name['whole'] + name['joint'])}{others}"))
+    by_number = sorted(names, key=lambda text: [int(n) for n in re.findall(r"\d+", text.removeprefix(name["whole"]))])
+    whole = str(path.with_name(name["whole"]))
+    parts = shlex.quote(whole + name["joint"]) + others
+    parts = parts if names == by_number else f"$(ls -v {parts})"  # 10 before 2
+    return f"is one part of a file: `cat {parts} > {shlex.quote(whole)}` joins them"
 
 
 def _other_format(head: bytes) -> str:

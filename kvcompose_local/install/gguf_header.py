@@ -6,11 +6,12 @@ allocated by it.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import struct
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -35,19 +36,28 @@ class BadHeader(ValueError):
     """The file's header contradicts itself or ends too soon; the text completes "its header ..."."""
 
 
+class Tensor(NamedTuple):
+    """Name, begin in the file, and number of rows; those of a vector are its numbers."""
+
+    name: str
+    begin: int
+    n_rows: int
+
+
 @dataclass
 class Header:
     """The header of a GGUF file.
 
     values: by key, arrays as lists; arrays of more than 4,096 elements, and texts above 16 MiB, are None. kinds: their
-    GGUF types. tensors: their names; n_bytes: more than so many the file has, if it is whole. Where the reading stopped
-    early, some values and all names are missing.
+    GGUF types. tensors: their names; places: where they lie, in the order of the file; n_bytes: more than so many the
+    file has, if it is whole. Where the reading stopped early, some values and all tensors are missing.
     """
 
     n_tensors: int
     values: dict[str, Any] = field(default_factory=dict)
     kinds: dict[str, int] = field(default_factory=dict)
     tensors: frozenset[str] = frozenset()
+    places: tuple[Tensor, ...] = ()
     n_bytes: int = 0
 
     @property
@@ -98,8 +108,12 @@ def read_header(file: BinaryIO, *, whole: bool = False) -> Header:
             return header
         header.values[key] = reader.array(kind, n)
     if whole:
-        places = dict(reader.tensor() for _ in range(n_tensors))
-        header.tensors, header.n_bytes = frozenset(places), reader.at + max(places.values(), default=-1)
+        tensors = sorted((reader.tensor() for _ in range(n_tensors)), key=lambda tensor: tensor.begin)
+        alignment = max(header.number("general.alignment") or 32, 1)
+        data = -(-reader.at // alignment) * alignment
+        header.tensors = frozenset(tensor.name for tensor in tensors)
+        header.places = tuple(tensor._replace(begin=data + tensor.begin) for tensor in tensors)
+        header.n_bytes = reader.at + (tensors[-1].begin if tensors else -1)
     return header
 
 
@@ -161,14 +175,15 @@ class _Reader:
             self._skip(n * size)
         return None
 
-    def tensor(self) -> tuple[str, int]:
-        """The name in an entry of the tensors' table, and where the tensor begins, counted from behind that."""
+    def tensor(self) -> Tensor:
+        """An entry of the tensors' table; there the tensor's begin is counted from behind the table."""
         name = self.text(_LONGEST_KEY)
         n_axes = int(_UINT32.unpack_from(*self._span(4))[0])
         if name is None or n_axes > _MOST_AXES:
             raise BadHeader("has a tensor of no possible name or shape")
-        self._skip(8 * n_axes + 4)  # sizes, type
-        return name, int(_LENGTH.unpack_from(*self._span(8))[0])
+        sizes = [self.length() for _ in range(n_axes)]
+        self._skip(4)  # type
+        return Tensor(name, self.length(), math.prod(sizes[1:] if n_axes > 1 else sizes))
 
     def _skip(self, n: int) -> None:
         if n > self._size - self.at:

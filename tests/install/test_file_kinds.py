@@ -224,6 +224,84 @@ def pair(key: bytes, kind: int, value: bytes) -> bytes:
     return struct.pack("<Q", len(key)) + key + struct.pack("<I", kind) + value
 
 
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "parts"),
+    [
+        ("x.gguf.part1of2", "x.gguf.part2of2", "x.gguf.part*"),
+        ("x.gguf-split-a", "x.gguf-split-b", "x.gguf-split-*"),
+        ("x.gguf.aa", "x.gguf.ab", "x.gguf.??"),
+        ("x.gguf.001", "x.gguf.002", "x.gguf.???"),
+    ],
+)
+def test_a_part_of_a_file_that_was_split_by_bytes(tmp_path: Path, first: str, second: str, parts: str) -> None:
+    whole = write_tiny_model(tmp_path / "whole.gguf").read_bytes()
+    half = len(whole) // 2
+    (tmp_path / first).write_bytes(whole[:half])
+    (tmp_path / second).write_bytes(whole[half:])
+    for name in (first, second):
+        joined = f"`cat {tmp_path}/{parts} > {tmp_path}/x.gguf` joins them"
+        assert told(tmp_path / name) == f"{tmp_path / name} is one part of a file: {joined}"
+    (tmp_path / first).write_bytes(whole)  # a name alone says nothing
+    check_gguf(tmp_path / first)
+
+
+def test_parts_are_joined_by_their_numbers(tmp_path: Path) -> None:
+    for i in (1, 2, 10):
+        (tmp_path / f"a b.gguf.part{i}of10").write_bytes(b"x" * 99)
+    line = told(tmp_path / "a b.gguf.part2of10")
+    assert f"`cat $(ls -v '{tmp_path}/a b.gguf.part'*) > '{tmp_path}/a b.gguf'` joins them" in line
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of some MB."""
+    return write_tiny_model(tmp_path_factory.mktemp("large") / "large.gguf", n_layers=12)
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "words"),
+    [
+        (0.5, 1, "ends in zeros, from byte "),
+        (0.9, 1, "ends in zeros, from byte "),
+        (0.3, 0.4, "holds zeros from "),
+    ],
+)
+def test_a_download_that_is_not_finished_but_has_its_size(
+    tmp_path: Path, large: Path, begin: float, end: float, words: str
+) -> None:
+    raw = bytearray(large.read_bytes())
+    first, last = int(len(raw) * begin) | 1, int(len(raw) * end)
+    raw[first:last] = bytes(last - first)
+    path = tmp_path / "m.gguf"
+    path.write_bytes(raw)
+    line = told(path)
+    assert line.startswith(f"{path} {words}")
+    assert line.endswith(", as a download does that is not finished: fetch it again")
+
+
+def test_tensors_that_are_zero_are_no_missing_part(tmp_path: Path, large: Path) -> None:
+    """A block that adds nothing, and rows of tokens that nobody uses."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(large.read_bytes())
+    reader = gguf.GGUFReader(path, "r+")
+    last = max(reader.tensors, key=lambda tensor: tensor.data_offset)
+    for tensor in reader.tensors:
+        if tensor.name.startswith(("blk.3.", "blk.4.attn_v", last.name)):
+            tensor.data[:] = 0
+        if tensor.name == "token_embd.weight":
+            tensor.data[-130:] = 0
+    reader.data.flush()
+    check_gguf(path)
+    path.write_bytes(large.read_bytes())
+    reader = gguf.GGUFReader(path, "r+")
+    reader.data[min(tensor.data_offset for tensor in reader.tensors) :] = 0
+    reader.data.flush()
+    check_gguf(path)
+
+
 def header(*pairs: bytes, n_tensors: int = 1, n_pairs: int | None = None, more: bytes = bytes(4096)) -> bytes:
     return (
         b"GGUF" + struct.pack("<IQQ", 3, n_tensors, len(pairs) if n_pairs is None else n_pairs) + b"".join(pairs) + more
