@@ -31,6 +31,7 @@ from kvcompose_local.engines.base import LlamaEngine
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.install import models
 from kvcompose_local.install.model_files import check_gguf
+from kvcompose_local.install.paths import path_in
 from kvcompose_local.interfaces import CacheLayout, Progress
 from kvcompose_local.llama_ffi.devices import layers_to_offload
 from kvcompose_local.llama_ffi.model import Model
@@ -42,7 +43,7 @@ def template_of(wanted: str, names: Sequence[str]) -> str:
     if wanted in names:
         return wanted
     try:
-        path = Path(wanted).expanduser()
+        path = path_in(wanted)
         is_there = path.exists()
     except (OSError, RuntimeError, ValueError):  # a name that is too long, a user that is unknown
         is_there = False

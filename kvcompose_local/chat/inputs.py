@@ -8,7 +8,6 @@ from __future__ import annotations
 import codecs
 import io
 import os
-import re
 import shlex
 import stat
 import sys
@@ -18,9 +17,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kvcompose_local.errors import InvalidInput
+from kvcompose_local.install.paths import path_in, paths_in
 
 STDIN = Path("-")
-_FILE_URL = re.compile("file:(?://([^/]*))?(/.*)", re.IGNORECASE)
 #: More than models of ten million positions read.
 MOST_BYTES = 64 << 20
 _BOMS = (  # UTF-32's little-endian mark begins as UTF-16's does
@@ -92,7 +91,7 @@ def read_all(paths: Sequence[Path]) -> tuple[list[tuple[str, str]], list[str]]:
     All are looked at before the first of them is fed to a model, which takes minutes. Raises InvalidInput, in one line,
     for what cannot be read as text, and where no file holds any.
     """
-    paths = [path if path == STDIN or _exists(path) else _path_of(str(path)) for path in paths]
+    paths = [path if path == STDIN else path_in(str(path)) for path in paths]
     texts = [(_called(path), read(path)) for path in paths]
     empty = [name for name, text in texts if not text.strip()]
     if empty and len(empty) == len(texts):
@@ -177,22 +176,6 @@ def text_of(raw: bytes, path: Path, *, line: int = 0) -> str:
     return text.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n")
 
 
-def paths_in(argument: str) -> list[Path]:
-    """The files that a line names as typed, or as terminals paste what is dropped on them.
-
-    One name as it is, or words as a shell reads them (quotes, backslashes) and ``file://`` URLs.
-    """
-    whole = _path_of(argument)
-    if _exists(whole):
-        return [whole]
-    try:
-        words = shlex.split(argument)
-    except ValueError:  # an apostrophe in a name
-        return [whole]
-    paths = [_path_of(word) for word in words]
-    return paths if len(paths) == 1 or any(map(_exists, paths)) else [whole]
-
-
 def session_in(argument: str) -> str:
     """The name of a session, or the path of one that was dropped."""
     paths = paths_in(argument)
@@ -205,23 +188,6 @@ def dropped_files(line: str) -> list[Path]:
         return []
     paths = paths_in(line.strip())
     return paths if paths and all("/" in str(path) and _is_file(path) for path in paths) else []
-
-
-def _path_of(word: str) -> Path:
-    if url := _FILE_URL.fullmatch(word):
-        host, path = url.groups()
-        if (host or "").lower() in ("", "localhost", os.uname().nodename.lower()):
-            from urllib.parse import unquote
-
-            return Path(unquote(path))
-    return Path(os.path.expanduser(word))  # which leaves the name of no user as it is
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return os.path.exists(path)
-    except ValueError:
-        return False
 
 
 def _is_file(path: Path) -> bool:

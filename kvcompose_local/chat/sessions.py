@@ -43,6 +43,7 @@ from kvcompose_local.composing.scorer import Scorer
 from kvcompose_local.errors import InvalidInput, KVComposeError, NoHome, SessionError
 from kvcompose_local.install.files import own_folder, part_of
 from kvcompose_local.install.model_files import OpenFiles, model_digest
+from kvcompose_local.install.paths import path_in
 from kvcompose_local.install.pin import read_pin
 from kvcompose_local.install.resources import data_file, state_folder
 from kvcompose_local.interfaces import CacheSnapshot, Lazy, ModelShape, Progress
@@ -137,7 +138,7 @@ def path_of(name: str) -> Path:
 
     Raises InvalidInput for an impossible name, NoHome for a plain name where there is no such folder.
     """
-    path = Path(os.path.expanduser(name))
+    path = path_in(name)
     try:
         os.lstat(path)
     except (ValueError, OSError) as error:

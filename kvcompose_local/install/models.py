@@ -22,6 +22,7 @@ from kvcompose_local.arena import DEFAULT_CTX, VALUE_TYPES
 from kvcompose_local.errors import DownloadError, ModelError, NoHome
 from kvcompose_local.install.files import ByteProgress, cache_errors, is_disk_full, sha256_at
 from kvcompose_local.install.model_files import check_gguf, first_of
+from kvcompose_local.install.paths import path_in
 from kvcompose_local.install.resources import cache_folder, data_file
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -197,6 +198,8 @@ def find(name: str) -> ModelEntry:
 def resolve(model: str | None, *, pull: bool, progress: ByteProgress | None = None) -> Path:
     """The file of a path or a catalogue name; None is the default model. A missing one is fetched when ``pull``."""
     name = DEFAULT_MODEL if model is None else model
+    if (path := path_in(name)) != Path(name):
+        name = str(path)
     if os.path.isfile(name) or os.sep in name or name.endswith(".gguf"):
         return first_of(Path(name))
     if os.path.exists(name) and name not in load_catalogue():  # a folder of a model's name does not hide the model

@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from kvcompose_local.chat import inputs
+from kvcompose_local.api import template_of
+from kvcompose_local.chat import inputs, sessions
 from kvcompose_local.chat.inputs import dropped_files, paths_in, read, read_all, text_of
 from kvcompose_local.errors import InvalidInput
+from kvcompose_local.install import models
 
 TEXT = "The code is 42, in the café.\nIt is 港 and 😀.\n"
 CHINESE = "港口办公室九点开门。请带上您的文件，谢谢！\n" * 3
@@ -252,6 +254,15 @@ def test_paths_that_no_shell_has_read(folder: Path) -> None:
         assert read_all([Path(given)]) == ([(f"{folder}/my notes.txt", "text")], [])
 
 
+def test_models_sessions_and_templates_are_dropped_as_well(folder: Path) -> None:
+    name = f"{folder}/my notes.txt"
+    for given in (f"file://{folder}/my%20notes.txt", f"'{name}'", f'"{name}"', "~/my notes.txt", name):
+        assert str(models.resolve(given, pull=False)) == name
+        assert str(sessions.path_of(given)) == name
+        assert template_of(given, []) == "text"
+        assert read_all([Path(given)]) == ([(name, "text")], [])
+
+
 def test_dropped_sessions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     for given in (f"{folder}/my\\ notes.txt", f"'{folder}/my notes.txt'", f"file://{folder}/my%20notes.txt"):
@@ -276,4 +287,5 @@ def test_what_is_no_dropped_path(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert dropped_files(f"{folder}/a.txt\0") == []
     assert paths_in("no such file.txt") == [Path("no such file.txt")]
     assert paths_in("a.txt none.txt") == [Path("a.txt"), Path("none.txt")], "which one is missing is told"
+    assert paths_in("C:\\Users\\x\\notes.txt") == [Path("C:\\Users\\x\\notes.txt")], "no shell's backslashes"
     assert paths_in("file://elsewhere/a.txt") == [Path("file://elsewhere/a.txt")]
