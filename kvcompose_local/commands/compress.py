@@ -50,6 +50,10 @@ def compress_command(model: str, file: str, output: str, keep: float, options: C
     options.check()
     if options.budget == 1:
         raise click.BadParameter("a budget of 1 never compresses", param_hint="--budget")
+    if output == "-":
+        raise InvalidInput(
+            "a session cannot be written to standard output: give -o a name or a file, such as notes.kvc"
+        )
     path = sessions.path_of(output)
     sessions.check_writable(path)
     if path.is_file() and path.stat().st_size:

@@ -62,7 +62,7 @@ def profile_command(
     from kvcompose_local.errors import InvalidInput
     from kvcompose_local.evaluation.harness import engine_beside, room_for
     from kvcompose_local.evaluation.tasks import TASKS
-    from kvcompose_local.install.files import check_folders
+    from kvcompose_local.install.files import check_cache, check_folders
     from kvcompose_local.install.model_files import model_digest
     from kvcompose_local.install.threads import default_threads
     from kvcompose_local.profiling import measure
@@ -70,6 +70,7 @@ def profile_command(
     if set(tasks) - set(TASKS):
         raise InvalidInput(f"the tasks are {', '.join(TASKS)}")
     check_folders(output, folder=left_out)
+    check_cache("profiles")  # what is measured stands there until all is done, even where -o names another
     own_texts = [text for _, text in inputs.read_all(files)[0]]
     status = Status(sys.stderr)
     path = fetched(model, status)

@@ -70,6 +70,8 @@ _OTHERS = (
 )
 #: Numbers that every language model's header tells, and the largest that llama.cpp can hold.
 _NEEDED = {"context_length": ("context length", (1 << 31) - 1), "block_count": ("number of layers", 512)}
+#: The names of llama.cpp's ways to scale RoPE.
+_ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 #: llama.cpp's numbers of how embeddings are pooled: none, and the score of a reranker.
 _NO_POOLING, _RANK = 0, 4
 
@@ -181,7 +183,27 @@ def _other_kind(header: Header) -> str | None:
         if number is None or not 0 < number <= most:
             told = f"no {what}" if number is None else f"a {what} of {number}"
             return f"is no language model or damaged, its header tells {told} ({key}): take another conversion"
+    return _impossible(header)
+
+
+def _impossible(header: Header) -> str | None:
+    """What of a language model's header llama.cpp asserts, and would end the process by."""
+    scaling = header.values.get(f"{header.architecture}.rope.scaling.type")
+    if isinstance(scaling, str) and scaling not in _ROPE_SCALINGS:
+        told = f"scales RoPE by {scaling[:40]!r}, and llama.cpp by {', '.join(_ROPE_SCALINGS)}"
+        return f"{told}: take another conversion"
+    heads, kv_heads = (_by_layer(header, f"attention.head_count{of}") for of in ("", "_kv"))
+    for n, n_kv in zip(heads, kv_heads, strict=False):
+        if n > 0 and n_kv > 0 and n % n_kv:
+            return f"is damaged, its header tells {n} query heads for {n_kv} KV heads: take another conversion"
     return None
+
+
+def _by_layer(header: Header, name: str) -> list[int]:
+    """A number of each layer, which a header tells once if all layers have the same."""
+    key = f"{header.architecture}.{name}"
+    number = header.number(key)
+    return header.array(key, int) if number is None else [number] * (header.number("{arch}.block_count") or 0)
 
 
 def _article(noun: str) -> str:

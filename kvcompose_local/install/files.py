@@ -6,13 +6,14 @@ import errno
 import glob
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from kvcompose_local.errors import DownloadError, InvalidInput, KVComposeError, SessionError
-from kvcompose_local.install.resources import CACHE_VARIABLE
+from kvcompose_local.install.resources import CACHE_VARIABLE, cache_folder
 
 #: Called with (bytes done, bytes in all, 0 where unknown). May raise to stop; what was fetched stays.
 ByteProgress = Callable[[int, int], None]
@@ -27,6 +28,15 @@ def check_folders(*files: Path | None, folder: Path | None = None) -> None:
         parent = path.resolve().parent
         if not os.access(parent, os.W_OK):
             raise InvalidInput(f"cannot write to {parent}: make the folder, or give another path")
+
+
+def check_cache(name: str) -> None:
+    """Raises SessionError where nothing can be written into that folder of the cache: before minutes of work."""
+    folder = cache_folder() / name
+    with cache_errors(folder, SessionError):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
 
 
 @contextmanager

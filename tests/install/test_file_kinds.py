@@ -224,6 +224,32 @@ def pair(key: bytes, kind: int, value: bytes) -> bytes:
     return struct.pack("<Q", len(key)) + key + struct.pack("<I", kind) + value
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (
+            {"llama.rope.scaling.type": "dynamic"},
+            "scales RoPE by 'dynamic', and llama.cpp by none, linear, yarn, longrope",
+        ),
+        ({"llama.attention.head_count": 4, "llama.attention.head_count_kv": 3}, "4 query heads for 3 KV heads"),
+        ({"llama.attention.head_count": 4, "llama.attention.head_count_kv": [2, 3]}, "4 query heads for 3 KV heads"),
+        (
+            {"llama.attention.head_count": [4, 9], "llama.attention.head_count_kv": [0, 2]},
+            "9 query heads for 2 KV heads",
+        ),
+        ({"llama.attention.head_count": [4, 0], "llama.attention.head_count_kv": [2, 3]}, ""),
+        ({"llama.rope.scaling.type": "yarn", "llama.attention.head_count": 4}, ""),
+    ],
+)
+def test_what_llama_cpp_asserts_of_a_header(tmp_path: Path, values: dict[str, Any], words: str) -> None:
+    path = mini(tmp_path / "m.gguf", "llama", {"llama.context_length": 64, "llama.block_count": 2, **values})
+    if not words:
+        check_gguf(path)
+        return
+    assert words in told(path)
+    assert told(path).endswith(": take another conversion")
+
+
 # -- parts ------------------------------------------------------------------------------------------------------------
 
 
