@@ -16,8 +16,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from kvcompose_local.chat.encodings import EBCDIC, guesses, seven_bit
 from kvcompose_local.errors import InvalidInput
-from kvcompose_local.install.paths import path_in, paths_in
+from kvcompose_local.install.paths import path_in
+from kvcompose_local.install.paths import paths_in as paths_in
 
 STDIN = Path("-")
 #: More than models of ten million positions read.
@@ -81,8 +83,6 @@ _ZIPPED = (
     ("META-INF/container.xml", "an e-book (EPUB)", _PANDOC),
     ("content.xml", "an OpenDocument file", _PANDOC),
 )
-#: Encodings of texts in which every other byte is beyond ASCII.
-_DENSE = ("GB18030", "SHIFT_JIS", "EUC-JP", "EUC-KR", "BIG5", "WINDOWS-1251")
 
 
 def read_all(paths: Sequence[Path]) -> tuple[list[tuple[str, str]], list[str]]:
@@ -163,6 +163,8 @@ def text_of(raw: bytes, path: Path, *, line: int = 0) -> str:
             raise InvalidInput(_told(path, f"{kind[0]}, not text", kind[1]))
         if b"\0" in raw:
             raise InvalidInput(_with_nul(raw, path))
+        if name := seven_bit(raw):
+            raise InvalidInput(_told(path, f"{name} text", f"{_ICONV.format(name)} converts it"))
     try:
         text = raw[len(bom) :].decode(encoding or "utf-8")
     except UnicodeDecodeError as error:
@@ -278,13 +280,13 @@ def _conversion(raw: bytes, path: Path) -> str:
     n_high = sum(byte > 127 for byte in raw[: 1 << 16])
     n_control = sum(byte < 32 and byte not in b"\t\n\r\f\x1b\x08" for byte in raw[: 1 << 16])
     part = raw[: 1 << 16]
-    if n_control * 50 > len(part):
+    found = guesses(raw)
+    if n_control * 50 > len(part) and found[:1] != [EBCDIC]:  # whose line ends are control characters
         return "it is a binary file"
     valid = part.decode("utf-8", "ignore")
     n_lost = len(part) - len(valid.encode())
     if n_lost * 20 < n_high or _is_cut(raw):
         return _command("`iconv -c -f UTF-8 -t UTF-8 {file} > {out}` leaves out what is broken", path)
-    fits = [name for name in _DENSE if _reads_well(part, name)] if n_high * 3 > len(part) else []
-    encoding = fits[0] if fits else "WINDOWS-1252"
-    others = f" (or from {', '.join(fits[1:])})" if fits[1:] else ""
-    return _command(f"{_ICONV.format(encoding)} may convert it{others}", path)
+    encoding, *others = found or ["WINDOWS-1252"]
+    other = f" (or from {others[0]})" if others else ""
+    return _command(f"{_ICONV.format(encoding)} may convert it{other}", path)
