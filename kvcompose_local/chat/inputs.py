@@ -6,8 +6,10 @@ The result has no byte order mark and no NUL, and its lines end with a newline.
 from __future__ import annotations
 
 import codecs
+import glob
 import io
 import os
+import re
 import shlex
 import stat
 import sys
@@ -18,10 +20,11 @@ from typing import BinaryIO
 
 from kvcompose_local.chat.encodings import EBCDIC, guesses, seven_bit
 from kvcompose_local.errors import InvalidInput
-from kvcompose_local.install.paths import path_in
+from kvcompose_local.install.paths import exists, path_in
 from kvcompose_local.install.paths import paths_in as paths_in
 
 STDIN = Path("-")
+_WEB = re.compile("(https?):/+(.*)", re.IGNORECASE)
 #: More than models of ten million positions read.
 MOST_BYTES = 64 << 20
 _BOMS = (  # UTF-32's little-endian mark begins as UTF-16's does
@@ -91,12 +94,33 @@ def read_all(paths: Sequence[Path]) -> tuple[list[tuple[str, str]], list[str]]:
     All are looked at before the first of them is fed to a model, which takes minutes. Raises InvalidInput, in one line,
     for what cannot be read as text, and where no file holds any.
     """
-    paths = [path if path == STDIN else path_in(str(path)) for path in paths]
+    paths = [found for path in paths for found in _files_of(path)]
     texts = [(_called(path), read(path)) for path in paths]
     empty = [name for name, text in texts if not text.strip()]
     if empty and len(empty) == len(texts):
         raise InvalidInput(f"there is no text to read in {', '.join(dict.fromkeys(empty))}")
     return [(name, text) for name, text in texts if text.strip()], empty
+
+
+def _files_of(path: Path) -> list[Path]:
+    """The files that a path stands for: itself, or what its wildcards match, in order. Raises InvalidInput."""
+    if path == STDIN:
+        return [path]
+    path = path_in(str(path))
+    if url := _WEB.fullmatch(str(path)):  # of which a path keeps one slash
+        raise InvalidInput(f"{url[1]}://{url[2]} is a web page, and none is fetched: save its text, and read that file")
+    if exists(path) or not glob.has_magic(str(path)):
+        return [path]
+    found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(name)]
+    if not found:
+        raise InvalidInput(f"no file matches {path}")
+    return found
+
+
+def told_stopped(name: str, n_unread: int, *, are_more: bool) -> str:
+    """What to say of a text whose reading was stopped."""
+    more = "; the files after it are not read" if are_more else ""
+    return f"stopped; the other {n_unread} tokens of {name} are read before your next message, /undo drops it{more}"
 
 
 def read(path: Path) -> str:
@@ -108,6 +132,8 @@ def read(path: Path) -> str:
             mode = os.stat(path).st_mode
             if stat.S_ISBLK(mode) or (stat.S_ISCHR(mode) and not os.path.samefile(path, os.devnull)):
                 raise InvalidInput(f"{path} is a device, not a file: -f - reads standard input")
+            if stat.S_ISDIR(mode):
+                raise InvalidInput(f"{path} is a folder: {shlex.quote(str(path / '*.txt'))} names its text files")
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 raw = b"" if size > MOST_BYTES else file.read(MOST_BYTES + 1)
@@ -116,6 +142,8 @@ def read(path: Path) -> str:
                         f"{path} is too large: {max(size, len(raw)) >> 20} MiB, and no model reads more than "
                         f"{MOST_BYTES >> 20} MiB"
                     )
+    except InvalidInput:
+        raise
     except (OSError, ValueError) as error:  # ValueError: no path holds a NUL
         raise InvalidInput(f"cannot read {_called(path)}: {getattr(error, 'strerror', None) or error}") from error
     if len(raw) > MOST_BYTES:
@@ -181,7 +209,7 @@ def text_of(raw: bytes, path: Path, *, line: int = 0) -> str:
 def session_in(argument: str) -> str:
     """The name of a session, or the path of one that was dropped."""
     paths = paths_in(argument)
-    return str(paths[0]) if len(paths) == 1 and _is_file(paths[0]) else argument
+    return str(paths[0]) if len(paths) == 1 and is_file(paths[0]) else argument
 
 
 def dropped_files(line: str) -> list[Path]:
@@ -189,10 +217,11 @@ def dropped_files(line: str) -> list[Path]:
     if "\n" in line or not line.lower().startswith(("/", "~", "./", "../", "file://", "'", '"')):
         return []
     paths = paths_in(line.strip())
-    return paths if paths and all("/" in str(path) and _is_file(path) for path in paths) else []
+    return paths if paths and all("/" in str(path) and is_file(path) for path in paths) else []
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path | str) -> bool:
+    """Whether a file is there; False for what cannot be a path."""
     try:
         return os.path.isfile(path)
     except ValueError:

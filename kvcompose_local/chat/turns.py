@@ -69,6 +69,11 @@ class Chat:
         return self.transcript.messages
 
     @property
+    def n_answers(self) -> int:
+        """Answers among the messages."""
+        return sum(message["role"] == "assistant" for message in self.messages)
+
+    @property
     def unread_tokens(self) -> int:
         """Tokens that an interrupt left to be read before the next message."""
         return len(self.transcript.tokens) - self.memory.position

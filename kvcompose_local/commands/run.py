@@ -6,17 +6,16 @@ import importlib
 import io
 import json
 import os
+import select
 import shlex
 import stat
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import click
-from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from kvcompose_local.arena import CACHE_TYPES
@@ -24,6 +23,7 @@ from kvcompose_local.chat import inputs
 from kvcompose_local.chat_options import SCORINGS, ChatOptions, Sampling
 from kvcompose_local.commands.opening import begin_loading, fetched, open_chat
 from kvcompose_local.commands.options import Real, gathered, gpu_layers_option, model_argument, threads_option
+from kvcompose_local.commands.session import Session, found_session
 from kvcompose_local.errors import KVComposeError, Stopped
 from kvcompose_local.interrupts import Interrupts
 from kvcompose_local.terminal.status import Status
@@ -31,9 +31,11 @@ from kvcompose_local.terminal.status import Status
 if TYPE_CHECKING:
     from kvcompose_local.api import LocalChat
     from kvcompose_local.chat import Chat
-    from kvcompose_local.chat.sessions import Manifest
     from kvcompose_local.terminal.answers import Answers
     from kvcompose_local.terminal.autosave import Autosave
+
+#: How long -p waits for a pipe whose writer says nothing. The model is loaded meanwhile.
+PIPE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class RunRequest:
     session: str | None
     no_autosave: bool
     as_json: bool
+    goes_on: bool = False
+    system_file: Path | None = None
 
     @property
     def is_interactive(self) -> bool:
@@ -64,6 +68,8 @@ class RunRequest:
             raise click.UsageError("--pin goes with -f: it keeps the texts read first")
         if not self.prompt and Path("-") in self.files:
             raise click.UsageError("-f - reads standard input: ask with -p")
+        if self.goes_on and self.session is not None:
+            raise click.UsageError("--continue goes on from the last chat, and --session names another")
         if self.as_json and self.is_interactive:
             raise click.UsageError("--json goes with -p or with piped input")
 
@@ -93,6 +99,7 @@ def complete_session(_context: click.Context, _parameter: click.Parameter, begun
 )
 @click.option("--pin", is_flag=True, help="Keep every token of the -f texts when the cache is compressed.")
 @click.option("--system", help="System prompt.  [default: what models.txt or the model's template says]")
+@click.option("--system-file", type=click.Path(path_type=Path), help="File that holds the system prompt.")
 @click.option(
     "--template",
     metavar="NAME|FILE",
@@ -143,6 +150,7 @@ def complete_session(_context: click.Context, _parameter: click.Parameter, begun
     shell_complete=complete_session,
     help="Go on from this session, and save the chat to it at the end. What has a dot or a slash is a path.",
 )
+@click.option("--continue", "goes_on", is_flag=True, help="Go on from the last chat: --session last.")
 @click.option("--no-autosave", is_flag=True, help="Leave without saving.")
 @click.option("--json", "as_json", is_flag=True, help="With -p or piped input: one JSON object on stdout.")
 @click.pass_context
@@ -154,10 +162,11 @@ def run_command(context: click.Context, model: str | None, options: ChatOptions,
     to stderr. In the REPL /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.
 
     A session brings its own MODEL, --budget, --ctx and --cache-type, where they are not given. Without --session the
-    REPL saves the chat as the session "last".
+    REPL saves the chat as the session "last", and the chat before it under the day of that.
     """
     options.check()
     request.check()
+    request = replace(request, session="last") if request.goes_on else request
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # nothing here uses them, and they spin while a model loads
     is_alone = request.session is None and not options.workers
     load = begin_loading(context, model, options) if is_alone else None
@@ -166,8 +175,10 @@ def run_command(context: click.Context, model: str | None, options: ChatOptions,
             importlib.import_module(name)
     interrupts = Interrupts()
     status = Status(sys.stderr, should_stop=interrupts)
+    options = replace(options, system=read_system(request, options, status))
     documents = read_documents(request, status)
-    session = Session.named(request.session)
+    # One that is never written must be there.
+    session = found_session(request.session, status, must_exist=request.no_autosave or request.goes_on)
     model, options = session.over(context, model, options)
     autosaves = can_autosave(request, session, status)
     path = fetched(model, status)
@@ -176,75 +187,46 @@ def run_command(context: click.Context, model: str | None, options: ChatOptions,
         autosave = autosaving(local, request, session, autosaves, interrupts, status)
         if session.manifest is not None:
             resume(local, options, autosave, status)
-        with interrupts.caught():
-            feed(local, documents, request, autosave, status)
-        if request.is_interactive:
-            talk(local, request, autosave, interrupts, status)
-        else:
-            answer_lines(local, request, autosave, interrupts, status)
+        n_before = local.chat.n_answers
+        with interrupts.leaving_in_order():
+            with interrupts.caught():
+                feed(local, documents, request, autosave, interrupts, status)
+            if request.is_interactive:
+                talk(local, request, autosave, interrupts, status)
+            else:
+                answer_lines(local, request, autosave, interrupts, status, is_fed=bool(documents))
         if interrupts.leaving:
             context.exit(128 + interrupts.leaving)
         if request.as_json:
-            print_result(local.chat, hides_thinking=request.hide_thinking)
+            print_result(local.chat, since=n_before, hides_thinking=request.hide_thinking)
+
+
+def read_system(request: RunRequest, options: ChatOptions, status: Status) -> str | None:
+    """The system prompt that the options give, None for the model's own. Raises InvalidInput."""
+    if request.system_file is None:
+        if options.system and inputs.is_file(options.system.removeprefix("@")):
+            name = shlex.quote(options.system.removeprefix("@"))
+            status.line(f"--system takes the text itself: --system-file {name} reads the file")
+        return options.system
+    if options.system is not None:
+        raise click.UsageError("--system and --system-file are two system prompts: give one")
+    return inputs.read(request.system_file).strip()
 
 
 def read_documents(request: RunRequest, status: Status) -> list[tuple[str, str]]:
-    """(name, text) of the files to read first, before a model is opened. Raises InvalidInput."""
+    """(name, text) of the texts to read first, before a model is opened: files, and what is piped in beside -p.
+
+    Raises InvalidInput.
+    """
     documents, empty = inputs.read_all(request.files)
     for name in empty:
         status.line(f"{name} holds no text: it is left out")
     if request.prompt and Path("-") not in request.files and is_fed(sys.stdin):
-        status.line("what is piped in is not read beside -p: -f - reads it as a text")
+        text = inputs.read(inputs.STDIN)
+        if text.strip():
+            status.line("what is piped in is read as a text, as by -f -")
+            documents.append(("standard input", text))
     return documents
-
-
-@dataclass(frozen=True)
-class Session:
-    """The session that ``--session`` names.
-
-    version: of the file when it was looked at first; manifest: None where there is no such file yet.
-    """
-
-    name: str | None
-    path: Path | None = None
-    version: tuple[int, ...] = ()
-    manifest: Manifest | None = None
-
-    @classmethod
-    def named(cls, name: str | None) -> Session:
-        """Look at it. Raises SessionError for a file that is no session."""
-        from kvcompose_local.chat import sessions
-
-        if name is None:
-            return cls(None)
-        path = sessions.path_of(name)
-        version = sessions.version_of(path)
-        return cls(name, path, version, sessions.read_manifest(path) if path.exists() else None)
-
-    def over(self, context: click.Context, model: str | None, options: ChatOptions) -> tuple[str | None, ChatOptions]:
-        """The model and the options; where the user chose nothing, the session's own."""
-        from kvcompose_local.chat import sessions
-
-        saved = self.manifest
-        if saved is None:
-            return model, options
-        chosen = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
-        options = replace(
-            options,
-            budget=options.budget if "budget" in chosen else saved.budget,
-            cache_type=options.cache_type if "cache_type" in chosen else saved.cache_type,
-            n_ctx=options.n_ctx or saved.n_ctx,
-        )
-        return sessions.model_of(saved) if model is None else model, options
-
-    def check_model(self, path: Path, options: ChatOptions, interrupts: Interrupts, status: Status) -> None:
-        """Raises SessionError where the session belongs to another model."""
-        from kvcompose_local.chat import sessions
-
-        if self.manifest is not None:
-            setup = sessions.Setup(path, options.cache_type or self.manifest.cache_type, options.budget)
-            with interrupts.caught():
-                sessions.check_model(self.manifest, setup, status.checking)
 
 
 def can_autosave(request: RunRequest, session: Session, status: Status) -> bool:
@@ -291,26 +273,36 @@ def resume(local: LocalChat, options: ChatOptions, autosave: Autosave, status: S
     loaded = autosave.resume()
     local.use_template(options.template)  # over the session's own
     if options.system is not None and (options.system or None) != (local.chat.system or None):
-        raise KVComposeError("the session has a system prompt of its own: in the chat, /system sets another")
+        raise KVComposeError(
+            "the session has a system prompt of its own: leave --system out, give a --session that is new, or set "
+            "another in the chat with /system"
+        )
     status.line(loaded)
 
 
 def feed(
-    local: LocalChat, documents: Sequence[tuple[str, str]], request: RunRequest, autosave: Autosave, status: Status
+    local: LocalChat,
+    documents: Sequence[tuple[str, str]],
+    request: RunRequest,
+    autosave: Autosave,
+    interrupts: Interrupts,
+    status: Status,
 ) -> None:
     """Let the chat read the documents. Raises PositionsFull, before the first is read, where they do not all fit."""
     from kvcompose_local.terminal.answers import check_room
 
     check_room(local.chat, documents)
     for i, (name, text) in enumerate(documents):
+        if interrupts.leaving:
+            return
         stats = local.chat.read(text, pin=request.pin and local.memory.compose)
-        if stats.stopped and not request.is_interactive:
+        if not stats.stopped or interrupts.leaving:  # then the chat is saved as it is
+            continue
+        if not request.is_interactive:
             autosave.at_the_end()
             raise Stopped(f"stopped while reading {name}")
-        if stats.stopped:
-            unread = f"the other {local.chat.unread_tokens} tokens of {name} are read before your next message"
-            status.line(f"stopped; {unread}{', the files after it are not' if i + 1 < len(documents) else ''}")
-            return
+        status.line(inputs.told_stopped(name, local.chat.unread_tokens, are_more=i + 1 < len(documents)))
+        return
 
 
 def talk(local: LocalChat, request: RunRequest, autosave: Autosave, interrupts: Interrupts, status: Status) -> None:
@@ -341,11 +333,15 @@ def talk(local: LocalChat, request: RunRequest, autosave: Autosave, interrupts: 
         edit=edit,
         at_temperature=local.at_temperature,
     )
-    with interrupts.leaving_in_order():
-        try:
-            Repl(commands, partial(edit, "")).run()
-        finally:  # a terminal that is gone ends it by an error
-            autosave.at_the_end()
+
+    def read_line() -> str | None:
+        autosave.keep()
+        return edit("")
+
+    try:
+        Repl(commands, read_line).run()
+    finally:  # a terminal that is gone ends it by an error
+        autosave.at_the_end()
 
 
 def greet(local: LocalChat, status: Status) -> None:
@@ -368,9 +364,18 @@ def greet(local: LocalChat, status: Status) -> None:
 
 
 def answer_lines(
-    local: LocalChat, request: RunRequest, autosave: Autosave, interrupts: Interrupts, status: Status
+    local: LocalChat,
+    request: RunRequest,
+    autosave: Autosave,
+    interrupts: Interrupts,
+    status: Status,
+    *,
+    is_fed: bool,
 ) -> None:
-    """Answer -p, or each line of standard input. Raises KVComposeError at the first that fails; the chat is saved."""
+    """Answer -p, or each line of standard input. Raises KVComposeError at the first that fails; the chat is saved.
+
+    is_fed: whether a text was read before.
+    """
     from kvcompose_local.terminal.answers import Answers
 
     answers = Answers(
@@ -382,24 +387,27 @@ def answer_lines(
     )
     lines = iter(request.prompt) if request.prompt else inputs.lines()
     n_answered = n_taken = 0
-    with interrupts.leaving_in_order():
-        try:
-            while (line := awaited(lines, interrupts)) is not None:
-                n_taken += 1
-                if line.strip():
-                    if n_answered == 1 and not request.prompt:
-                        status.line("each line is a question of its own; -f - reads what is piped in as one text")
-                    answer(line, answers, interrupts)
-                    n_answered += 1
-        except KVComposeError:
-            if not interrupts.leaving:
-                if (n_left := len(request.prompt) - n_taken) > 0:
-                    status.line(f"-p: the {n_left} after this one are not asked")
-                if request.as_json and any(message["role"] == "assistant" for message in local.chat.messages):
-                    print_result(local.chat, hides_thinking=request.hide_thinking)
-                raise
-        finally:  # one line that fails does not take the others with it
-            autosave.at_the_end()
+    n_before = local.chat.n_answers
+    try:
+        while (line := awaited(lines, interrupts)) is not None:
+            n_taken += 1
+            if line.strip():
+                if n_answered == 1 and not request.prompt:
+                    status.line("each line is a question of its own; -f - reads what is piped in as one text")
+                answer(line, answers, interrupts)
+                n_answered += 1
+                autosave.keep()
+        if not n_answered and not is_fed:
+            status.line("nothing is asked: standard input is empty, and there is no -p")
+    except KVComposeError:
+        if not interrupts.leaving:
+            if (n_left := len(request.prompt) - n_taken) > 0:
+                status.line(f"-p: the {n_left} after this one are not asked")
+            if request.as_json and local.chat.n_answers > n_before:
+                print_result(local.chat, since=n_before, hides_thinking=request.hide_thinking)
+            raise
+    finally:  # one line that fails does not take the others with it
+        autosave.at_the_end()
 
 
 def answer(line: str, answers: Answers, interrupts: Interrupts) -> None:
@@ -411,24 +419,26 @@ def answer(line: str, answers: Answers, interrupts: Interrupts) -> None:
     answers.explain_end(stats)
 
 
-def print_result(chat: Chat, *, hides_thinking: bool) -> None:
-    """Print the JSON object of ``--json``."""
+def print_result(chat: Chat, *, since: int, hides_thinking: bool) -> None:
+    """Print the JSON object of ``--json``; since: the answers that the session held before."""
     from kvcompose_local.terminal.figures import result
 
-    click.echo(json.dumps(result(chat, hides_thinking=hides_thinking), ensure_ascii=False))
+    click.echo(json.dumps(result(chat, since=since, hides_thinking=hides_thinking), ensure_ascii=False))
 
 
 def is_fed(stream: TextIO) -> bool:
-    """Whether standard input holds something by now; many programs start others with an empty pipe."""
-    try:
-        import fcntl  # not on Windows
-        import termios
+    """Whether standard input holds something, which a program before the pipe may take a moment to write.
 
+    Many programs start others with a pipe that stays empty and open.
+    """
+    try:
         handle = stream.fileno()
         mode = os.fstat(handle).st_mode
-        is_file = stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
-        return is_file and any(fcntl.ioctl(handle, termios.FIONREAD, bytes(4)))  # what is left to read
-    except (ImportError, OSError, ValueError, AttributeError):
+        if stat.S_ISREG(mode):  # a shell's `read` may have taken some, or all
+            return os.lseek(handle, 0, os.SEEK_CUR) < os.fstat(handle).st_size
+        is_pipe = stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+        return is_pipe and bool(select.select([handle], [], [], PIPE_SECONDS)[0])
+    except (OSError, ValueError, AttributeError):  # ValueError: it is closed
         return False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shlex
@@ -21,7 +22,7 @@ def path_in(argument: str) -> Path:
 def paths_in(argument: str) -> list[Path]:
     """The files that a line names as typed, or as terminals paste what is dropped on them.
 
-    One name as it is, or words as a shell reads them (quotes, backslashes) and ``file://`` URLs.
+    One name as it is, or words as a shell reads them (quotes, backslashes), ``file://`` URLs and wildcards.
     """
     whole = plain_path(argument)
     if exists(whole) or _WINDOWS.match(argument):
@@ -31,7 +32,7 @@ def paths_in(argument: str) -> list[Path]:
     except ValueError:  # an apostrophe in a name
         return [whole]
     paths = [plain_path(word) for word in words]
-    return paths if len(paths) == 1 or any(map(exists, paths)) else [whole]
+    return paths if len(paths) == 1 or any(exists(path) or glob.has_magic(str(path)) for path in paths) else [whole]
 
 
 def plain_path(word: str) -> Path:

@@ -6,13 +6,13 @@ import contextlib
 import os
 import shlex
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvcompose_local.chat import sessions
+from kvcompose_local.chat import drafts, sessions
+from kvcompose_local.chat.drafts import alone
 from kvcompose_local.errors import InvalidInput, KVComposeError, NoHome, SessionError
-from kvcompose_local.install.files import own_folder
+from kvcompose_local.install.files import disk_errors
 from kvcompose_local.terminal.figures import MIB
 
 if TYPE_CHECKING:
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 class Autosave:
-    """Saves and loads one chat: on ``/save`` and ``/load``, and unasked at its end.
+    """Saves and loads one chat: on ``/save`` and ``/load``, and unasked at its end, with drafts after each turn.
 
-    session: what ``--session`` named. None saves the chat as :data:`sessions.LAST` in the end, in place of an earlier
-    chat, and a failure to do so does not fail the program. version: of the session's file when it was looked at first;
-    is_on: False saves nothing unasked.
+    session: what ``--session`` named; a name that the chat is saved to or loaded from takes its place. None saves the
+    chat as :data:`sessions.LAST` in the end, where an earlier chat makes room for it, and a failure to do so does not
+    fail the program. version: of the session's file when it was looked at first; is_on: False saves nothing unasked.
     """
 
     def __init__(
@@ -50,10 +50,9 @@ class Autosave:
         self._name = session or sessions.LAST  # of what is saved unasked
         # What is known of that file, which another chat may write meanwhile.
         self._version = version if session is not None else _version_of(self._name)
-        self._holds_last = session is not None and _is_same(session, sessions.LAST)
         self._wrote = False  # that file, since the chat was begun or loaded
         self._ours: set[Path] = set()  # files that this chat is from, or was saved to
-        self._begun = self._kept = self._now()  # as it was loaded; as it was saved last
+        self._begun = self._kept = self._drafted = self._now()  # as it was loaded; as it was saved, drafted last
 
     def _now(self) -> tuple[Conversation, int]:
         """All that is worth a file, ``/compress`` included."""
@@ -61,55 +60,79 @@ class Autosave:
 
     @property
     def is_unsaved(self) -> bool:
-        """Whether there may be something to save at the end; a session that was emptied counts."""
-        is_worth_a_file = self.chat.memory.position > 0 or self._name == self._session
-        return self.is_on and is_worth_a_file and (self._wrote or self._now() != self._begun)
+        """Whether there may be something to save at the end."""
+        return self.is_on and not self._is_empty and (self._wrote or self._now() != self._begun)
+
+    @property
+    def _is_empty(self) -> bool:
+        return not self.chat.transcript.tokens
 
     def save(self, name: str) -> str:
-        """Save the chat under a name or to a path; returns what to say of it. Raises InvalidInput and SessionError."""
+        """Save the chat under a name or to a path, which is its own from now on; returns what to say of it.
+
+        Raises InvalidInput and SessionError.
+        """
         if not name:
             raise InvalidInput("/save takes a name")
         path = sessions.path_of(name)
         sessions.check_writable(path)
-        with _alone():
+        with alone():
             is_own = self._is_free() if _is_same(name, self._name) else path.resolve() in self._ours
             if path.exists() and not is_own:
                 raise InvalidInput(f"{name} holds another chat: give another name, or remove {path}")
-            return self._save(name)
+            told = self._save(name)
+        self._be(name)
+        self._wrote = True
+        return told
 
     def load(self, name: str) -> str:
-        """Save this chat, and put a saved one in its place; returns what to say of it.
+        """Save this chat, and put a saved one in its place, under its name; returns what to say of it.
 
         Raises InvalidInput where that would overwrite what is to be loaded, and SessionError.
         """
         if not name:
-            raise InvalidInput(f"/load takes a name; {_told_names()}")
+            raise InvalidInput(f"/load takes a name; {told_names()}")
         if self.is_unsaved and self._now()[0] not in (self._begun[0], self._kept[0]):
             if _is_same(name, self._name):
                 raise InvalidInput(f"this chat would be lost: /save it under another name than {name} first")
-            with _alone():
+            with alone():
                 self.status.line(self._save(self._own_name()))
         if not sessions.path_of(name).exists():
-            raise SessionError(f"there is no saved chat {name}; {_told_names()}")
+            raise SessionError(f"there is no saved chat {name}; {told_names()}")
         told = self._load(name)
-        # The loaded chat must not overwrite a session that another chat of this program belongs to.
-        self._name = _beside(sessions.LAST) if self._holds_last else sessions.LAST
-        self._version = _version_of(self._name)
+        self._be(name)
         return told
 
     def resume(self) -> str:
         """Load the session of ``--session``; returns what to say of it. Raises SessionError."""
         return self._load(self._name)
 
+    def keep(self) -> None:
+        """Have what was said on the disk, should the program end without a word. What is saved needs no draft."""
+        now = self._now()
+        if not self.is_on or now == self._drafted:
+            return
+        self._drafted = now
+        if self._is_empty or now[0] in (self._begun[0], self._kept[0]):
+            self._remove_draft()
+            return
+        try:
+            drafts.write(sessions.path_of(self._name), self.chat, self.setup, self.status.checking)
+        except KVComposeError as error:
+            self.status.line(f"if the program is killed, this turn is lost: {error}")
+
     def at_the_end(self) -> None:
-        """Save what is unsaved, at another place where its own fails.
+        """Save what is unsaved, at another place where its own fails. What cannot be saved stays as a draft.
 
         Raises SessionError where the session of ``--session`` could not be saved.
         """
         if not self.is_unsaved:
+            if self.is_on and self._is_empty and self._version and self._ours:
+                self.status.line(f"the chat is empty: {self._name} stays as it was saved")
+            self._remove_draft()
             return
         try:
-            with self.interrupts.caught(), _alone():
+            with self.interrupts.caught(), alone():
                 told = self._save(self._own_name())
         except (KVComposeError, KeyboardInterrupt) as error:
             elsewhere = self._saved_elsewhere() if isinstance(error, KVComposeError) else ""
@@ -130,22 +153,42 @@ class Autosave:
         return ""
 
     def _own_name(self) -> str:
-        """Where the chat is saved unasked: beside its session where another chat was saved there meanwhile."""
+        """Where the chat is saved unasked: beside its session where another chat was saved there meanwhile.
+
+        An earlier chat that is there gets another name.
+        """
         if not self._is_free():
+            self._remove_draft()
             name, self._name, self._version = self._name, _beside(self._name), ()
             self.status.line(f"another chat was saved as {name} meanwhile: this one is saved as {self._name}")
+        path = sessions.path_of(self._name)
+        if path.exists() and path.resolve() not in self._ours:
+            with disk_errors(path, SessionError, then="save again"):
+                told = f"the chat before this one is kept as {drafts.set_aside(path).stem}"
+            gone = drafts.forget_oldest()
+            self.status.line(f"{told}; {', '.join(gone)} made room for it" if gone else told)
         return self._name
 
     def _is_free(self) -> bool:
         """Whether no other chat was saved under our name meanwhile; one that was deleted can be written."""
         return _version_of(self._name) in (self._version, ())
 
+    def _be(self, name: str) -> None:
+        """Belong to a file that was just written or read."""
+        self._remove_draft()
+        self._session = self._name = name
+        self._version = _version_of(name)
+
+    def _remove_draft(self) -> None:
+        with contextlib.suppress(NoHome):
+            drafts.remove(sessions.path_of(self._name))
+
     def _save(self, name: str) -> str:
         path = sessions.path_of(name)
         mib = sessions.save(path, self.chat, self.setup, self.status.checking) / MIB
-        self._kept = self._now()
+        self._remove_draft()
+        self._kept = self._drafted = self._now()
         self._ours.add(path.resolve())
-        self._holds_last |= _is_same(name, sessions.LAST)
         if _is_same(name, self._name):
             self._wrote = True
             self._version = sessions.version_of(path)
@@ -155,32 +198,18 @@ class Autosave:
         path = sessions.path_of(name)
         sessions.load(path, self.chat, self.setup, self.status.checking)
         self._ours = {path.resolve()}
-        self._begun = self._kept = self._now()
+        self._begun = self._kept = self._drafted = self._now()
         self._wrote = False
         n_messages = sum(message["role"] != "system" for message in self.chat.messages)
-        return f"loaded {name}: {n_messages} messages, {self.chat.memory.position} tokens"
+        told = f"loaded {name}: {n_messages} messages, {self.chat.memory.position} tokens"
+        n_unread = self.chat.unread_tokens
+        return f"{told}; {n_unread} more are read before your next message" if n_unread > 1 else told
 
 
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """In this block no other program of this user's looks which sessions there are, or writes one at its end.
-
-    Two chats that end together would find the same name free.
-    """
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(KVComposeError, OSError, ImportError):  # without it they are rarely so quick
-            import fcntl  # not on Windows
-
-            folder = sessions.sessions_folder()
-            own_folder(folder)
-            fcntl.flock(stack.enter_context(open(folder / "lock", "ab")), fcntl.LOCK_EX)
-        yield
-
-
-def _told_names() -> str:
+def told_names() -> str:
     """What is saved, for people."""
-    names = ", ".join(f'"{name}"' if " " in name else name for name in sessions.names())
-    return f"saved: {names}" if names else "nothing is saved yet"
+    told = ", ".join(f'"{name}"' if " " in name else name for name in sessions.names())
+    return f"saved: {told}" if told else "nothing is saved yet"
 
 
 def _version_of(name: str) -> tuple[int, ...]:

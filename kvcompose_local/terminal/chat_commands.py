@@ -177,7 +177,7 @@ class ChatCommands:
                 "newest is left"
             )
 
-    @command("/read FILE…", "read text files now; your next message asks about them")
+    @command("/read FILE…", "read text files now, also *.txt; your next message asks about them")
     def _read(self, argument: str) -> None:
         if not argument:
             raise InvalidInput("/read takes a file name")
@@ -189,9 +189,8 @@ class ChatCommands:
         for i, (name, text) in enumerate(documents):
             stats = self.chat.read(text)
             if stats.stopped == "interrupt":
-                more = ", the files after it are not" if i + 1 < len(documents) else ""
-                unread = self.chat.unread_tokens
-                self.status.line(f"stopped; the other {unread} tokens are read before your next message{more}")
+                are_more = i + 1 < len(documents)
+                self.status.line(inputs.told_stopped(name, self.chat.unread_tokens, are_more=are_more))
                 break
             self.status.line(f"read {stats.prompt_tokens} tokens of {name}: ask about it")
         self.answers.warn_of_the_end()
@@ -215,7 +214,7 @@ class ChatCommands:
         self.chat.clear()
         self.status.line("forgotten: the conversation is empty")
 
-    @command("/save NAME", "save the chat and its cache under a name, or to a path")
+    @command("/save NAME", "save the chat and its cache under a name, or to a path; it is the chat's from then on")
     def _save(self, argument: str) -> None:
         self.status.line(self.save(argument))
 

@@ -33,8 +33,11 @@ def left(chat: Chat, width: int) -> str:
     return "\n".join(["what is left of what was read, its tokens, and how it begins:", *lines])
 
 
-def result(chat: Chat, *, hides_thinking: bool = False) -> dict[str, Any]:
-    """What ``--json`` prints: the last answer, counts over all turns, and the cache's measured size."""
+def result(chat: Chat, *, since: int = 0, hides_thinking: bool = False) -> dict[str, Any]:
+    """What ``--json`` prints: the answers, counts over all turns, and the cache's measured size.
+
+    since: answers of earlier, which are left out.
+    """
     memory, turns = chat.memory, chat.turns
     engine = memory.engine
     layout = engine.layout()
@@ -42,7 +45,7 @@ def result(chat: Chat, *, hides_thinking: bool = False) -> dict[str, Any]:
     decode = sum(turn.decode_seconds for turn in turns)
     prompt_tokens = sum(turn.prompt_tokens for turn in turns)
     generated = sum(turn.generated_tokens for turn in turns)
-    said = [message for message in chat.messages if message["role"] == "assistant"]
+    said = [message for message in chat.messages if message["role"] == "assistant"][since:]
     reasoning = ["" if hides_thinking else message.get("reasoning", "") for message in said]
     answers = [shown(thought, message["content"]) for thought, message in zip(reasoning, said, strict=True)]
     return {

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -330,10 +331,49 @@ def test_documents_that_cannot_fit_are_refused_before_they_are_read(tiny_model: 
     assert done.returncode == 0, done.stderr
     assert "piped in" not in done.stderr
     refused(program("run", model, "-f", "-", stdin="x"), 2, "ask with -p")
-    unread = "what is piped in is not read beside -p: -f - reads it as a text\n"
-    assert program(*options, "--max-tokens", "4", stdin="Some text.\n").stderr.startswith(unread)
-    assert unread not in program(*options, "--max-tokens", "4").stderr
-    assert program(*options, "--max-tokens", "4", redirection=f"<{text}").stderr.startswith(unread)
+
+
+def test_what_is_piped_in_beside_a_question_is_read(tiny_model: TinyModel, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Some text.\n")
+    ask = ("run", endless(tiny_model), *FAST, "--ctx", "512", "--budget", "1", "--max-tokens", "4", "--json", "-p", "x")
+
+    def n_read(**options: str) -> int:
+        done = program(*ask, **options)
+        assert done.returncode == 0
+        told = "what is piped in is read as a text, as by -f -\n"
+        n_tokens = int(json.loads(done.stdout)["prompt_tokens"])
+        assert done.stderr.startswith(told) is (n_tokens != alone)
+        return n_tokens
+
+    alone = int(json.loads(program(*ask).stdout)["prompt_tokens"])
+    both = int(json.loads(program(*ask, "-f", text).stdout)["prompt_tokens"])
+    assert both > alone
+    assert n_read(stdin="Some text.\n") == n_read(redirection=f"<{text}") == both
+    assert n_read(stdin=" \n") == n_read(redirection="</dev/null") == n_read(redirection="<&-") == alone
+    slow = program(*ask, stdin="", redirection=f"< {shlex.quote(str(fed_late(tmp_path)))}")
+    assert json.loads(slow.stdout)["prompt_tokens"] == both
+
+
+def fed_late(folder: Path) -> Path:
+    """A pipe into which a program writes after a while, as most do."""
+    fifo = folder / "late"
+    os.mkfifo(fifo)
+    subprocess.Popen(["sh", "-c", 'exec >"$0"; sleep 0.5; echo Some text.', str(fifo)])
+    return fifo
+
+
+def test_a_pipe_that_stays_empty_holds_up_no_question(tiny_model: TinyModel) -> None:
+    command = [*RUN, "run", str(tiny_model()), *FAST, "-p", "x"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.wait(60) == 0
+
+
+def test_nothing_that_is_piped_in_is_told(tiny_model: TinyModel) -> None:
+    for options in ({"stdin": ""}, {"stdin": "\n"}, {"redirection": "</dev/null"}):
+        done = program("run", tiny_model(), *FAST, **options)
+        assert (done.returncode, done.stdout) == (0, "")
+        assert done.stderr == "nothing is asked: standard input is empty, and there is no -p\n"
 
 
 def test_what_is_left_to_read_is_fed(tmp_path: Path) -> None:
@@ -349,6 +389,7 @@ def test_what_is_left_to_read_is_fed(tmp_path: Path) -> None:
         os.write(other, b"x")
         assert is_fed(stream)
         os.close(other)
+        assert is_fed(stream), "its end is there"
     assert not is_fed(stream), "closed"
     assert not is_fed(None)
 
@@ -698,7 +739,14 @@ def test_chats_that_end_together_are_all_saved(tiny_model: TinyModel, tmp_path: 
     assert [len(answers) for answers in said] == [2, 2, 2], told
 
 
-def test_what_was_read_before_ctrl_c_is_saved(tiny_model: TinyModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("asks", [True, False])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
+def test_what_was_read_before_a_signal_is_saved(
+    tiny_model: TinyModel, tmp_path: Path, number: signal.Signals, asks: bool
+) -> None:
+    """Ctrl-C, a closed window and ``kill``, while the first text is read."""
+    if number == signal.SIGINT and not asks:
+        pytest.skip("the REPL goes on")
     (tmp_path / "long.txt").write_text(PROSE[:3000])
     arguments = [
         "--ctx",
@@ -710,8 +758,9 @@ def test_what_was_read_before_ctrl_c_is_saved(tiny_model: TinyModel, tmp_path: P
         "-f",
         str(tmp_path / "long.txt"),
     ]
-    code = """if True:
+    code = f"""if True:
         import os, signal, sys
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may run these tests
         from kvcompose_local.engines.base import LlamaEngine
         decode, n = LlamaEngine.decode, [0]
 
@@ -720,16 +769,21 @@ def test_what_was_read_before_ctrl_c_is_saved(tiny_model: TinyModel, tmp_path: P
                 progress(done, total)
                 if done > 500 and not n[0]:
                     n[0] = 1
-                    os.kill(os.getpid(), signal.SIGINT)
+                    os.kill(os.getpid(), {int(number)})
             decode(self, tokens, told, **options)
 
         LlamaEngine.decode = stopped
         from kvcompose_local.__main__ import main
         main()
     """
-    command = [sys.executable, "-c", code, "run", str(tiny_model()), *arguments, "-p", "hi"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 128 + signal.SIGINT
+    command = [sys.executable, "-c", code, "run", str(tiny_model()), *arguments, *(["-p", "hi"] if asks else [])]
+    end, terminal = os.openpty()
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL if asks else terminal, capture_output=True, text=True, timeout=60, check=False
+    )
+    os.close(end)
+    os.close(terminal)
+    assert done.returncode == 128 + number
     assert "goes on from here" in done.stderr
     told = json.loads(program("run", "--session", tmp_path / "s.kvc", "-p", "x", "--json").stdout)
     assert told["positions"] > 500

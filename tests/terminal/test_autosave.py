@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +14,7 @@ from typing import Any
 import pytest
 from fake_engine import FakeEngine, FakeModel
 
-from kvcompose_local.chat import Chat, sessions
+from kvcompose_local.chat import Chat, drafts, sessions
 from kvcompose_local.chat.memory import CacheMemory
 from kvcompose_local.errors import InvalidInput, SessionError
 from kvcompose_local.install import model_files
@@ -85,12 +89,13 @@ def test_what_was_said_is_saved_and_silence_is_not(begin: Begin, tmp_path: Path,
     assert sorted(sessions.names()) == ["last", "s"]
 
 
-def test_a_session_that_was_emptied_is_empty(begin: Begin, tmp_path: Path) -> None:
-    begin("s", "my secret is 42")[1].at_the_end()
+def test_an_empty_chat_replaces_none(begin: Begin, tmp_path: Path, told: io.StringIO) -> None:
+    begin("s", "One")[1].at_the_end()
     chat, autosave = begin("s")
     chat.clear()
     autosave.at_the_end()
-    assert n_messages(begin, "s") == 0
+    assert told.getvalue().endswith("the chat is empty: s stays as it was saved\n")
+    assert n_messages(begin, "s") == 2
     chat, autosave = begin(None, "Hi")
     chat.clear()
     autosave.at_the_end()
@@ -104,7 +109,108 @@ def test_two_chats_without_a_name_are_both_saved(begin: Begin, told: io.StringIO
     assert "another chat was saved as last meanwhile: this one is saved as last-2\n" in told.getvalue()
     assert [n_messages(begin, name) for name in ("last", "last-2")] == [4, 2]
     begin(None, "Four")[1].at_the_end()
-    assert n_messages(begin, "last") == 2, "one after the other, the newer takes the place of the older"
+    assert n_messages(begin, "last") == 2
+    day = time.strftime("%Y-%m-%d")
+    assert told.getvalue().splitlines()[-2] == f"the chat before this one is kept as last-{day}"
+    assert n_messages(begin, f"last-{day}") == 4
+    begin(None, "Five", "Six", "Seven")[1].at_the_end()
+    assert [n_messages(begin, name) for name in ("last", f"last-{day}", f"last-{day}-2")] == [6, 4, 2]
+
+
+@pytest.mark.parametrize("bound", ["MOST_EARLIER", "MOST_EARLIER_BYTES"])
+def test_the_oldest_of_many_earlier_chats_make_room(
+    begin: Begin, tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch, bound: str
+) -> None:
+    begin("mine", "Kept for good")[1].at_the_end()
+    size = (tmp_path / "mine.kvc").stat().st_size
+    monkeypatch.setattr(drafts, bound, 2 if bound == "MOST_EARLIER" else size * 5 // 2)
+    for day in (1, 2, 3, 4):
+        begin(None, "Hello")[1].at_the_end()
+        os.utime(tmp_path / "last.kvc", (day * 86400 + 43200,) * 2)
+    assert sessions.names() == ["mine", "last", "last-1970-01-04", "last-1970-01-03"]
+    assert "the chat before this one is kept as last-1970-01-04; last-1970-01-02 made room for it\n" in told.getvalue()
+
+
+def crashed(path: Path) -> None:
+    """Let the draft of a session be one that a process left which is no more."""
+    draft = drafts.draft_of(path)
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    draft.rename(draft.with_name(f".{path.name}.{process.pid}.draft"))
+
+
+def test_a_crash_loses_no_turn(begin: Begin, tmp_path: Path) -> None:
+    begin("s", "One")[1].at_the_end()
+    chat, autosave = begin("s", "x" * 150)
+    assert chat.memory.reports
+    autosave.keep()
+    assert drafts.recover(tmp_path) == [], "it still runs"
+    crashed(tmp_path / "s.kvc")
+    day = time.strftime("%Y-%m-%d")
+    assert drafts.recover(tmp_path) == [
+        f"a chat ended without being saved: what was said is kept as s, and what was saved before as s-{day}"
+    ]
+    assert drafts.recover(tmp_path) == []
+    again, autosave = begin("s")
+    assert again.messages == chat.messages
+    assert (again.memory.position, again.unread_tokens) == (0, len(chat.transcript.tokens))
+    assert n_messages(begin, f"s-{day}") == 2
+    list(again.ask("More", max_tokens=9))
+    assert again.unread_tokens <= 1
+    autosave.at_the_end()
+    assert n_messages(begin, "s") == 6
+
+
+def test_drafts_of_the_last_chat_are_the_last_chat(begin: Begin, tmp_path: Path) -> None:
+    begin(None, "One")[1].at_the_end()
+    begin(None, "Two", "Three")[1].keep()
+    crashed(tmp_path / "last.kvc")
+    assert len(drafts.recover(tmp_path)) == 1
+    assert [n_messages(begin, name) for name in sessions.names()] == [4, 2]
+
+
+def test_a_draft_goes_when_the_chat_is_saved_or_over(begin: Begin, tmp_path: Path) -> None:
+    chat, autosave = begin(None, "One")
+    draft = drafts.draft_of(tmp_path / "last.kvc")
+    autosave.keep()
+    written = sessions.version_of(draft)
+    autosave.keep()
+    assert sessions.version_of(draft) == written != (), "nothing is new"
+    autosave.save("s")
+    assert not draft.exists()
+    list(chat.ask("Two", max_tokens=9))
+    autosave.keep()
+    assert drafts.draft_of(tmp_path / "s.kvc").exists()
+    chat.clear()
+    autosave.keep()
+    assert not [*tmp_path.glob(".*.draft")]
+    list(chat.ask("Two", max_tokens=9))
+    autosave.keep()
+    autosave.at_the_end()
+    begin(None, "One", is_on=False)[1].keep()
+    assert not [*tmp_path.glob(".*.draft")]
+
+
+def test_a_draft_that_cannot_be_written_is_told_once(
+    begin: Begin, told: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_arguments: object) -> int:
+        raise SessionError("the disk is full")
+
+    autosave = begin(None, "One")[1]
+    monkeypatch.setattr(sessions, "save_state", fail)
+    autosave.keep()
+    autosave.keep()
+    assert told.getvalue() == "if the program is killed, this turn is lost: the disk is full\n"
+
+
+def test_a_draft_is_small(begin: Begin, tmp_path: Path) -> None:
+    chat, autosave = begin("s", "x" * 150)
+    autosave.keep()
+    n_bytes = drafts.draft_of(tmp_path / "s.kvc").stat().st_size
+    autosave.at_the_end()
+    header = 2500
+    assert n_bytes < header + 4 * len(chat.transcript.tokens) + 4 * len(chat.transcript.fed)
 
 
 @pytest.mark.parametrize("state_folder_is_full", [False, True])
@@ -160,14 +266,29 @@ def test_what_another_chat_saved_meanwhile_is_not_overwritten_on_demand(begin: B
     assert n_messages(begin, "t") == 4
 
 
-def test_a_copy_does_not_make_the_session_ones_own_again(begin: Begin, tmp_path: Path, told: io.StringIO) -> None:
-    """Another chat wrote the session meanwhile, and a /save elsewhere changes nothing about that."""
+def test_a_chat_has_the_name_that_it_was_saved_to(begin: Begin, told: io.StringIO) -> None:
+    chat, autosave = begin(None, "One")
+    autosave.save("a")
+    list(chat.ask("Two", max_tokens=9))
+    autosave.at_the_end()
+    assert [(name, n_messages(begin, name)) for name in sessions.names()] == [("a", 4)]
+    chat, autosave = begin("b", "One")
+    autosave.load("a")
+    list(chat.ask("Three", max_tokens=9))
+    autosave.at_the_end()
+    assert [(name, n_messages(begin, name)) for name in sessions.names()] == [("a", 6), ("b", 2)]
+    assert "meanwhile" not in told.getvalue()
+
+
+def test_a_chat_that_was_saved_elsewhere_leaves_its_session_to_others(
+    begin: Begin, tmp_path: Path, told: io.StringIO
+) -> None:
     first, second = begin("s", "One")[1], begin("s", "Two", "Three")[1]
     second.at_the_end()
     first.save("copy")
     first.at_the_end()
-    assert "another chat was saved as s meanwhile: this one is saved as s-2\n" in told.getvalue()
-    assert [n_messages(begin, name) for name in ("s", "copy", "s-2")] == [4, 2, 2]
+    assert "meanwhile" not in told.getvalue()
+    assert [(name, n_messages(begin, name)) for name in sessions.names()] == [("copy", 2), ("s", 4)]
 
 
 def test_a_load_that_fails_saves_once(begin: Begin, tmp_path: Path, told: io.StringIO) -> None:
@@ -261,7 +382,7 @@ def test_a_session_is_the_same_however_it_is_spelled(begin: Begin, tmp_path: Pat
 def test_no_chat_of_a_program_is_saved_over_another_of_it(begin: Begin, tmp_path: Path) -> None:
     for name in ("a", "b"):
         begin(name, "One")[1].at_the_end()
-    for session in (None, "last"):  # the second goes on from what the first left as last
+    for i, session in enumerate((None, "last"), start=1):  # the second goes on from what the first left as last
         before = n_messages(begin, "last") if session else 0
         chat, autosave = begin(session, "Two")
         for name in ("a", "b"):
@@ -269,9 +390,8 @@ def test_no_chat_of_a_program_is_saved_over_another_of_it(begin: Begin, tmp_path
             list(chat.ask("Three", max_tokens=9))
         autosave.at_the_end()
         assert n_messages(begin, "last") == before + 2
-    # each time two chats more: what came of a and of b
-    assert sorted(path.stem for path in tmp_path.glob("last*.kvc")) == ["last", "last-2", "last-3", "last-4", "last-5"]
-    assert [n_messages(begin, name) for name in ("a", "b", "last-2", "last-5")] == [2, 2, 4, 4]
+        assert [n_messages(begin, name) for name in ("a", "b")] == [2 + 2 * i] * 2
+    assert sorted(sessions.names()) == ["a", "b", "last"]
 
 
 def test_what_was_compressed_alone_is_saved_or_taken_back(begin: Begin, tmp_path: Path) -> None:
@@ -284,7 +404,8 @@ def test_what_was_compressed_alone_is_saved_or_taken_back(begin: Begin, tmp_path
     assert not autosave.is_unsaved
     chat.memory.compact(0.3)
     autosave.at_the_end()
-    assert (tmp_path / "last.kvc").stat().st_size < size == (tmp_path / "s.kvc").stat().st_size
+    assert (tmp_path / "s.kvc").stat().st_size < size
+    assert sessions.names() == ["s"]
 
 
 def test_what_was_taken_back_is_not_in_the_way_of_loading(begin: Begin) -> None:

@@ -419,9 +419,9 @@ def test_a_chat_is_saved_loaded_and_gone_on_with(terminal: Terminal, tmp_path: P
     child.expect(pexpect.EOF)
     said = re.search(hint, plain(child.before))
     assert said is not None
-    assert said[1] == "last"
-    child = terminal("--session", "last", "--no-autosave")
-    assert "loaded last: 4 messages, " in plain(child.before)
+    assert said[1] == "notes"
+    child = terminal("--session", "notes", "--no-autosave")
+    assert "loaded notes: 4 messages, " in plain(child.before)
     child.send("Lost\r")
     child.expect_exact("(stopped after 20 tokens")
     child.send(CTRL_D)
@@ -434,10 +434,10 @@ def test_a_chat_is_saved_loaded_and_gone_on_with(terminal: Terminal, tmp_path: P
     leave(child)
     assert "saved" not in child.before, "nothing was said"
     child = terminal("--session", str(elsewhere))
-    assert "loaded last" in say(child, "/load last")
+    assert "loaded notes" in say(child, "/load notes")
     say(child, "And?")
     leave(child)
-    assert "--session last goes on" in plain(child.before), "not over the session that this chat began as"
+    assert "--session notes goes on" in plain(child.before), "not over the session that this chat began as"
     assert elsewhere.read_bytes() == kept
     child = terminal("--session", str(elsewhere))
     say(child, "/pin")
@@ -452,18 +452,17 @@ def test_loading_another_chat_loses_none(terminal: Terminal) -> None:
     say(child, "/save one")
     assert "loaded one: 2" in say(child, "/load one"), "what was just saved needs no other name"
     say(child, "Two")
-    shown = say(child, "/load one")
-    assert "--session last goes on" in shown
-    assert "loaded one: 2" in shown
+    assert "this chat would be lost" in say(child, "/load one")
+    say(child, "/save two")
+    assert "loaded one: 2" in say(child, "/load one")
     say(child, "Three")
+    shown = say(child, "/load two")
+    assert "--session one goes on" in shown
+    assert "loaded two: 4" in shown
     say(child, "Four")
-    shown = say(child, "/load last")
-    assert "--session last-2 goes on" in shown, "last is the chat before it"
-    assert "loaded last: 4" in shown
-    say(child, "Five")
     leave(child)
-    assert "--session last-3 goes on" in plain(child.before)
-    for name, n_messages in (("one", 2), ("last", 4), ("last-2", 6), ("last-3", 6)):
+    assert "--session two goes on" in plain(child.before)
+    for name, n_messages in (("one", 4), ("two", 6)):
         child = terminal("--session", name, "--no-autosave")
         assert f"loaded {name}: {n_messages} messages" in plain(child.before)
         leave(child)
@@ -496,6 +495,21 @@ def test_two_chats_on_one_session_both_stay(terminal: Terminal, tmp_path: Path) 
         child = terminal("--session", path)
         assert f"loaded {path}: {n_messages} messages" in plain(child.before)
         leave(child)
+
+
+def test_a_chat_that_is_killed_loses_no_turn(terminal: Terminal) -> None:
+    child = terminal()
+    say(child, "Hello")
+    say(child, "More")
+    child.kill(signal.SIGKILL)
+    child.expect(pexpect.EOF)
+    child = terminal("--continue")
+    told = plain(child.before)
+    assert "a chat ended without being saved: what was said is kept as last\n" in told
+    assert re.search(r"loaded last: 4 messages, 0 tokens; \d+ more are read before your next message", told)
+    say(child, "And?")
+    leave(child)
+    assert "loaded last: 6 messages" in plain(terminal("--session", "last").before)
 
 
 def test_an_answer_that_is_held_up_by_a_compaction_stays_whole(terminal: Terminal) -> None:
