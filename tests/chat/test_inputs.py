@@ -148,9 +148,9 @@ def test_all_files_are_read_before_any_counts(tmp_path: Path) -> None:
 
 
 def test_what_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InvalidInput, match="Is a directory"):
+    with pytest.raises(InvalidInput, match=r"^\S+ is a folder: '?\S+/\*.txt'? names its text files$"):
         read(tmp_path)
-    with pytest.raises(InvalidInput, match="/dev/zero is a device"):
+    with pytest.raises(InvalidInput, match="^/dev/zero is a device"):
         read(Path("/dev/zero"))
     with pytest.raises(InvalidInput, match="cannot read"):
         read(Path("a\0b"))
@@ -167,6 +167,27 @@ def test_what_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         file.truncate(3 << 30)
     with pytest.raises(InvalidInput, match="3072 MiB, and no model reads more than 64 MiB"):
         read(large)
+
+
+def test_wildcards_name_files_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder.txt").mkdir()
+    for name in ("b.txt", "a.txt", "c.md", "d[1].csv", "folder.txt/e.txt"):
+        (tmp_path / name).write_text(name)
+    monkeypatch.chdir(tmp_path)
+
+    def called(*words: str) -> list[str]:
+        return [name for name, _ in inputs.read_all([Path(word) for word in words])[0]]
+
+    assert called("*.txt", "d[1].csv") == ["a.txt", "b.txt", "d[1].csv"]
+    assert called("**/*.txt") == ["a.txt", "b.txt", "folder.txt/e.txt"]
+    assert called(*map(str, inputs.paths_in("*.md *.csv"))) == ["c.md", "d[1].csv"]
+    with pytest.raises(InvalidInput, match=r"^no file matches \*.rst$"):
+        called("*.rst")
+
+
+def test_a_web_page_is_not_fetched() -> None:
+    with pytest.raises(InvalidInput, match="^https://example.com/a is a web page, and none is fetched: "):
+        inputs.read_all([Path("https://example.com/a")])
 
 
 def typed(monkeypatch: pytest.MonkeyPatch, raw: bytes) -> None:
