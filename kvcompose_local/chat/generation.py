@@ -41,7 +41,7 @@ def generate(
     # Tokens are bytes, not characters: one character may span several tokens.
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     said = transcript
-    reader = Reader(form, is_reasoning=bool(form.opens_at_end(said.fed)))
+    reader = Reader(form, opened=form.opens_at_end(said.fed))
     started, reports = time.perf_counter(), len(memory.reports)
     held, whole = "", said.end  # what may begin a stop text; where what was said and its tokens end alike
     stats.stopped = "interrupt"  # unless the loop says otherwise: the consumer may close this generator
@@ -88,7 +88,7 @@ def generate(
     said.fed += held
     yield from reader.take(held)
     yield from reader.finish()
-    if form.at_start and reader.opened:  # the template is silent about thinking, so the model's first use decides
+    if not form.keys and reader.opened:  # the template is silent about thinking, so the model's first use decides
         model.use_format(form.of(reader.opened))
 
 

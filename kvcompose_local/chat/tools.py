@@ -17,10 +17,10 @@ from typing import Any
 
 Message = dict[str, str]
 
-#: A call of gpt-oss: the recipient stands in the header of a channel, or before it.
+#: The header of a call of gpt-oss: the recipient stands in that of a channel, or before it, and a content type behind.
 _HARMONY = re.compile(
-    r"(?:<\|channel\|>commentary to=functions\.([\w.-]+)[^<]*|to=functions\.([\w.-]+)[^<]*<\|channel\|>commentary[^<]*)"
-    r"<\|message\|>"
+    r"(?:<\|channel\|>(?:commentary|analysis) to=|\s*to=(?=[\w.-]+<\|channel\|>))(?:functions\.)?([\w.-]+)"
+    r"[^<]*(?:<\|(?:channel|constrain)\|>[^<]*){0,2}<\|message\|>"
 )
 #: A call as newer models of Qwen's write it.
 _XML_CALL = re.compile(r"<function=([\w.-]+)>(.*?)(?:</function>|\Z)", re.DOTALL)
@@ -58,8 +58,8 @@ FORMATS = (
     ToolFormat(
         "harmony",
         ("<|channel|>", "functions."),
-        ("<|channel|>commentary to=functions.", "to=functions."),
-        shown=frozenset({"<|channel|>", "<|message|>"}),
+        ("<|channel|>commentary to=", "<|channel|>analysis to=", " to=functions."),
+        shown=frozenset({"<|channel|>", "<|constrain|>", "<|message|>"}),
     ),
     ToolFormat(
         "mistral",
@@ -251,7 +251,7 @@ class CallReader:
     def _closed(self, text: str) -> Iterator[str | Call]:
         calls = [call for call in self._calls(text) if call.name in self._names]
         if not calls:
-            yield from self._say(text)
+            yield from self._say(_HARMONY.sub("", text, count=1) if self._form.name == "harmony" else text)
         self.n_calls += len(calls)
         self._at_start = False
         yield from calls
@@ -259,8 +259,8 @@ class CallReader:
     def _calls(self, text: str) -> list[Call]:
         """The calls that a text holds, which begins like one."""
         text = text.strip()
-        if self._form.name == "harmony" and (found := _HARMONY.search(text)):
-            return _of({"name": found[1] or found[2], "arguments": _value(text[found.end() :])})
+        if self._form.name == "harmony" and (found := _HARMONY.match(text)):
+            return _of({"name": found[1], "arguments": _value(text[found.end() :])})
         if text.startswith("[TOOL_CALLS]"):
             return _mistral(text)
         text = text.removeprefix("<|python_tag|>")

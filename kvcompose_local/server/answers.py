@@ -15,8 +15,17 @@ from kvcompose_local.server.requests import Done, Job, Piece, Request, ToolCall
 from kvcompose_local.server.schemas import arguments_of, grammar_of, grammar_of_call, grammar_of_either
 
 _LETTERS = string.ascii_letters + string.digits
-#: Headers of gpt-oss's calls, which are part of what is said where there are tools.
-_HARMONY_CALLS = ("<|channel|>commentary to=functions.*<|message|>", " to=functions.*<|channel|>commentary*<|message|>")
+#: Beginnings of calls, which are part of what is said where there are tools, also where the thinking has not ended.
+_CALL_MARKERS = {
+    "harmony": (
+        "<|channel|>commentary to=*<|message|>",
+        "<|channel|>analysis to=functions.*<|message|>",
+        "<|channel|>commentary to=functions.*<|channel|>commentary*<|message|>",
+        " to=functions.*<|channel|>commentary*<|message|>",
+        " to=functions.*<|channel|>analysis*<|message|>",
+    ),
+    "hermes": tuple(f"<tool_call>{space}{begun}" for space in ("\n", "") for begun in ('{"name":', "<function=")),
+}
 
 
 def answer(
@@ -109,7 +118,7 @@ def _calls_of(conversation: Conversation, request: Request) -> tuple[CallReader 
     form = template.tool_format
     reader = CallReader(form, [function["name"] for function in functions])
     conversation.shown = form.shown
-    conversation.call_markers = _HARMONY_CALLS if form.name == "harmony" else ()
+    conversation.call_markers = _CALL_MARKERS.get(form.name, ())
     if request.tool_choice == "auto":
         return reader, None
     if request.tool_choice != "required":

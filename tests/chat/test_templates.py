@@ -142,8 +142,8 @@ def test_every_format_is_found_in_a_template_that_llama_cpp_ships_or_known_not_t
     assert {form.name for form in FORMATS} - found == {"answer", "kimi-vl", "reasoning", "thinking", "thought"}
 
 
-def read(form: Format, text: str, *, size: int, is_reasoning: bool = False) -> tuple[str, str]:
-    reader = Reader(form, is_reasoning=is_reasoning)
+def read(form: Format, text: str, *, size: int, opened: str = "") -> tuple[str, str]:
+    reader = Reader(form, opened=opened)
     pieces = [said for at in range(0, len(text), size) for said in reader.take(text[at : at + size])]
     pieces += reader.finish()
     return tuple("".join(p for p in pieces if p.is_reasoning is kind) for kind in (True, False))  # type: ignore[return-value]
@@ -152,28 +152,63 @@ def read(form: Format, text: str, *, size: int, is_reasoning: bool = False) -> t
 @pytest.mark.parametrize("form", [form for form in FORMATS if form.opens], ids=lambda form: form.name)
 def test_a_reader_is_the_same_however_the_answer_is_cut(form: Format) -> None:
     for opens in form.opens:
-        said = as_the_model_says_it(form, "", "a < b <th", "x <|y [z] <").replace(form.opens[0], opens, 1)
-        said = said.replace("*", "")
+        closes = next(text for text in form.answers if form.closes(opens, text))
+        said = as_the_model_says_it(form, "", "a < b <th", "x <|y [z] <").replace(form.opens[0].replace("*", ""), opens)
+        said = said.replace(form.answers[0], closes).replace("*", "")
         for size in (1, 2, 3, 7, 1000):
             assert read(form, said, size=size) == ("a < b <th", "x <|y [z] <"), (opens, size)
 
 
-def test_headers_of_channels_are_no_text() -> None:
-    harmony = format_of("<|channel|>")
-    said = (
-        "<|channel|>analysis to=none<|message|>hm<|end|><|start|>assistant<|channel|>commentary<|message|>first"
-        "<|end|><|start|>assistant<|channel|>final <|constrain|>json<|message|>then"
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize(
+    ("said", "thought", "answer"),
+    [
+        ("<|channel|>analysis to=none<|message|>hm{}<|channel|>commentary<|message|>yes", "hm", "yes"),
+        ("<|channel|>analysis<|message|>hm{}<|channel|>final <|constrain|>json<|message|>yes", "hm", "yes"),
+        ("<|channel|>final <|constrain|>json<|message|>yes", "", "yes"),
+        ("<|channel|>commentary<|message|>Well. {}<|channel|>final<|message|>yes", "", "Well. yes"),
+        ("<|channel|>commentary to=assistant<|channel|>analysis<|message|>hm{}<|channel|>final<|message|>a", "hm", "a"),
+        ("<|channel|>analysis<|message|>hm{}<|channel|>commentary to=assistant<|channel|>final<|message|>a", "hm", "a"),
+        ("<|channel|>analysis<|message|>hm{} to=python<|channel|>commentary <|constrain|>code<|message|>1", "hm", "1"),
+    ],
+)
+def test_headers_of_channels_are_no_text(said: str, thought: str, answer: str, size: int) -> None:
+    assert read(format_of("<|channel|>"), said.replace("{}", "<|end|><|start|>assistant"), size=size) == (
+        thought,
+        answer,
     )
-    assert read(harmony, said, size=3)[0] == "hm"
-    assert "first" in read(harmony, said, size=3)[1]
 
 
-def test_tags_in_the_middle_of_an_answer_are_text() -> None:
-    for form in (format_of(""), format_of("</think>")):
-        said = "Write `<think>` and `</think>` around it."
-        assert read(form, said, size=1) == ("", said)
-    assert read(format_of(""), "<think>a</think>b\n<think>c</think>d", size=2) == ("ac", "b\nd")
-    assert read(format_of("</think>"), "cut short", size=4, is_reasoning=True) == ("cut short", "")
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_thinking_is_the_first_part_and_ends_once(size: int) -> None:
+    code = "\n<think>\nx</think>\n</think>\n"
+    for form in (format_of(""), format_of("</think>"), format_of("</think></thinking>")):
+        for said in ("Write `<think>` and `</think>` around it.", f"Here:{code}"):
+            assert read(form, said, size=size) == ("", said)
+        assert read(form, f"<think>a</think>b{code}", size=size) == ("a", f"b{code}")
+        assert read(form, f"a</think>b{code}", size=size, opened="<think>") == ("a", f"b{code}")
+        assert read(form, "<think>a</think>", size=size, opened="<think>") == ("a", "")
+        assert read(form, "a <think> b </thinking> c</think>d", size=size, opened="<think>") == (
+            "a <think> b </thinking> c",
+            "d",
+        )
+    assert read(format_of("</think>"), "cut short", size=size, opened="<think>") == ("cut short", "")
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_tags_around_an_answer_are_none_in_it(size: int) -> None:
+    granite = format_of("<response></response>")
+    said = "It says <response>ok</response> and\n</response>\nmore"
+    assert read(granite, said, size=size) == ("", said)
+    assert read(granite, f"<think>a</think>\n<response>{said}</response>\n", size=size) == ("a", "\n" + said)
+    assert read(format_of(">>>all"), "all\nThat is all\n", size=size) == ("", "That is all\n")
+
+
+def test_a_template_that_knows_several_tags_speaks_its_own() -> None:
+    form = format_of("{% if '</thinking>' in x %}{{ x.split('</think>') }}{% endif %}<think>")
+    assert form.opens_at_end("[assistant]<think>\n") == "<think>"
+    assert read(form, "hm</think>yes", size=2, opened="<think>") == ("hm", "yes")
+    assert read(form, "<thinking>hm</thinking>yes", size=2) == ("hm", "yes")
 
 
 # -- what templates take ----------------------------------------------------------------------------------------------

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 from llama_cpp_templates import templates
 
-from kvcompose_local.chat.reasoning import Reader
-from kvcompose_local.chat.reasoning import format_of as thinking_of
 from kvcompose_local.chat.template import ChatTemplate
 from kvcompose_local.chat.tools import FORMATS, HERMES, Call, CallReader, format_of
 from kvcompose_local.errors import ModelError
@@ -80,18 +77,20 @@ def read(form: str, text: str, size: int) -> tuple[str, list[Call]]:
             [PARIS, OSLO],
         ),
         ("mistral", "[TOOL_USE] is no call", "[TOOL_USE] is no call", []),
-        (
-            "harmony",
-            '<|channel|>commentary to=functions.get_weather json<|message|>{"city": "Paris"}',
-            "",
-            [PARIS],
+        *(
+            ("harmony", f'{header}<|message|>{{"city": "Paris"}}', "", [PARIS])
+            for header in (
+                "<|channel|>commentary to=functions.get_weather json",
+                "<|channel|>commentary to=functions.get_weather <|constrain|>json",
+                "<|channel|>commentary to=get_weather <|constrain|>json",
+                "<|channel|>analysis to=functions.get_weather code",
+                "<|channel|>commentary to=functions.get_weather<|channel|>commentary json",
+                " to=functions.get_weather<|channel|>commentary json",
+                " to=functions.get_weather<|channel|>analysis <|constrain|>json",
+            )
         ),
-        (
-            "harmony",
-            ' to=functions.get_weather<|channel|>commentary json<|message|>{"city": "Paris"}',
-            None,
-            [PARIS],
-        ),
+        ("harmony", "<|channel|>commentary to=python code<|message|>print(1)", "print(1)", []),
+        ("harmony", "Say to=me or to=functions.get_weather.", "Say to=me or to=functions.get_weather.", []),
     ],
 )
 def test_calls_are_told_from_text(form: str, text: str, said: str | None, calls: list[Call], size: int) -> None:
@@ -105,20 +104,6 @@ def test_text_is_not_held_back_longer_than_it_must() -> None:
     assert "".join(p for p in reader.take("Well, ") if isinstance(p, str)) == "Well, "
     assert [*reader.take("<tool")] == []
     assert [*reader.take(" box>")] == ["<tool box>"]
-
-
-def test_gpt_oss_thinks_and_calls() -> None:
-    form = thinking_of("<|channel|>")
-    calls = ("<|channel|>commentary to=functions.*<|message|>",)
-    reader = Reader(replace(form, calls=calls))
-    text = (
-        "<|channel|>analysis<|message|>I must look.<|end|><|start|>assistant"
-        '<|channel|>commentary to=functions.get_weather json<|message|>{"city": "Paris"}'
-    )
-    parts = [*reader.take(text), *reader.finish()]
-    assert "".join(p for p in parts if p.is_reasoning) == "I must look."
-    answer = "".join(p for p in parts if not p.is_reasoning)
-    assert read("harmony", answer, 5) == ("", [PARIS])
 
 
 @pytest.mark.parametrize("name", sorted(templates()))

@@ -13,15 +13,19 @@ from tiny_models import TEMPLATE
 N_EMBD, HEAD = 128, 32
 
 
-def write_scripted_model(path: Path, pieces: Sequence[str], *, name: str = "Scripted") -> Path:
+def write_scripted_model(
+    path: Path, pieces: Sequence[str], *, name: str = "Scripted", template: str = TEMPLATE, last: str = "]"
+) -> Path:
     """A model that answers with ``pieces``, each a token of its own, and ends its turn.
+
+    last: the character with which the template's prompts end.
 
     Attention and feed-forward add nothing, so what comes next depends on the last token alone: the pieces differ, and
     are longer than a character.
     """
     specials = [b"<unk>", b"<s>", b"</s>"]
     tokens = [*specials, *(f"<0x{byte:02X}>".encode() for byte in range(256)), *(piece.encode() for piece in pieces)]
-    first, end = len(specials) + TEMPLATE.encode()[-TEMPLATE.encode()[::-1].index(b"]") - 1], 2
+    first, end = len(specials) + ord(last), 2
     chain = [first, *range(len(specials) + 256, len(tokens)), end]
     rng = np.random.default_rng(0)
     embedding = rng.choice([-1.0, 1.0], size=(len(tokens), N_EMBD)).astype(np.float32)
@@ -51,7 +55,7 @@ def write_scripted_model(path: Path, pieces: Sequence[str], *, name: str = "Scri
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(True)
     writer.add_add_space_prefix(False)
-    writer.add_chat_template(TEMPLATE)
+    writer.add_chat_template(template)
     shapes = {
         "attn_q": (2 * HEAD, N_EMBD),
         "attn_k": (2 * HEAD, N_EMBD),

@@ -1,0 +1,62 @@
+"""Thinking, talk and calls in one answer, by models that speak as real templates have it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llama_cpp_templates import templates
+from scripted_model import write_scripted_model
+from serving import Messages, serving, texts
+
+TEMPLATES = templates()
+QUESTION = [{"role": "user", "content": "What is it?"}]
+TOOL: Any = {
+    "type": "function",
+    "function": {"name": "look", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}},
+}
+
+
+def test_gpt_oss_thinks_talks_and_calls_again_and_again(tmp_path: Path) -> None:
+    template = TEMPLATES["openai-gpt-oss-120b"]
+    again = "<|end|><|start|>assistant"
+    pieces = [f"<|channel|>analysis<|message|>I must.{again}", f"<|channel|>commentary<|message|>I look.{again}"]
+    pieces += ["<|channel|>commentary to=functions.look ", "<|constrain|>json", '<|message|>{"at": ', '"it"}']
+    model = write_scripted_model(tmp_path / "oss.gguf", pieces, template=template, last="t")
+    with serving(model, n_ctx=8192) as server:
+        messages: Messages = [{"role": "system", "content": "Be terse."}, *QUESTION]
+        for sends_thinking in (False, True, True):
+            choice = server.chat(messages, max_tokens=30, tools=[TOOL])["choices"][0]
+            said = choice["message"]
+            (call,) = said["tool_calls"]
+            assert call["function"] == {"name": "look", "arguments": '{"at": "it"}'}
+            assert (said["reasoning_content"], said["content"]) == ("I must.", "I look.")
+            if not sends_thinking:
+                del said["reasoning_content"]
+            messages += [said, {"role": "tool", "tool_call_id": call["id"], "content": "a cat"}]
+    model = write_scripted_model(tmp_path / "forced.gguf", ['{"at": ', '"it"}'], template=template, last=">")
+    with serving(model, n_ctx=8192) as server:
+        for choice in ("required", {"type": "function", "function": {"name": "look"}}):
+            forced = server.chat(QUESTION, max_tokens=30, tools=[TOOL], tool_choice=choice)["choices"][0]
+            assert forced["message"]["tool_calls"][0]["function"]["arguments"] == '{"at": "it"}'
+    pieces = ["<|channel|>final ", "<|constrain|>json", "<|message|>", '{"at": "it"}']
+    model = write_scripted_model(tmp_path / "json.gguf", pieces, template=template, last="t")
+    with serving(model) as server:
+        for form in ({"type": "text"}, {"type": "json_object"}):
+            assert texts(server.chat(QUESTION, max_tokens=30, response_format=form)) == '{"at": "it"}'
+
+
+def test_tags_of_thinking_are_text_in_what_a_call_writes(tmp_path: Path) -> None:
+    code = '\nOPEN = "<think>"\n<think>\nx\n</think>\n'
+    call = {"name": "look", "arguments": {"at": code}}
+    for thinking in ("hm</think>\n\n", "hm\n"):  # some models call before they have ended to think
+        pieces = [thinking, "<tool_call>", "\n", json.dumps(call)[:30], json.dumps(call)[30:], "</tool_call>"]
+        model = write_scripted_model(
+            tmp_path / "q.gguf", pieces, template=TEMPLATES["Qwen3.5-4B"] + "{# #} ", last=" "
+        )
+        with serving(model) as server:
+            message = server.chat(QUESTION, max_tokens=30, tools=[TOOL])["choices"][0]["message"]
+            assert message["reasoning_content"].strip() == "hm"
+            assert json.loads(message["tool_calls"][0]["function"]["arguments"]) == {"at": code}
+            assert not message["content"]
