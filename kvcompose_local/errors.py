@@ -5,6 +5,7 @@
     KVComposeError            one line for the user, exit code 1
     ├── InvalidInput          a value no caller should pass (also a ValueError); exit code 2 on the command line
     ├── ModelError            the GGUF file is missing, damaged or not something we can run
+    │   └── TemplateError     its chat template fails, or does not take what was said
     ├── DownloadError         a model or source archive could not be fetched or verified
     ├── BuildError            llama.cpp could not be built
     ├── NoHome                the user has no home folder to keep files in (also an OSError)
@@ -39,6 +40,10 @@ class Stopped(KVComposeError):
 
 class ModelError(KVComposeError):
     """The model file cannot be used."""
+
+
+class TemplateError(ModelError):
+    """The chat template fails, or does not take what was said."""
 
 
 class DownloadError(KVComposeError):

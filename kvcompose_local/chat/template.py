@@ -27,7 +27,7 @@ from jinja2 import ext, nodes, parser, runtime, sandbox
 from kvcompose_local.chat.reasoning import format_of
 from kvcompose_local.chat.tools import called, is_readable, one_call_each, plain
 from kvcompose_local.chat.tools import format_of as tool_format_of
-from kvcompose_local.errors import ModelError
+from kvcompose_local.errors import TemplateError
 
 #: A conversation's message: role, content, and what the model thought before an answer, if anything, as "reasoning".
 Message = dict[str, str]
@@ -48,6 +48,8 @@ _TOOL_NAMES = ("functions", "function_call", "tools", "tool_choice")
 _SYSTEM, _USER, _ANSWER, _THOUGHT, _USER_2, _TOOL, _ARGUMENT = (
     "kvcprobe" + name for name in "system user answer thought again tool argument".split()
 )
+#: Words that turn thinking on and off, which some templates take out of what was said.
+_SWITCH = re.compile("/(?:no_)?think")
 #: A list of parts that a template printed as a Python list, in place of its text.
 _PRINTED_PART = re.compile(r"""['"]type['"]\s*:\s*['"](?:text|thinking)""")
 
@@ -56,7 +58,7 @@ class _TooLong(jinja2.TemplateError):
     """A template does not end, or takes nearly for ever."""
 
 
-class _EndlessTemplate(ModelError):
+class _EndlessTemplate(TemplateError):
     """The same while a template is being tried: one try is enough."""
 
 
@@ -93,7 +95,7 @@ def _refuse(message: str) -> NoReturn:
 def jinja_renderer(source: str, *, bos: str, eos: str) -> Renderer:
     """The renderer of a Jinja template; bos, eos: texts of these tokens, ``""`` where the vocabulary has none.
 
-    Raises ModelError, when it is made or used, with what Jinja or the template says.
+    Raises TemplateError, when it is made or used, with what Jinja or the template says.
     """
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols])
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # Jinja's own escapes HTML
@@ -165,9 +167,9 @@ def _bounded(pieces: Iterator[str], n_said: int) -> str:
     return "".join(text)
 
 
-def _failed(error: Exception) -> ModelError:
+def _failed(error: Exception) -> TemplateError:
     reason = " ".join(str(error).split()) or type(error).__name__
-    return ModelError(f"the model's chat template failed: {reason}; {_ANOTHER}")
+    return TemplateError(f"the model's chat template failed: {reason}; {_ANOTHER}")
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ class _Takes:
 class ChatTemplate:
     """One template and what it takes.
 
-    source: its text, which tells the names that it looks for. Raises ModelError, when it is made or rendered, with what
+    source: its text, which tells the names that it looks for. Raises TemplateError, when it is made or rendered, with what
     Jinja or the template says.
     """
 
@@ -217,14 +219,14 @@ class ChatTemplate:
 
         tools: functions that the model may call, as OpenAI's protocol has them.
 
-        Raises ModelError also where the text does not hold what the user said, or the system prompt.
+        Raises TemplateError also where the text does not hold what the user said, or the system prompt.
         """
         now = now or datetime.now()
         try:
             return self._whole(messages, add_generation_prompt, now, tools)
         except _EndlessTemplate:
             raise
-        except ModelError:
+        except TemplateError:
             if (alternating := in_turns(messages)) == [*messages]:
                 raise
             return self._whole(alternating, add_generation_prompt, now, tools)
@@ -234,6 +236,7 @@ class ChatTemplate:
     ) -> str:
         """The text of messages, checked for what was said."""
         takes, place = self._takes, 0
+        tools = [_complete(tool) for tool in tools]
         has_tools = bool(tools) or any(m["role"] == "tool" or "tool_calls" in m for m in messages)
         if not has_tools:
             text = self._adapted(messages, takes, add_generation_prompt, now)
@@ -243,10 +246,12 @@ class ChatTemplate:
             text = self._with_tools(messages, replace(takes, tools=kind), add_generation_prompt, now, tools)
         for message in messages:
             if message["role"] in ("system", "user"):
-                place = _end_of(message["content"], text, place)
+                before, place = place, _end_of(message["content"], text, place)
+                if place < 0 and _SWITCH.search(self.source):
+                    place = _end_of(_SWITCH.sub("", message["content"]), text, before)
                 if place < 0:
                     what = "the system prompt" if message["role"] == "system" else "your message"
-                    raise ModelError(f"the model's chat template leaves out {what}, or a part of it: {_ANOTHER}")
+                    raise TemplateError(f"the model's chat template leaves out {what}, or a part of it: {_ANOTHER}")
         return text
 
     def _with_tools(
@@ -269,7 +274,7 @@ class ChatTemplate:
             text = self._adapted([_message("user", _USER), calling, *results], takes, True, datetime.now(), [])
         except _EndlessTemplate:
             raise
-        except ModelError:
+        except TemplateError:
             return False
         return all(f"{_ARGUMENT}{i}" in text for i in (1, 2))
 
@@ -291,7 +296,7 @@ class ChatTemplate:
                 text = self._adapted([asked, calling, came], takes, True, datetime.now(), [])
             except _EndlessTemplate:
                 raise
-            except ModelError:
+            except TemplateError:
                 continue
             if _TOOL in first and _ANSWER in text and is_readable(text.partition(_USER)[2], self.tool_format, _TOOL):
                 return kind
@@ -304,7 +309,7 @@ class ChatTemplate:
                 text = self._adapted(messages, takes, prompt, datetime.now())
             except _EndlessTemplate:
                 raise
-            except ModelError:
+            except TemplateError:
                 return ""
             return "" if _PRINTED_PART.search(text) else text
 
@@ -345,17 +350,24 @@ class ChatTemplate:
                 _message("user", f"{messages[0]['content']}\n\n{messages[first]['content']}"), takes
             )
             del said[0]
-        try:
-            return self._render(said, add_generation_prompt, now, *options)
-        except _EndlessTemplate:
-            raise
-        except ModelError:
-            mute = [message | {"content": "…"} if message["content"] == "" else message for message in said]
-            if mute == said:
+        failure: TemplateError | None = None
+        thought = [self._as_thought(message) for message in said]
+        mute = [message | {"content": "…"} if message["content"] == "" else message for message in thought]
+        for given in [said, *[thought] * (thought != said), *[mute] * (mute != thought)]:
+            try:
+                return self._render(given, add_generation_prompt, now, *options)
+            except _EndlessTemplate:
                 raise
-            return self._render(
-                mute, add_generation_prompt, now, *options
-            )  # some refuse an answer that was stopped at once
+            except TemplateError as error:
+                failure = failure or error
+        raise failure or TemplateError("")
+
+    def _as_thought(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The same with what was said before a call as the end of the thinking: gpt-oss's takes one of both alone."""
+        thoughts = [given[key] for key in self._reasoning_keys if given.get(key)]
+        if not (thoughts and given.get("tool_calls") and given["content"] and isinstance(given["content"], str)):
+            return given
+        return given | {"content": ""} | dict.fromkeys(self._reasoning_keys, f"{thoughts[0]}\n\n{given['content']}")
 
     def _given(self, message: Message, takes: _Takes) -> dict[str, Any]:
         """A message as this template looks at it."""
@@ -397,6 +409,13 @@ def in_turns(messages: Sequence[Message]) -> list[Message]:
     if said and all(message["role"] == "system" for message in said):
         said = [{**said[0], "role": "user"}]
     return said
+
+
+def _complete(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool with all that templates look for: clients leave out what is empty."""
+    function = tool["function"]
+    missing = {"description": "", "parameters": {"type": "object", "properties": {}}}
+    return {**tool, "function": {**function, **{k: v for k, v in missing.items() if not function.get(k)}}}
 
 
 def _message(role: str, content: str) -> Message:

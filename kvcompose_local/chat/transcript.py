@@ -19,7 +19,7 @@ from kvcompose_local.chat.comparing import Kept, join, n_common, n_same_messages
 from kvcompose_local.chat.locating import Located, Span, located
 from kvcompose_local.chat.steps import UNPLACED, Place, Reread, Saved, Step
 from kvcompose_local.chat.text_model import Message, TextModel
-from kvcompose_local.errors import InvalidInput
+from kvcompose_local.errors import InvalidInput, ModelError
 
 #: A placeholder for what the user has yet to type when a document is read ahead of the question.
 _REST_OF_MESSAGE = "\x00rest of the message\x00"
@@ -198,12 +198,21 @@ class Transcript:
         if last is None:
             return 0
         messages = [*self.messages]
-        messages[last] = {"role": "assistant", "content": _THE_ANSWER}
         if messages[-1]["role"] == "assistant":
             messages.append({"role": "user", "content": self.draft + _REST_OF_MESSAGE})
-        text = self.render(messages).partition(_REST_OF_MESSAGE)[0]
-        after = text.rpartition(_THE_ANSWER)[2] if _THE_ANSWER in text else ""
-        return len(want) - len(after) if after and want.endswith(after) else 0
+        calls = json.loads(messages[last].get("tool_calls") or "[]")[-1:]
+        answer = {"role": "assistant", "content": _THE_ANSWER}
+        calling = answer | {"tool_calls": json.dumps([call | {"arguments": {"": _THE_ANSWER}} for call in calls])}
+        ways = ((answer, _THE_ANSWER), (calling, json.dumps(_THE_ANSWER) + "}"))  # some take no results without a call
+        for said, end in ways if calls else ways[:1]:
+            try:
+                text = self.render([*messages[:last], said, *messages[last + 1 :]]).partition(_REST_OF_MESSAGE)[0]
+            except ModelError:
+                continue
+            after = text.rpartition(end)[2] if end in text else ""
+            if after and want.endswith(after):
+                return len(want) - len(after)
+        return 0
 
     # -- following it -------------------------------------------------------------------------------------------------
 
@@ -212,7 +221,7 @@ class Transcript:
 
         want: the text of the conversation so far, from its beginning; n_held: tokens of it that the cache holds. Where
         the difference begins in what the cache cannot go back to, what was fed stays, and only what follows the last
-        answer is added.
+        answer is added, where that can be told.
         """
         if want.startswith(self.fed):
             self._n_alike = None
@@ -226,7 +235,7 @@ class Transcript:
         self.tokens, self._edges, self.steps = [*self.tokens], [*self._edges], [*self.steps]
         n_new = self._rewrite(edge, want, at, max(begin, at))
         n_shared = n_common(before[0], self.tokens)
-        if n_shared >= n_held or can_rewind(n_shared):
+        if n_shared >= n_held or can_rewind(n_shared) or (not begin and self._brings_results()):
             return Reread(max(len(self.tokens) - n_shared - n_new, 0), n_new, n_shared)
         self.tokens, self._edges, self.fed, self.steps = before
         self.steps = [replace(step, begin=min(step.begin, self.end)) for step in self.steps]
@@ -259,6 +268,11 @@ class Transcript:
         if want.startswith(self.fed):
             return self.end, len(self.fed)
         return self._last_shared(want, self._n_chars_alike(messages, tools))[:2]
+
+    def _brings_results(self) -> bool:
+        """Whether results of tools came since the last answer, which no message alone tells."""
+        last = next((i for i in reversed(range(len(self.messages))) if self.messages[i]["role"] == "assistant"), 0)
+        return any(message["role"] == "tool" for message in self.messages[last:])
 
     def _last_alone(self) -> tuple[str, list[Message]]:
         """The last message rendered alone, for templates that hide where it begins, and that message."""

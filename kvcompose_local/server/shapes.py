@@ -321,11 +321,12 @@ def internal(message: ChatMessage) -> Message:
 
 
 def internal_call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
-    """A tool call as conversations have it. Raises Refused where its arguments are no JSON object."""
+    """A tool call as conversations have it.
+
+    Arguments that are no JSON object are none: the model may have written them, and the conversation must go on.
+    """
     try:
         told = json.loads(arguments or "{}")
     except (ValueError, RecursionError):
-        told = None
-    if not isinstance(told, dict):
-        raise Refused(400, f"the arguments of a call of {name[:50]!r} are no JSON object", param="messages")
-    return {"id": call_id, "name": name, "arguments": told}
+        told = {}
+    return {"id": call_id, "name": name, "arguments": told if isinstance(told, dict) else {}}

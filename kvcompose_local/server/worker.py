@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
 
-from kvcompose_local.errors import ContextFull, InvalidInput, KVComposeError
+from kvcompose_local.errors import ContextFull, InvalidInput, KVComposeError, TemplateError
 from kvcompose_local.server.requests import Failed, Job, Refused
 
 log = logging.getLogger("kvcompose_local.server")
@@ -137,7 +137,7 @@ class Worker:
             job.emit(Failed(error))
         except ContextFull as error:
             job.emit(Failed(Refused(400, str(error), code="context_length_exceeded")))
-        except InvalidInput as error:
+        except (InvalidInput, TemplateError) as error:
             job.emit(Failed(Refused(400, str(error))))
         except MemoryError:
             job.emit(Failed(Refused(503, "out of memory: lower --keep, --ctx or --budget", retry_after=30)))

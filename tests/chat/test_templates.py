@@ -6,6 +6,7 @@ once, the transcript says what the template says, and nothing is read again with
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from datetime import datetime
 
@@ -18,6 +19,7 @@ from kvcompose_local.chat import Chat
 from kvcompose_local.chat.memory import CacheMemory
 from kvcompose_local.chat.reasoning import FORMATS, Format, Reader, format_of
 from kvcompose_local.chat.template import ChatTemplate
+from kvcompose_local.chat.transcript import Transcript
 from kvcompose_local.errors import ModelError
 
 #: It repeats its instructions after the last message, and takes those of the turn before back.
@@ -289,6 +291,36 @@ def test_a_template_that_loses_what_was_said_is_refused_in_one_line(source: str,
         ChatTemplate(source).render(said, add_generation_prompt=True)
 
 
+@pytest.mark.parametrize("name", ["HuggingFaceTB-SmolLM3-3B", "NVIDIA-Nemotron-Nano-v2"])
+def test_words_that_a_template_takes_out_are_not_missed(name: str) -> None:
+    template = ChatTemplate(templates()[name], bos="<s>", eos="</s>")
+    for switch in ("/think", "/no_think"):
+        system = {"role": "system", "content": f"Be terse. {switch}"}
+        user = {"role": "user", "content": f"What is in src{switch}/in.py?"}
+        text = template.render([system, user], add_generation_prompt=True)
+        assert "Be terse." in text
+        assert "/in.py?" in text
+    with pytest.raises(ModelError, match="leaves out"):
+        rendered(loop("{{ m.content | replace('/', '') }}"), {"role": "user", "content": "It is in /think/in.py"})
+
+
+@pytest.mark.parametrize("name", names())
+def test_tools_may_lack_what_is_empty(name: str) -> None:
+    template = ChatTemplate(templates()[name], bos="<s>", eos="</s>")
+    bare = {"type": "function", "function": {"name": "look_around"}}
+    assert "look_around" in template.render([USER], add_generation_prompt=True, tools=[bare])
+
+
+@pytest.mark.parametrize("name", names())
+def test_thinking_talk_and_a_call_go_into_one_answer(name: str) -> None:
+    """Some templates leave out what is said before a call; none may end the chat for it."""
+    template = ChatTemplate(templates()[name], bos="<s>", eos="</s>")
+    calling = {"role": "assistant", "content": "I look.", "reasoning": "Hm.", "tool_calls": json.dumps(CALLS[:1])}
+    text = template.render([USER, calling, RESULTS[0]], add_generation_prompt=True, tools=[LOOK])
+    assert "Sunny in Paris" in text
+    assert "I look." in text or name.startswith(("MiniMax-M1", "Mistral", "mistral", "Nous", "meta-llama"))
+
+
 def test_dates_are_of_the_chats_beginning() -> None:
     template = ChatTemplate("{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}")
     assert template.render([USER], add_generation_prompt=True, now=datetime(2026, 3, 1)) == "01 Mar 2026 What is here?"
@@ -301,6 +333,30 @@ def test_an_answer_that_was_stopped_at_once_leaves_a_chat_that_goes_on(name: str
 
 
 # -- what cannot be taken back ----------------------------------------------------------------------------------------
+
+
+CALLS = [{"id": f"abcdefgh{i}", "name": "look", "arguments": {"at": city}} for i, city in enumerate(("Paris", "Oslo"))]
+RESULTS = [
+    {"role": "tool", "content": f"Sunny in {call['arguments']['at']}", "tool_call_id": call["id"], "name": "look"}
+    for call in CALLS
+]
+LOOK = {"type": "function", "function": {"name": "look", "description": "", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize("n_calls", [1, 2])
+@pytest.mark.parametrize("name", names())
+def test_results_of_tools_are_fed_where_the_cache_cannot_go_back(name: str, n_calls: int) -> None:
+    said = Transcript(TemplateModel(templates()[name]), None)
+    calling = {"role": "assistant", "content": "", "tool_calls": json.dumps(CALLS[:n_calls])}
+    said.tell([USER], json.dumps([LOOK]))
+    said.follow(said.prompt(), 0, lambda _position: True)
+    said.begin_answer()
+    said.say("whatever the model calls it by")
+    said.messages.append(calling)
+    said.tell([USER, calling, *RESULTS[:n_calls]], json.dumps([LOOK]))
+    said.follow(said.prompt(), len(said.tokens), lambda _position: False)
+    after = said.fed.rpartition("whatever the model calls it by")[2]
+    assert all(result["content"] in after for result in RESULTS[:n_calls])
 
 
 def test_a_rewritten_past_that_is_compressed_stays_and_is_told_of_once() -> None:

@@ -24,7 +24,7 @@ def test_gpt_oss_thinks_talks_and_calls_again_and_again(tmp_path: Path) -> None:
     pieces = [f"<|channel|>analysis<|message|>I must.{again}", f"<|channel|>commentary<|message|>I look.{again}"]
     pieces += ["<|channel|>commentary to=functions.look ", "<|constrain|>json", '<|message|>{"at": ', '"it"}']
     model = write_scripted_model(tmp_path / "oss.gguf", pieces, template=template, last="t")
-    with serving(model, n_ctx=8192) as server:
+    with serving(model, n_ctx=4096) as server:
         messages: Messages = [{"role": "system", "content": "Be terse."}, *QUESTION]
         for sends_thinking in (False, True, True):
             choice = server.chat(messages, max_tokens=30, tools=[TOOL])["choices"][0]
@@ -36,7 +36,7 @@ def test_gpt_oss_thinks_talks_and_calls_again_and_again(tmp_path: Path) -> None:
                 del said["reasoning_content"]
             messages += [said, {"role": "tool", "tool_call_id": call["id"], "content": "a cat"}]
     model = write_scripted_model(tmp_path / "forced.gguf", ['{"at": ', '"it"}'], template=template, last=">")
-    with serving(model, n_ctx=8192) as server:
+    with serving(model, n_ctx=4096) as server:
         for choice in ("required", {"type": "function", "function": {"name": "look"}}):
             forced = server.chat(QUESTION, max_tokens=30, tools=[TOOL], tool_choice=choice)["choices"][0]
             assert forced["message"]["tool_calls"][0]["function"]["arguments"] == '{"at": "it"}'
@@ -52,11 +52,32 @@ def test_tags_of_thinking_are_text_in_what_a_call_writes(tmp_path: Path) -> None
     call = {"name": "look", "arguments": {"at": code}}
     for thinking in ("hm</think>\n\n", "hm\n"):  # some models call before they have ended to think
         pieces = [thinking, "<tool_call>", "\n", json.dumps(call)[:30], json.dumps(call)[30:], "</tool_call>"]
-        model = write_scripted_model(
-            tmp_path / "q.gguf", pieces, template=TEMPLATES["Qwen3.5-4B"] + "{# #} ", last=" "
-        )
+        model = write_scripted_model(tmp_path / "q.gguf", pieces, template=TEMPLATES["Qwen3.5-4B"] + "{# #} ", last=" ")
         with serving(model) as server:
             message = server.chat(QUESTION, max_tokens=30, tools=[TOOL])["choices"][0]["message"]
             assert message["reasoning_content"].strip() == "hm"
             assert json.loads(message["tool_calls"][0]["function"]["arguments"]) == {"at": code}
-            assert not message["content"]
+            assert not (message["content"] or "").strip()
+
+
+def test_a_call_with_bad_arguments_does_not_end_the_chat(tmp_path: Path) -> None:
+    with serving(write_scripted_model(tmp_path / "says.gguf", ["It is ", "a cat."])) as server:
+        for arguments in ("null", '{"at": ', "[1]", ""):
+            call = {"id": "a", "type": "function", "function": {"name": "look", "arguments": arguments}}
+            messages: Messages = [*QUESTION, {"role": "assistant", "content": None, "tool_calls": [call]}]
+            messages.append({"role": "tool", "tool_call_id": "a", "content": "bad arguments"})
+            assert texts(server.chat(messages, tools=[TOOL])) == "It is a cat."
+
+
+def test_what_a_template_refuses_is_no_reason_to_ask_again(tmp_path: Path) -> None:
+    """Also where it takes the messages, and not what else is asked of it, as what stands before the first one."""
+    refuses = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if messages[0].role == 'system' and messages | length > 1 and 'rest of the message' in messages[1].content %}"
+        "{{ raise_exception('no greetings') }}{% endif %}[assistant]"
+    )
+    model = write_scripted_model(tmp_path / "says.gguf", ["It is ", "a cat."], template=refuses)
+    with serving(model) as server:
+        told = server.post("/v1/chat/completions", messages=[{"role": "system", "content": "Hi"}, *QUESTION])
+        assert told.status_code == 400
+        assert "no greetings" in told.json()["error"]["message"]
