@@ -12,10 +12,8 @@ from __future__ import annotations
 import html
 import json
 import re
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property, partial
@@ -41,8 +39,11 @@ _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _LARGEST_FACTOR, _LARGEST_FRAME = 1 << 16, 4 << 20
 #: Methods of strings whose results can be of any length.
 _WIDENERS = {"center", "expandtabs", "ljust", "rjust", "zfill"}
-#: Seconds that rendering may take; the templates of models take milliseconds.
-_LONGEST_SECONDS = 4
+#: Seconds that rendering may take, and more for each message: models' templates take milliseconds, but some look at all
+#: messages for each of them.
+_LONGEST_SECONDS, _MESSAGE_SECONDS = 4, 0.1
+#: Texts that are kept for being asked for again.
+_KEPT_TEXTS = 2
 _TOOL_NAMES = ("functions", "function_call", "tools", "tool_choice")
 #: Contents of the conversations that a template renders to show what it takes.
 _SYSTEM, _USER, _ANSWER, _THOUGHT, _USER_2, _TOOL, _ARGUMENT = (
@@ -73,9 +74,41 @@ class _Generation(ext.Extension):
 
 
 class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, which bounds ranges. This one bounds products, too: a template must not take all memory."""
+    """Jinja's sandbox, which bounds ranges. This one bounds products, too: a template must not take all memory.
+
+    It bounds time as well: a template may never end, and notices no Ctrl-C. Whatever takes long goes through loops and
+    calls, which look at the clock.
+    """
 
     intercepted_binops = frozenset({"*", "**"})
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._seconds = self._until = 0.0
+        self.filters["kvc_timed"] = self._timed
+
+    def allow(self, seconds: float) -> None:
+        """Let what is rendered from now on take this long; then it raises TemplateError."""
+        self._seconds, self._until = seconds, time.monotonic() + seconds
+
+    def _look(self) -> None:
+        if time.monotonic() > self._until:
+            raise _TooLong(f"it takes more than {self._seconds:.0f} s")
+
+    def _timed(self, items: Iterable[Any]) -> Iterator[Any]:
+        for item in items:
+            self._look()
+            yield item
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree = super()._parse(source, name, filename)
+        for loop in tree.find_all(nodes.For):
+            loop.iter = nodes.Filter(loop.iter, "kvc_timed", [], [], None, None, lineno=loop.lineno)
+        return tree
+
+    def call(self, context: runtime.Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        self._look()
+        return super().call(context, obj, *args, **kwargs)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         return attr not in _WIDENERS and super().is_safe_attribute(obj, attr, value)
@@ -124,10 +157,10 @@ def jinja_renderer(source: str, *, bos: str, eos: str) -> Renderer:
         nothing: tuple[Any, ...] = (None, [], "")
         for without in nothing:  # templates ask whether tools "is none", or go over them
             try:
-                with _ended_in_time():
-                    names = dict.fromkeys(_TOOL_NAMES, without) | ({"tools": tools} if tools else {})
-                    pieces = template.generate(**known, **names)
-                    return _bounded(pieces, sum(len(str(told)) for told in (*messages, *tools)))
+                environment.allow(_LONGEST_SECONDS + _MESSAGE_SECONDS * len(messages))
+                names = dict.fromkeys(_TOOL_NAMES, without) | ({"tools": tools} if tools else {})
+                pieces = template.generate(**known, **names)
+                return _bounded(pieces, sum(len(str(told)) for told in (*messages, *tools)))
             except TypeError as error:
                 failure = failure or error
             except _TooLong as error:
@@ -139,23 +172,6 @@ def jinja_renderer(source: str, *, bos: str, eos: str) -> Renderer:
     return render
 
 
-@contextmanager
-def _ended_in_time() -> Iterator[None]:
-    """Raises TemplateError where the block takes too long: a template may never end, and notices no Ctrl-C."""
-    until = time.monotonic() + _LONGEST_SECONDS
-
-    def look(*_: object) -> None:
-        if time.monotonic() > until:
-            raise _TooLong(f"it takes more than {_LONGEST_SECONDS} s")
-
-    before = sys.getprofile()
-    sys.setprofile(look)
-    try:
-        yield
-    finally:
-        sys.setprofile(before)
-
-
 def _bounded(pieces: Iterator[str], n_said: int) -> str:
     """The text of these pieces, unless it is out of proportion to the ``n_said`` characters of what was said."""
     text, left = [], _LARGEST_FRAME + 4 * n_said
@@ -163,7 +179,7 @@ def _bounded(pieces: Iterator[str], n_said: int) -> str:
         text.append(piece)
         left -= len(piece)
         if left < 0:
-            raise jinja2.TemplateError(f"it makes more than {_LARGEST_FRAME} characters of a conversation of {n_said}")
+            raise _TooLong(f"it makes more than {_LARGEST_FRAME} characters of a conversation of {n_said}")
     return "".join(text)
 
 
@@ -191,8 +207,8 @@ class _Takes:
 class ChatTemplate:
     """One template and what it takes.
 
-    source: its text, which tells the names that it looks for. Raises TemplateError, when it is made or rendered, with what
-    Jinja or the template says.
+    source: its text, which tells the names that it looks for. Raises TemplateError, when it is made or rendered, with
+    what Jinja or the template says.
     """
 
     def __init__(self, source: str, *, bos: str = "", eos: str = "", renderer: Renderer | None = None) -> None:
@@ -201,6 +217,7 @@ class ChatTemplate:
         self._reasoning_keys = [key for key in _REASONING_KEYS if re.search(rf"""[.'"]{key}\b(?!\s\w)""", source)]
         self.format = format_of(source)
         self.tool_format = tool_format_of(source)
+        self._kept: list[tuple[Any, str]] = []  # what was rendered last, and its text
 
     @property
     def folds_system(self) -> bool:
@@ -222,6 +239,17 @@ class ChatTemplate:
         Raises TemplateError also where the text does not hold what the user said, or the system prompt.
         """
         now = now or datetime.now()
+        asked = [*messages], add_generation_prompt, now if "strftime_now" in self.source else None, [*tools]
+        text = next((text for kept, text in self._kept if kept == asked), None)
+        if text is None:
+            text = self._rendered(messages, add_generation_prompt, now, tools)
+            messages_then = [dict(message) for message in messages]
+            self._kept = [((messages_then, *asked[1:]), text), *self._kept][:_KEPT_TEXTS]
+        return text
+
+    def _rendered(
+        self, messages: Sequence[Message], add_generation_prompt: bool, now: datetime, tools: Sequence[Any]
+    ) -> str:
         try:
             return self._whole(messages, add_generation_prompt, now, tools)
         except _EndlessTemplate:

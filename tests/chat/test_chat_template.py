@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from datetime import datetime
 from typing import Any
 
 import pytest
 from llama_cpp_templates import templates
 
+from kvcompose_local.chat import template
 from kvcompose_local.chat.template import ChatTemplate, jinja_renderer
 from kvcompose_local.errors import ModelError
 from kvcompose_local.llama_ffi import library
@@ -93,3 +95,44 @@ def test_what_templates_expect() -> None:
 def test_a_template_that_fails_is_one_line(source: str, said: str) -> None:
     with pytest.raises(ModelError, match=rf"^the model's chat template failed: .*{said}"):
         ChatTemplate(source, bos="", eos="").render([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}",
+        "{% set s = 'x' * 9999 %}{% for a in s %}{% for b in s %}{% for c in s %}{% endfor %}{% endfor %}{% endfor %}",
+        "{% for a in [[]] recursive %}{{ loop([a]) if loop.depth < 99 }}{{ loop([a]) if loop.depth < 99 }}{% endfor %}",
+    ],
+)
+def test_a_template_that_does_not_end_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template, "_LONGEST_SECONDS", 0.2)
+    began = time.monotonic()
+    with pytest.raises(ModelError, match="takes more than"):
+        ChatTemplate(source).render([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+    assert time.monotonic() - began < 2
+
+
+def test_a_long_conversation_may_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some templates look at all messages for each of them."""
+    monkeypatch.setattr(template, "_LONGEST_SECONDS", 0.01)
+    source = "{% for m in messages %}{% for n in messages %}{% endfor %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi."}] * 500
+    chat = ChatTemplate(source)
+    assert chat.render([*messages, messages[0]], add_generation_prompt=True).count("[user]") == 501
+
+
+def test_a_text_that_is_asked_for_again_is_not_rendered_again() -> None:
+    rendered = []
+
+    def render(messages: list[dict[str, Any]], *_: Any) -> str:
+        rendered.append(messages)
+        return "".join(str(message["content"]) for message in messages)
+
+    chat, hi = ChatTemplate("", renderer=render), {"role": "user", "content": "Hi"}
+    assert chat.render([hi], add_generation_prompt=True) == "Hi"
+    n_rendered = len(rendered)
+    assert chat.render([dict(hi)], add_generation_prompt=True) == "Hi"
+    assert len(rendered) == n_rendered
+    hi["content"] = "Ho"
+    assert chat.render([hi], add_generation_prompt=True) == "Ho"

@@ -73,7 +73,7 @@ def test_what_a_template_refuses_is_no_reason_to_ask_again(tmp_path: Path) -> No
     """Also where it takes the messages, and not what else is asked of it, as what stands before the first one."""
     refuses = (
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-        "{% if messages[0].role == 'system' and messages | length > 1 and 'rest of the message' in messages[1].content %}"
+        "{% if messages[0].role == 'system' and 'rest of the message' in messages[-1].content %}"
         "{{ raise_exception('no greetings') }}{% endif %}[assistant]"
     )
     model = write_scripted_model(tmp_path / "says.gguf", ["It is ", "a cat."], template=refuses)
