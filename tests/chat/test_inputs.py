@@ -150,7 +150,7 @@ def test_all_files_are_read_before_any_counts(tmp_path: Path) -> None:
 def test_what_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidInput, match=r"^\S+ is a folder: '?\S+/\*.txt'? names its text files$"):
         read(tmp_path)
-    with pytest.raises(InvalidInput, match="^/dev/zero is a device"):
+    with pytest.raises(InvalidInput, match=r"^/dev/zero is a device"):
         read(Path("/dev/zero"))
     with pytest.raises(InvalidInput, match="cannot read"):
         read(Path("a\0b"))
@@ -186,7 +186,7 @@ def test_wildcards_name_files_in_order(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_web_page_is_not_fetched() -> None:
-    with pytest.raises(InvalidInput, match="^https://example.com/a is a web page, and none is fetched: "):
+    with pytest.raises(InvalidInput, match=r"^https://example\.com/a is a web page, and none is fetched: "):
         inputs.read_all([Path("https://example.com/a")])
 
 
