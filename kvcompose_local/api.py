@@ -72,6 +72,17 @@ def memory_of(engine: LlamaEngine, n_ctx: int, *, scoring: str = SCORINGS[0], **
     return CacheMemory(engine, n_ctx, scorer=profile.scorer if profile else None, **options)
 
 
+def _lacks(model: Model) -> list[str]:
+    """What a chat would need and the model's file does not say, a line each."""
+    is_bpe = model.metadata("tokenizer.ggml.model") == "gpt2"
+    missing = {
+        "no chat template: questions are put as plain text (--template NAME takes another)": not model.chat_template(),
+        "no word on how to cut words: a newer file may answer better": is_bpe
+        and model.metadata("tokenizer.ggml.pre") is None,
+    }
+    return [f"the model's file has {what}" for what, is_missing in missing.items() if is_missing]
+
+
 def _with_chosen(options: ChatOptions, chosen: Mapping[str, Any]) -> ChatOptions:
     """Options with some fields replaced by name. Raises InvalidInput for what none can be, or no field is called."""
     names = [field.name for field in fields(ChatOptions)]
@@ -166,6 +177,8 @@ class LocalChat:
                 on_rebuild=on_rebuild,
                 on_note=on_note,
             )
+            for line in _lacks(self._engine.model) if options.template is None else ():
+                on_note(line)
             stack.pop_all()
 
     def __enter__(self) -> Self:
