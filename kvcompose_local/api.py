@@ -50,18 +50,34 @@ def template_of(wanted: str, names: Sequence[str]) -> str:
     if not is_there or not wanted:
         close = difflib.get_close_matches(wanted, names, n=3) or ["plain", "chatml", "llama3", "gemma", "mistral-v7"]
         raise InvalidInput(f"there is no template {wanted!r}: give a Jinja file, or a name such as {', '.join(close)}")
-    source = inputs.read(path)
-    if path.suffix == ".json":  # tokenizer_config.json, as a model's page has it
-        try:
-            told = json.loads(source)
-            source = told["chat_template"] if isinstance(told, dict) else ""
-        except (ValueError, KeyError, RecursionError):
-            source = ""
-        if not isinstance(source, str):
-            raise InvalidInput(f"{wanted} holds several templates: copy the one you want into a file of its own")
+    text = inputs.read(path)
+    source = _template_in(text, wanted)
+    if source is None:
+        source = "" if path.suffix == ".json" else text
     if not source.strip():
         raise InvalidInput(f"there is no template in {wanted}")
     return source
+
+
+def _template_in(text: str, name: str) -> str | None:
+    """The chat template of a tokenizer_config.json, as a model's page has it; None for other text, such as a template.
+
+    Raises InvalidInput, which begins with ``name``, for several of which none is the default.
+    """
+    try:
+        told = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(told, dict):
+        return None
+    found = told.get("chat_template")
+    if isinstance(found, list):
+        named = {str(one.get("name")): one.get("template") for one in found if isinstance(one, dict)}
+        if "default" not in named:
+            told_names = f"several templates ({', '.join(named)})"
+            raise InvalidInput(f"{name} holds {told_names}: copy the one you want into a file of its own")
+        found = named["default"]
+    return found if isinstance(found, str) else ""
 
 
 def memory_of(engine: LlamaEngine, n_ctx: int, *, scoring: str = SCORINGS[0], **options: Any) -> CacheMemory:
@@ -210,6 +226,11 @@ class LocalChat:
         with self._lock:
             if template is not None:
                 model.use_template(template_of(template, model.template_names()))
+            elif not model.template_name:
+                inner = _template_in(model.chat_template() or "", "the model's header")
+                if inner == "":
+                    raise InvalidInput("the model has JSON in its template's place: name another by --template")
+                model.use_template(inner or "")
             model.check_template()
 
     @contextmanager

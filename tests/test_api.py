@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -267,6 +268,12 @@ def test_a_model_that_is_written_to_meanwhile(
     with LocalChat(path, n_ctx=512, n_threads=1) as chat:
         chat.load(tmp_path / "x.kvc")
         assert len(chat.chat.messages) >= 4
+def test_a_model_whose_template_is_in_json(tiny_model: Callable[..., Path]) -> None:
+    config = json.dumps({"chat_template": "{% for m in messages %}[{{ m.content }}]{% endfor %}"})
+    with LocalChat(tiny_model(template=config), n_ctx=512, n_threads=1) as chat:
+        assert chat.memory.engine.model.template_name == "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    with pytest.raises(InvalidInput, match="JSON in its template's place: name another by --template"):
+        LocalChat(tiny_model(template='{"bos_token": "x"}'), n_ctx=512, n_threads=1)
 
 
 def test_another_template_is_a_name_or_a_file(tmp_path: Path) -> None:
@@ -290,7 +297,16 @@ def test_another_template_is_a_name_or_a_file(tmp_path: Path) -> None:
     config = tmp_path / "tokenizer_config.json"
     config.write_text('{"chat_template": "{{ messages[0].content }}"}')
     assert template_of(str(config), names) == "{{ messages[0].content }}"
-    config.write_text('{"chat_template": [{"name": "default", "template": ""}]}')
+    file.write_text(config.read_text())  # whatever its name is
+    assert template_of(str(file), names) == "{{ messages[0].content }}"
+    several = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "{{ messages }}"}]
+    config.write_text(json.dumps({"chat_template": several}))
+    assert template_of(str(config), names) == "{{ messages }}"
+    for config_of_none in ('{"bos_token": "<s>"}', '{"chat_template": null}', "[1]"):
+        config.write_text(config_of_none)
+        with pytest.raises(InvalidInput, match="no template in"):
+            template_of(str(config), names)
+    config.write_text(json.dumps({"chat_template": several[:1]}))
     with pytest.raises(InvalidInput, match="several templates"):
         template_of(str(config), names)
     for nothing in ("", "~nobody-here/x.jinja", "x" * 5000):

@@ -26,6 +26,7 @@ from kvcompose_local import __version__
 from kvcompose_local.commands.cli import cli
 from kvcompose_local.commands.run import is_fed
 from kvcompose_local.install import models
+from kvcompose_local.llama_ffi.library import library_path
 
 TinyModel = Callable[..., Path]
 # Models
@@ -689,6 +690,18 @@ def test_a_shell_gets_its_script(shell: str) -> None:
     assert "kvcompose-local" in script
     if which := shutil.which(shell):
         subprocess.run([which, "-n"], input=script, text=True, check=True, timeout=60)  # it parses
+
+
+def test_what_cannot_be_written_is_told_before_work(tiny_model: TinyModel, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    env = {"KVCOMPOSE_CACHE": str(tmp_path / "file"), "LLAMA_CPP_LIB_PATH": str(library_path().parent)}
+    done = program("profile", tiny_model(), env=env)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: cannot write {tmp_path / 'file' / 'profiles'} (Not a directory): make ")
+    assert done.stderr.count("\n") == 1
+    done = program("compress", tiny_model(), tmp_path / "file", "-o", "-")
+    assert done.returncode in (1, 2)
+    assert "a session cannot be written to standard output" in done.stderr
 
 
 def test_a_model_without_attention_runs_uncompressed(tiny_model: TinyModel, tmp_path: Path) -> None:
