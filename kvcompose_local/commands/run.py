@@ -336,6 +336,8 @@ def talk(local: LocalChat, request: RunRequest, autosave: Autosave, interrupts: 
 
     def read_line() -> str | None:
         autosave.keep()
+        if interrupts.leaving:
+            raise KeyboardInterrupt
         return edit("")
 
     try:

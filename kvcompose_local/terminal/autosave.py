@@ -117,7 +117,10 @@ class Autosave:
             self._remove_draft()
             return
         try:
-            drafts.write(sessions.path_of(self._name), self.chat, self.setup, self.status.checking)
+            with self.interrupts.caught():
+                drafts.write(sessions.path_of(self._name), self.chat, self.setup, self.status.checking)
+        except KeyboardInterrupt:  # a large model's file is looked through, once
+            self._drafted = self._kept
         except KVComposeError as error:
             self.status.line(f"if the program is killed, this turn is lost: {error}")
 

@@ -196,7 +196,7 @@ def test_files_that_cannot_be_read_as_text(tiny_model: TinyModel, tmp_path: Path
     empty.touch()
     ask = ["run", tiny_model(), *FAST, "-p", "x", "-f"]
     refused(program(*ask, tmp_path / "none"), 2, "cannot read", "No such file")
-    refused(program(*ask, tmp_path), 2, "cannot read", "directory")
+    refused(program(*ask, tmp_path), 2, f"{tmp_path} is a folder: ")
     refused(program(*ask, binary), 2, "binary is a binary file")
     refused(program(*ask, latin), 2, "latin is not UTF-8 text (byte 1)")
     refused(program(*ask, empty), 2, f"there is no text to read in {empty}")
@@ -252,8 +252,6 @@ def test_closed_and_empty_standard_input(tiny_model: TinyModel) -> None:
     with_prompt = program("run", tiny_model(), *FAST, "-p", "x", redirection="<&-")
     assert with_prompt.returncode == 0
     assert with_prompt.stdout
-    nothing = program("run", tiny_model(), *FAST)
-    assert (nothing.returncode, nothing.stdout, nothing.stderr) == (0, "", "")
 
 
 def test_a_terminal_that_is_not_utf8_gets_question_marks(tiny_model: TinyModel) -> None:
@@ -360,7 +358,7 @@ def fed_late(folder: Path) -> Path:
     """A pipe into which a program writes after a while, as most do."""
     fifo = folder / "late"
     os.mkfifo(fifo)
-    subprocess.Popen(["sh", "-c", 'exec >"$0"; sleep 0.5; echo Some text.', str(fifo)])
+    subprocess.run(["sh", "-c", '(exec >"$0"; sleep 0.5; echo Some text.) 2>/dev/null &', str(fifo)], check=True)
     return fifo
 
 
@@ -721,7 +719,8 @@ def test_a_line_that_fails_leaves_the_session_the_others(tiny_model: TinyModel, 
     assert "of --ctx 1024 positions are used" in done.stderr
     again = program("run", *session, "-p", "More", "--json")
     assert "loaded" in again.stderr
-    assert len(json.loads(again.stdout)["answers"]) == 2
+    assert "2 messages" in again.stderr
+    assert len(json.loads(again.stdout)["answers"]) == 1
 
 
 def test_questions_behind_one_that_fails_are_counted(tiny_model: TinyModel) -> None:
@@ -746,10 +745,10 @@ def test_chats_that_end_together_are_all_saved(tiny_model: TinyModel, tmp_path: 
     for chat in chats:
         chat.stderr.close()
     said = [
-        json.loads(program("run", "--session", path, "-p", "x", "--json", "--no-autosave").stdout)["answers"]
+        program("run", "--session", path, "-p", "x", "--no-autosave").stderr.count(": 2 messages, ")
         for path in tmp_path.glob("s*.kvc")
     ]
-    assert [len(answers) for answers in said] == [2, 2, 2], told
+    assert said == [1, 1, 1], told
 
 
 @pytest.mark.parametrize("asks", [True, False])
@@ -800,6 +799,38 @@ def test_what_was_read_before_a_signal_is_saved(
     assert "goes on from here" in done.stderr
     told = json.loads(program("run", "--session", tmp_path / "s.kvc", "-p", "x", "--json").stdout)
     assert told["positions"] > 500
+
+
+def test_a_session_that_is_never_written_must_be_there(tiny_model: TinyModel, tmp_path: Path) -> None:
+    home = {"HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path / "state")}
+    home |= {"LLAMA_CPP_LIB_PATH": str(library_path().parent)}
+    ask = ("run", endless(tiny_model), *FAST, "--max-tokens", "4", "-p", "x")
+    typo = tmp_path / "TYPO.kvc"
+    none = f"there is no saved chat {typo}; nothing is saved yet"
+    refused(program(*ask, "--session", typo, "--no-autosave", env=home), 1, none)
+    refused(program(*ask, "--continue", env=home), 1, "there is no saved chat last; nothing is saved yet")
+    assert program(*ask, "--session", "last", env=home).returncode == 0
+    done = program(*ask, "--continue", "--json", env=home)
+    assert "loaded last: 2 messages" in done.stderr
+    assert len(json.loads(done.stdout)["answers"]) == 1, "of this run alone"
+    refused(program(*ask, "--continue", "--session", "other", env=home), 2, "--session names another")
+    refused(program(*ask, "--continue", "--system", "Be brief.", env=home), 1, "leave --system out")
+
+
+def test_the_system_prompt_may_be_a_file(tiny_model: TinyModel, tmp_path: Path) -> None:
+    text = tmp_path / "be brief.txt"
+    text.write_text("Be brief.\n")
+    ask = ("run", endless(tiny_model), *FAST, "--max-tokens", "4", "--json", "-p", "x")
+    n_tokens = [
+        json.loads(program(*ask, *options).stdout)["prompt_tokens"]
+        for options in (("--system", "Be brief."), ("--system-file", text))
+    ]
+    assert n_tokens[0] == n_tokens[1]
+    hint = f"--system takes the text itself: --system-file '{text}' reads the file\n"
+    for name in (str(text), f"@{text}"):
+        assert program(*ask, "--system", name).stderr.startswith(hint)
+    refused(program(*ask, "--system-file", text, "--system", "x"), 2, "give one")
+    refused(program(*ask, "--system-file", tmp_path / "none"), 2, "cannot read")
 
 
 def test_thinking_is_hidden_in_json_too(tmp_path: Path) -> None:
