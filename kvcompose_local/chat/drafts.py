@@ -94,7 +94,8 @@ def _is_left(draft: Path) -> bool:
     if match is None:
         return False
     try:
-        return bool(psutil.Process(int(match[2])).create_time() > draft.stat().st_mtime)
+        process = psutil.Process(int(match[2]))
+        return process.status() == psutil.STATUS_ZOMBIE or bool(process.create_time() > draft.stat().st_mtime)
     except psutil.NoSuchProcess:
         return True
     except (psutil.Error, OSError, OverflowError):

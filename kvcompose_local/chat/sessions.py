@@ -283,7 +283,7 @@ def _pin() -> str:
 
 def read_manifest(path: Path) -> Manifest:
     """What a session was made with. Raises SessionError for a file that is missing, damaged or none."""
-    with _opened(path) as (manifest, _parts):
+    with opened(path) as (manifest, _parts):
         return manifest
 
 
@@ -317,7 +317,7 @@ def load(path: Path, chat: Chat, setup: Setup, progress: Progress | None = None)
     Raises SessionError, before the chat is touched, where the file is damaged, belongs to another model or cache type
     or does not fit.
     """
-    with _opened(path) as (manifest, parts):
+    with opened(path) as (manifest, parts):
         check_model(manifest, setup, progress)
         state = _fitting_state(manifest, parts, chat.memory)
         before = chat.memory.position
@@ -331,7 +331,7 @@ def load(path: Path, chat: Chat, setup: Setup, progress: Progress | None = None)
 
 def read_state(path: Path, memory: CacheMemory, setup: Setup) -> ChatState:
     """The state in a file, for a chat with this memory's engine. Raises SessionError as :func:`load`."""
-    with _opened(path) as (manifest, parts):
+    with opened(path) as (manifest, parts):
         check_model(manifest, setup)
         state = _fitting_state(manifest, parts, memory)
         held, cells = state.memory, state.memory.cells
@@ -358,7 +358,7 @@ def _fitting_state(manifest: Manifest, parts: Sections, memory: CacheMemory) -> 
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[Manifest, Sections]]:
+def opened(path: Path) -> Iterator[tuple[Manifest, Sections]]:
     """The manifest and the sections of a file whose checksums are right.
 
     Anything wrong with the file in this block is told as a SessionError.

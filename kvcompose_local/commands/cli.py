@@ -25,6 +25,7 @@ from kvcompose_local.commands.profile import profile_command
 from kvcompose_local.commands.rpc_server import rpc_server_command
 from kvcompose_local.commands.run import run_command
 from kvcompose_local.commands.serve import serve_command
+from kvcompose_local.commands.sessions import sessions_command
 from kvcompose_local.commands.version import version_option
 from kvcompose_local.errors import KVComposeError, Stopped
 from kvcompose_local.terminal.shown import show_on_terminals
@@ -56,6 +57,7 @@ for command in (
     serve_command,
     compress_command,
     models_command,
+    sessions_command,
     inspect_command,
     profile_command,
     eval_command,

@@ -186,7 +186,7 @@ def run_command(context: click.Context, model: str | None, options: ChatOptions,
     with open_chat(path, options, interrupts=interrupts, status=status, load=load) as local:
         autosave = autosaving(local, request, session, autosaves, interrupts, status)
         if session.manifest is not None:
-            resume(local, options, autosave, status)
+            resume(local, options, autosave, status, is_interactive=request.is_interactive)
         n_before = local.chat.n_answers
         with interrupts.leaving_in_order():
             with interrupts.caught():
@@ -268,8 +268,10 @@ def autosaving(
     )
 
 
-def resume(local: LocalChat, options: ChatOptions, autosave: Autosave, status: Status) -> None:
+def resume(local: LocalChat, options: ChatOptions, autosave: Autosave, status: Status, *, is_interactive: bool) -> None:
     """Go on from the session. Raises SessionError, and KVComposeError where it has another system prompt."""
+    from kvcompose_local.terminal.figures import last_exchange
+
     loaded = autosave.resume()
     local.use_template(options.template)  # over the session's own
     if options.system is not None and (options.system or None) != (local.chat.system or None):
@@ -278,6 +280,8 @@ def resume(local: LocalChat, options: ChatOptions, autosave: Autosave, status: S
             "another in the chat with /system"
         )
     status.line(loaded)
+    if is_interactive and (said := last_exchange(local.chat)):
+        status.line(said)
 
 
 def feed(

@@ -24,6 +24,17 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def last_exchange(chat: Chat) -> str:
+    """What was asked and answered last, a line each, shortened to 72 characters."""
+    told = [message for message in chat.messages if message["role"] in ("user", "assistant")][-2:]
+    lines = [
+        f"{'> ' if message['role'] == 'user' else ''}{' '.join(message['content'].split())}"
+        for message in told
+        if message["content"].strip()
+    ]
+    return "\n".join(line if len(line) <= 72 else f"{line[:71]}…" for line in lines)
+
+
 def left(chat: Chat, width: int) -> str:
     """What of each part of the conversation the cache still holds, a line each; empty where nothing was dropped."""
     parts = remembered(chat, n_shown=max(width - 24, 8))

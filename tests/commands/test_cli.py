@@ -817,6 +817,26 @@ def test_a_session_that_is_never_written_must_be_there(tiny_model: TinyModel, tm
     refused(program(*ask, "--continue", "--system", "Be brief.", env=home), 1, "leave --system out")
 
 
+def test_saved_chats_are_listed_and_deleted(tiny_model: TinyModel, tmp_path: Path) -> None:
+    home = {"HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path), "LLAMA_CPP_LIB_PATH": str(library_path().parent)}
+    assert program("sessions", env=home).stdout == ""
+    model = endless(tiny_model)
+    for i, name in enumerate(("older", "a b")):
+        asked = ("-p", "x") * (i + 1)
+        assert program("run", model, *FAST, "--session", name, *asked, env=home).returncode == 0
+    folder = next(tmp_path.rglob("older.kvc")).parent
+    os.utime(folder / "older.kvc", (0, 86400 * 365))
+    (folder / "broken.kvc").write_text("none")
+    os.utime(folder / "broken.kvc", (0, 0))
+    newest, older, broken = program("sessions", env=home).stdout.splitlines()
+    assert re.search(rf"  a b +4 messages +\d\.\d MiB  {model.name}$", newest)
+    assert re.match(r"1971-01-01 \d\d:\d\d  older +2 messages ", older)
+    assert "damaged or no session" in broken
+    refused(program("sessions", "rm", "older", "../older", env=home), 1, "there is no saved chat ../older: ")
+    assert program("sessions", "rm", "a b", "broken", env=home).returncode == 0
+    assert len(program("sessions", env=home).stdout.splitlines()) == 1
+
+
 def test_the_system_prompt_may_be_a_file(tiny_model: TinyModel, tmp_path: Path) -> None:
     text = tmp_path / "be brief.txt"
     text.write_text("Be brief.\n")

@@ -500,13 +500,15 @@ def test_two_chats_on_one_session_both_stay(terminal: Terminal, tmp_path: Path) 
 def test_a_chat_that_is_killed_loses_no_turn(terminal: Terminal) -> None:
     child = terminal()
     say(child, "Hello")
-    say(child, "More")
+    say(child, "More " * 30)
     child.kill(signal.SIGKILL)
     child.expect(pexpect.EOF)
     child = terminal("--continue")
     told = plain(child.before)
     assert "a chat ended without being saved: what was said is kept as last\n" in told
-    assert re.search(r"loaded last: 4 messages, 0 tokens; \d+ more are read before your next message", told)
+    assert re.search(
+        r"loaded last: 4 messages, 0 tokens; \d+ more are read before your next message\n> More[^\n]+…\n[^\n]+", told
+    )
     say(child, "And?")
     leave(child)
     assert "loaded last: 6 messages" in plain(terminal("--session", "last").before)
