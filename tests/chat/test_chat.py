@@ -360,7 +360,7 @@ def test_thinking_that_the_prompt_opened_is_dropped_with_its_opening(monkeypatch
 
 
 def test_thinking_is_forgotten_where_the_template_keeps_it() -> None:
-    chat, _ = make([" <think>a</think>one<think>b</think> two", "x"])
+    chat, _ = make([" <think>a</think>one two", "x"])
     list(chat.ask("Hi", max_tokens=99))
     chat.forget_thinking()
     assert stands(chat) == b"[u]Hi[/][a]one two"
