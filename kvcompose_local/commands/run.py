@@ -315,11 +315,11 @@ def talk(local: LocalChat, request: RunRequest, autosave: Autosave, interrupts: 
     from kvcompose_local.terminal.answers import Answers
     from kvcompose_local.terminal.chat_commands import COMMANDS, ChatCommands
     from kvcompose_local.terminal.figures import describe
-    from kvcompose_local.terminal.prompt import line_reader
+    from kvcompose_local.terminal.prompt import LineEditor
     from kvcompose_local.terminal.repl import Repl
 
     greet(local, status)
-    edit = line_reader([*COMMANDS], sessions.names)
+    edit = LineEditor([*COMMANDS], sessions.names)
     answers = Answers(
         local.chat,
         out=sys.stdout,

@@ -79,24 +79,22 @@ def _no_mouse() -> KeyBindings:
     return bindings
 
 
-def line_reader(commands: Sequence[str], sessions: Callable[[], Sequence[str]]) -> Callable[[str], str | None]:
-    """A function that reads one message from the terminal; None at Ctrl-D, KeyboardInterrupt at Ctrl-C.
+class LineEditor:
+    """Reads messages from the terminal."""
 
-    Its argument is the text that is there to be edited.
-    """
-    with create_app_session(output=_output()):  # given to the prompt itself, it would draw on dumb terminals
-        session: PromptSession[str] = PromptSession(
-            history=_history(),
-            completer=CommandCompleter(commands, sessions),
-            complete_while_typing=False,
-            key_bindings=_no_mouse(),
-            enable_suspend=True,
-        )
+    def __init__(self, commands: Sequence[str], sessions: Callable[[], Sequence[str]]) -> None:
+        with create_app_session(output=_output()):  # given to the prompt itself, it would draw on dumb terminals
+            self._session: PromptSession[str] = PromptSession(
+                history=_history(),
+                completer=CommandCompleter(commands, sessions),
+                complete_while_typing=False,
+                key_bindings=_no_mouse(),
+                enable_suspend=True,
+            )
 
-    def read_line(text: str) -> str | None:
+    def __call__(self, text: str, prompt: str = "> ") -> str | None:
+        """The next message, None at Ctrl-D; KeyboardInterrupt at Ctrl-C. text: what is there to be edited."""
         try:
-            return session.prompt("> ", default=text)
+            return self._session.prompt(prompt, default=text)
         except EOFError:
             return None
-
-    return read_line

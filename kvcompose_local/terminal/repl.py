@@ -8,6 +8,9 @@ from kvcompose_local.chat import inputs
 from kvcompose_local.errors import KVComposeError, PositionsFull
 from kvcompose_local.terminal.chat_commands import COMMANDS, FENCE, ChatCommands
 
+#: Before a message, and inside one that a fence will end.
+PROMPT, PROMPT_WITHIN = "> ", "... "
+
 
 class _Fenced(str):
     """A message between fences, which is never a command."""
@@ -18,11 +21,11 @@ class _Fenced(str):
 class Repl:
     """Reads messages and commands, and has them answered.
 
-    read_line returns the next line without its newline, or None at the end of input; it may raise KeyboardInterrupt
-    for Ctrl-C at the prompt.
+    read_line gets the prompt and returns the next line without its newline, several where they were pasted, or None at
+    the end of input; it may raise KeyboardInterrupt for Ctrl-C at the prompt.
     """
 
-    def __init__(self, commands: ChatCommands, read_line: Callable[[], str | None]) -> None:
+    def __init__(self, commands: ChatCommands, read_line: Callable[[str], str | None]) -> None:
         self.commands = commands
         self.answers = commands.answers
         self.status = commands.status
@@ -63,14 +66,14 @@ class Repl:
                 self.status.settle()
 
     def _read_message(self) -> str | None:
-        line = self.read_line()
-        if line is None or not line.lstrip().startswith(FENCE):
-            return line
+        line = self.read_line(PROMPT)
+        if line is None or "\n" in line.strip() or not line.lstrip().startswith(FENCE):
+            return line  # of pasted lines, such as a program that begins with a docstring, all are there
         text = line.lstrip()[len(FENCE) :]
         if self.commands.edit is not None and not text.rstrip().endswith(FENCE):
             self.status.line(f"(several lines: {FENCE} or Ctrl-D ends the message, Ctrl-C drops it)")
         while not text.rstrip().endswith(FENCE):
-            more = self.read_line()
+            more = self.read_line(PROMPT_WITHIN)
             if more is None:
                 return _Fenced(text)
             text += "\n" + more

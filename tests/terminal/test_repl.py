@@ -56,13 +56,13 @@ def talk(
 
     script: Iterator[str | type[BaseException]] = iter(lines)
 
-    def read_line() -> str | None:
+    def read_line(prompt: str) -> str | None:
         line = next(script, None)
         if isinstance(line, type):
-            transcript.write("> ^C\n")
+            transcript.write(f"{prompt}^C\n")
             raise line
         if line is not None:
-            transcript.write(f"> {line}\n")
+            transcript.write(f"{prompt}{line}\n")
         return line
 
     interrupts = Interrupts()
@@ -110,7 +110,7 @@ def test_a_conversation_with_every_command(tmp_path: Path) -> None:
         ["Hello.", "Both.", "Facts."],
     ) == (
         "> Hi\nHello.\n> \n> /stats\n! 17 positions\n"
-        '> """two\n> lines"""\nBoth.\n'
+        '> """two\n... lines"""\nBoth.\n'
         f"> /read {note}\n! read 19 tokens of {note}: ask about it\n"
         "> And?\nFacts.\n"
         "> /system\n! there is no system prompt; /system TEXT sets one\n"
@@ -292,7 +292,7 @@ def test_ctrl_c_stops_the_answer_and_the_chat_goes_on() -> None:
     status = Status(err, should_stop=interrupts)
     Repl(
         ChatCommands(Answers(chat, out=PressesCtrlC(), status=status, max_tokens=99), interrupts),
-        lambda: next(script, None),
+        lambda _prompt: next(script, None),
     ).run()
     assert out.getvalue() == "abc\nfine\n"
     assert err.getvalue() == "(stopped)\n"
@@ -413,9 +413,17 @@ def test_slashes_that_are_no_commands() -> None:
     assert talk(
         ['"""/clear', 'it"""', "/etc/fstab\nis this", "/clear the table", " /clear", "/stats"], ["a", "b", "c"]
     ) == (
-        '> """/clear\n> it"""\na\n> /etc/fstab\nis this\nb\n'
+        '> """/clear\n... it"""\na\n> /etc/fstab\nis this\nb\n'
         "> /clear the table\n! error: /clear takes nothing after it; a space before it sends the line as a message\n"
         f">  /clear\nc\n> /stats\n! {n_read} positions\n"
+    )
+
+
+def test_pasted_lines_are_one_message_whatever_they_begin_with() -> None:
+    program = '"""Module docs.\n\nMore.\n"""\nimport os\n'
+    n_read = len(f"[u]{program}[/][a]a[/][u]b\nc[/][a]d")
+    assert talk([program, '"""\n', "b", 'c"""', "/stats"], ["a", "d"]) == (
+        f'> {program}\na\n> """\n\n... b\n... c"""\nd\n> /stats\n! {n_read} positions\n'
     )
 
 

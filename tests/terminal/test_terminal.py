@@ -319,8 +319,8 @@ def test_ctrl_z_at_the_prompt_suspends(terminal: Terminal) -> None:
 
 def test_pasted_lines_are_one_message(terminal: Terminal) -> None:
     child = terminal()
-    pasted = "first line 🦦\nsecond line, 世界"
-    say(child, f"\x1b[200~{pasted}\x1b[201~")
+    pasted = '"""first line 🦦\n"""\nsecond line, 世界'
+    assert "several lines" not in say(child, f"\x1b[200~{pasted}\x1b[201~")
     n_tokens = 1 + len(f"[user]{pasted}[/][assistant]".replace(" ", "▁").encode()) + 20
     assert f"positions: {n_tokens} of 1024 used" in say(child, "/stats")
     leave(child)
@@ -329,6 +329,7 @@ def test_pasted_lines_are_one_message(terminal: Terminal) -> None:
 def test_a_fenced_message_has_several_lines(terminal: Terminal) -> None:
     child = terminal()
     assert say(child, '"""one') == '(several lines: """ or Ctrl-D ends the message, Ctrl-C drops it)'
+    child.expect_exact("...")
     say(child, 'two"""')
     assert f"positions: {1 + len('[user]one.two[/][assistant]') + 20} of 1024 used" in say(child, "/stats")
     leave(child)
