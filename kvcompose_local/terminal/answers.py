@@ -109,16 +109,17 @@ class Answers:
         line_begins = True
         shared = self.out.isatty() and self.status.stream.isatty()
         printed = Printed(self.out, hides_thinking=self.hides_thinking)
-        with contextlib.closing(pieces), printed:  # what was answered counts where it cannot be written any more
-            for piece in pieces:
-                if line_begins or not piece.startswith("\n"):
-                    self.warn_of_the_end(line_begins)
-                printed.write(piece)
-                line_begins = printed.line_begins
-                self.status.inside_a_line = shared and not line_begins
-        self.out.write("\n")
-        self.out.flush()
-        self.status.inside_a_line = False
+        with self.status.answering():
+            with contextlib.closing(pieces), printed:  # what was answered counts where it cannot be written any more
+                for piece in pieces:
+                    if line_begins or not piece.startswith("\n"):
+                        self.warn_of_the_end(line_begins)
+                    printed.write(piece)
+                    line_begins = printed.line_begins
+                    self.status.inside_a_line = shared and not line_begins
+            self.out.write("\n")
+            self.out.flush()
+            self.status.inside_a_line = False
         self.warn_of_the_end()
         return self.chat.turns[-1]
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from kvcompose_local.chat.report import CompactionReport
@@ -17,6 +17,10 @@ _REDRAW_SECONDS, _LINE_SECONDS = 0.2, 10.0
 _BAR_WIDTH = 20
 #: Work on so many is shown before its first part is done, which may take seconds.
 _MANY = 256
+
+#: To a line below the cursor, which is made where there is none and emptied, and back again: down a line, up, save the
+#: place (DECSC), to the next line, erase it; restore the place (DECRC).
+_TO_LINE_BELOW, _BACK = "\x1bD\x1b[A\x1b7\r\n\x1b[K", "\x1b8"
 
 
 def _bar(done: int, total: int, n_before: int) -> str:
@@ -41,8 +45,8 @@ class Status:
         self._terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
         self._shown = False
         self.inside_a_line = False  # an answer on the same terminal has not ended its line, so messages begin a new one
-        self._reading = False
-        self._untold: list[CompactionReport] = []  # of the text that is being read
+        self._reading = self._answering = False
+        self._untold: list[CompactionReport] = []  # of the text that is being read or answered
         self._works: dict[
             str, tuple[float, int, int]
         ] = {}  # when each began, how far it was, and is: one may stop another
@@ -87,9 +91,19 @@ class Status:
             self.settle()
 
     def compacted(self, report: CompactionReport) -> None:
-        """Tell of a compaction: at once, or, while a text is being read, in one line for all when it has been read."""
+        """Tell of a compaction: at once, or, while a text is read or answered, in one line for all at its end."""
         self._untold.append(report)
         if not self._reading:
+            self.settle()
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """In this block an answer is printed, which no compaction is told in the middle of."""
+        self._answering = True
+        try:
+            yield
+        finally:
+            self._answering = False
             self.settle()
 
     def settle(self) -> None:
@@ -98,7 +112,7 @@ class Status:
         self._tell()
 
     def _tell(self) -> None:
-        if self._untold:
+        if self._untold and not self._answering:
             *earlier, last = self._untold
             self._untold = []
             self.line(last.line(*earlier))
@@ -125,10 +139,15 @@ class Status:
     def _write(self, text: str, *, over: bool = False) -> None:
         """Write text; with ``over``, in place of what the line holds already."""
         with contextlib.suppress(OSError):  # a window that is gone must not end what is done in its name
-            if self.inside_a_line:
-                self.inside_a_line = False
-                self.stream.write("\n")
-            if over:
-                control(self.stream, "\r\x1b[K")
-            self.stream.write(text)
+            if over and self.inside_a_line:  # below it, so that the answer goes on where it is
+                control(self.stream, _TO_LINE_BELOW)
+                self.stream.write(text)
+                control(self.stream, _BACK)
+            else:
+                if self.inside_a_line:
+                    self.inside_a_line = False
+                    self.stream.write("\n")
+                if over:
+                    control(self.stream, "\r\x1b[K")
+                self.stream.write(text)
             self.stream.flush()

@@ -25,6 +25,8 @@ from kvcompose_local.terminal.memory_chart import UNICODE_MARKS, can_show, draw
 from kvcompose_local.terminal.repl import Repl
 from kvcompose_local.terminal.status import Status
 
+pyte = pytest.importorskip("pyte")
+
 
 @pytest.fixture(autouse=True)
 def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,7 +370,7 @@ def test_compactions_of_a_text_are_one_line_and_none_is_kept_back() -> None:
         out.truncate()
         return lines
 
-    status.compacted(report)  # while something is answered
+    status.compacted(report)  # /compress
     assert told() == ["1.0 s"]
     status.reading(0, 100)
     for done in (30, 60, 90):
@@ -447,29 +449,39 @@ def test_what_was_answered_counts_where_it_cannot_be_written() -> None:
     assert raised.value.__traceback__ is not None  # which keeps the frames alive that hold the generator
 
 
-def test_what_is_told_inside_an_answer_gets_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two share a terminal: progress must not wipe the words before it, nor a line be glued to them."""
+def test_an_answer_is_whole_whatever_happens_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Progress stands below it and goes, compactions are told after it, another line gets one of its own."""
     monkeypatch.setenv("COLUMNS", "40")
-    screen = Tty()
-    status = Status(screen)
+    terminal = Tty()
+    status = Status(terminal)
+    screen = pyte.Screen(100, 4)
+    stream = pyte.Stream(screen)
+    report = CompactionReport(900, 800, (10, 300), 8, 3 << 20, 1 << 20, 1.0, 0.0, 0.0)
+
+    def seen() -> list[str]:
+        stream.feed(terminal.getvalue().replace("\n", "\r\n"))
+        terminal.seek(0)
+        terminal.truncate()
+        return [line.rstrip() for line in screen.display]
 
     def pieces() -> Generator[Said]:
+        yield Said("One.\nTwo.\nThree.\n")
         yield Said("She dec")
         status.progress("compacting:", 0, 300)
+        assert seen() == ["Two.", "Three.", "She dec", "compacting: 0/300 tokens"]
+        status.compacted(report)
         status.progress("compacting:", 300, 300)
-        status.line("compacted")
+        status.compacted(report)
         yield Said("ided")
-        yield Said(" to go.\n")
-        status.line("compacted again")
-        yield Said("Then")
+        assert seen() == ["Two.", "Three.", "She decided", ""]
+        status.line("note")
+        yield Said("to go.")
 
     chat = SimpleNamespace(turns=["last"], memory=SimpleNamespace(n_ctx=10**6, position=0))
-    answers = Answers(chat, out=screen, status=status, max_tokens=9)
+    answers = Answers(chat, out=terminal, status=status, max_tokens=9)
     assert answers.stream(pieces()) == "last"
-    status.line("end")
-    assert screen.getvalue() == (
-        "She dec\n\r\x1b[Kcompacting: 0/300 tokens\r\x1b[Kcompacted\nided to go.\ncompacted again\nThen\nend\n"
-    )
+    told = "compacted: 900 tokens seen, 10–300 composed + 8 live cells a layer, 3.0 → 1.0 MiB in 2.0 s, 2 times"
+    assert seen() == ["note", "to go.", told, ""]
 
 
 def test_progress_stays_on_one_line_of_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
