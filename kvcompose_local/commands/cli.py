@@ -29,6 +29,7 @@ from kvcompose_local.commands.sessions import sessions_command
 from kvcompose_local.commands.version import version_option
 from kvcompose_local.errors import KVComposeError, Stopped
 from kvcompose_local.terminal.shown import show_on_terminals
+from kvcompose_local.terminal.wrapping import n_columns, wrapped
 
 #: Shells set this to ask for their completion script (``bash_source``, ``zsh_source``, ``fish_source``) or for words.
 COMPLETION = "_KVCOMPOSE_LOCAL_COMPLETE"
@@ -121,7 +122,8 @@ def _told(error: BaseException) -> int:
     else:
         message = f"unexpected {type(error).__name__}: {error} (`kvcompose-local --debug …` shows where)"
     try:
-        sys.stderr.write("error: " + " ".join(message.split()) + "\n")
+        told = "error: " + " ".join(message.split())
+        sys.stderr.write((wrapped(told, n_columns(sys.stderr)) if sys.stderr.isatty() else told) + "\n")
         sys.stderr.flush()
     except OSError:  # it is full, or its reader has gone: the exit code must do
         _give_up(sys.stderr)

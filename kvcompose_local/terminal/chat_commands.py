@@ -17,6 +17,7 @@ from kvcompose_local.terminal.memory_chart import ASCII_MARKS, UNICODE_MARKS, ca
 
 #: What begins and ends a message of several lines.
 FENCE = '"""'
+_USAGE_COLUMNS = 15  # of the names in ``/help``
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class ChatCommands:
 
     @command("/help", "this text")
     def _help(self, _: str) -> None:
-        self.status.line(HELP)
+        self.status.line(HELP, indent=_USAGE_COLUMNS + 1)
 
     @command("/undo", "take back your last message and its answer, or the document read last")
     def _undo(self, _: str) -> None:
@@ -229,7 +230,7 @@ class ChatCommands:
 
 HELP = "\n".join(
     [
-        *(f"{found.usage:<15} {found.help}" for found in COMMANDS.values()),
+        *(f"{found.usage:<{_USAGE_COLUMNS}} {found.help}" for found in COMMANDS.values()),
         f"A line that begins with {FENCE} starts a message of several lines, which ends with {FENCE}.",
         "Ctrl-C stops the answer, the reading or the compaction that runs; the chat goes on.",
     ]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from kvcompose_local.chat.report import CompactionReport
 from kvcompose_local.terminal.shown import control, shown
+from kvcompose_local.terminal.wrapping import n_columns, wrapped
 
 #: How often progress is shown, on a terminal and elsewhere; work of under a second shows none.
 _REDRAW_SECONDS, _LINE_SECONDS = 0.2, 10.0
@@ -23,17 +23,12 @@ _MANY = 256
 _TO_LINE_BELOW, _BACK = "\x1bD\x1b[A\x1b7\r\n\x1b[K", "\x1b8"
 
 
-def _bar(done: int, total: int, n_before: int) -> str:
-    """A progress bar behind ``n_before`` characters, where the terminal has room for it."""
-    if not total or shutil.get_terminal_size().columns <= n_before + _BAR_WIDTH + 3:
+def _bar(done: int, total: int, n_before: int, width: int) -> str:
+    """A progress bar behind ``n_before`` characters, where the terminal's ``width`` has room for it."""
+    if not total or width <= n_before + _BAR_WIDTH + 3:
         return ""
     full = _BAR_WIDTH * min(done, total) // total
     return f" [{'#' * full}{'.' * (_BAR_WIDTH - full)}]"
-
-
-def _fitting(line: str) -> str:
-    """The part of a line that fits the terminal's width: a wrapped line cannot be redrawn."""
-    return line[: max(shutil.get_terminal_size().columns - 1, 1)]
 
 
 class Status:
@@ -70,11 +65,12 @@ class Status:
         ):
             left = f", {elapsed / (done - first) * (total - done):.0f} s left" if done > first and total else ""
             text = f"{what} {done}/{total} {unit}{left}" if total else f"{what} {done} {unit}"
-            text += _bar(done, total, len(text)) if self._terminal else "\n"
             if self._terminal:
-                self._write(_fitting(shown(text)), over=True)
+                width = n_columns(self.stream)
+                text = shown(text + _bar(done, total, len(text), width))
+                self._write(text[: max(width - 1, 1)], over=True)  # a wrapped line cannot be redrawn
             else:
-                self._write(text)
+                self._write(text + "\n")
             self._shown = self._terminal
             self._last = now
         if self.should_stop():
@@ -125,11 +121,11 @@ class Status:
         """Progress of hashing a model, in MiB."""
         self.progress("checking the model:", done, total, "MiB")
 
-    def line(self, text: str) -> None:
-        """Print one line."""
+    def line(self, text: str, *, indent: int = 0) -> None:
+        """Print one line; on a terminal it is wrapped at words, and ``indent`` is that of the lines that go on."""
         self._tell()
         self._erase()
-        self._write(text + "\n")
+        self._write((wrapped(shown(text), n_columns(self.stream), indent) if self.stream.isatty() else text) + "\n")
 
     def _erase(self) -> None:
         if self._shown:

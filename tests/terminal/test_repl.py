@@ -451,10 +451,10 @@ def test_what_was_answered_counts_where_it_cannot_be_written() -> None:
 
 def test_an_answer_is_whole_whatever_happens_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Progress stands below it and goes, compactions are told after it, another line gets one of its own."""
-    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("COLUMNS", "110")
     terminal = Tty()
     status = Status(terminal)
-    screen = pyte.Screen(100, 4)
+    screen = pyte.Screen(110, 4)
     stream = pyte.Stream(screen)
     report = CompactionReport(900, 800, (10, 300), 8, 3 << 20, 1 << 20, 1.0, 0.0, 0.0)
 
@@ -468,7 +468,7 @@ def test_an_answer_is_whole_whatever_happens_in_it(monkeypatch: pytest.MonkeyPat
         yield Said("One.\nTwo.\nThree.\n")
         yield Said("She dec")
         status.progress("compacting:", 0, 300)
-        assert seen() == ["Two.", "Three.", "She dec", "compacting: 0/300 tokens"]
+        assert seen() == ["Two.", "Three.", "She dec", f"compacting: 0/300 tokens [{'.' * 20}]"]
         status.compacted(report)
         status.progress("compacting:", 300, 300)
         status.compacted(report)

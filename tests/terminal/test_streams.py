@@ -285,3 +285,18 @@ def test_files_are_looked_at_before_the_first_is_read(models: dict[str, Path], t
     refused(program(*ask, tmp_path / "none"), 2, "No such file")
     long.write_text("The harbour office opens at nine. " * 200_000)
     refused(program(*ask, long), 1, " more tokens do not fit: 0 of --ctx 1024 positions are used")
+
+
+def test_notes_and_errors_are_wrapped_at_words_on_a_terminal_alone(models: dict[str, Path], tmp_path: Path) -> None:
+    for arguments, typed in ((f"run {models['polite']} {FAST}", ("/nonsense\r", "/quit\r")), ("run --top-p 7", ())):
+        child = terminal(tmp_path, arguments)
+        child.setwinsize(24, 40)
+        for text in typed:
+            child.expect_exact("\x1b[?2004h")
+            child.send(text)
+        child.expect(pexpect.EOF)
+        lines = _OWN.sub("", child.before).replace("\r", "").split("\n")
+        assert max(map(len, lines)) <= 40, lines
+        child.close()
+    done = program("run", "--top-p", "7")
+    assert len(done.stderr.splitlines()) == 1
