@@ -36,6 +36,8 @@ class ChatCommand:
 
 #: By name, in the order of ``/help``.
 COMMANDS: dict[str, ChatCommand] = {}
+#: What people know from other programs.
+_OTHER_NAMES = {"/exit": "/quit", "/bye": "/quit", "/?": "/help"}
 
 
 def command(
@@ -82,7 +84,8 @@ class ChatCommands:
     def run(self, line: str) -> bool:
         """Do what a line says; returns whether the chat ends. Raises what the command does."""
         name, _, argument = line.strip().partition(" ")
-        found, argument = COMMANDS.get(name), argument.strip()
+        known = name.lower()
+        found, argument = COMMANDS.get(_OTHER_NAMES.get(known, known)), argument.strip()
         if found is None:
             self.status.line(
                 f"there is no {name}: /help lists the commands, /quit leaves, and a space before it sends the line as "

@@ -10,6 +10,8 @@ from kvcompose_local.terminal.chat_commands import COMMANDS, FENCE, ChatCommands
 
 #: Before a message, and inside one that a fence will end.
 PROMPT, PROMPT_WITHIN = "> ", "... "
+#: Words that are commands elsewhere, and the command that is meant.
+_BARE = {"exit": "/quit", "quit": "/quit", "bye": "/quit", "help": "/help"}
 
 
 class _Fenced(str):
@@ -56,6 +58,8 @@ class Repl:
                     elif not isinstance(message, _Fenced) and self._is_command(message):
                         if self.commands.run(message):
                             return
+                    elif meant := _BARE.get(message.rstrip().lower()):
+                        self.status.line(f"{meant} is the command; a space before the word sends it as a message")
                     else:
                         self.answers.explain_end(self.answers.answer(message))
             except KeyboardInterrupt:
@@ -80,5 +84,10 @@ class Repl:
         return _Fenced(text.rstrip()[: -len(FENCE)].strip("\n"))
 
     def _is_command(self, message: str) -> bool:
-        """Whether a message is a command: one line with a slash, or pasted lines that begin with a command's name."""
-        return message.startswith("/") and ("\n" not in message or message.split()[0] in COMMANDS)
+        """Whether a message is a command: a line whose first word has one slash, before it, where a path has more, or
+        pasted lines that begin with a command's name.
+        """
+        if not message.startswith("/"):
+            return False
+        name = message.split()[0]
+        return name in COMMANDS if "\n" in message else "/" not in name[1:]
