@@ -268,6 +268,8 @@ def test_a_model_that_is_written_to_meanwhile(
     with LocalChat(path, n_ctx=512, n_threads=1) as chat:
         chat.load(tmp_path / "x.kvc")
         assert len(chat.chat.messages) >= 4
+
+
 def test_a_model_whose_template_is_in_json(tiny_model: Callable[..., Path]) -> None:
     config = json.dumps({"chat_template": "{% for m in messages %}[{{ m.content }}]{% endfor %}"})
     with LocalChat(tiny_model(template=config), n_ctx=512, n_threads=1) as chat:

@@ -22,9 +22,20 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2 import ext, nodes, parser, runtime, sandbox
 
+from kvcompose_local.chat.calls import ToolFormat
+from kvcompose_local.chat.notations import Call
 from kvcompose_local.chat.reasoning import format_of
-from kvcompose_local.chat.tools import called, is_readable, one_call_each, plain
-from kvcompose_local.chat.tools import format_of as tool_format_of
+from kvcompose_local.chat.tools import (
+    HERMES,
+    called,
+    completed,
+    format_in,
+    formats_of,
+    one_call_each,
+    plain,
+    with_calls_said,
+    with_tools_told,
+)
 from kvcompose_local.errors import TemplateError
 
 #: A conversation's message: role, content, and what the model thought before an answer, if anything, as "reasoning".
@@ -216,8 +227,12 @@ class ChatTemplate:
         self._render = renderer or jinja_renderer(source, bos=bos, eos=eos)
         self._reasoning_keys = [key for key in _REASONING_KEYS if re.search(rf"""[.'"]{key}\b(?!\s\w)""", source)]
         self.format = format_of(source)
-        self.tool_format = tool_format_of(source)
         self._kept: list[tuple[Any, str]] = []  # what was rendered last, and its text
+
+    @property
+    def tool_format(self) -> ToolFormat:
+        """How the model is told to write calls: as its template does, or as Hermes where that does not tell."""
+        return self._takes_tools[1]
 
     @property
     def folds_system(self) -> bool:
@@ -268,10 +283,10 @@ class ChatTemplate:
         has_tools = bool(tools) or any(m["role"] == "tool" or "tool_calls" in m for m in messages)
         if not has_tools:
             text = self._adapted(messages, takes, add_generation_prompt, now)
-        elif not (kind := self._takes_tools):
+        elif not self._takes_tools[0]:
             text = self._adapted(plain(messages, tools), takes, add_generation_prompt, now)
         else:
-            text = self._with_tools(messages, replace(takes, tools=kind), add_generation_prompt, now, tools)
+            text = self._with_tools(messages, self._takes_tools, add_generation_prompt, now, tools)
         for message in messages:
             if message["role"] in ("system", "user"):
                 before, place = place, _end_of(message["content"], text, place)
@@ -283,11 +298,32 @@ class ChatTemplate:
         return text
 
     def _with_tools(
-        self, messages: Sequence[Message], takes: _Takes, prompt: bool, now: datetime, tools: Sequence[Any]
+        self,
+        messages: Sequence[Message],
+        ways: tuple[str, ToolFormat],
+        prompt: bool,
+        now: datetime,
+        tools: Sequence[Any],
     ) -> str:
-        if not self._takes_several_calls:
+        (kind, form), tools = ways, completed(tools)
+        if form.tells_system:
+            messages = with_tools_told(messages, tools)
+        if kind == "said":
+            messages = with_calls_said(messages, form)
+        elif not self._takes_several_calls:
             messages = one_call_each(messages)
-        return self._adapted(messages, takes, prompt, now, tools)
+        return self._adapted(messages, replace(self._takes, tools=kind), prompt, now, tools)
+
+    def _tried(
+        self, messages: Sequence[Message], takes: _Takes, *, prompt: bool = True, tools: Sequence[Any] = ()
+    ) -> str:
+        """The text of messages, empty where the template refuses them."""
+        try:
+            return self._adapted(messages, takes, prompt, datetime.now(), tools)
+        except _EndlessTemplate:
+            raise
+        except TemplateError:
+            return ""
 
     @cached_property
     def _takes_several_calls(self) -> bool:
@@ -297,48 +333,46 @@ class ChatTemplate:
             {**_message("tool", _ANSWER), "tool_call_id": str(call["id"]), "name": _TOOL} for call in calls
         ]
         calling = {**_message("assistant", ""), "tool_calls": json.dumps(calls)}
-        takes = replace(self._takes, tools=self._takes_tools)
-        try:
-            text = self._adapted([_message("user", _USER), calling, *results], takes, True, datetime.now(), [])
-        except _EndlessTemplate:
-            raise
-        except TemplateError:
-            return False
+        takes = replace(self._takes, tools=self._takes_tools[0])
+        text = self._tried([_message("user", _USER), calling, *results], takes)
         return all(f"{_ARGUMENT}{i}" in text for i in (1, 2))
 
     @cached_property
-    def _takes_tools(self) -> str:
-        """How the template takes tools, calls and what came of them.
+    def _takes_tools(self) -> tuple[str, ToolFormat]:
+        """How the template takes tools, calls and what came of them, and how it writes calls.
 
         Empty where it leaves out any of these, or writes calls as nobody here can read them.
         """
-        tool = {"name": _TOOL, "description": _TOOL, "parameters": {"type": "object", "properties": {}}}
+        taken = {"type": "object", "properties": {"of": {"type": "string"}, "more": {"type": "object"}}}
+        of = {"name": _TOOL, "description": _TOOL, "parameters": taken}
+        tools = [{"type": "function", "function": of}]
         call = json.dumps([{"id": "kvcprobe1", "name": _TOOL, "arguments": {"of": _ARGUMENT}}])
         calling, came = {**_message("assistant", ""), "tool_calls": call}, _message("tool", _ANSWER)
         came |= {"tool_call_id": "kvcprobe1", "name": _TOOL}
-        asked = _message("user", _USER)
+        asked, now = _message("user", _USER), datetime.now()
         for kind in ("object", "text"):
             takes = replace(self._takes, tools=kind)
+            first = self._tried([asked], takes, tools=tools)
+            text = self._tried([asked, calling, came], takes).partition(_USER)[2]
+            if _TOOL not in first or _ANSWER not in text:
+                continue
+            if form := format_in(self.source, first, text.partition(_ANSWER)[0], Call(_TOOL, {"of": _ARGUMENT})):
+                return kind, form
+        for form in formats_of(self.source):
             try:
-                first = self._adapted([asked], takes, True, datetime.now(), [{"type": "function", "function": tool}])
-                text = self._adapted([asked, calling, came], takes, True, datetime.now(), [])
+                text = self._with_tools([asked, calling, came], ("said", form), True, now, tools) if form.says else ""
             except _EndlessTemplate:
                 raise
             except TemplateError:
                 continue
-            if _TOOL in first and _ANSWER in text and is_readable(text.partition(_USER)[2], self.tool_format, _TOOL):
-                return kind
-        return ""
+            if _TOOL in text.partition(_USER)[0] and _ARGUMENT in text and _ANSWER in text:
+                return "said", form
+        return "", HERMES
 
     @cached_property
     def _takes(self) -> _Takes:
         def renders(takes: _Takes, *messages: Message, prompt: bool = True) -> str:
-            try:
-                text = self._adapted(messages, takes, prompt, datetime.now())
-            except _EndlessTemplate:
-                raise
-            except TemplateError:
-                return ""
+            text = self._tried(messages, takes, prompt=prompt)
             return "" if _PRINTED_PART.search(text) else text
 
         user, answer, again = _message("user", _USER), _message("assistant", _ANSWER), _message("user", _USER_2)

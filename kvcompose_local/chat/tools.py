@@ -11,9 +11,25 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
+
+from kvcompose_local.chat.calls import CallReader, ToolFormat
+from kvcompose_local.chat.notations import (
+    Call,
+    Ending,
+    Found,
+    Literals,
+    Named,
+    Schemas,
+    Tagged,
+    as_json,
+    bare_json,
+    calls_of,
+    decoded,
+    expected,
+)
 
 Message = dict[str, str]
 
@@ -22,61 +38,234 @@ _HARMONY = re.compile(
     r"(?:<\|channel\|>(?:commentary|analysis) to=|\s*to=(?=[\w.-]+<\|channel\|>))(?:functions\.)?([\w.-]+)"
     r"[^<]*(?:<\|(?:channel|constrain)\|>[^<]*){0,2}<\|message\|>"
 )
-#: A call as newer models of Qwen's write it.
-_XML_CALL = re.compile(r"<function=([\w.-]+)>(.*?)(?:</function>|\Z)", re.DOTALL)
-_XML_ARGUMENT = re.compile(r"<parameter=([\w.-]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 
 
-@dataclass(frozen=True)
-class Call:
-    """A call of a tool."""
-
-    name: str
-    arguments: dict[str, Any]
+def written(call: dict[str, Any]) -> str:
+    """A call in Hermes's notation."""
+    return f"<tool_call>\n{_json_of([call])[1:-1]}\n</tool_call>"
 
 
-@dataclass(frozen=True)
-class ToolFormat:
-    """How a family of models writes calls.
-
-    keys: what a template of the family holds; opens: texts at which a call begins, empty where it is the whole answer;
-    close: where one ends, empty for the end of the answer; arguments: what the arguments are called; shown: control
-    tokens that are part of a call.
-    """
-
-    name: str
-    keys: tuple[str, ...]
-    opens: tuple[str, ...] = ()
-    close: str = ""
-    arguments: str = "arguments"
-    shown: frozenset[str] = frozenset()
+def _json_of(calls: Sequence[Any]) -> str:
+    return json.dumps([{key: call[key] for key in ("name", "arguments")} for call in calls], ensure_ascii=False)
 
 
-HERMES = ToolFormat("hermes", ("<tool_call>",), ("<tool_call>",), "</tool_call>", shown=frozenset({"<tool_call>"}))
+def _python_of(calls: Sequence[Any]) -> str:
+    def literal(value: Any) -> str:
+        return str(value) if value is None or isinstance(value, bool) else json.dumps(value, ensure_ascii=False)
+
+    said = []
+    for call in calls:
+        arguments = ", ".join(f"{key}={literal(value)}" for key, value in call["arguments"].items())
+        said.append(f"{call['name']}({arguments})")
+    return f"[{', '.join(said)}]"
+
+
+def _harmony(text: str, at: int, tools: Schemas, ending: Ending) -> Found:
+    found = expected(text, at, _HARMONY, ending)
+    if found and found[1] not in tools:  # its header is no text, whatever it calls
+        return [], found.end()
+    value = decoded(text, found.end(), ending) if found else None
+    if not found or not value or not isinstance(value[0], dict):
+        return None
+    return [Call(found[1], value[0])], value[1]
+
+
+def _function(then: str, *, lines: bool) -> Tagged:
+    """Calls as newer models of Qwen's write them."""
+    return Tagged(
+        ("<function=",),
+        r"\s*>",
+        "<parameter=",
+        ">",
+        "</parameter>",
+        "</function>",
+        f"{then}|<function=",
+        lines,
+    )
+
+
+def _invoke(prefix: str, then: str) -> Tagged:
+    """Calls as MiniMax and DeepSeek write them, with a prefix before their tags."""
+    tags = (f'<{prefix}parameter name="', r'"[^<>]*>', f"</{prefix}parameter>", f"</{prefix}invoke>")
+    return Tagged((f'<{prefix}invoke name="',), r'"\s*>', *tags, f"{then}|<{prefix}invoke")
+
+
+def _keys(suffix: str = "") -> ToolFormat:
+    """GLM's notation; Hunyuan has a suffix behind each tag."""
+    tags = [f"{name}{suffix}>" for name in ("tool_call", "arg_key", "arg_value", "tool_sep", "tool_calls")]
+    call, key, value, apart, calls = tags
+    shape = Tagged(
+        ("",),
+        rf"\s*(?:<{apart})?(?=\s*(?:<{key}|</?{call}))",
+        rf"<{key}",
+        rf"</{key}\s*<{value}",
+        f"</{value}",
+        rf"</{call}|(?=<{call})",
+    )
+    inner = tuple(f"{end}{tag}" for end in ("<", "</") for tag in (key, value, apart))
+    opens = (f"<{call}", f"<{calls}")
+    return ToolFormat(
+        f"glm{suffix}", (f"<{key}",), opens, (f"</{call}", f"</{calls}"), shapes=(as_json, shape), inner=inner
+    )
+
+
+_PYTHON = Literals(("[",), "(", ")", "=", ('"', "'"), escapes=True, list_end="]")
+HERMES = ToolFormat(
+    "hermes",
+    (),
+    ("<tool_call>",),
+    ("</tool_call>",),
+    ("<function=",),
+    (as_json, _function("</?tool_call>", lines=True)),
+    gap="\n",
+)
+#: Llama's, for templates that write no marks.
+BARE = ToolFormat("bare", (), ("<|python_tag|>", "<|python_start|>"), ("<|python_end|>",), is_bare=True)
 #: The most particular first.
 FORMATS = (
     ToolFormat(
         "harmony",
         ("<|channel|>", "functions."),
-        ("<|channel|>commentary to=", "<|channel|>analysis to=", " to=functions."),
-        shown=frozenset({"<|channel|>", "<|constrain|>", "<|message|>"}),
+        heads=("<|channel|>commentary to=", "<|channel|>analysis to=", "to=functions."),
+        shapes=(_harmony,),
+        inner=("<|channel|>", "<|constrain|>", "<|message|>"),
     ),
     ToolFormat(
         "mistral",
         ("[TOOL_CALLS]",),
         ("[TOOL_CALLS]",),
-        shown=frozenset({"[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"}),
+        shapes=(as_json, Named(behind=r"\s*(?:\[CALL_ID\][^\[\{]*)?(?:\[ARGS\])?")),
+        inner=("[ARGS]", "[CALL_ID]"),
+    ),
+    _keys(),
+    _keys(":opensource"),
+    ToolFormat(
+        "seed",
+        ("<seed:tool_call>",),
+        ("<seed:tool_call>",),
+        ("</seed:tool_call>",),
+        ("<function=",),
+        (as_json, _function("</?seed:tool_call>", lines=False)),
+    ),
+    ToolFormat(
+        "minimax",
+        ("<minimax:tool_call>",),
+        ("<minimax:tool_call>",),
+        ("</minimax:tool_call>",),
+        shapes=(as_json, _invoke("", "</minimax:tool_call>")),
+    ),
+    *(
+        ToolFormat(
+            "dsml",
+            (f"<｜DSML｜{name}>",),
+            (f"<｜DSML｜{name}>",),
+            (f"</｜DSML｜{name}>",),
+            shapes=(as_json, _invoke("｜DSML｜", f"</｜DSML｜{name}>")),
+            inner=("｜DSML｜",),
+        )
+        for name in ("function_calls", "tool_calls")
+    ),
+    ToolFormat(
+        "minicpm",
+        ("<param name=",),
+        heads=('<function name="',),
+        shapes=(
+            Tagged(
+                ('<function name="',), r'"\s*>', '<param name="', r'"\s*>', "</param>", "</function>", r"<function|\S"
+            ),
+        ),
+    ),
+    ToolFormat(
+        "deepseek",
+        ("<｜tool▁call▁begin｜>",),
+        ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>"),
+        ("<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"),
+        shapes=(as_json, Named(("", "function<｜tool▁sep｜>"), r"(?:<｜tool▁sep｜>)?\s*(?:```json)?", r"\s*```")),
+        inner=("<｜tool▁sep｜>",),
+    ),
+    ToolFormat(
+        "kimi",
+        ("<|tool_call_argument_begin|>",),
+        ("<|tool_calls_section_begin|>", "<|tool_call_begin|>"),
+        ("<|tool_call_end|>", "<|tool_calls_section_end|>"),
+        shapes=(as_json, Named(("functions.", ""), r"(?::\d+)?\s*<\|tool_call_argument_begin\|>")),
+        inner=("<|tool_call_argument_begin|>",),
+    ),
+    ToolFormat(
+        "gemma",
+        ("<|tool_call>call:",),
+        ("<|tool_call>",),
+        ("<tool_call|>",),
+        shapes=(as_json, Literals(("call:",), "{", "}", ":", ('<|"|>', '"'))),
+        inner=('<|"|>',),
+    ),
+    ToolFormat(
+        "lfm",
+        ("List of tools: ",),
+        ("<|tool_call_start|>",),
+        ("<|tool_call_end|>",),
+        shapes=(as_json, _PYTHON),
+        bare=(bare_json, _PYTHON),
+        says=lambda calls: f"<|tool_call_start|>{_python_of(calls)}<|tool_call_end|>",
+    ),
+    ToolFormat(
+        "granite",
+        ("<|tool_call|>", "<|start_of_role|>"),
+        ("<|tool_call|>", "<tool_call>"),
+        ("</tool_call>",),
+        says=lambda calls: f"<|tool_call|>{_json_of(calls)}",
+        is_list=True,
+    ),
+    ToolFormat(
+        "phi",
+        ("message['tools']", "<|/tool|>"),
+        ("<|tool_call|>",),
+        ("<|/tool_call|>",),
+        says=lambda calls: f"<|tool_call|>{_json_of(calls)}<|/tool_call|>",
+        tells_system=True,
+        is_list=True,
     ),
     HERMES,
-    ToolFormat(
-        "llama", ('"parameters"',), ("<|python_tag|>",), arguments="parameters", shown=frozenset({"<|python_tag|>"})
-    ),
 )
 
 
-def format_of(template: str) -> ToolFormat:
-    """How the models write calls that a chat template is for; Hermes's where it does not tell."""
-    return next((form for form in FORMATS if all(key in template for key in form.keys)), HERMES)
+def formats_of(template: str) -> list[ToolFormat]:
+    """The notations that a template may be of, by its source and what it was seen to render."""
+    return [form for form in FORMATS if all(key in template for key in form.keys)]
+
+
+def format_in(template: str, prompt: str, text: str, call: Call) -> ToolFormat | None:
+    """The notation in which a template wrote a call, by its source; None where nobody here can read it.
+
+    prompt: the end of what asks for an answer; text: what the template made of the call.
+    """
+    for form in formats_of(template + text):
+        reader = CallReader(form, {call.name: {}})
+        if [part for part in (*reader.take(text), *reader.finish()) if isinstance(part, Call)] == [call]:
+            return form
+    return _json_format(prompt, text, call)
+
+
+def _json_format(prompt: str, text: str, call: Call) -> ToolFormat | None:
+    """A notation with JSON between whatever markers the template writes there."""
+    value: Any
+    for begun in re.finditer(r"[\[{]", text[: text.find(call.name)]):
+        value, end = decoded(text, begun.start(), "end") or (None, 0)
+        if calls_of(value, {call.name: {}}) == [call]:
+            break
+    else:
+        return None
+    one = value[0] if isinstance(value, list) else value
+    one = one["function"] if isinstance(one.get("function"), dict) else one
+    named = next((key for key in one if one[key] == call.name), "name")
+    arguments = next((key for key in ("arguments", "parameters") if key in one), "arguments")
+    opened = re.search(r"([^<>\n]*<[^<>\n]+>|\[[A-Z_]+\])(\s*)\Z", text[: begun.start()])
+    closed = re.match(r"\s*(</?[^<>\n]+>|\[/?[A-Z_]+\])", text[end:])
+    keys: dict[str, Any] = {"named": named, "arguments": arguments, "is_list": isinstance(value, list)}
+    is_header = opened and (prompt.rstrip().endswith(opened[1].strip()) or re.search(r"</|end\b|END", opened[1]))
+    if not opened or is_header:
+        return replace(BARE, **keys)
+    return ToolFormat("json", opens=(opened[1].strip(),), closes=(closed[1],) if closed else (), gap=opened[2], **keys)
 
 
 # -- what templates are given ------------------------------------------------------------------------------------------
@@ -100,7 +289,7 @@ def called(message: Message, *, as_text: bool) -> dict[str, Any]:
     if message["role"] == "tool":
         told |= {key: message[key] for key in ("name",) if key in message}
         told["tool_call_id"] = _short(message.get("tool_call_id", ""))
-    return told
+    return told | {key: message[key] for key in ("tools",) if key in message}
 
 
 def _short(call_id: str) -> str:
@@ -108,6 +297,14 @@ def _short(call_id: str) -> str:
     if re.fullmatch(r"[A-Za-z0-9]{9}", call_id):
         return call_id
     return hashlib.blake2b(call_id.encode("utf-8", "replace"), digest_size=8).hexdigest()[:9]
+
+
+def completed(tools: Sequence[Any]) -> list[Any]:
+    """Tools with all that templates look for."""
+    least = {"description": "", "parameters": {"type": "object", "properties": {}}}
+    return [
+        {**tool, "function": least | {k: v for k, v in tool["function"].items() if v is not None}} for tool in tools
+    ]
 
 
 def one_call_each(messages: Sequence[Message]) -> list[Message]:
@@ -130,6 +327,30 @@ def one_call_each(messages: Sequence[Message]) -> list[Message]:
             waiting = {}
         result.append(message)
     return [*result, *waiting.values()]
+
+
+# -- templates that know something of tools ----------------------------------------------------------------------------
+
+
+def with_calls_said(messages: Sequence[Message], form: ToolFormat) -> list[Message]:
+    """The same conversation with calls in the texts of the answers, for a template that leaves them out."""
+    result = []
+    for message in messages:
+        if form.says and (calls := json.loads(message.get("tool_calls") or "[]")):
+            kept = {key: text for key, text in message.items() if key != "tool_calls"}
+            message = {**kept, "content": message["content"] + form.says(calls)}
+        result.append(message)
+    return result
+
+
+def with_tools_told(messages: Sequence[Message], tools: Sequence[Any]) -> list[Message]:
+    """The same conversation for a template that looks for tools in the system prompt."""
+    if not tools:
+        return [*messages]
+    has_system = bool(messages) and messages[0]["role"] == "system"
+    system = messages[0] if has_system else {"role": "system", "content": ""}
+    functions = json.dumps([tool["function"] for tool in tools], ensure_ascii=False)
+    return [{**system, "tools": functions}, *messages[has_system:]]
 
 
 # -- templates that know nothing of tools -----------------------------------------------------------------------------
@@ -155,12 +376,6 @@ def plain(messages: Sequence[Message], tools: Sequence[Any]) -> list[Message]:
     return said
 
 
-def written(call: dict[str, Any]) -> str:
-    """A call in Hermes's notation."""
-    told = json.dumps({"name": call["name"], "arguments": call["arguments"]}, ensure_ascii=False)
-    return f"<tool_call>\n{told}\n</tool_call>"
-
-
 def described(tools: Sequence[Any]) -> str:
     """What a model is told that was taught no notation of its own."""
     lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
@@ -169,159 +384,3 @@ def described(tools: Sequence[Any]) -> str:
         "To call one, answer with its name and arguments as a JSON object between tags, once for each call:\n"
         '<tool_call>\n{"name": "the function", "arguments": {"the argument": "its value"}}\n</tool_call>'
     )
-
-
-# -- reading calls ----------------------------------------------------------------------------------------------------
-
-
-def is_readable(text: str, form: ToolFormat, name: str) -> bool:
-    """Whether a text of a template holds a call of that name that can be read, with arguments."""
-    for start in (0, text.find("{")):
-        reader = CallReader(form, [name])
-        found = [*reader.take(text[max(start, 0) :]), *reader.finish()]
-        if any(isinstance(part, Call) and part.arguments for part in found):
-            return True
-    return False
-
-
-class CallReader:
-    """Splits an answer, as it comes, into text and calls; names: of the tools that there are.
-
-    What begins like a call is held back until it is one, or is none and comes as text.
-    """
-
-    def __init__(self, form: ToolFormat, names: Iterable[str]) -> None:
-        self._form, self._names = form, frozenset(names)
-        self._held = ""
-        self._is_open = False
-        self._at_start = True
-        self.n_calls = 0
-
-    def take(self, text: str) -> Iterator[str | Call]:
-        """What is known by now that was not known before."""
-        self._held += text
-        while True:
-            if self._is_open:
-                if not self._form.close or self._form.close not in self._held:
-                    return
-                body, _, self._held = self._held.partition(self._form.close)
-                self._is_open = False
-                yield from self._closed(body + self._form.close)
-                continue
-            if self._may_be_bare():
-                return
-            found = [(at, opened) for opened in self._form.opens if (at := self._held.find(opened)) >= 0]
-            if not found:
-                keep = max((_beginning_at_end(opened, self._held) for opened in self._form.opens), default=0)
-                said, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-                yield from self._say(said)
-                return
-            at, _ = min(found)
-            said, self._held = self._held[:at], self._held[at:]
-            yield from self._say(said)
-            self._is_open = True
-
-    def finish(self, *, is_cut: bool = False) -> Iterator[str | Call]:
-        """What was held back. is_cut: the answer ended early; a call that was begun then is no call, and no text."""
-        held, self._held, was_open, self._is_open = self._held, "", self._is_open, False
-        if not held or (is_cut and was_open and "<function=" in held and "</function>" not in held):
-            return
-        for part in self._closed(held):
-            if isinstance(part, Call) or not (is_cut and was_open):
-                yield part
-
-    def _may_be_bare(self) -> bool:
-        """Whether the answer so far may be nothing but a call, without a mark before it."""
-        held = self._held.lstrip()
-        if not self._at_start or not held:
-            return self._at_start and not held
-        begun = re.match(r'\{\s*(?:"(?:(\w*)(?:"|\Z))?)?', held)
-        if begun is None or held[0] != "{":
-            return False
-        rest = held[1:].lstrip()
-        return any(rest.startswith(key) or key.startswith(rest) for key in ('"name"', '"type"', '"function"'))
-
-    def _say(self, text: str) -> Iterator[str]:
-        if self.n_calls and not text.strip():
-            return
-        if text:
-            self._at_start = self._at_start and not text.strip()
-            yield text
-
-    def _closed(self, text: str) -> Iterator[str | Call]:
-        calls = [call for call in self._calls(text) if call.name in self._names]
-        if not calls:
-            yield from self._say(_HARMONY.sub("", text, count=1) if self._form.name == "harmony" else text)
-        self.n_calls += len(calls)
-        self._at_start = False
-        yield from calls
-
-    def _calls(self, text: str) -> list[Call]:
-        """The calls that a text holds, which begins like one."""
-        text = text.strip()
-        if self._form.name == "harmony" and (found := _HARMONY.match(text)):
-            return _of({"name": found[1], "arguments": _value(text[found.end() :])})
-        if text.startswith("[TOOL_CALLS]"):
-            return _mistral(text)
-        text = text.removeprefix("<|python_tag|>")
-        text = text.removeprefix("<tool_call>").removesuffix("</tool_call>").strip()
-        if found := _XML_CALL.search(text):
-            return [Call(found[1], {name: _scalar(value) for name, value in _XML_ARGUMENT.findall(found[2])})]
-        return [call for value in _values(text) for call in _of(value)]
-
-
-def _mistral(text: str) -> list[Call]:
-    calls = []
-    for part in filter(None, map(str.strip, text.split("[TOOL_CALLS]"))):
-        if named := re.match(r"([\w.-]+)\s*(?:\[CALL_ID\][^\[\{]*)?(?:\[ARGS\])?\s*(?=\{)", part):
-            calls += _of({"name": named[1], "arguments": _value(part[named.end() :])})
-        else:
-            calls += [call for value in _values(part) for call in _of(value)]
-    return calls
-
-
-def _values(text: str) -> list[Any]:
-    """JSON objects that stand one behind another, apart by white space, commas or semicolons, or in a list."""
-    decoder, found, place = json.JSONDecoder(strict=False), [], 0
-    while place < len(text):
-        if text[place] in " \n\r\t;,":
-            place += 1
-            continue
-        try:
-            value, place = decoder.raw_decode(text, place)
-        except (ValueError, RecursionError):
-            break
-        found += value if isinstance(value, list) else [value]
-    return found
-
-
-def _value(text: str) -> Any:
-    values = _values(text)
-    return values[0] if values else None
-
-
-def _of(value: Any) -> list[Call]:
-    """The call that a value tells; none where it tells none."""
-    if isinstance(value, dict) and isinstance(value.get("function"), dict):
-        value = value["function"]
-    if not isinstance(value, dict):
-        return []
-    name = value.get("name", value.get("function"))
-    arguments = value.get("arguments", value.get("parameters", {}))
-    if isinstance(arguments, str):  # JSON in JSON
-        arguments = _value(arguments)
-    if not isinstance(name, str) or not isinstance(arguments, dict):
-        return []
-    return [Call(name, arguments)]
-
-
-def _scalar(text: str) -> Any:
-    """An argument that stands between tags: JSON where it is, else the text."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-
-
-def _beginning_at_end(text: str, end: str) -> int:
-    return next((n for n in range(min(len(text), len(end)), 0, -1) if end.endswith(text[:n])), 0)

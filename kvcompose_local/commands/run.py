@@ -338,11 +338,11 @@ def talk(local: LocalChat, request: RunRequest, autosave: Autosave, interrupts: 
         at_temperature=local.at_temperature,
     )
 
-    def read_line() -> str | None:
+    def read_line(prompt: str) -> str | None:
         autosave.keep()
         if interrupts.leaving:
             raise KeyboardInterrupt
-        return edit("")
+        return edit("", prompt)
 
     try:
         Repl(commands, read_line).run()

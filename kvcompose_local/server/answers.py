@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from kvcompose_local.chat import Message, TurnStats
-from kvcompose_local.chat.tools import Call, CallReader, ToolFormat
+from kvcompose_local.chat.calls import CallReader, ToolFormat
+from kvcompose_local.chat.notations import Call
 from kvcompose_local.server.conversation import Constraint, Conversation
 from kvcompose_local.server.requests import Done, Job, Piece, Request, ToolCall
 from kvcompose_local.server.schemas import arguments_of, grammar_of, grammar_of_call, grammar_of_either
@@ -46,7 +47,7 @@ def answer(
     constraint = Constraint(_grammar(conversation, request), waits=_waits(conversation, request))
     if forced:
         constraint = Constraint(forced[1])
-        conversation.forced = forced[0]
+        conversation.forced = _end_of_thinking(conversation, request) + forced[0]
     elif request.begun:
         is_harmony = conversation.model.reasoning_format.name == "harmony"
         header = "<|channel|>final<|message|>" if is_harmony else _end_of_thinking(conversation, request)
@@ -77,6 +78,8 @@ def answer(
                 continue
             emit(reader.take(str(piece)))
             if calls and not request.parallel_calls:
+                pieces.close()
+                stats.stopped = "end"  # by us, and as whole as was asked for
                 break
         is_cut = stats.stopped in ("length", "context")
         if reader is not None:
@@ -116,7 +119,7 @@ def _calls_of(conversation: Conversation, request: Request) -> tuple[CallReader 
     functions = [tool["function"] for tool in json.loads(request.tools)]
     template = conversation.model.template
     form = template.tool_format
-    reader = CallReader(form, [function["name"] for function in functions])
+    reader = CallReader(form, {function["name"]: function.get("parameters") for function in functions})
     conversation.shown = form.shown
     conversation.call_markers = _CALL_MARKERS.get(form.name, ())
     if request.tool_choice == "auto":
@@ -124,12 +127,11 @@ def _calls_of(conversation: Conversation, request: Request) -> tuple[CallReader 
     if request.tool_choice != "required":
         functions = [function for function in functions if function["name"] == request.tool_choice]
     begun = _opening(form, [function["name"] for function in functions])
-    arguments_alone = begun.endswith(("[ARGS]", "<|message|>")) and len(functions) == 1
-    if arguments_alone and not begun.endswith("final<|message|>"):
+    if begun.endswith("<|message|>") and len(functions) == 1:
         grammar = grammar_of(arguments_of(functions[0]))
     else:
         grammar = grammar_of_call(form, functions)
-    return reader, (_end_of_thinking(conversation, request) + begun, grammar)
+    return reader, (begun, grammar)
 
 
 def _end_of_thinking(conversation: Conversation, request: Request) -> str:
@@ -152,15 +154,11 @@ def _grammar(conversation: Conversation, request: Request) -> str:
 
 def _opening(form: ToolFormat, names: list[str]) -> str:
     """What a forced call begins with, behind which its grammar holds."""
-    if form.name == "hermes":
-        return "<tool_call>\n"
-    if form.name == "mistral":
-        return "[TOOL_CALLS]"
     if form.name == "harmony":
         if len(names) == 1:
             return f"<|channel|>commentary to=functions.{names[0]} <|constrain|>json<|message|>"
         return "<|channel|>final<|message|>"
-    return ""
+    return form.forced
 
 
 def _note_calls(conversation: Conversation, said: str, calls: list[ToolCall]) -> None:

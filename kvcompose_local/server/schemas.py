@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from kvcompose_local.chat.tools import ToolFormat
+from kvcompose_local.chat.calls import ToolFormat
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.llama_ffi.grammar import gbnf_of_schema
 
@@ -54,18 +54,27 @@ def grammar_of(schema: Any) -> str:
 
 
 def grammar_of_call(form: ToolFormat, functions: Sequence[Any]) -> str:
-    """A grammar of a call of one of these functions, as a JSON object of name and arguments."""
+    """A grammar of a call of one of these functions, as JSON of name and arguments.
+
+    All readers take that, also those of notations that have no JSON.
+    """
     narrowed = _Narrowed()
     calls = [
         {
             "type": "object",
-            "properties": {"name": {"enum": [function["name"]]}, form.arguments: narrowed.add(arguments_of(function))},
-            "required": ["name", form.arguments],
+            "properties": {
+                form.named: {"enum": [function["name"]]},
+                form.arguments: narrowed.add(arguments_of(function)),
+            },
+            "required": [form.named, form.arguments],
             "additionalProperties": False,
         }
         for function in functions
     ]
-    return _gbnf(narrowed.whole(calls[0] if len(calls) == 1 else {"anyOf": calls}))
+    call: Schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    if form.is_list:
+        call = {"type": "array", "items": call, "minItems": 1, "maxItems": 1}
+    return _gbnf(narrowed.whole(call))
 
 
 def arguments_of(function: Any) -> Any:
@@ -92,10 +101,14 @@ def grammar_of_either(answer: str, form: ToolFormat, functions: Sequence[Any]) -
         sayable.append(function)
     call = "call-root"
     if form.opens:
-        closed = f' "\\n"? {json.dumps(form.close)} "\\n"?' if form.close else ""
-        call += f' | ({json.dumps(form.opens[0])} "\\n"? call-root{closed})+'
+        closed = f' "\\n"? {_quoted(form.closes[0])} "\\n"?' if form.closes else ""
+        call += f' | ({_quoted(form.opens[0])} "\\n"? call-root{closed})+'
     parts = (_renamed(answer, "answer-"), _renamed(grammar_of_call(form, sayable), "call-"))
     return "\n".join((f"root ::= answer-root | {call}", *parts))
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _renamed(gbnf: str, prefix: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,19 +14,27 @@ N_EMBD, HEAD = 128, 32
 
 
 def write_scripted_model(
-    path: Path, pieces: Sequence[str], *, name: str = "Scripted", template: str = TEMPLATE, last: str = "]"
+    path: Path,
+    pieces: Sequence[str],
+    *,
+    name: str = "Scripted",
+    template: str = TEMPLATE,
+    last: str = "]",
+    kinds: Mapping[str, gguf.TokenType] | None = None,
 ) -> Path:
     """A model that answers with ``pieces``, each a token of its own, and ends its turn.
 
-    last: the character with which the template's prompts end.
-
     Attention and feed-forward add nothing, so what comes next depends on the last token alone: the pieces differ, and
-    are longer than a character.
+    are longer than a character. last: the last token of a prompt, a character or one of ``kinds``, which tells of
+    pieces and of more tokens that they are no plain text, but markers.
     """
+    kinds = kinds or {}
     specials = [b"<unk>", b"<s>", b"</s>"]
-    tokens = [*specials, *(f"<0x{byte:02X}>".encode() for byte in range(256)), *(piece.encode() for piece in pieces)]
-    first, end = len(specials) + ord(last), 2
-    chain = [first, *range(len(specials) + 256, len(tokens)), end]
+    texts = [*pieces, *(text for text in kinds if text not in pieces)]
+    tokens = [*specials, *(f"<0x{byte:02X}>".encode() for byte in range(256)), *(text.encode() for text in texts)]
+    n_before = len(specials) + 256
+    first = n_before + texts.index(last) if last in texts else len(specials) + ord(last)
+    chain, end = [first, *range(n_before, n_before + len(pieces)), 2], 2
     rng = np.random.default_rng(0)
     embedding = rng.choice([-1.0, 1.0], size=(len(tokens), N_EMBD)).astype(np.float32)
     output = np.zeros_like(embedding)
@@ -50,7 +58,8 @@ def write_scripted_model(
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
     writer.add_token_scores([0.0] * len(tokens))
-    writer.add_token_types([kind.UNKNOWN, kind.CONTROL, kind.CONTROL] + [kind.BYTE] * 256 + [kind.NORMAL] * len(pieces))
+    of_texts = [kinds.get(text, kind.NORMAL) for text in texts]
+    writer.add_token_types([kind.UNKNOWN, kind.CONTROL, kind.CONTROL] + [kind.BYTE] * 256 + of_texts)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(True)

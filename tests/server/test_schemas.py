@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from tiny_models import write_tiny_model
 
-from kvcompose_local.chat.tools import HERMES, Call, CallReader
+from kvcompose_local.chat.calls import CallReader
+from kvcompose_local.chat.notations import Call
+from kvcompose_local.chat.tools import HERMES
 from kvcompose_local.errors import InvalidInput
 from kvcompose_local.llama_ffi.grammar import Grammar
 from kvcompose_local.llama_ffi.library import lib
@@ -208,7 +210,7 @@ def test_an_answer_of_a_form_or_calls(model: Model) -> None:
         said = drawn(model, gbnf, seed)
         if said is None:
             continue
-        reader = CallReader(HERMES, ["look", "any"])
+        reader = CallReader(HERMES, {"look": LIST, "any": {}})
         parts = [*reader.take(said), *reader.finish()]
         kinds |= {type(part) for part in parts}
         for part in parts:
