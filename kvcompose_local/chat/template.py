@@ -279,7 +279,7 @@ class ChatTemplate:
     ) -> str:
         """The text of messages, checked for what was said."""
         takes, place = self._takes, 0
-        tools = [_complete(tool) for tool in tools]
+        tools = completed(tools)
         has_tools = bool(tools) or any(m["role"] == "tool" or "tool_calls" in m for m in messages)
         if not has_tools:
             text = self._adapted(messages, takes, add_generation_prompt, now)
@@ -305,7 +305,7 @@ class ChatTemplate:
         now: datetime,
         tools: Sequence[Any],
     ) -> str:
-        (kind, form), tools = ways, completed(tools)
+        kind, form = ways
         if form.tells_system:
             messages = with_tools_told(messages, tools)
         if kind == "said":
@@ -471,13 +471,6 @@ def in_turns(messages: Sequence[Message]) -> list[Message]:
     if said and all(message["role"] == "system" for message in said):
         said = [{**said[0], "role": "user"}]
     return said
-
-
-def _complete(tool: dict[str, Any]) -> dict[str, Any]:
-    """A tool with all that templates look for: clients leave out what is empty."""
-    function = tool["function"]
-    missing = {"description": "", "parameters": {"type": "object", "properties": {}}}
-    return {**tool, "function": {**function, **{k: v for k, v in missing.items() if not function.get(k)}}}
 
 
 def _message(role: str, content: str) -> Message:

@@ -300,11 +300,16 @@ def _short(call_id: str) -> str:
 
 
 def completed(tools: Sequence[Any]) -> list[Any]:
-    """Tools with all that templates look for."""
-    least = {"description": "", "parameters": {"type": "object", "properties": {}}}
-    return [
-        {**tool, "function": least | {k: v for k, v in tool["function"].items() if v is not None}} for tool in tools
-    ]
+    """Tools with all that templates look for: clients leave out what is empty."""
+    return [{**tool, "function": _completed(tool["function"])} for tool in tools]
+
+
+def _completed(function: dict[str, Any]) -> dict[str, Any]:
+    told = {key: value for key, value in function.items() if value is not None}
+    schema = told.get("parameters") or {}
+    if isinstance(schema, dict) and schema.get("type", "object") == "object":
+        schema = {"type": "object", "properties": {}, **schema}
+    return {"description": "", **told, "parameters": schema}
 
 
 def one_call_each(messages: Sequence[Message]) -> list[Message]:
