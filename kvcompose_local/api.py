@@ -183,6 +183,7 @@ class LocalChat:
                 on_compaction=on_compaction,
                 on_progress=on_compacting,
             )
+            self._engine.model.use_thinking(options.thinking)
             self.use_template(options.template)
             self.chat = Chat(
                 self._engine.model,

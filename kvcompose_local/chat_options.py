@@ -11,6 +11,8 @@ from kvcompose_local.errors import InvalidInput
 
 #: What compression goes by: the content of the cells, or a replay of the text.
 SCORINGS = ("cells", "replay")
+#: How much a model thinks before it answers, as far as its chat template has a switch.
+THINKING = ("off", "on", "low", "medium", "high")
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class ChatOptions:
     device suggest; scoring: ``cells``, by the model's profile or what a replay of the first text teaches, or
     ``replay``, as KVCompose was published; workers: ``HOST:PORT`` of ``rpc-server`` processes; system: default what
     ``models.txt`` says, or the template; template: a Jinja file, or a name: llama.cpp's, the GGUF's or ``plain``,
-    default the GGUF's own.
+    default the GGUF's own; thinking: one of :data:`THINKING`, default what the template does unasked.
     """
 
     budget: float = 0.5
@@ -77,6 +79,7 @@ class ChatOptions:
     sampling: Sampling = field(default_factory=Sampling)
     system: str | None = None
     template: str | None = None
+    thinking: str | None = None
 
     def check(self) -> None:
         """Raises InvalidInput for what no model can run with."""
@@ -93,5 +96,7 @@ class ChatOptions:
         self.sampling.check()
         if self.cache_type is not None and self.cache_type not in CACHE_TYPES:
             raise InvalidInput(f"there is no cache type {self.cache_type}: {', '.join(CACHE_TYPES)}")
+        if self.thinking not in (None, *THINKING):
+            raise InvalidInput(f"there is no thinking {self.thinking}: {', '.join(THINKING)}")
         if self.scoring not in SCORINGS:
             raise InvalidInput(f"there is no scoring {self.scoring}: {', '.join(SCORINGS)}")

@@ -1,10 +1,8 @@
-"""Chat templates as Transformers renders them: Jinja in a sandbox, with the few names that GGUF templates expect.
+"""What is told to a model, as its chat template has it.
 
 Templates differ in what they take: some refuse a system prompt or put it before the last message, some want content
 as a list of parts, some want the thinking of earlier answers and some drop it. :class:`ChatTemplate` finds out by
 rendering small conversations, gives each template what it takes, and renders no prompt that lacks what was said.
-
-llama-cpp-python has a renderer, too, in a module that imports all of its high-level classes, which delays the start.
 """
 
 from __future__ import annotations
@@ -12,19 +10,16 @@ from __future__ import annotations
 import html
 import json
 import re
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cached_property, partial
-from typing import Any, NoReturn
-
-import jinja2
-from jinja2 import ext, nodes, parser, runtime, sandbox
+from functools import cached_property
+from typing import Any
 
 from kvcompose_local.chat.calls import ToolFormat
 from kvcompose_local.chat.notations import Call
 from kvcompose_local.chat.reasoning import format_of
+from kvcompose_local.chat.rendering import ANOTHER, NO_SWITCH, EndlessTemplate, Renderer, jinja_renderer
 from kvcompose_local.chat.tools import (
     HERMES,
     called,
@@ -36,26 +31,15 @@ from kvcompose_local.chat.tools import (
     with_calls_said,
     with_tools_told,
 )
-from kvcompose_local.errors import TemplateError
+from kvcompose_local.errors import InvalidInput, TemplateError
 
 #: A conversation's message: role, content, and what the model thought before an answer, if anything, as "reasoning".
 Message = dict[str, str]
-#: Renders messages, with the beginning of an answer where that is wanted, for a date, with tools.
-Renderer = Callable[..., str]
 
-_ANOTHER = "--template NAME|FILE gives another"
 #: Names under which templates look for the thinking of an earlier answer.
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-#: Numbers that a template may multiply, and characters that it may add to what was said.
-_LARGEST_FACTOR, _LARGEST_FRAME = 1 << 16, 4 << 20
-#: Methods of strings whose results can be of any length.
-_WIDENERS = {"center", "expandtabs", "ljust", "rjust", "zfill"}
-#: Seconds that rendering may take, and more for each message: models' templates take milliseconds, but some look at all
-#: messages for each of them.
-_LONGEST_SECONDS, _MESSAGE_SECONDS = 4, 0.1
 #: Texts that are kept for being asked for again.
 _KEPT_TEXTS = 2
-_TOOL_NAMES = ("functions", "function_call", "tools", "tool_choice")
 #: Contents of the conversations that a template renders to show what it takes.
 _SYSTEM, _USER, _ANSWER, _THOUGHT, _USER_2, _TOOL, _ARGUMENT = (
     "kvcprobe" + name for name in "system user answer thought again tool argument".split()
@@ -64,139 +48,6 @@ _SYSTEM, _USER, _ANSWER, _THOUGHT, _USER_2, _TOOL, _ARGUMENT = (
 _SWITCH = re.compile("/(?:no_)?think")
 #: A list of parts that a template printed as a Python list, in place of its text.
 _PRINTED_PART = re.compile(r"""['"]type['"]\s*:\s*['"](?:text|thinking)""")
-
-
-class _TooLong(jinja2.TemplateError):
-    """A template does not end, or takes nearly for ever."""
-
-
-class _EndlessTemplate(TemplateError):
-    """The same while a template is being tried: one try is enough."""
-
-
-class _Generation(ext.Extension):
-    """``{% generation %}…{% endgeneration %}`` marks the text that is trained on; it is rendered as that text."""
-
-    tags = {"generation"}  # noqa: RUF012 - Jinja declares it so
-
-    def parse(self, parser: parser.Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, which bounds ranges. This one bounds products, too: a template must not take all memory.
-
-    It bounds time as well: a template may never end, and notices no Ctrl-C. Whatever takes long goes through loops and
-    calls, which look at the clock.
-    """
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._seconds = self._until = 0.0
-        self.filters["kvc_timed"] = self._timed
-
-    def allow(self, seconds: float) -> None:
-        """Let what is rendered from now on take this long; then it raises TemplateError."""
-        self._seconds, self._until = seconds, time.monotonic() + seconds
-
-    def _look(self) -> None:
-        if time.monotonic() > self._until:
-            raise _TooLong(f"it takes more than {self._seconds:.0f} s")
-
-    def _timed(self, items: Iterable[Any]) -> Iterator[Any]:
-        for item in items:
-            self._look()
-            yield item
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree = super()._parse(source, name, filename)
-        for loop in tree.find_all(nodes.For):
-            loop.iter = nodes.Filter(loop.iter, "kvc_timed", [], [], None, None, lineno=loop.lineno)
-        return tree
-
-    def call(self, context: runtime.Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        self._look()
-        return super().call(context, obj, *args, **kwargs)
-
-    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        return attr not in _WIDENERS and super().is_safe_attribute(obj, attr, value)
-
-    def call_binop(self, context: runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        sizes = [len(x) if isinstance(x, (str, list, tuple)) else abs(x) for x in (left, right)]
-        most = _LARGEST_FACTOR if isinstance(left, (int, float)) and isinstance(right, (int, float)) else 1
-        if max(sizes) > _LARGEST_FACTOR or sizes[0] * sizes[1] > most * _LARGEST_FACTOR:
-            raise jinja2.TemplateError(f"{operator} makes too much of what it is given")
-        return super().call_binop(context, operator, left, right)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def jinja_renderer(source: str, *, bos: str, eos: str) -> Renderer:
-    """The renderer of a Jinja template; bos, eos: texts of these tokens, ``""`` where the vocabulary has none.
-
-    Raises TemplateError, when it is made or used, with what Jinja or the template says.
-    """
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols])
-    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # Jinja's own escapes HTML
-    del environment.filters["center"]
-    environment.globals.update(raise_exception=_refuse, bos_token=bos, eos_token=eos)
-    try:
-        template = environment.from_string(source)
-    except (jinja2.TemplateError, RecursionError) as error:
-        raise _failed(error) from error
-
-    def render(
-        messages: list[dict[str, Any]], add_generation_prompt: bool, now: datetime, tools: Sequence[Any] = ()
-    ) -> str:
-        left = _LARGEST_FRAME
-
-        def bounded_range(*bounds: int) -> range:
-            nonlocal left
-            found = range(*bounds)
-            if (left := left - len(found)) < 0:
-                raise _TooLong("its loops do not end")
-            return found
-
-        known = {"messages": messages, "add_generation_prompt": add_generation_prompt, "strftime_now": now.strftime}
-        known["range"] = bounded_range
-        failure: Exception | None = None
-        nothing: tuple[Any, ...] = (None, [], "")
-        for without in nothing:  # templates ask whether tools "is none", or go over them
-            try:
-                environment.allow(_LONGEST_SECONDS + _MESSAGE_SECONDS * len(messages))
-                names = dict.fromkeys(_TOOL_NAMES, without) | ({"tools": tools} if tools else {})
-                pieces = template.generate(**known, **names)
-                return _bounded(pieces, sum(len(str(told)) for told in (*messages, *tools)))
-            except TypeError as error:
-                failure = failure or error
-            except _TooLong as error:
-                raise _EndlessTemplate(f"the model's chat template failed: {error}; {_ANOTHER}") from error
-            except Exception as error:  # a template is a program: it may divide by zero, or call itself for ever
-                raise _failed(failure or error) from error
-        raise _failed(failure or TypeError())
-
-    return render
-
-
-def _bounded(pieces: Iterator[str], n_said: int) -> str:
-    """The text of these pieces, unless it is out of proportion to the ``n_said`` characters of what was said."""
-    text, left = [], _LARGEST_FRAME + 4 * n_said
-    for piece in pieces:
-        text.append(piece)
-        left -= len(piece)
-        if left < 0:
-            raise _TooLong(f"it makes more than {_LARGEST_FRAME} characters of a conversation of {n_said}")
-    return "".join(text)
-
-
-def _failed(error: Exception) -> TemplateError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return TemplateError(f"the model's chat template failed: {reason}; {_ANOTHER}")
 
 
 @dataclass(frozen=True)
@@ -222,9 +73,19 @@ class ChatTemplate:
     what Jinja or the template says.
     """
 
-    def __init__(self, source: str, *, bos: str = "", eos: str = "", renderer: Renderer | None = None) -> None:
+    def __init__(
+        self,
+        source: str,
+        *,
+        bos: str = "",
+        eos: str = "",
+        thinking: str | None = None,
+        renderer: Renderer | None = None,
+    ) -> None:
+        if renderer is not None and thinking is not None:
+            raise InvalidInput(NO_SWITCH)
         self.source = source
-        self._render = renderer or jinja_renderer(source, bos=bos, eos=eos)
+        self._render = renderer or jinja_renderer(source, bos=bos, eos=eos, thinking=thinking)
         self._reasoning_keys = [key for key in _REASONING_KEYS if re.search(rf"""[.'"]{key}\b(?!\s\w)""", source)]
         self.format = format_of(source)
         self._kept: list[tuple[Any, str]] = []  # what was rendered last, and its text
@@ -267,7 +128,7 @@ class ChatTemplate:
     ) -> str:
         try:
             return self._whole(messages, add_generation_prompt, now, tools)
-        except _EndlessTemplate:
+        except EndlessTemplate:
             raise
         except TemplateError:
             if (alternating := in_turns(messages)) == [*messages]:
@@ -294,7 +155,7 @@ class ChatTemplate:
                     place = _end_of(_SWITCH.sub("", message["content"]), text, before)
                 if place < 0:
                     what = "the system prompt" if message["role"] == "system" else "your message"
-                    raise TemplateError(f"the model's chat template leaves out {what}, or a part of it: {_ANOTHER}")
+                    raise TemplateError(f"the model's chat template leaves out {what}, or a part of it: {ANOTHER}")
         return text
 
     def _with_tools(
@@ -320,7 +181,7 @@ class ChatTemplate:
         """The text of messages, empty where the template refuses them."""
         try:
             return self._adapted(messages, takes, prompt, datetime.now(), tools)
-        except _EndlessTemplate:
+        except EndlessTemplate:
             raise
         except TemplateError:
             return ""
@@ -361,7 +222,7 @@ class ChatTemplate:
         for form in formats_of(self.source):
             try:
                 text = self._with_tools([asked, calling, came], ("said", form), True, now, tools) if form.says else ""
-            except _EndlessTemplate:
+            except EndlessTemplate:
                 raise
             except TemplateError:
                 continue
@@ -418,7 +279,7 @@ class ChatTemplate:
         for given in [said, *[thought] * (thought != said), *[mute] * (mute != thought)]:
             try:
                 return self._render(given, add_generation_prompt, now, *options)
-            except _EndlessTemplate:
+            except EndlessTemplate:
                 raise
             except TemplateError as error:
                 failure = failure or error

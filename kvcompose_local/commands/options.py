@@ -13,6 +13,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from kvcompose_local.arena import CACHE_TYPES
+from kvcompose_local.chat_options import THINKING
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -35,6 +36,9 @@ def complete_model(_context: click.Context, _parameter: click.Parameter, begun: 
     return [*known, CompletionItem(begun, type="file")]
 
 
+thinking_option = click.option(
+    "--thinking", type=click.Choice(THINKING), help="How much the model thinks, if its chat template has a switch."
+)
 model_argument = click.argument("model", required=False, shell_complete=complete_model)
 #: More threads than the machine has wait for each other at every layer: a question takes minutes instead of a second.
 threads_option = click.option(

@@ -22,7 +22,14 @@ from kvcompose_local.arena import CACHE_TYPES
 from kvcompose_local.chat import inputs
 from kvcompose_local.chat_options import SCORINGS, ChatOptions, Sampling
 from kvcompose_local.commands.opening import begin_loading, fetched, open_chat
-from kvcompose_local.commands.options import Real, gathered, gpu_layers_option, model_argument, threads_option
+from kvcompose_local.commands.options import (
+    Real,
+    gathered,
+    gpu_layers_option,
+    model_argument,
+    thinking_option,
+    threads_option,
+)
 from kvcompose_local.commands.session import Session, found_session
 from kvcompose_local.errors import KVComposeError, Stopped
 from kvcompose_local.interrupts import Interrupts
@@ -105,6 +112,7 @@ def complete_session(_context: click.Context, _parameter: click.Parameter, begun
     metavar="NAME|FILE",
     help="Chat template in place of the model's own: a Jinja file, a name that llama.cpp or the GGUF knows, or plain.",
 )
+@thinking_option
 @click.option("--hide-thinking", is_flag=True, help="Print answers without the model's thinking.")
 @click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Longest answer.")
 @click.option(

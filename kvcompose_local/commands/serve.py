@@ -14,7 +14,14 @@ import click
 
 from kvcompose_local.chat_options import ChatOptions, Sampling
 from kvcompose_local.commands.opening import fetched
-from kvcompose_local.commands.options import Real, cache_type_option, gathered, gpu_layers_option, threads_option
+from kvcompose_local.commands.options import (
+    Real,
+    cache_type_option,
+    gathered,
+    gpu_layers_option,
+    thinking_option,
+    threads_option,
+)
 from kvcompose_local.errors import InvalidInput, KVComposeError
 from kvcompose_local.terminal.status import Status
 
@@ -88,6 +95,7 @@ class Door:
 @click.option("--idle-unload", type=Real(0), default=0, help="Free a model that nobody asked for so many seconds.")
 @click.option("--temp", type=Real(0, 10), default=0.7, show_default=True, help="Temperature where a request has none.")
 @click.option("--template", metavar="NAME|FILE", help="As in run.")
+@thinking_option
 @threads_option
 @gpu_layers_option
 @cache_type_option

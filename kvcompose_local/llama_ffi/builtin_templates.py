@@ -11,7 +11,7 @@ from kvcompose_local.llama_ffi.library import lib
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from kvcompose_local.chat.template import Renderer
+    from kvcompose_local.chat.rendering import Renderer
 
 
 def builtin_templates() -> list[str]:

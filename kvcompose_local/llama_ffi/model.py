@@ -68,6 +68,7 @@ class Model:
         self._template: ChatTemplate | None = None
         self._endings: Endings | None = None
         self._template_name = ""
+        self._thinking: str | None = None
         params = lib.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         params.vocab_only = header_only
@@ -305,6 +306,10 @@ class Model:
         if template != self._template_name:
             self._template_name, self._template, self._endings = template, None, None
 
+    def use_thinking(self, thinking: str | None) -> None:
+        """Let the template turn thinking on or off, where it has a switch; None leaves it as it is unasked."""
+        self._thinking, self._template = thinking, None
+
     def template_names(self) -> list[str]:
         """The names of templates: ``plain``, the GGUF's own, and llama.cpp's."""
         return ["plain", *self._own_templates(), *builtin_templates()]
@@ -330,9 +335,12 @@ class Model:
             elif source in self._own_templates():
                 source = self.chat_template(source) or source
             if source.strip() in builtin_templates():  # some headers have a name in place of a template
-                self._template = ChatTemplate(source, renderer=builtin_renderer(source.strip()))
+                self._template = ChatTemplate(
+                    source, thinking=self._thinking, renderer=builtin_renderer(source.strip())
+                )
             else:
-                self._template = ChatTemplate(source, bos=self.special_text("bos"), eos=self.special_text("eos"))
+                bos, eos = self.special_text("bos"), self.special_text("eos")
+                self._template = ChatTemplate(source, bos=bos, eos=eos, thinking=self._thinking)
         return self._template
 
     def check_template(self) -> None:

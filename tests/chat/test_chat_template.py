@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from llama_cpp_templates import templates
 
-from kvcompose_local.chat import template
-from kvcompose_local.chat.template import ChatTemplate, jinja_renderer
-from kvcompose_local.errors import ModelError
+from kvcompose_local.chat import rendering
+from kvcompose_local.chat.rendering import jinja_renderer
+from kvcompose_local.chat.template import ChatTemplate
+from kvcompose_local.errors import InvalidInput, ModelError
 from kvcompose_local.llama_ffi import library
 
 _CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
@@ -106,7 +107,7 @@ def test_a_template_that_fails_is_one_line(source: str, said: str) -> None:
     ],
 )
 def test_a_template_that_does_not_end_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template, "_LONGEST_SECONDS", 0.2)
+    monkeypatch.setattr(rendering, "_LONGEST_SECONDS", 0.2)
     began = time.monotonic()
     with pytest.raises(ModelError, match="takes more than"):
         ChatTemplate(source).render([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
@@ -115,7 +116,7 @@ def test_a_template_that_does_not_end_is_stopped(source: str, monkeypatch: pytes
 
 def test_a_long_conversation_may_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some templates look at all messages for each of them."""
-    monkeypatch.setattr(template, "_LONGEST_SECONDS", 0.01)
+    monkeypatch.setattr(rendering, "_LONGEST_SECONDS", 0.01)
     source = "{% for m in messages %}{% for n in messages %}{% endfor %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi."}] * 500
     chat = ChatTemplate(source)
@@ -136,3 +137,41 @@ def test_a_text_that_is_asked_for_again_is_not_rendered_again() -> None:
     assert len(rendered) == n_rendered
     hi["content"] = "Ho"
     assert chat.render([hi], add_generation_prompt=True) == "Ho"
+
+
+# -- thinking ---------------------------------------------------------------------------------------------------------
+
+#: What the prompts of these end with: (off, on).
+SWITCHED = {
+    "Qwen3.5-4B": ("<think>\n\n</think>\n\n", "<|im_start|>assistant\n<think>\n"),
+    "Qwen-Qwen3-0.6B": ("<think>\n\n</think>\n\n", "<|im_start|>assistant\n"),
+    "GLM-4.7-Flash": ("</think>", "<think>"),
+    "deepseek-ai-DeepSeek-V3.1": ("<think></think>", "<think>"),
+    "google-gemma-4-31B-it": ("<|channel>thought\n<channel|>", "<|turn>model\n"),
+}
+
+
+def prompt_of(name: str, thinking: str | None) -> str:
+    template = ChatTemplate(templates()[name], bos="<s>", eos="</s>", thinking=thinking)
+    return template.render([{"role": "user", "content": "hi"}], add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("name", SWITCHED)
+def test_thinking_is_turned_off_and_on(name: str) -> None:
+    off, on = (prompt_of(name, thinking) for thinking in ("off", "on"))
+    assert (off.endswith(SWITCHED[name][0]), on.endswith(SWITCHED[name][1])) == (True, True)
+    assert prompt_of(name, "high") == on
+
+
+def test_thinking_has_a_measure_where_the_template_has_one() -> None:
+    for thinking, told in (("low", "low"), ("high", "high"), ("off", "low"), ("on", "medium"), (None, "medium")):
+        assert f"Reasoning: {told}" in prompt_of("openai-gpt-oss-120b", thinking)
+    assert "budget" in prompt_of("ByteDance-Seed-OSS", "off")
+    assert prompt_of("ByteDance-Seed-OSS", "on") == prompt_of("ByteDance-Seed-OSS", None)
+
+
+def test_a_template_without_a_switch_says_so() -> None:
+    with pytest.raises(InvalidInput, match="no such switch for its thinking: leave --thinking out"):
+        ChatTemplate("{{ messages[0].content }}", thinking="off")
+    with pytest.raises(InvalidInput, match="no such switch"):
+        ChatTemplate("chatml", thinking="off", renderer=lambda *_: "")
