@@ -11,6 +11,7 @@ import shlex
 import stat
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -34,6 +35,7 @@ from kvcompose_local.commands.session import Session, found_session
 from kvcompose_local.errors import KVComposeError, Stopped
 from kvcompose_local.interrupts import Interrupts
 from kvcompose_local.terminal.status import Status
+from kvcompose_local.terminal.type_ahead import hidden
 
 if TYPE_CHECKING:
     from kvcompose_local.api import LocalChat
@@ -197,7 +199,7 @@ def run_command(context: click.Context, model: str | None, options: ChatOptions,
             resume(local, options, autosave, status, is_interactive=request.is_interactive)
         n_before = local.chat.n_answers
         with interrupts.leaving_in_order():
-            with interrupts.caught():
+            with interrupts.caught(), hidden() if request.is_interactive else nullcontext():
                 feed(local, documents, request, autosave, interrupts, status)
             if request.is_interactive:
                 talk(local, request, autosave, interrupts, status)

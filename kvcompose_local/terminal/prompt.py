@@ -19,6 +19,7 @@ from prompt_toolkit.output import DummyOutput, Output, create_output
 from prompt_toolkit.output.plain_text import PlainTextOutput
 
 from kvcompose_local.install.resources import state_folder
+from kvcompose_local.terminal.type_ahead import typed
 
 
 class CommandCompleter(Completer):
@@ -93,8 +94,11 @@ class LineEditor:
             )
 
     def __call__(self, text: str, prompt: str = "> ") -> str | None:
-        """The next message, None at Ctrl-D; KeyboardInterrupt at Ctrl-C. text: what is there to be edited."""
+        """The next message, None at Ctrl-D; KeyboardInterrupt at Ctrl-C.
+
+        text: what is there to be edited, and behind it what was typed before.
+        """
         try:
-            return self._session.prompt(prompt, default=text)
+            return self._session.prompt(prompt, default=text + typed())
         except EOFError:
             return None

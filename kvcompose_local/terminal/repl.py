@@ -7,6 +7,7 @@ from collections.abc import Callable
 from kvcompose_local.chat import inputs
 from kvcompose_local.errors import KVComposeError, PositionsFull
 from kvcompose_local.terminal.chat_commands import COMMANDS, FENCE, ChatCommands
+from kvcompose_local.terminal.type_ahead import hidden
 
 #: Before a message, and inside one that a fence will end.
 PROMPT, PROMPT_WITHIN = "> ", "... "
@@ -50,7 +51,7 @@ class Repl:
             if not message.strip():
                 continue
             try:
-                with self.interrupts.caught():
+                with self.interrupts.caught(), hidden():
                     if self.interrupts.leaving:  # it came after the message did
                         return
                     if not isinstance(message, _Fenced) and inputs.dropped_files(message):
