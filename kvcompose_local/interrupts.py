@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -44,6 +44,8 @@ class Interrupts:
         self.requested = False
         self.leaving = 0  # the number of the signal that ends the program
         self._waiting = False
+        #: Ends what waits in an order of its own, and tells whether there was such: an event loop loses exceptions.
+        self.end_waiting: Callable[[], bool] = lambda: False
 
     def __call__(self) -> bool:
         """Whether Ctrl-C was pressed."""
@@ -82,7 +84,7 @@ class Interrupts:
             on_interrupt(number, None)
 
         def on_interrupt(_number: int, _frame: FrameType | None) -> None:
-            if self._waiting:
+            if self._waiting and not self.end_waiting():
                 raise KeyboardInterrupt
 
         handlers = {

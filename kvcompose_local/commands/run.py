@@ -330,6 +330,7 @@ def talk(local: LocalChat, request: RunRequest, autosave: Autosave, interrupts: 
 
     greet(local, status)
     edit = LineEditor([*COMMANDS], sessions.names)
+    interrupts.end_waiting = edit.interrupt
     answers = Answers(
         local.chat,
         out=sys.stdout,

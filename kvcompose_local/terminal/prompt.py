@@ -102,3 +102,16 @@ class LineEditor:
             return self._session.prompt(prompt, default=text + typed())
         except EOFError:
             return None
+
+    def interrupt(self) -> bool:
+        """Let a prompt that waits raise KeyboardInterrupt, from a signal's handler; False where none waits."""
+        app = self._session.app
+        if not app.is_running or app.loop is None:
+            return False
+        app.loop.call_soon_threadsafe(self._leave)
+        return True
+
+    def _leave(self) -> None:
+        app = self._session.app
+        if app.is_running and not app.is_done:
+            app.exit(exception=KeyboardInterrupt())
