@@ -313,7 +313,7 @@ def in_turns(messages: Sequence[Message]) -> list[Message]:
     """The same conversation for a template whose users and assistants take turns, and that takes one system prompt.
 
     A later system prompt is the user's, and what follows a message of its own role, or comes with a tool's result, is
-    part of that.
+    part of that. Who was greeted had said nothing.
     """
     said: list[Message] = []
     for i, message in enumerate(messages):
@@ -331,6 +331,9 @@ def in_turns(messages: Sequence[Message]) -> list[Message]:
             said.append(told)
     if said and all(message["role"] == "system" for message in said):
         said = [{**said[0], "role": "user"}]
+    first = next((i for i, message in enumerate(said) if message["role"] != "system"), 0)
+    if said and said[first]["role"] == "assistant":
+        said.insert(first, _message("user", ""))
     return said
 
 

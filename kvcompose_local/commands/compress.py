@@ -11,7 +11,15 @@ import click
 from kvcompose_local.chat import inputs
 from kvcompose_local.chat_options import ChatOptions
 from kvcompose_local.commands.opening import fetched, open_chat
-from kvcompose_local.commands.options import Real, cache_type_option, gathered, gpu_layers_option, threads_option
+from kvcompose_local.commands.options import (
+    Positions,
+    Real,
+    Share,
+    cache_type_option,
+    gathered,
+    gpu_layers_option,
+    threads_option,
+)
 from kvcompose_local.errors import InvalidInput, Stopped
 from kvcompose_local.interrupts import Interrupts
 from kvcompose_local.terminal.figures import MIB
@@ -23,9 +31,11 @@ from kvcompose_local.terminal.status import Status
 @click.argument("file")
 @click.option("-o", "--output", required=True, metavar="NAME|FILE", help="Session to write, such as notes.kvc.")
 @click.option(
-    "--budget", type=float, default=0.5, show_default=True, help="Share of the full cache's bytes to use, below 1."
+    "--budget", type=Share(), default=0.5, show_default=True, help="Share of the full cache's bytes to use, below 1."
 )
-@click.option("--ctx", "n_ctx", type=int, help="Positions: text and chat.  [default: 8192, or what the model knows]")
+@click.option(
+    "--ctx", "n_ctx", type=Positions(), help="Positions: text and chat.  [default: 8192, or what the model knows]"
+)
 @click.option(
     "--keep",
     type=Real(0, 1, min_open=True),

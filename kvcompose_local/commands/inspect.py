@@ -21,7 +21,7 @@ from kvcompose_local.arena import (
     share_of_f16,
 )
 from kvcompose_local.commands.opening import fetched
-from kvcompose_local.commands.options import cache_type_option, model_argument
+from kvcompose_local.commands.options import Positions, cache_type_option, model_argument
 from kvcompose_local.errors import InvalidInput, ModelError
 from kvcompose_local.install.model_files import size_of
 from kvcompose_local.terminal.figures import MIB
@@ -229,7 +229,9 @@ def _with_memories(found: Inspection, path: Path) -> Inspection:
 
 @click.command("inspect", short_help="What a model's cache takes at each budget.")
 @model_argument
-@click.option("--ctx", "n_ctx", type=int, help="Positions to reckon with.  [default: 8192, or what the model knows]")
+@click.option(
+    "--ctx", "n_ctx", type=Positions(), help="Positions to reckon with.  [default: 8192, or what the model knows]"
+)
 @cache_type_option
 def inspect_command(model: str | None, n_ctx: int | None, cache_type: str | None) -> None:
     """Layers, heads, bytes a token, and memory at each budget, from the header of MODEL alone."""

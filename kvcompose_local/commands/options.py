@@ -28,6 +28,26 @@ class Real(click.FloatRange):
         return number
 
 
+class Share(click.types.FloatParamType):
+    """A number, or one in percent: ``25%`` is 0.25."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float:
+        percent: Any = str(value).strip().removesuffix("%")
+        if percent != str(value).strip():
+            return float(super().convert(percent, parameter, context)) / 100
+        return float(super().convert(value, parameter, context))
+
+
+class Positions(click.types.IntParamType):
+    """A whole number, or one in units of 1024: ``8k`` is 8192."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int:
+        thousands: Any = str(value).strip().lower().removesuffix("k")
+        if thousands != str(value).strip():
+            return 1024 * int(super().convert(thousands, parameter, context))
+        return int(super().convert(value, parameter, context))
+
+
 def complete_model(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
     """Names of models, and files, for the shell."""
     from kvcompose_local.install import models

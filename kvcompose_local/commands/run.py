@@ -24,7 +24,9 @@ from kvcompose_local.chat import inputs
 from kvcompose_local.chat_options import SCORINGS, ChatOptions, Sampling
 from kvcompose_local.commands.opening import begin_loading, fetched, open_chat
 from kvcompose_local.commands.options import (
+    Positions,
     Real,
+    Share,
     gathered,
     gpu_layers_option,
     model_argument,
@@ -94,9 +96,11 @@ def complete_session(_context: click.Context, _parameter: click.Parameter, begun
 @click.command("run", short_help="Chat with a model, or answer with -p or piped input.")
 @model_argument
 @click.option(
-    "--budget", type=float, default=0.5, show_default=True, help="Share of the full cache's bytes to use, in (0, 1]."
+    "--budget", type=Share(), default=0.5, show_default=True, help="Share of the full cache's bytes to use, in (0, 1]."
 )
-@click.option("--ctx", "n_ctx", type=int, help="Positions the chat may span.  [default: 8192, or what the model knows]")
+@click.option(
+    "--ctx", "n_ctx", type=Positions(), help="Positions the chat may span.  [default: 8192, or what the model knows]"
+)
 @click.option("-p", "--prompt", multiple=True, help="Ask this, print the answer and leave; may be given again.")
 @click.option(
     "-f",

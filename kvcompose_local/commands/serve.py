@@ -15,7 +15,9 @@ import click
 from kvcompose_local.chat_options import ChatOptions, Sampling
 from kvcompose_local.commands.opening import fetched
 from kvcompose_local.commands.options import (
+    Positions,
     Real,
+    Share,
     cache_type_option,
     gathered,
     gpu_layers_option,
@@ -71,9 +73,11 @@ class Door:
 @click.command("serve", short_help="Serve models to applications, and a page to chat on.")
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
 @click.option(
-    "--budget", type=float, default=0.25, show_default=True, help="Share of the full cache's bytes to use, in (0, 1]."
+    "--budget", type=Share(), default=0.25, show_default=True, help="Share of the full cache's bytes to use, in (0, 1]."
 )
-@click.option("--ctx", "n_ctx", type=int, help="Positions a chat may span.  [default: 8192, or what the model knows]")
+@click.option(
+    "--ctx", "n_ctx", type=Positions(), help="Positions a chat may span.  [default: 8192, or what the model knows]"
+)
 @click.option("--keep", type=Size(), default="2GB", show_default=True, help="Memory for chats that wait.")
 @click.option(
     "--keep-ratio",

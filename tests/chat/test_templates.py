@@ -321,6 +321,15 @@ def test_thinking_talk_and_a_call_go_into_one_answer(name: str) -> None:
     assert "I look." in text or name.startswith(("Cohere", "MiniMax-M1", "Mistral", "mistral", "Nous", "meta-llama"))
 
 
+@pytest.mark.parametrize("name", [name for name in names() if "firefunction" not in name])  # which takes no such text
+def test_a_chat_may_begin_with_a_greeting(name: str) -> None:
+    """As cards of characters do; templates whose users and assistants take turns get a user who said nothing."""
+    greeted = [{"role": "assistant", "content": "Hello, traveller!"}, USER]
+    for said in (greeted, [{"role": "system", "content": "You are Bob."}, *greeted]):
+        text = ChatTemplate(templates()[name], bos="<s>", eos="</s>").render(said, add_generation_prompt=True)
+        assert text.index("Hello, traveller!") < text.index(USER["content"])
+
+
 def test_dates_are_of_the_chats_beginning() -> None:
     template = ChatTemplate("{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}")
     assert template.render([USER], add_generation_prompt=True, now=datetime(2026, 3, 1)) == "01 Mar 2026 What is here?"

@@ -900,3 +900,22 @@ def test_ctrl_c_while_the_program_is_imported_ends_in_one_line() -> None:
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGINT, "", "error: stopped\n")
+
+
+def test_positions_may_be_told_in_units_of_1024_and_shares_in_percent(tiny_model: TinyModel) -> None:
+    def takes(ctx: str, budget: str) -> tuple[int, int]:
+        done = program("run", tiny_model(), "--ctx", ctx, "--budget", budget, "-p", "hi", "--max-tokens", "2", "--json")
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        return found["kv_bytes_full"], found["kv_bytes"]
+
+    assert takes("1k", "50%") == takes("1024", "0.5")
+    assert takes("2K", "25 %") == takes("2048", "0.25")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--ctx", "k"), ("--ctx", "1.5k"), ("--ctx", "8m"), ("--ctx", "-1k"), ("--budget", "%"), ("--budget", "200%")],
+)
+def test_positions_and_shares_that_are_none(tiny_model: TinyModel, option: str, value: str) -> None:
+    refused(program("run", tiny_model(), option, value, "-p", "hi"), 2, option)
