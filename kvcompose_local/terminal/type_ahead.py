@@ -8,12 +8,9 @@ import re
 import select
 import signal
 import sys
-import termios
 from collections.abc import Iterator
 from types import FrameType
 
-#: Signals that stop or end a program which does nothing about them.
-_SIGNALS = (signal.SIGTSTP, signal.SIGTERM, signal.SIGHUP)
 _LOCAL, _CONTROL = 3, 6  # of what tcgetattr returns
 #: What is pasted comes in parts: the next is waited for so long.
 _PASTE_SECONDS = 0.05
@@ -31,6 +28,8 @@ def _terminal() -> int | None:
 
 def _hide(terminal: int) -> list[int | list[bytes | int]]:
     """Echo nothing, and keep all that is typed as it is, but for the keys of signals; returns what was set before."""
+    import termios  # not on Windows, where there is no such terminal
+
     before = termios.tcgetattr(terminal)
     now = termios.tcgetattr(terminal)
     now[_LOCAL] &= ~(termios.ECHO | termios.ICANON)
@@ -47,6 +46,8 @@ def hidden() -> Iterator[None]:
         yield
         return
 
+    import termios
+
     before = _hide(terminal)
 
     def restore() -> None:
@@ -61,7 +62,8 @@ def hidden() -> Iterator[None]:
         if _terminal() is not None:
             _hide(terminal)
 
-    taken = [number for number in _SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
+    stops = (signal.SIGTSTP, signal.SIGTERM, signal.SIGHUP)  # what stops or ends a program that does nothing about it
+    taken = [number for number in stops if signal.getsignal(number) is signal.SIG_DFL]
     for number in taken:
         signal.signal(number, on_signal)
     try:
