@@ -183,8 +183,9 @@ class LocalChat:
                 on_compaction=on_compaction,
                 on_progress=on_compacting,
             )
-            self._engine.model.use_thinking(options.thinking)
             self.use_template(options.template)
+            if not self._engine.model.use_thinking(options.thinking):
+                raise InvalidInput("the model's chat template has no switch for its thinking: leave --thinking out")
             self.chat = Chat(
                 self._engine.model,
                 self.memory,
@@ -232,7 +233,7 @@ class LocalChat:
                 if inner == "":
                     raise InvalidInput("the model has JSON in its template's place: name another by --template")
                 model.use_template(inner or "")
-            model.check_template()
+            _ = model.template  # raises where it is not valid: this is better known before anything is read
 
     @contextmanager
     def at_temperature(self, temperature: float) -> Iterator[None]:

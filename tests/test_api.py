@@ -213,6 +213,8 @@ def test_threads_share_a_chat(tiny_model: Callable[..., Path]) -> None:
         ({"n_threads": 0}, "n_threads is a whole number from 1, not 0"),
         ({"gpu_layers": -5}, "gpu_layers is a whole number from 0, not -5"),
         ({"sampling": {"temperature": 0}}, "sampling is a Sampling"),
+        ({"thinking": "much"}, "there is no thinking much: off, on, low, medium, high"),
+        ({"thinking": "off"}, "the model's chat template has no switch for its thinking"),
         ({"sampling": Sampling(temperature=-1)}, "temperature is a number from 0, not -1"),
         ({"sampling": Sampling(top_p=7)}, "top_p is a number from 0 to 1, not 7"),
         ({"sampling": Sampling(seed=-1)}, "seed is a whole number from 0 to"),

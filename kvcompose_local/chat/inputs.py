@@ -109,6 +109,8 @@ def _files_of(path: Path) -> list[Path]:
     path = path_in(str(path))
     if url := _WEB.fullmatch(str(path)):  # of which a path keeps one slash
         raise InvalidInput(f"{url[1]}://{url[2]} is a web page, and none is fetched: save its text, and read that file")
+    if exists(path) and os.path.isdir(path):
+        raise InvalidInput(f"{path} is a folder: {shlex.quote(str(path / '*.txt'))} names its text files")
     if exists(path) or not glob.has_magic(str(path)):
         return [path]
     found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(name)]
@@ -132,8 +134,6 @@ def read(path: Path) -> str:
             mode = os.stat(path).st_mode
             if stat.S_ISBLK(mode) or (stat.S_ISCHR(mode) and not os.path.samefile(path, os.devnull)):
                 raise InvalidInput(f"{path} is a device, not a file: -f - reads standard input")
-            if stat.S_ISDIR(mode):
-                raise InvalidInput(f"{path} is a folder: {shlex.quote(str(path / '*.txt'))} names its text files")
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 raw = b"" if size > MOST_BYTES else file.read(MOST_BYTES + 1)

@@ -16,12 +16,13 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2 import ext, meta, nodes, parser, runtime, sandbox
 
-from kvcompose_local.errors import InvalidInput, TemplateError
+from kvcompose_local.errors import TemplateError
 
 #: Renders messages, with the beginning of an answer where that is wanted, for a date, with tools.
 Renderer = Callable[..., str]
 
-NO_SWITCH = "the model's chat template has no such switch for its thinking: leave --thinking out"
+#: Names by which templates let thinking be turned on and off, or measured.
+SWITCHES = ("enable_thinking", "thinking", "reasoning", "thinking_budget", "reasoning_effort")
 ANOTHER = "--template NAME|FILE gives another"
 #: Numbers that a template may multiply, and characters that it may add to what was said.
 _LARGEST_FACTOR, _LARGEST_FRAME = 1 << 16, 4 << 20
@@ -99,6 +100,10 @@ class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
 
+def _environment() -> _Sandbox:
+    return _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols])
+
+
 def _refuse(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
@@ -107,17 +112,15 @@ def jinja_renderer(source: str, *, bos: str, eos: str, thinking: str | None = No
     """The renderer of a Jinja template; bos, eos: texts of these tokens, ``""`` where the vocabulary has none.
 
     thinking: see :class:`kvcompose_local.chat_options.ChatOptions`. Raises TemplateError, when it is made or used, with
-    what Jinja or the template says, and InvalidInput where it has no switch for thinking.
+    what Jinja or the template says.
     """
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols])
+    environment = _environment()
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # Jinja's own escapes HTML
     del environment.filters["center"]
     environment.globals.update(raise_exception=_refuse, bos_token=bos, eos_token=eos)
+    environment.globals.update(_switches(source, thinking) if thinking else {})
     try:
         template = environment.from_string(source)
-        if thinking is not None:
-            asked = meta.find_undeclared_variables(environment.parse(source))
-            environment.globals.update(_switches(source, thinking, asked))
     except (jinja2.TemplateError, RecursionError) as error:
         raise _failed(error) from error
 
@@ -154,18 +157,26 @@ def jinja_renderer(source: str, *, bos: str, eos: str, thinking: str | None = No
     return render
 
 
-def _switches(source: str, thinking: str, asked: set[str]) -> dict[str, Any]:
-    """What turns thinking on or off, under the names that a template asks for. Raises InvalidInput for no such name."""
+def names_in(source: str) -> set[str]:
+    """The names that a template asks for. Raises TemplateError."""
+    try:
+        return meta.find_undeclared_variables(_environment().parse(source))
+    except (jinja2.TemplateError, RecursionError) as error:
+        raise _failed(error) from error
+
+
+def _switches(source: str, thinking: str) -> dict[str, Any]:
+    """What turns thinking on or off, under the names that a template asks for."""
     effort = thinking
     if thinking == "off":
         effort = "none" if re.search("""['"]none['"]""", source) else "low"
-    switches: dict[str, Any] = dict.fromkeys(("enable_thinking", "thinking", "reasoning"), thinking != "off")
-    switches |= {"thinking_budget": 0, "reasoning_effort": effort}
-    if not asked & {*switches}:
-        raise InvalidInput(NO_SWITCH)
-    unasked = {"thinking_budget"} if thinking != "off" else set()  # as the template has it
-    unasked |= {"reasoning_effort"} if thinking == "on" else set()
-    return {name: value for name, value in switches.items() if name in asked - unasked}
+    switches: dict[str, Any] = dict.fromkeys(SWITCHES, thinking != "off") | {"reasoning_effort": effort}
+    unasked = set() if thinking != "on" else {"reasoning_effort"}  # as the template has it
+    if thinking == "off":
+        switches["thinking_budget"] = 0
+    else:
+        unasked.add("thinking_budget")
+    return {name: value for name, value in switches.items() if name in names_in(source) - unasked}
 
 
 def _bounded(pieces: Iterator[str], n_said: int) -> str:

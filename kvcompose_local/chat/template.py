@@ -19,7 +19,7 @@ from typing import Any
 from kvcompose_local.chat.calls import ToolFormat
 from kvcompose_local.chat.notations import Call
 from kvcompose_local.chat.reasoning import format_of
-from kvcompose_local.chat.rendering import ANOTHER, NO_SWITCH, EndlessTemplate, Renderer, jinja_renderer
+from kvcompose_local.chat.rendering import ANOTHER, SWITCHES, EndlessTemplate, Renderer, jinja_renderer, names_in
 from kvcompose_local.chat.tools import (
     HERMES,
     called,
@@ -31,7 +31,7 @@ from kvcompose_local.chat.tools import (
     with_calls_said,
     with_tools_told,
 )
-from kvcompose_local.errors import InvalidInput, TemplateError
+from kvcompose_local.errors import TemplateError
 
 #: A conversation's message: role, content, and what the model thought before an answer, if anything, as "reasoning".
 Message = dict[str, str]
@@ -82,13 +82,17 @@ class ChatTemplate:
         thinking: str | None = None,
         renderer: Renderer | None = None,
     ) -> None:
-        if renderer is not None and thinking is not None:
-            raise InvalidInput(NO_SWITCH)
         self.source = source
         self._render = renderer or jinja_renderer(source, bos=bos, eos=eos, thinking=thinking)
         self._reasoning_keys = [key for key in _REASONING_KEYS if re.search(rf"""[.'"]{key}\b(?!\s\w)""", source)]
         self.format = format_of(source)
         self._kept: list[tuple[Any, str]] = []  # what was rendered last, and its text
+        self._is_jinja = renderer is None
+
+    @cached_property
+    def has_switch(self) -> bool:
+        """Whether its thinking can be turned on and off, or measured."""
+        return self._is_jinja and not names_in(self.source).isdisjoint(SWITCHES)
 
     @property
     def tool_format(self) -> ToolFormat:

@@ -65,7 +65,7 @@ class Model:
     ) -> None:
         self.path = path
         self.gpu_layers = gpu_layers
-        self._template: ChatTemplate | None = None
+        self._templates: dict[str | None, ChatTemplate] = {}  # by how it thinks
         self._endings: Endings | None = None
         self._template_name = ""
         self._thinking: str | None = None
@@ -304,11 +304,14 @@ class Model:
     def use_template(self, template: str) -> None:
         """Render by another template: one of :meth:`template_names`, Jinja source, or, empty, the GGUF's own again."""
         if template != self._template_name:
-            self._template_name, self._template, self._endings = template, None, None
+            self._template_name, self._templates, self._endings = template, {}, None
 
-    def use_thinking(self, thinking: str | None) -> None:
-        """Let the template turn thinking on or off, where it has a switch; None leaves it as it is unasked."""
-        self._thinking, self._template = thinking, None
+    def use_thinking(self, thinking: str | None) -> bool:
+        """Let the template turn thinking on or off, None for as it is unasked; False where it has no such switch."""
+        self._thinking = None
+        if thinking is not None and self.template.has_switch:
+            self._thinking = thinking
+        return self._thinking == thinking
 
     def template_names(self) -> list[str]:
         """The names of templates: ``plain``, the GGUF's own, and llama.cpp's."""
@@ -325,7 +328,7 @@ class Model:
     @property
     def template(self) -> ChatTemplate:
         """The template of this model's chats. Raises ModelError where it is not valid."""
-        if self._template is None:
+        if self._thinking not in self._templates:
             # Late: loading a model need not wait for Jinja.
             from kvcompose_local.chat.template import ChatTemplate
 
@@ -335,17 +338,12 @@ class Model:
             elif source in self._own_templates():
                 source = self.chat_template(source) or source
             if source.strip() in builtin_templates():  # some headers have a name in place of a template
-                self._template = ChatTemplate(
-                    source, thinking=self._thinking, renderer=builtin_renderer(source.strip())
-                )
+                found = ChatTemplate(source, renderer=builtin_renderer(source.strip()))
             else:
                 bos, eos = self.special_text("bos"), self.special_text("eos")
-                self._template = ChatTemplate(source, bos=bos, eos=eos, thinking=self._thinking)
-        return self._template
-
-    def check_template(self) -> None:
-        """Raises ModelError where the template is not valid: this is better known before anything is read."""
-        _ = self.template
+                found = ChatTemplate(source, bos=bos, eos=eos, thinking=self._thinking)
+            self._templates[self._thinking] = found
+        return self._templates[self._thinking]
 
     @property
     def folds_system(self) -> bool:

@@ -105,6 +105,9 @@ class Output(Loose):
     format: Form | None = None
 
 
+_THINKING = {"enabled": "on", "adaptive": "on", "disabled": "off"}
+
+
 class CountRequest(Loose):
     """A conversation whose tokens are to be counted."""
 
@@ -115,6 +118,7 @@ class CountRequest(Loose):
     tool_choice: ToolChoice | None = None
     output_config: Output | None = None
     output_format: Form | None = None
+    thinking: Any = None
 
     def internal(self) -> Request:
         """What the engine's thread is asked. Raises Refused."""
@@ -148,6 +152,7 @@ class CountRequest(Loose):
             tools=one_line(tools) if tools else "",
             grammar=schema_grammar(form.schema_, "output_config.format") if form else "",
             tool_choice=checked_choice(choice, tools),
+            thinking=_THINKING.get(str(self.thinking.get("type"))) if isinstance(self.thinking, dict) else None,
             parallel_calls=not (self.tool_choice is not None and self.tool_choice.disable_parallel_tool_use),
         )
 

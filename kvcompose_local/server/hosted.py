@@ -162,6 +162,7 @@ class Hosted:
         conversation, keeping = exchange.conversation, exchange.keeping
         exchange.should_stop = lambda: job.is_cancelled
         stats = TurnStats()
+        self._think(request, conversation)
         try:
             conversation.check_length(_want_of(request, conversation), request.messages, request.tools)
             conversation.on_read = lambda done, total: job.emit(Reading(done, total))
@@ -190,7 +191,14 @@ class Hosted:
     def count(self, request: Request) -> int:
         """Tokens of a request's conversation. Raises KVComposeError."""
         conversation = self.exchange.conversation
+        self._think(request, conversation)
         return conversation.transcript.n_tokens_of(_want_of(request, conversation), request.messages, request.tools)
+
+    def _think(self, request: Request, conversation: Conversation) -> None:
+        """Let the template turn thinking on or off as the request says, or else as the server was told."""
+        usual = self.options.chat.thinking
+        if not conversation.model.use_thinking(request.thinking or usual):
+            conversation.model.use_thinking(usual)
 
     def is_current(self, kept: Kept) -> bool:
         """Whether the engine holds its cells."""

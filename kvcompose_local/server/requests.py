@@ -21,8 +21,9 @@ class Request:
     messages, tools: of :class:`kvcompose_local.chat.Transcript`; begun: what the answer begins with, and is to go on
     from; prompt: a text to go on with instead of a conversation; max_tokens: None for as many as there are positions;
     grammar: in llama.cpp's notation; tool_choice: ``auto``, ``none``, ``required`` or a function's name;
-    parallel_calls: whether there may be several; n_logprobs: of how many likeliest tokens they are told, None for none;
-    chat_id: the kept chat to go on with; client: whose turn it takes.
+    parallel_calls: whether there may be several; thinking: one of :data:`kvcompose_local.chat_options.THINKING`, None
+    for what the server does unasked, as where the template has no switch; n_logprobs: of how many likeliest tokens they
+    are told, None for none; chat_id: the kept chat to go on with; client: whose turn it takes.
     """
 
     model: str
@@ -36,6 +37,7 @@ class Request:
     grammar: str = ""
     tool_choice: str = "auto"
     parallel_calls: bool = True
+    thinking: str | None = None
     n_logprobs: int | None = None
     chat_id: str | None = None
     client: str = ""

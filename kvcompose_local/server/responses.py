@@ -28,6 +28,7 @@ from kvcompose_local.server.shapes import (
     result_of,
     schema_grammar,
     text_of,
+    thinking_of,
 )
 from kvcompose_local.server.sse import EventStream
 
@@ -88,6 +89,7 @@ class ResponsesRequest(Sampled):
     previous_response_id: str | None = None
     conversation: Any = None
     background: bool | None = None
+    reasoning: Any = None
 
     def internal(self, service: Service, http: HttpRequest) -> Request:
         """What the engine's thread is asked. Raises Refused."""
@@ -111,6 +113,7 @@ class ResponsesRequest(Sampled):
             sampling=self.sampling(service.defaults),
             max_tokens=self.max_output_tokens,
             stops=self.stops(),
+            thinking=thinking_of(self.reasoning.get("effort") if isinstance(self.reasoning, dict) else None),
             client=f"{client_of(http)} {self.user or ''}"[:300],
         )
 

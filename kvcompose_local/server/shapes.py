@@ -173,6 +173,20 @@ class Sampled(Loose):
                 raise Refused(400, f"{name} is not to be had{instead}", param=name)
 
 
+#: Efforts of OpenAI's protocol.
+_EFFORTS = {"none": "off", "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high"}
+
+
+def thinking_of(effort: Any, switches: Any = None) -> str | None:
+    """How much is thought, by OpenAI's word and by what llama.cpp's and vLLM's servers hand to the template."""
+    told = switches if isinstance(switches, dict) else {}
+    is_on = next((told[name] for name in ("enable_thinking", "thinking") if isinstance(told.get(name), bool)), None)
+    measure = _EFFORTS.get(str(told.get("reasoning_effort", effort)))
+    if is_on is None:
+        return measure
+    return (measure if measure != "off" else None) or "on" if is_on else "off"
+
+
 class ToolFunction(Loose):
     """A function that the model may call; parameters: the JSON schema of its arguments."""
 
@@ -241,6 +255,8 @@ class ChatRequest(Sampled):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     chat_id: str | None = None
+    reasoning_effort: Any = None
+    chat_template_kwargs: Any = None
 
     def internal(self, service: Service, http: HttpRequest) -> Request:
         """What the engine's thread is asked. Raises Refused."""
@@ -258,6 +274,7 @@ class ChatRequest(Sampled):
             sampling=self.sampling(service.defaults),
             max_tokens=longest,
             stops=self.stops(),
+            thinking=thinking_of(self.reasoning_effort, self.chat_template_kwargs),
             n_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             chat_id=self.chat_id,
             client=f"{client_of(http)} {self.user or ''}"[:300],

@@ -13,7 +13,7 @@ from llama_cpp_templates import templates
 from kvcompose_local.chat import rendering
 from kvcompose_local.chat.rendering import jinja_renderer
 from kvcompose_local.chat.template import ChatTemplate
-from kvcompose_local.errors import InvalidInput, ModelError
+from kvcompose_local.errors import ModelError
 from kvcompose_local.llama_ffi import library
 
 _CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
@@ -170,8 +170,8 @@ def test_thinking_has_a_measure_where_the_template_has_one() -> None:
     assert prompt_of("ByteDance-Seed-OSS", "on") == prompt_of("ByteDance-Seed-OSS", None)
 
 
-def test_a_template_without_a_switch_says_so() -> None:
-    with pytest.raises(InvalidInput, match="no such switch for its thinking: leave --thinking out"):
-        ChatTemplate("{{ messages[0].content }}", thinking="off")
-    with pytest.raises(InvalidInput, match="no such switch"):
-        ChatTemplate("chatml", thinking="off", renderer=lambda *_: "")
+def test_a_template_may_have_no_switch() -> None:
+    assert not ChatTemplate("{{ messages[0].content }}{% set thinking = true %}{{ thinking }}").has_switch
+    assert not ChatTemplate("chatml", renderer=lambda *_: "").has_switch
+    for name in SWITCHED:
+        assert ChatTemplate(templates()[name]).has_switch

@@ -149,6 +149,8 @@ def test_all_files_are_read_before_any_counts(tmp_path: Path) -> None:
 
 def test_what_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidInput, match=r"^\S+ is a folder: '?\S+/\*.txt'? names its text files$"):
+        inputs.read_all([tmp_path])
+    with pytest.raises(InvalidInput, match="Is a directory"):
         read(tmp_path)
     with pytest.raises(InvalidInput, match=r"^/dev/zero is a device"):
         read(Path("/dev/zero"))

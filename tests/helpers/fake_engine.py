@@ -181,6 +181,9 @@ class FakeModel:
     def use_template(self, name: str) -> None:
         self.template_name = name
 
+    def use_thinking(self, thinking: str | None) -> bool:
+        return thinking is None
+
     def use_format(self, form: Format) -> None:
         self.reasoning_format = form
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from llama_cpp_templates import templates
 from scripted_model import write_scripted_model
-from serving import Messages, serving, texts
+from serving import Messages, Serving, serving, texts
+from tiny_models import TEMPLATE, write_tiny_model
 
 TEMPLATES = templates()
 QUESTION = [{"role": "user", "content": "What is it?"}]
@@ -81,3 +84,57 @@ def test_what_a_template_refuses_is_no_reason_to_ask_again(tmp_path: Path) -> No
         told = server.post("/v1/chat/completions", messages=[{"role": "system", "content": "Hi"}, *QUESTION])
         assert told.status_code == 400
         assert "no greetings" in told.json()["error"]["message"]
+
+
+#: Tells by the length of its prompts how much is thought.
+SWITCHED = (
+    TEMPLATE + "{{ 'off' if enable_thinking is false else 'on' if enable_thinking else '' }}{{ reasoning_effort }}"
+)
+ASKED = {
+    "/v1/chat/completions": {"messages": QUESTION},
+    "/v1/responses": {"input": "What is it?"},
+    "/v1/messages": {"messages": QUESTION},
+}
+
+
+@pytest.fixture(scope="module")
+def switched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    folder = tmp_path_factory.mktemp("models")
+    with serving(write_tiny_model(folder / "switched.gguf", template=SWITCHED), on_disk=False) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "told"),
+    [
+        ("/v1/chat/completions", {}, ""),
+        ("/v1/chat/completions", {"chat_template_kwargs": {"enable_thinking": False}}, "offlow"),
+        ("/v1/chat/completions", {"chat_template_kwargs": {"enable_thinking": True}}, "on"),
+        ("/v1/chat/completions", {"chat_template_kwargs": {"thinking": True, "reasoning_effort": "high"}}, "onhigh"),
+        ("/v1/chat/completions", {"chat_template_kwargs": "?"}, ""),
+        ("/v1/chat/completions", {"reasoning_effort": "none"}, "offlow"),
+        ("/v1/chat/completions", {"reasoning_effort": "medium"}, "onmedium"),
+        ("/v1/chat/completions", {"reasoning_effort": ["?"]}, ""),
+        ("/v1/responses", {"reasoning": {"effort": "high"}}, "onhigh"),
+        ("/v1/responses", {"reasoning": None}, ""),
+        ("/v1/messages", {"thinking": {"type": "disabled"}}, "offlow"),
+        ("/v1/messages", {"thinking": {"type": "enabled", "budget_tokens": 1024}}, "on"),
+        ("/v1/messages", {}, ""),
+    ],
+)
+def test_a_request_turns_thinking_on_and_off(switched: Serving, path: str, more: dict[str, Any], told: str) -> None:
+    def n_read(**more: Any) -> int:
+        longest = "max_output_tokens" if path.endswith("responses") else "max_tokens"
+        body = {"model": "switched", **ASKED[path], longest: 2, **more}
+        response = switched.client.post(path, json=body)
+        assert response.status_code == 200, response.text
+        usage = response.json()["usage"]
+        return int(usage.get("prompt_tokens") or usage["input_tokens"] + usage.get("cache_read_input_tokens", 0))
+
+    assert n_read(**more) - n_read() == len(told)
+
+
+def test_where_there_is_no_switch_a_request_is_answered_as_usual(tmp_path: Path) -> None:
+    with serving(write_tiny_model(tmp_path / "plain.gguf"), on_disk=False) as server:
+        usual, told = (server.chat(QUESTION, max_tokens=2, **more) for more in ({}, {"reasoning_effort": "high"}))
+        assert usual["usage"]["prompt_tokens"] == told["usage"]["prompt_tokens"]
