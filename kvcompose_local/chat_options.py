@@ -83,8 +83,7 @@ class ChatOptions:
 
     def check(self) -> None:
         """Raises InvalidInput for what no model can run with."""
-        check_number("budget", self.budget, -math.inf)
-        if not 0 < self.budget <= 1:
+        if not isinstance(self.budget, numbers.Real) or not 0 < self.budget <= 1:
             raise InvalidInput(f"--budget is a share in (0, 1], not {self.budget}")
         for name, least in (("n_ctx", -math.inf), ("n_threads", 1), ("gpu_layers", 0)):
             if getattr(self, name) is not None:

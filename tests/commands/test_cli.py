@@ -185,7 +185,7 @@ def test_a_prompt_longer_than_the_context(tiny_model: TinyModel) -> None:
 def test_a_prompt_longer_than_the_allocation_is_compacted(tiny_model: TinyModel) -> None:
     done = program("run", tiny_model(), *FAST, "--budget", "0.25", "-p", "x" * 900, "--json")
     assert done.returncode == 0
-    assert done.stderr.startswith("compacted: ")
+    assert "\ncompacted: " in done.stderr
     assert json.loads(done.stdout)["compactions"] >= 1
 
 
@@ -626,8 +626,9 @@ def test_every_command_documents_every_option(name: str) -> None:
     if isinstance(command, click.Group):
         for child in command.commands.values():
             assert child.get_short_help_str(200) in done.stdout, "a summary is cut off"
-        bare = program(*name.split())
-        assert (bare.returncode, bare.stdout) == (0, done.stdout)
+        if command.no_args_is_help:
+            bare = program(*name.split())
+            assert (bare.returncode, bare.stdout) == (0, done.stdout)
 
 
 def test_debug_shows_the_traceback_of_a_failure() -> None:
