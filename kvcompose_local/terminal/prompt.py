@@ -84,6 +84,7 @@ class LineEditor:
     """Reads messages from the terminal."""
 
     def __init__(self, commands: Sequence[str], sessions: Callable[[], Sequence[str]]) -> None:
+        self._has_asked = False
         with create_app_session(output=_output()):  # given to the prompt itself, it would draw on dumb terminals
             self._session: PromptSession[str] = PromptSession(
                 history=_history(),
@@ -96,10 +97,13 @@ class LineEditor:
     def __call__(self, text: str, prompt: str = "> ") -> str | None:
         """The next message, None at Ctrl-D; KeyboardInterrupt at Ctrl-C.
 
-        text: what is there to be edited, and behind it what was typed before.
+        text: what is there to be edited, and behind it what was typed while the program worked. Lines that were there
+        before the first prompt are what a script types, and are taken as they are.
         """
+        typed_before = typed() if self._has_asked else ""
+        self._has_asked = True
         try:
-            return self._session.prompt(prompt, default=text + typed())
+            return self._session.prompt(prompt, default=text + typed_before)
         except EOFError:
             return None
 

@@ -142,3 +142,11 @@ def test_a_chat_that_is_suspended_gives_the_terminal_back_and_takes_it_again(cha
     child.expect_exact("(stopped")
     child.expect_exact(PROMPT)
     assert child.isalive()
+
+
+def test_lines_that_were_there_before_the_first_prompt_are_taken(chat: Callable[..., Any]) -> None:
+    """As a script types them, which looks at no prompt."""
+    child = chat("--max-tokens", "5")
+    child.send("What is here?\r/stats\r/quit\r")
+    child.expect(r"positions: \d+ of")
+    child.expect_exact("ended by 0")
