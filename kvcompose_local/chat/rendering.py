@@ -167,16 +167,14 @@ def names_in(source: str) -> set[str]:
 
 def _switches(source: str, thinking: str) -> dict[str, Any]:
     """What turns thinking on or off, under the names that a template asks for."""
-    effort = thinking
-    if thinking == "off":
-        effort = "none" if re.search("""['"]none['"]""", source) else "low"
-    switches: dict[str, Any] = dict.fromkeys(SWITCHES, thinking != "off") | {"reasoning_effort": effort}
-    unasked = set() if thinking != "on" else {"reasoning_effort"}  # as the template has it
+    switches: dict[str, Any] = dict.fromkeys(("enable_thinking", "thinking", "reasoning"), thinking != "off")
     if thinking == "off":
         switches["thinking_budget"] = 0
-    else:
-        unasked.add("thinking_budget")
-    return {name: value for name, value in switches.items() if name in names_in(source) - unasked}
+        switches["reasoning_effort"] = "none" if re.search("""['"]none['"]""", source) else "low"
+    elif thinking != "on":
+        switches["reasoning_effort"] = thinking
+    asked = names_in(source)
+    return {name: value for name, value in switches.items() if name in asked}
 
 
 def _bounded(pieces: Iterator[str], n_said: int) -> str:

@@ -137,14 +137,14 @@ def _version_of(status: os.stat_result) -> tuple[int, ...]:
 class OpenFiles:
     """A model's open files, as they were when it was loaded: llama.cpp goes on reading, and anybody may write to them.
 
-    handles: by now another model may stand at their paths, or none; digest: as :func:`model_digest`, None where nobody
-    has asked for it yet; to make one would take as long as reading the files. Raises OSError.
+    handles: by now another model may stand at their paths, or none; digest: as :func:`model_digest`, None until
+    somebody asks for it, since to make one takes as long as reading the files. Raises OSError.
     """
 
     def __init__(self, handles: Sequence[BinaryIO]) -> None:
         self.handles = tuple(handles)
         self._written, self._samples = self._when_written(), [_sample_of(file) for file in handles]
-        self.digest = _kept_digest(handles)[1]
+        self.digest = _kept_digest(handles, self._samples)[1]
 
     def _when_written(self) -> list[tuple[int, int]]:
         """Another name or other rights do not matter."""
@@ -185,12 +185,13 @@ def model_digest(path: Path, progress: ByteProgress | None = None, files: OpenFi
         with ExitStack() as stack:
             opened = files.handles if files else [stack.enter_context(open(file, "rb")) for file in files_of(path)]
             before = [_version_of(os.fstat(file.fileno())) for file in opened]
-            kept, digest = _kept_digest(opened)
-            if digest is not None:
-                return digest
-            digest = sha256_of(*opened, progress=in_mib)
-            if kept is None or before != [_version_of(os.fstat(file.fileno())) for file in opened]:
-                return digest  # somebody wrote meanwhile
+            kept, digest = _kept_digest(opened, [_sample_of(file) for file in opened])
+            is_kept = digest is not None
+            digest = digest or sha256_of(*opened, progress=in_mib)
+            if files is not None and not files.are_changed():
+                files.digest = digest
+            if is_kept or kept is None or before != [_version_of(os.fstat(file.fileno())) for file in opened]:
+                return digest  # as it is kept, or somebody wrote meanwhile
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
     with suppress(SessionError):  # a cache that cannot be written costs time, nothing else
@@ -200,10 +201,10 @@ def model_digest(path: Path, progress: ByteProgress | None = None, files: OpenFi
     return digest
 
 
-def _kept_digest(files: Sequence[BinaryIO]) -> tuple[Path | None, str | None]:
+def _kept_digest(files: Sequence[BinaryIO], samples: Sequence[str]) -> tuple[Path | None, str | None]:
     """Where the digest of open files is kept, and what stands there; None where the user has no cache, or nothing."""
     versions = [_version_of(os.fstat(file.fileno())) for file in files]
-    key = json.dumps([versions, [_sample_of(file) for file in files]])
+    key = json.dumps([versions, samples])
     kept = _kept_at(hashlib.sha256(key.encode()).hexdigest())
     with suppress(OSError, UnicodeDecodeError):
         if kept and re.fullmatch("[0-9a-f]{64}", digest := kept.read_text(encoding="ascii")):
